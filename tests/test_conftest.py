@@ -1,0 +1,36 @@
+"""The guards of conftest.py guard."""
+
+import socket
+
+import pytest
+import torch
+
+
+def test_uninitialised_memory_is_poisoned() -> None:
+    assert torch.empty(7, 300).isnan().all()
+    assert torch.empty_like(torch.ones(3)).isnan().all()
+    assert torch.ones(3).new_empty(5).isnan().all()
+    assert (torch.empty(4, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+
+
+def test_a_written_tensor_is_not_poisoned() -> None:
+    assert torch.zeros(3).resize_(2).eq(0).all()
+    assert torch.cumsum(torch.ones(5), 0).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_the_seed_is_the_same_for_every_test() -> None:
+    first = torch.rand(3)
+    torch.manual_seed(torch.initial_seed())
+    assert torch.rand(3).equal(first)
+
+
+def test_the_network_is_out_of_reach() -> None:
+    with socket.socket(socket.AF_INET) as outside, pytest.raises(RuntimeError, match="reach the network"):
+        outside.connect(("192.0.2.1", 80))
+
+
+def test_this_machine_is_within_reach() -> None:
+    with socket.socket(socket.AF_INET) as server, socket.socket(socket.AF_INET) as client:
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        client.connect(server.getsockname())
