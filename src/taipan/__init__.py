@@ -1,0 +1,26 @@
+"""Taipan: a long-context language model of Mamba-2 blocks and Selective Attention Layers (arXiv 2410.18572)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taipan.config import TaipanConfig
+    from taipan.model import TaipanLM, TaipanOutput
+    from taipan.state import DecoderState
+
+__version__ = "0.1.0"
+__all__ = ["DecoderState", "TaipanConfig", "TaipanLM", "TaipanOutput"]
+
+# Lazy (PEP 562), so that `taipan.config` and `taipan --help` need no torch.
+_HOMES = {
+    "DecoderState": "taipan.state",
+    "TaipanConfig": "taipan.config",
+    "TaipanLM": "taipan.model",
+    "TaipanOutput": "taipan.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'taipan' has no attribute {name!r}")

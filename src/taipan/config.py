@@ -1,0 +1,460 @@
+"""The one configuration of every model here, its presets and the two settings of the gate. Torch-free."""
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from taipan.errors import ConfigError
+
+LayerType = Literal["mamba2", "selective_attention", "full_attention", "sliding_attention"]
+Gate = Literal["linear", "mlp"]
+GateInput = Literal["normed", "raw"]
+KeyValueScope = Literal["all", "selected"]
+WindowUnit = Literal["positions", "selected"]
+BudgetMean = Literal["batch", "sequence"]
+GateGradient = Literal["gathered", "dense"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "gate": get_args(Gate),
+    "gate_input": get_args(GateInput),
+    "key_value_scope": get_args(KeyValueScope),
+    "window_unit": get_args(WindowUnit),
+    "budget_mean": get_args(BudgetMean),
+    "gate_gradient": get_args(GateGradient),
+}
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """ " (did you mean 'x'?)" for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def interpolate(start: float, end: float, span: tuple[float, float], progress: float) -> float:
+    """Piecewise-linear schedule: `start` before the span of training progress, `end` after it; a step if it is empty."""
+    begin, until = span
+    if progress < begin:
+        return start
+    if progress >= until:
+        return end
+    return start + (end - start) * (progress - begin) / (until - begin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaipanConfig:
+    """Architecture of a decoder and, for its Selective Attention Layers (SAL), how the gate is trained.
+
+    Every question that arXiv 2410.18572 leaves open is a field; the defaults are the `recommended` setting
+    (docs/decisions/0003), `TaipanConfig.preset(name, setting="paper")` takes the paper's own words.
+
+    Attributes:
+        vocab_size: number of token ids.
+        hidden_size: width D of the residual stream.
+        layer_types: the mixer of every layer, from `mamba2`, `selective_attention`, `full_attention`,
+            `sliding_attention`. Attention layers carry a SwiGLU MLP (Eq. 6), Mamba-2 layers only if `mamba_mlp`.
+        intermediate_size: width of the SwiGLU MLPs.
+        tie_word_embeddings: the head is the embedding.
+        norm_eps: epsilon of every RMSNorm.
+        initializer_range: standard deviation of the embedding's init.
+        residual_in_fp32: keep the residual stream in fp32 when the weights are narrower.
+        state_size: N, numbers of recurrent state per channel of Mamba-2.
+        mamba_head_dim: P, channels per Mamba-2 head.
+        n_groups: G, groups of heads sharing B and C.
+        expand: inner width of Mamba-2 over `hidden_size`.
+        conv_kernel: K, taps of the causal convolution.
+        chunk_size: chunk of the SSD scan: speed and memory only, never the result.
+        time_step_min, time_step_max, time_step_floor: init range of dt, seconds of the continuous system.
+        time_step_limit: dt is clamped to this range after softplus.
+        A_init_range: −A is drawn uniformly from this range.
+        mamba_mlp: Mamba-2 layers carry an MLP too (paper: "MLP layers" against "identical to the original").
+        num_attention_heads, num_key_value_heads: query heads and (grouped) key/value heads.
+        attention_head_dim: E; None means hidden_size / num_attention_heads.
+        sliding_window: W of `selective_attention` and `sliding_attention`, counted in `window_unit`.
+        attention_rope: rotary embedding in full and sliding attention.
+        selective_rope: rotary embedding in the SAL; the paper leaves it out (§5.2).
+        rope_theta: base of the rotary embedding.
+        attention_capacity: C, the share of tokens a SAL may select (Eq. 7). 0 closes every gate for good.
+        gate: G_θ of Eq. 1: `linear`, or `mlp` with one hidden layer of `gate_hidden_size`.
+        gate_input: the gate reads the normed hidden state (as the attention does) or the raw one.
+        gate_bias_init: s_1 − s_0 of a fresh gate on a zero input; positive starts open.
+        key_value_scope: keys and values of `all` previous tokens (Eq. 4) or of the `selected` ones (Figure 2).
+        window_unit: the window counts original `positions`, or `selected` tokens (needs scope `selected`).
+        gate_gradient: `gathered` computes attention for the selected tokens only, so the others get no
+            cross-entropy gradient; `dense` computes it for all and lets the straight-through mask carry it.
+        budget_weight: λ of Eq. 7.
+        budget_mean: the rate in Eq. 7 is taken over the whole `batch` or per `sequence`.
+        budget_start, budget_anneal: the budget goes linearly from `budget_start` to C between these two fractions
+            of training; the paper's is constant.
+        gumbel_temperature, gumbel_temperature_end, temperature_anneal: τ of Eq. 2 and its schedule.
+        gumbel_noise, gumbel_noise_end, noise_anneal: scale of the Gumbel noise (1 = Eq. 2, 0 = deterministic
+            straight-through) and its schedule.
+        eos_token_id, pad_token_id: ids for generation, if any.
+
+    Raises:
+        ConfigError: a value is impossible; the message names the field, the value and what to do.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layer_types: tuple[LayerType, ...]
+    intermediate_size: int = 0
+    tie_word_embeddings: bool = True
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    residual_in_fp32: bool = True
+
+    state_size: int = 128
+    mamba_head_dim: int = 64
+    n_groups: int = 1
+    expand: int = 2
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    time_step_min: float = 1e-3
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    A_init_range: tuple[float, float] = (1.0, 16.0)
+    mamba_mlp: bool = False
+
+    num_attention_heads: int = 1
+    num_key_value_heads: int | None = None
+    attention_head_dim: int | None = None
+    sliding_window: int = 2048
+    attention_rope: bool = True
+    selective_rope: bool = False
+    rope_theta: float = 10000.0
+
+    attention_capacity: float = 0.15
+    gate: Gate = "linear"
+    gate_input: GateInput = "normed"
+    gate_hidden_size: int = 64
+    gate_bias_init: float = 2.0
+    key_value_scope: KeyValueScope = "all"
+    window_unit: WindowUnit = "positions"
+    gate_gradient: GateGradient = "dense"
+    budget_weight: float = 10.0
+    budget_mean: BudgetMean = "batch"
+    budget_start: float | None = 1.0
+    budget_anneal: tuple[float, float] = (0.2, 0.6)
+    gumbel_temperature: float = 1.0
+    gumbel_temperature_end: float = 1.0
+    temperature_anneal: tuple[float, float] = (0.0, 1.0)
+    gumbel_noise: float = 1.0
+    gumbel_noise_end: float = 0.0
+    noise_anneal: tuple[float, float] = (0.8, 0.8)
+
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    # ------------------------------------------------------------------ derived
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layer_types)
+
+    @property
+    def inner_size(self) -> int:
+        """Channels of a Mamba-2 mixer, `expand` × `hidden_size`."""
+        return self.expand * self.hidden_size
+
+    @property
+    def num_mamba_heads(self) -> int:
+        """Heads of a Mamba-2 mixer."""
+        return self.inner_size // self.mamba_head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the causal convolution: x, B and C."""
+        return self.inner_size + 2 * self.n_groups * self.state_size
+
+    @property
+    def head_dim(self) -> int:
+        """E, the head dim of attention."""
+        return self.attention_head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of attention."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether layer number `layer` carries a SwiGLU MLP."""
+        return self.mamba_mlp if self.layer_types[layer] == "mamba2" else True
+
+    # ------------------------------------------------------------------ schedules, at a fraction of training in [0, 1]
+
+    def capacity_at(self, progress: float) -> float:
+        """The budget C of Eq. 7 at this fraction of training."""
+        start = self.attention_capacity if self.budget_start is None else self.budget_start
+        return interpolate(start, self.attention_capacity, self.budget_anneal, progress)
+
+    def temperature_at(self, progress: float) -> float:
+        """τ of Eq. 2 at this fraction of training."""
+        return interpolate(self.gumbel_temperature, self.gumbel_temperature_end, self.temperature_anneal, progress)
+
+    def noise_at(self, progress: float) -> float:
+        """Scale of the Gumbel noise at this fraction of training."""
+        return interpolate(self.gumbel_noise, self.gumbel_noise_end, self.noise_anneal, progress)
+
+    # ------------------------------------------------------------------ checks
+
+    def __post_init__(self) -> None:
+        """Turn lists (as JSON and YAML give them) into tuples, then check every field."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))  # pyright: ignore[reportUnknownArgumentType]
+        self._check_choices()
+        self._check_sizes()
+        self._check_gate()
+
+    def _require(self, ok: bool, field: str, expected: str, advice: str = "") -> None:
+        if not ok:
+            value = getattr(self, field)
+            raise ConfigError(f"{field} is {value!r}, but must be {expected}.{' ' + advice if advice else ''}")
+
+    def _check_choices(self) -> None:
+        known = list(get_args(LayerType))
+        if not self.layer_types:
+            raise ConfigError("layer_types is empty: name the mixer of every layer, for example ['mamba2', 'mamba2'].")
+        for index, kind in enumerate(self.layer_types):
+            if kind not in known:
+                raise ConfigError(
+                    f"layer_types[{index}] is {kind!r}, but must be one of {', '.join(known)}{suggestion(str(kind), known)}."
+                )
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            hint = suggestion(str(value), list(choices)).strip()
+            self._require(value in choices, field, f"one of {', '.join(choices)}", hint)
+
+    def _check_sizes(self) -> None:
+        fields = ["vocab_size", "hidden_size", "state_size", "mamba_head_dim", "n_groups", "expand", "conv_kernel"]
+        fields += ["chunk_size", "num_attention_heads", "gate_hidden_size", "sliding_window"]
+        for field in fields:
+            value = getattr(self, field)
+            self._require(isinstance(value, int) and value >= 1, field, "a whole number of at least 1")
+        if "mamba2" in self.layer_types:
+            self._require(
+                self.inner_size % self.mamba_head_dim == 0,
+                "mamba_head_dim",
+                f"a divisor of expand × hidden_size = {self.inner_size}",
+            )
+            self._require(
+                self.num_mamba_heads % self.n_groups == 0,
+                "n_groups",
+                f"a divisor of the number of Mamba-2 heads, {self.num_mamba_heads}",
+            )
+            low, high = self.time_step_min, self.time_step_max
+            self._require(0 < low <= high, "time_step_min", f"positive and at most time_step_max = {high}")
+            self._require(0 < self.A_init_range[0] <= self.A_init_range[1], "A_init_range", "0 < low ≤ high")
+            self._require(0 <= self.time_step_limit[0] < self.time_step_limit[1], "time_step_limit", "0 ≤ low < high")
+        if set(self.layer_types) - {"mamba2"}:
+            if self.attention_head_dim is None:
+                self._require(
+                    self.hidden_size % self.num_attention_heads == 0,
+                    "num_attention_heads",
+                    f"a divisor of hidden_size = {self.hidden_size}",
+                    "Or set attention_head_dim.",
+                )
+            self._require(
+                self.num_attention_heads % self.kv_heads == 0,
+                "num_key_value_heads",
+                f"a divisor of num_attention_heads = {self.num_attention_heads}",
+            )
+            if self.attention_rope or self.selective_rope:
+                self._require(self.head_dim % 2 == 0, "attention_head_dim", f"even for RoPE, not {self.head_dim}")
+        if any(self.has_mlp(layer) for layer in range(self.num_hidden_layers)):
+            self._require(self.intermediate_size >= 1, "intermediate_size", "at least 1: some layers carry an MLP")
+        self._require(0 < self.norm_eps < 1, "norm_eps", "between 0 and 1")
+        for field in ("eos_token_id", "pad_token_id"):
+            value = getattr(self, field)
+            ok = value is None or 0 <= value < self.vocab_size
+            self._require(ok, field, f"None or a token id below vocab_size = {self.vocab_size}")
+
+    def _check_gate(self) -> None:
+        self._require(0.0 <= self.attention_capacity <= 1.0, "attention_capacity", "a share of tokens between 0 and 1")
+        start = self.budget_start
+        self._require(start is None or 0.0 <= start <= 1.0, "budget_start", "None or a share between 0 and 1")
+        self._require(self.budget_weight >= 0.0, "budget_weight", "0 or more")
+        for field in ("gumbel_temperature", "gumbel_temperature_end"):
+            self._require(getattr(self, field) > 0.0, field, "above 0")
+        for field in ("gumbel_noise", "gumbel_noise_end"):
+            self._require(getattr(self, field) >= 0.0, field, "0 or more")
+        for field in ("budget_anneal", "temperature_anneal", "noise_anneal"):
+            span = getattr(self, field)
+            ok = len(span) == 2 and 0.0 <= span[0] <= span[1] <= 1.0
+            self._require(ok, field, "two fractions of training, 0 ≤ begin ≤ until ≤ 1")
+        if self.window_unit == "selected":
+            self._require(
+                self.key_value_scope == "selected",
+                "window_unit",
+                "'positions' while key_value_scope is 'all': unselected keys have no ordinal among the selected",
+                "Set key_value_scope='selected' to count the window in selected tokens.",
+            )
+
+    # ------------------------------------------------------------------ dictionaries, files, presets
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready dictionary of all fields."""
+        out: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                # JSON has no infinity
+                value = [None if item == math.inf else item for item in value]  # pyright: ignore[reportUnknownVariableType]
+            out[field.name] = value
+        return out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TaipanConfig":
+        """Configuration from `to_dict`'s form.
+
+        Raises:
+            ConfigError: a key is unknown (with a suggestion), missing, or its value impossible.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"Unknown model setting {key!r}{suggestion(key, known)}. See TaipanConfig for all of them.")
+        values = dict(values)
+        limit = values.get("time_step_limit")
+        if limit is not None:
+            values["time_step_limit"] = tuple(math.inf if item is None else item for item in limit)
+        missing = [name for name in ("vocab_size", "hidden_size", "layer_types") if name not in values]
+        if missing:
+            raise ConfigError(f"The model configuration lacks {', '.join(missing)}: give them, or start from a preset.")
+        try:
+            return cls(**values)
+        except TypeError as error:  # a value of the wrong type met an arithmetic check
+            raise ConfigError(f"A model setting has the wrong type: {error}.") from error
+
+    def replace(self, **overrides: Any) -> "TaipanConfig":
+        """Copy with some fields changed, checked again."""
+        return self.from_dict({**self.to_dict(), **overrides})
+
+    def to_json(self) -> str:
+        """Indented JSON of `to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "TaipanConfig":
+        """Read the native fields of a `config.json` (keys that Hugging Face adds are left aside).
+
+        Raises:
+            ConfigError: the file is missing, is no JSON object, or is no Taipan configuration.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} does not exist: expected a model directory with a config.json.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read as JSON ({error}): the file is damaged, restore or re-save it.") from error
+        if not isinstance(values, dict) or values.get("model_type") != "taipan":  # pyright: ignore[reportUnknownMemberType]
+            raise ConfigError(f"{path} is not a Taipan configuration (its model_type is not 'taipan').")
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls.from_dict({key: value for key, value in values.items() if key in known})  # pyright: ignore[reportUnknownVariableType]
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names that `preset` knows."""
+        return tuple(PRESETS)
+
+    @classmethod
+    def preset(cls, name: str, *, setting: str = "recommended", **overrides: Any) -> "TaipanConfig":
+        """A named configuration, with single fields overridden.
+
+        Args:
+            name: one of `presets()`; `paper` is `taipan-1.3b` in the paper's own setting.
+            setting: `recommended` (what works here, docs/decisions/0003) or `paper` (arXiv 2410.18572 as written).
+            **overrides: any field of the configuration.
+
+        Raises:
+            ConfigError: unknown name, setting or field (with a suggestion), or an impossible value.
+        """
+        if name == "paper":
+            name, setting = "taipan-1.3b", "paper"
+        if name not in PRESETS:
+            raise ConfigError(f"Unknown preset {name!r}{suggestion(name, list(PRESETS))}. Known: {', '.join(PRESETS)}.")
+        if setting not in SETTINGS:
+            raise ConfigError(f"Unknown setting {setting!r}{suggestion(setting, list(SETTINGS))}. Known: {', '.join(SETTINGS)}.")
+        return cls.from_dict({**PRESETS[name], **SETTINGS[setting], **overrides})
+
+
+# What the paper says, and nothing else: constant budget, Gumbel noise throughout, no bias towards an open gate,
+# keys and values of all previous tokens (Eq. 4), a window in positions (§3.2).
+SETTINGS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "paper": {
+        "gate_bias_init": 0.0,
+        "budget_weight": 1.0,
+        "budget_start": None,
+        "gumbel_noise_end": 1.0,
+        "key_value_scope": "all",
+        "window_unit": "positions",
+        "gate_gradient": "gathered",
+    },
+}
+
+
+def _hybrid(mixer: str, groups: int, every: int = 6) -> list[str]:
+    return (["mamba2"] * every + [mixer]) * groups
+
+
+_LLAMA3_VOCAB = 128_256
+_MAMBA_VOCAB = 50_288
+
+_SIZES: dict[str, dict[str, Any]] = {
+    # width, hybrid groups of 6 + 1, SwiGLU, heads; depth of the pure stacks chosen so that parameters match within 3 %
+    "190m": {"hidden_size": 768, "groups": 3, "intermediate_size": 2048, "heads": 12, "mamba2": 24, "transformer": 13},
+    "450m": {"hidden_size": 1024, "groups": 6, "intermediate_size": 2816, "heads": 16, "mamba2": 48, "transformer": 25},
+    "1.3b": {"hidden_size": 2048, "groups": 5, "intermediate_size": 5632, "heads": 32, "mamba2": 40, "transformer": 20},
+}
+
+
+def _build_presets() -> dict[str, dict[str, Any]]:
+    presets: dict[str, dict[str, Any]] = {}
+    for size, s in _SIZES.items():
+        base: dict[str, Any] = {
+            "vocab_size": _LLAMA3_VOCAB,
+            "hidden_size": s["hidden_size"],
+            "intermediate_size": s["intermediate_size"],
+            "num_attention_heads": s["heads"],
+        }
+        presets[f"taipan-{size}"] = {**base, "layer_types": _hybrid("selective_attention", s["groups"])}
+        presets[f"jamba-{size}"] = {**base, "layer_types": _hybrid("full_attention", s["groups"])}
+        presets[f"mamba2-{size}"] = {**base, "layer_types": ["mamba2"] * s["mamba2"]}
+        presets[f"transformer-{size}"] = {**base, "layer_types": ["full_attention"] * s["transformer"]}
+    for size, width, depth in (
+        ("130m", 768, 24),
+        ("370m", 1024, 48),
+        ("780m", 1536, 48),
+        ("1.3b", 2048, 48),
+        ("2.7b", 2560, 64),
+    ):
+        # the published models; "mamba2-1.3b" above is the paper's baseline with the Llama-3 vocabulary
+        presets[f"mamba2-{size}" if size != "1.3b" else "mamba2-1.3b-published"] = {
+            "vocab_size": _MAMBA_VOCAB,
+            "hidden_size": width,
+            "layer_types": ["mamba2"] * depth,
+        }
+    presets["taipan-tiny"] = {
+        "vocab_size": 257,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "layer_types": _hybrid("selective_attention", 1, every=3),
+        "state_size": 32,
+        "mamba_head_dim": 32,
+        "num_attention_heads": 4,
+        "sliding_window": 256,
+        "eos_token_id": 256,
+    }
+    return presets
+
+
+PRESETS: dict[str, dict[str, Any]] = _build_presets()

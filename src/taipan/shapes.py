@@ -1,0 +1,50 @@
+"""The legend of dimension letters, and the shape types made of them.
+
+====== ==========================================  ====== ======================================
+letter meaning                                     letter meaning
+====== ==========================================  ====== ======================================
+B      batch (rows)                                S      selected tokens, padded over the batch
+T      tokens of a row in this call                W      slots of an attention window
+D      hidden size                                 E      head dim of attention
+V      vocabulary                                  Q      queries of an attention call
+H      heads                                       J      keys of an attention call
+P      head dim of Mamba-2                         C      channels of the causal convolution
+N      state size of Mamba-2                       K      taps of the causal convolution
+G      groups sharing B and C (or key/value heads)
+====== ==========================================  ====== ======================================
+
+The types are checked live in the tests only (jaxtyping's import hook); at run time they cost nothing.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+BoolB = Bool[Tensor, "B"]
+BoolBS = Bool[Tensor, "B S"]
+BoolBT = Bool[Tensor, "B T"]
+FloatB = Float[Tensor, "B"]
+FloatBT = Float[Tensor, "B T"]
+FloatBT2 = Float[Tensor, "B T 2"]
+FloatBTD = Float[Tensor, "B T D"]
+FloatBTV = Float[Tensor, "B T V"]
+FloatBTC = Float[Tensor, "B T C"]
+FloatCK = Float[Tensor, "C K"]
+FloatC = Float[Tensor, "C"]
+FloatBKC = Float[Tensor, "B K C"]
+FloatBTH = Float[Tensor, "B T H"]
+FloatBTHP = Float[Tensor, "B T H P"]
+FloatBTGN = Float[Tensor, "B T G N"]
+FloatBHPN = Float[Tensor, "B H P N"]
+FloatH = Float[Tensor, "H"]
+FloatBTHE = Float[Tensor, "B T H E"]
+FloatBTGE = Float[Tensor, "B T G E"]
+FloatBQHE = Float[Tensor, "B Q H E"]
+FloatBJGE = Float[Tensor, "B J G E"]
+FloatBWGE = Float[Tensor, "B W G E"]
+IntB = Int[Tensor, "B"]
+IntBQ = Int[Tensor, "B Q"]
+IntBJ = Int[Tensor, "B J"]
+IntBS = Int[Tensor, "B S"]
+IntBT = Int[Tensor, "B T"]
+IntBW = Int[Tensor, "B W"]
