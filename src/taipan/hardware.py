@@ -84,7 +84,9 @@ def training_dtype(requested: str = "auto") -> DtypeChoice:
         if requested == known:
             return DtypeChoice(known, "asked for")
     if requested != "auto":
-        raise ConfigError(f"training dtype {requested!r} is unknown: give one of auto, {', '.join(get_args(TrainingDtype))}")
+        raise ConfigError(
+            f"training dtype {requested!r} is unknown: give one of auto, {', '.join(get_args(TrainingDtype))}"
+        )
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
