@@ -10,6 +10,7 @@ V      vocabulary                                  Q      queries of an attentio
 H      heads                                       J      keys of an attention call
 P      head dim of Mamba-2                         C      channels of the causal convolution
 N      state size of Mamba-2                       K      taps of the causal convolution
+L      inputs a convolution remembers, K − 1
 G      groups sharing B and C (or key/value heads)
 ====== ==========================================  ====== ======================================
 
@@ -23,28 +24,37 @@ from torch import Tensor
 BoolB = Bool[Tensor, "B"]
 BoolBS = Bool[Tensor, "B S"]
 BoolBT = Bool[Tensor, "B T"]
+BoolBV = Bool[Tensor, "B V"]
+BoolBQJ = Bool[Tensor, "B Q J"]
 FloatB = Float[Tensor, "B"]
 FloatBT = Float[Tensor, "B T"]
+FloatBV = Float[Tensor, "B V"]
 FloatBT2 = Float[Tensor, "B T 2"]
 FloatBTD = Float[Tensor, "B T D"]
+FloatBSD = Float[Tensor, "B S D"]
 FloatBTV = Float[Tensor, "B T V"]
 FloatBTC = Float[Tensor, "B T C"]
 FloatCK = Float[Tensor, "C K"]
 FloatC = Float[Tensor, "C"]
-FloatBKC = Float[Tensor, "B K C"]
+FloatBLC = Float[Tensor, "B L C"]
 FloatBTH = Float[Tensor, "B T H"]
 FloatBTHP = Float[Tensor, "B T H P"]
 FloatBTGN = Float[Tensor, "B T G N"]
+FloatBTHN = Float[Tensor, "B T H N"]
 FloatBHPN = Float[Tensor, "B H P N"]
 FloatH = Float[Tensor, "H"]
 FloatBTHE = Float[Tensor, "B T H E"]
 FloatBTGE = Float[Tensor, "B T G E"]
 FloatBQHE = Float[Tensor, "B Q H E"]
 FloatBJGE = Float[Tensor, "B J G E"]
+FloatBSGE = Float[Tensor, "B S G E"]
 FloatBWGE = Float[Tensor, "B W G E"]
 IntB = Int[Tensor, "B"]
 IntBQ = Int[Tensor, "B Q"]
 IntBJ = Int[Tensor, "B J"]
+IntBL = Int[Tensor, "B L"]
+IntN = Int[Tensor, "N"]
 IntBS = Int[Tensor, "B S"]
 IntBT = Int[Tensor, "B T"]
 IntBW = Int[Tensor, "B W"]
+IntT = Int[Tensor, "T"]

@@ -1,0 +1,45 @@
+"""Windows and segments as intervals of one integer code, so that a mask is two comparisons.
+
+A key at (segment s, index i) has the code ``s·M + i`` with M above every index, an absent key −1. The keys a query may
+attend are then exactly those whose code lies in one interval [low, high] with low >= 0. Codes grow along J, which lets
+the keys of a block of queries be found by binary search.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from taipan.shapes import BoolBQJ, IntBJ, IntBQ
+
+
+class Codes(NamedTuple):
+    """The interval of key codes each query may attend (empty for an absent query), and the code of each key."""
+
+    low_BQ: IntBQ
+    high_BQ: IntBQ
+    key_BJ: IntBJ
+
+    def admissible(self) -> BoolBQJ:
+        """Whether each query may attend each key."""
+        key_B1J = self.key_BJ[:, None, :]
+        return (key_B1J >= self.low_BQ[:, :, None]) & (key_B1J <= self.high_BQ[:, :, None])
+
+
+def window_codes(
+    query_index_BQ: IntBQ,
+    key_index_BJ: IntBJ,
+    window: int | None,
+    query_segment_BQ: IntBQ | None,
+    key_segment_BJ: IntBJ | None,
+) -> Codes:
+    """Codes of the queries and keys; see ``taipan.ops.attention.windowed_attention`` for the arguments."""
+    low_BQ = torch.zeros_like(query_index_BQ) if window is None else (query_index_BQ - (window - 1)).clamp(min=0)
+    if query_segment_BQ is None or key_segment_BJ is None or query_index_BQ.numel() == 0 or key_index_BJ.numel() == 0:
+        return Codes(low_BQ, query_index_BQ, key_index_BJ)
+    stride = torch.maximum(query_index_BQ.amax(), key_index_BJ.amax()) + 1
+    query_start_BQ = query_segment_BQ * stride
+    return Codes(
+        query_start_BQ + low_BQ,
+        torch.where(query_index_BQ < 0, -1, query_start_BQ + query_index_BQ),
+        torch.where(key_index_BJ < 0, -1, key_segment_BJ * stride + key_index_BJ),
+    )

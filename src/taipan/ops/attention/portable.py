@@ -1,0 +1,180 @@
+"""Windowed attention in blocks of queries, each against only the keys it can need.
+
+A block goes through ``F.scaled_dot_product_attention`` with a mask of (block, keys of the block). One block is plain
+autograd; several keep nothing but their inputs and compute each block again in backward, so that memory follows the
+number of queries and keys, never their product.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from taipan.ops.attention.codes import Codes, window_codes
+from taipan.ops.precision import accumulation_dtype
+from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBL, IntBQ
+
+
+def windowed_attention(
+    q_BQHE: FloatBQHE,
+    k_BJGE: FloatBJGE,
+    v_BJGE: FloatBJGE,
+    query_index_BQ: IntBQ,
+    key_index_BJ: IntBJ,
+    window: int | None,
+    query_segment_BQ: IntBQ | None,
+    key_segment_BJ: IntBJ | None,
+) -> FloatBQHE:
+    """See ``taipan.ops.attention.windowed_attention``."""
+    codes = window_codes(query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
+    queries, keys = query_index_BQ.shape[1], key_index_BJ.shape[1]
+    size = block_size(window)
+    # autocast would change the dtype of a block, but not that of the gradients it must agree with
+    with torch.autocast(q_BQHE.device.type, enabled=False):
+        if min(q_BQHE.numel(), k_BJGE.numel()) > 0 and queries <= size and (window is None or keys <= window + size):
+            return _attend(q_BQHE, k_BJGE, v_BJGE, _merge_equal_rows(codes))
+        blocks = _plan(codes, size)
+        codes = _merge_equal_rows(codes) if all(block.key_BL is None for block in blocks) else codes
+        return _BlockedAttention.apply(q_BQHE, k_BJGE, v_BJGE, codes, blocks)
+
+
+def block_size(window: int | None) -> int:
+    """Queries per block: many enough for large products, few enough that a block sees little beyond its windows."""
+    return 256 if window is None else min(max(window // 2, 64), 256)
+
+
+class _Block(NamedTuple):
+    """Queries [query_start, query_stop) and the keys they need: one slice for all rows, or a gather for each row."""
+
+    query_start: int
+    query_stop: int
+    key_start: int
+    key_stop: int
+    key_BL: IntBL | None
+
+    def of_queries(self, tensor: Tensor) -> Tensor:
+        return tensor[:, self.query_start : self.query_stop]
+
+    def of_keys(self, tensor: Tensor) -> Tensor:
+        if self.key_BL is None:
+            return tensor[:, self.key_start : self.key_stop]
+        return tensor[_rows(self.key_BL), self.key_BL]
+
+    def add_to_keys(self, tensor: Tensor, addend: Tensor) -> None:
+        if self.key_BL is None:
+            tensor[:, self.key_start : self.key_stop] += addend
+        else:  # the indices of a row are distinct, so a plain indexed update loses nothing
+            tensor[_rows(self.key_BL), self.key_BL] += addend
+
+    def of_codes(self, codes: Codes) -> Codes:
+        return Codes(self.of_queries(codes.low_BQ), self.of_queries(codes.high_BQ), self.of_keys(codes.key_BJ))
+
+
+def _rows(index_BL: IntBL) -> Tensor:
+    return torch.arange(index_BL.shape[0], device=index_BL.device)[:, None]
+
+
+def _plan(codes: Codes, size: int) -> list[_Block]:
+    """The blocks that have anything to attend; queries in no block attend nothing."""
+    batch, queries = codes.low_BQ.shape
+    keys = codes.key_BJ.shape[1]
+    if 0 in (batch, queries, keys):
+        return []
+    # an absent query has an empty interval: it must not widen that of its block
+    absent_BQ = codes.high_BQ < codes.low_BQ
+    beyond = torch.iinfo(torch.int64).max
+    low_BM = _blocks_of(codes.low_BQ.masked_fill(absent_BQ, beyond), size, beyond).amin(dim=2)
+    high_BM = _blocks_of(codes.high_BQ.masked_fill(absent_BQ, -1), size, -1).amax(dim=2)
+    # an absent key takes the code of its neighbour: of the one before to find where a block's keys start,
+    # of the one after to find where they stop
+    before_BJ = codes.key_BJ.cummax(dim=1).values
+    after_BJ = codes.key_BJ.masked_fill(codes.key_BJ < 0, beyond).flip(1).cummin(dim=1).values.flip(1)
+    start_BM = torch.searchsorted(before_BJ, low_BM)
+    stop_BM = torch.searchsorted(after_BJ, high_BM, right=True)
+
+    empty_BM = stop_BM <= start_BM
+    start_BM, stop_BM = start_BM.masked_fill(empty_BM, keys), stop_BM.masked_fill(empty_BM, 0)
+    bounds_3M = torch.stack([start_BM.amin(0), stop_BM.amax(0), (stop_BM - start_BM).amax(0)])
+    bounds: list[list[int]] = bounds_3M.tolist()
+    blocks: list[_Block] = []
+    for number, (start, stop, longest) in enumerate(zip(*bounds, strict=True)):
+        if longest <= 0:
+            continue
+        key_BL = None
+        if stop - start > longest + size:  # rows need keys so far apart that gathering is cheaper than their union
+            first_B = start_BM[:, number].clamp(max=keys - longest)
+            key_BL = first_B[:, None] + torch.arange(longest, device=first_B.device)
+        blocks.append(_Block(number * size, min((number + 1) * size, queries), start, stop, key_BL))
+    return blocks
+
+
+def _blocks_of(value_BQ: IntBQ, size: int, padding: int) -> Tensor:
+    """``value_BQ`` as (B, blocks, size), the last block padded."""
+    batch, queries = value_BQ.shape
+    return F.pad(value_BQ, (0, -queries % size), value=padding).view(batch, -1, size)
+
+
+def _merge_equal_rows(codes: Codes) -> Codes:
+    """One row of codes for the whole batch if all rows are the same, so that one mask serves all."""
+    if codes.low_BQ.shape[0] > 1 and all(bool((code == code[:1]).all()) for code in codes):
+        return Codes(*(code[:1] for code in codes))
+    return codes
+
+
+def _attend(q_BQHE: Tensor, k_BLGE: Tensor, v_BLGE: Tensor, codes: Codes) -> Tensor:
+    """Attention of one block; differentiable. The codes may have one row for the whole batch."""
+    batch, queries, heads, width = q_BQHE.shape
+    groups = k_BLGE.shape[2]
+    shared = heads // groups  # R query heads share a key/value head: they become R times as many queries of it
+    admissible_BQL = codes.admissible()
+    # A finite floor instead of −inf: a query with no key then gets a harmless mean (set to 0 below), never NaN.
+    floor = torch.finfo(q_BQHE.dtype).min / 2
+    bias_BQL = torch.zeros((), dtype=q_BQHE.dtype, device=q_BQHE.device).where(admissible_BQL, floor)
+    q_BGME = q_BQHE.view(batch, queries, groups, shared, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    bias_B1ML = bias_BQL[:, None].repeat(1, 1, shared, 1) if shared > 1 else bias_BQL[:, None]
+    out_BGME = F.scaled_dot_product_attention(
+        q_BGME, k_BLGE.transpose(1, 2), v_BLGE.transpose(1, 2), attn_mask=bias_B1ML
+    )
+    out_BGRQE = out_BGME.reshape(batch, groups, shared, queries, width)
+    out_BQHE = out_BGRQE.permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)
+    return out_BQHE.where(admissible_BQL.any(dim=2)[:, :, None, None], 0.0)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BQHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, codes: Codes, blocks: list[_Block]) -> Tensor:
+        ctx.save_for_backward(q_BQHE, k_BJGE, v_BJGE)
+        ctx.codes, ctx.blocks = codes, blocks
+        out_BQHE = torch.zeros_like(q_BQHE)
+        for block in blocks:
+            q, k, v = block.of_queries(q_BQHE), block.of_keys(k_BJGE), block.of_keys(v_BJGE)
+            block.of_queries(out_BQHE).copy_(_attend(q, k, v, block.of_codes(codes)))
+        return out_BQHE
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad_out_BQHE,) = grad_outputs
+        q_BQHE, k_BJGE, v_BJGE = ctx.saved_tensors
+        codes: Codes = ctx.codes
+        blocks: list[_Block] = ctx.blocks
+        # a key is in many blocks: its gradient is summed in at least float32
+        wide = accumulation_dtype(k_BJGE.dtype)
+        grad_q_BQHE = torch.zeros_like(q_BQHE)
+        grad_k_BJGE, grad_v_BJGE = torch.zeros_like(k_BJGE, dtype=wide), torch.zeros_like(v_BJGE, dtype=wide)
+        for block in blocks:
+            q, k, v = (
+                part.detach().requires_grad_()
+                for part in (block.of_queries(q_BQHE), block.of_keys(k_BJGE), block.of_keys(v_BJGE))
+            )
+            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+                out = _attend(q, k, v, block.of_codes(codes))
+            grad_q, grad_k, grad_v = torch.autograd.grad(out, (q, k, v), block.of_queries(grad_out_BQHE))
+            block.of_queries(grad_q_BQHE).copy_(grad_q)
+            block.add_to_keys(grad_k_BJGE, grad_k)
+            block.add_to_keys(grad_v_BJGE, grad_v)
+        return grad_q_BQHE, grad_k_BJGE.to(k_BJGE.dtype), grad_v_BJGE.to(v_BJGE.dtype), None, None

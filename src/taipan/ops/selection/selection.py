@@ -1,0 +1,94 @@
+"""Selected tokens moved to the front of their row, so that what follows costs only what was selected."""
+
+from dataclasses import dataclass
+
+import torch
+
+from taipan.errors import InputError
+from taipan.shapes import BoolBS, BoolBT, FloatBSD, FloatBTD, IntB, IntBS, IntN
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of each row were selected; S is the largest count of the batch (0 if nothing is selected)."""
+
+    index_BS: IntBS
+    """int64 time of the s-th selected token of each row, in increasing order; 0 where absent."""
+    present_BS: BoolBS
+    """Whether a row has an s-th selected token; the present ones come first."""
+    count_B: IntB
+    """int64 number of selected tokens of each row."""
+    tokens: int
+    """T, the length of the rows selected from."""
+    source_N: IntN
+    """Row-major number b·T + t of every selected token of the batch."""
+    target_N: IntN | None
+    """Row-major number b·S + s of the same tokens; None if no entry is absent (then it is 0, 1, 2, …)."""
+
+    @property
+    def everything(self) -> bool:
+        """Whether every token of every row is selected."""
+        return self.target_N is None and self.index_BS.shape[1] == self.tokens
+
+
+def select_tokens(mask_BT: BoolBT) -> Selection:
+    """The selected (True) tokens of each row in order of time, padded to the largest count of the batch.
+
+    Raises:
+        InputError: the mask is not boolean of two dimensions.
+    """
+    if mask_BT.ndim != 2 or mask_BT.dtype != torch.bool:
+        raise InputError(f"select_tokens: mask is {mask_BT.dtype} {tuple(mask_BT.shape)}; expected torch.bool (B, T).")
+    batch, tokens = mask_BT.shape
+    device = mask_BT.device
+    source_N = mask_BT.flatten().nonzero().flatten()
+    count_B = mask_BT.sum(dim=1)
+    longest = int(count_B.max()) if batch > 0 else 0
+    present_BS = torch.arange(longest, device=device) < count_B[:, None]
+    if source_N.numel() == batch * longest:
+        target_N = None
+        index_BS = source_N.view(batch, longest) % max(tokens, 1)
+    else:
+        target_N = present_BS.flatten().nonzero().flatten()
+        index_BS = torch.zeros(batch * longest, dtype=torch.int64, device=device)
+        index_BS = index_BS.index_copy(0, target_N, source_N % tokens).view(batch, longest)
+    return Selection(index_BS, present_BS, count_B, tokens, source_N, target_N)
+
+
+def gather(x_BTD: FloatBTD, selection: Selection) -> FloatBSD:
+    """The selected tokens of ``x_BTD``, zeros where absent; ``x_BTD`` itself if every token is selected.
+
+    Raises:
+        InputError: ``x_BTD`` is not of the batch and length the selection was made from.
+    """
+    _check_fit("gather", x_BTD, selection.count_B.numel(), selection.tokens)
+    if selection.everything:
+        return x_BTD
+    batch, longest = selection.index_BS.shape
+    x_ND = x_BTD.flatten(0, 1).index_select(0, selection.source_N)
+    if selection.target_N is not None:
+        x_ND = x_ND.new_zeros(batch * longest, x_ND.shape[1]).index_copy(0, selection.target_N, x_ND)
+    return x_ND.view(batch, longest, x_ND.shape[1])
+
+
+def scatter(out_BSD: FloatBSD, selection: Selection, base_BTD: FloatBTD) -> FloatBTD:
+    """``base_BTD`` with each selected token replaced by its row of ``out_BSD``; absent entries go nowhere.
+
+    Raises:
+        InputError: the tensors do not fit the selection or are of different dtypes.
+    """
+    _check_fit("scatter", base_BTD, selection.count_B.numel(), selection.tokens)
+    _check_fit("scatter", out_BSD, *selection.index_BS.shape)
+    if out_BSD.dtype != base_BTD.dtype:
+        raise InputError(f"scatter: out is {out_BSD.dtype}, base is {base_BTD.dtype}; give them one dtype.")
+    if selection.everything:
+        return out_BSD
+    out_ND = out_BSD.flatten(0, 1)
+    if selection.target_N is not None:
+        out_ND = out_ND.index_select(0, selection.target_N)
+    return base_BTD.flatten(0, 1).index_copy(0, selection.source_N, out_ND).view(base_BTD.shape)
+
+
+def _check_fit(name: str, x: torch.Tensor, batch: int, length: int) -> None:
+    if x.ndim != 3 or x.shape[:2] != (batch, length):
+        raise InputError(f"{name}: got {tuple(x.shape)}; this selection needs ({batch}, {length}, D).")

@@ -1,0 +1,270 @@
+"""Windowed attention: portable = reference = PyTorch's own where that can say it; cost; absent and lonely queries."""
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from taipan.errors import ConfigError, InputError
+from taipan.ops.attention import windowed_attention
+from taipan.ops.attention.portable import block_size
+
+
+@dataclass(frozen=True)
+class Case:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_index: Tensor
+    key_index: Tensor
+    window: int | None
+    query_segment: Tensor | None = None
+    key_segment: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
+    def run(self, implementation: str) -> Tensor:
+        return windowed_attention(
+            self.q,
+            self.k,
+            self.v,
+            query_index_BQ=self.query_index,
+            key_index_BJ=self.key_index,
+            window=self.window,
+            query_segment_BQ=self.query_segment,
+            key_segment_BJ=self.key_segment,
+            implementation=implementation,
+        )
+
+    def run_with_gradients(self, implementation: str, grad_out: Tensor) -> tuple[Tensor, ...]:
+        leaves = tuple(x.detach().requires_grad_() for x in (self.q, self.k, self.v))
+        out = replace(self, q=leaves[0], k=leaves[1], v=leaves[2]).run(implementation)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype)))
+
+
+def dense(batch: int, length: int, heads: int, groups: int, width: int, window: int | None) -> Case:
+    """Every position a query and a key."""
+    index = torch.arange(length).expand(batch, length)
+    q, k, v = (torch.randn(batch, length, n, width, dtype=torch.float64) for n in (heads, groups, groups))
+    return Case(q, k, v, index, index, window)
+
+
+def _ragged(coordinates: list[Tensor], front: list[int], length: int) -> tuple[Tensor, Tensor]:
+    """(segment, index) rows of different lengths at different offsets, −1 (in segment 0) around them."""
+    segment, index = (
+        torch.zeros(len(coordinates), length, dtype=torch.int64),
+        torch.full((len(coordinates), length), -1),
+    )
+    for row, (entries, offset) in enumerate(zip(coordinates, front, strict=True)):
+        segment[row, offset : offset + len(entries)], index[row, offset : offset + len(entries)] = entries.unbind(1)
+    return segment, index
+
+
+@st.composite
+def ragged_cases(draw: st.DrawFn, longest: int) -> Case:
+    """Rows of documents; each row's queries and keys are random subsets of its tokens, padded in front and behind."""
+    batch, groups, shared = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    with_segments = draw(st.booleans())
+
+    def subset(tokens: Tensor, density: float) -> Tensor:
+        return tokens[torch.rand(len(tokens), generator=generator) < density]
+
+    rows: list[Tensor] = []
+    for _ in range(batch):
+        documents = draw(st.lists(st.integers(0, longest), min_size=1, max_size=3 if with_segments else 1))
+        rows.append(
+            torch.cat([torch.stack([torch.full((n,), d), torch.arange(n)], 1) for d, n in enumerate(documents)])
+        )
+    queries = [subset(row, draw(st.sampled_from([0.0, 0.15, 1.0]))) for row in rows]
+    keys = [subset(row, draw(st.sampled_from([0.0, 0.3, 1.0]))) for row in rows]
+    padded: list[tuple[Tensor, Tensor]] = []
+    for entries in (queries, keys):
+        front = draw(st.lists(st.integers(0, 4), min_size=batch, max_size=batch))
+        back = draw(st.integers(0, 3))
+        length = max(offset + len(row) for row, offset in zip(entries, front, strict=True)) + back
+        padded.append(_ragged(entries, front, length))
+    (query_segment, query_index), (key_segment, key_index) = padded
+    q, k, v = (
+        torch.randn(batch, index.shape[1], heads, 4, dtype=torch.float64, generator=generator)
+        for index, heads in ((query_index, groups * shared), (key_index, groups), (key_index, groups))
+    )
+    window = draw(st.one_of(st.none(), st.integers(1, 2 * longest)))
+    segments = (query_segment, key_segment) if with_segments else (None, None)
+    return Case(q, k, v, query_index, key_index, window, *segments)
+
+
+def assert_implementations_agree(case: Case) -> None:
+    grad_out = torch.randn_like(case.q)
+    for ours, oracle in zip(
+        case.run_with_gradients("portable", grad_out), case.run_with_gradients("reference", grad_out), strict=True
+    ):
+        torch.testing.assert_close(ours, oracle, rtol=1e-9, atol=1e-10)
+
+
+@given(ragged_cases(longest=12))
+@settings(max_examples=60, deadline=None)
+def test_portable_is_the_reference_within_one_block(case: Case) -> None:
+    assert_implementations_agree(case)
+
+
+@given(ragged_cases(longest=300))
+@settings(max_examples=40, deadline=None)
+def test_portable_is_the_reference_over_many_blocks(case: Case) -> None:
+    assert_implementations_agree(case)
+
+
+@pytest.mark.parametrize("window", [1, 40, 130, None])
+def test_rows_that_need_keys_far_apart_are_gathered(window: int | None) -> None:
+    """Row 0 selects densely at its start, row 1 at its end: the union of their keys is most of the sequence."""
+    index = torch.arange(1500)
+    query_index = torch.stack([index[:400], index[-400:]])
+    q, k, v = (torch.randn(2, n, 2, 4, dtype=torch.float64) for n in (400, 1500, 1500))
+    assert_implementations_agree(Case(q, k, v, query_index, index.expand(2, -1), window))
+
+
+@pytest.mark.parametrize("length", [5, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_window_of_the_whole_length_is_causal_attention(length: int, dtype: torch.dtype) -> None:
+    case = dense(2, length, 4, 2, 8, window=length).to(dtype)
+    expected = F.scaled_dot_product_attention(
+        case.q.transpose(1, 2), case.k.transpose(1, 2), case.v.transpose(1, 2), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    for implementation in ("portable", "reference"):
+        torch.testing.assert_close(case.run(implementation), expected)
+        torch.testing.assert_close(replace(case, window=None).run(implementation), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [50, 400])
+def test_precision_is_that_of_the_dtype(dtype: torch.dtype, length: int) -> None:
+    """Values and gradients against the float64 oracle of the same (rounded) inputs."""
+    case = dense(2, length, 4, 2, 16, window=100).to(dtype)
+    grad_out = torch.randn_like(case.q)
+    ours = case.run_with_gradients("portable", grad_out)
+    oracle = case.to(torch.float64).run_with_gradients("reference", grad_out.to(torch.float64))
+    for got, expected in zip(ours, oracle, strict=True):
+        assert got.dtype == dtype
+        error = (got.to(torch.float64) - expected).abs().max() / expected.abs().max()
+        assert error < 4 * torch.finfo(dtype).eps
+
+
+def test_reference_passes_gradcheck() -> None:
+    index = torch.tensor([[-1, 0, 1, 2, 0, 1], [0, 1, 2, 3, -1, -1]])
+    segment = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]])
+    q, k, v = (torch.randn(2, 6, heads, 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Case(q, k, v, index, index, 2, segment, segment).run("reference")
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+@pytest.mark.parametrize("implementation", ["portable", "reference"])
+@pytest.mark.parametrize("length", [8, 400])
+def test_absent_and_lonely_queries_give_zero_and_no_gradient(implementation: str, length: int) -> None:
+    index = torch.arange(length).expand(2, length).clone()
+    query_index, key_index = index.clone(), index.clone()
+    query_index[0, -3:] = -1  # absent
+    key_index[1, :5] = -1  # queries 0…3 of row 1 have no key in their window of 2; query 4 neither
+    q, k, v = (torch.randn(2, length, 2, 4) for _ in range(3))
+    out, *gradients = Case(q, k, v, query_index, key_index, 2).run_with_gradients(implementation, torch.ones_like(q))
+    silent = torch.zeros(2, length, dtype=torch.bool)
+    silent[0, -3:] = silent[1, :5] = True
+    assert (out[silent] == 0).all()
+    assert (out[~silent] != 0).all()
+    assert (gradients[0][silent] == 0).all()
+    assert all((gradient[1, :5] == 0).all() for gradient in gradients[1:])
+    assert all(gradient.isfinite().all() for gradient in (out, *gradients))
+
+
+@pytest.mark.parametrize("implementation", ["portable", "reference"])
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0), (600, 0), (0, 600)])
+def test_no_queries_or_no_keys(implementation: str, queries: int, keys: int) -> None:
+    segments = (torch.zeros(2, queries, dtype=torch.int64), torch.zeros(2, keys, dtype=torch.int64))
+    index = (torch.arange(queries).expand(2, -1), torch.arange(keys).expand(2, -1))
+    q, k, v = (torch.randn(2, n, 2, 4) for n in (queries, keys, keys))
+    for more in ((), segments):
+        case = Case(q, k, v, *index, 100, *more)
+        out, *gradients = case.run_with_gradients(implementation, torch.ones_like(q))
+        assert (out == 0).all()
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_decoding_one_query_is_the_last_row_of_the_whole() -> None:
+    case = dense(2, 700, 4, 2, 8, window=64)
+    last = replace(case, q=case.q[:, -1:], query_index=case.query_index[:, -1:])
+    torch.testing.assert_close(last.run("portable"), case.run("portable")[:, -1:])
+
+
+def test_autocast_does_not_change_the_dtype() -> None:
+    for length in (20, 300):
+        case = dense(1, length, 2, 1, 8, window=50).to(torch.float32)
+        expected = case.run_with_gradients("portable", torch.ones_like(case.q))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = case.run_with_gradients("portable", torch.ones_like(case.q))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = (leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.elements = max(self.elements, *made, 0)
+        return result
+
+
+def test_memory_follows_the_window_not_the_length() -> None:
+    batch, length, heads, window = 1, 16384, 1, 256
+    case = dense(batch, length, heads, 1, 8, window=window).to(torch.float32)
+    with LargestTensor() as largest:
+        case.run_with_gradients("portable", torch.ones_like(case.q))
+    block = block_size(window)
+    assert largest.elements <= max(block * (window + block) * batch * heads, case.q.numel())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"window": 0}, ConfigError, "window is 0"),
+        ({"q": torch.zeros(2, 6, 3, 8)}, InputError, "3 query heads cannot share 2"),
+        ({"q": torch.zeros(1, 6, 4, 8)}, InputError, r"expected \(B, Q, H, E\)"),
+        ({"v": torch.zeros(2, 6, 2, 8, dtype=torch.float64)}, InputError, "one dtype"),
+        ({"query_index": torch.zeros(2, 6, dtype=torch.int32)}, InputError, "query_index is torch.int32"),
+        ({"query_segment": torch.zeros(2, 6, dtype=torch.int64)}, InputError, "segments for both"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    case = replace(dense(2, 6, 4, 2, 8, window=4).to(torch.float32), **change)
+    checked_by_us = inspect.unwrap(windowed_attention)  # below the shape checks that only tests have
+    with pytest.raises(error, match=message):
+        checked_by_us(
+            case.q,
+            case.k,
+            case.v,
+            query_index_BQ=case.query_index,
+            key_index_BJ=case.key_index,
+            window=case.window,
+            query_segment_BQ=case.query_segment,
+            key_segment_BJ=case.key_segment,
+        )
+
+
+def test_an_unknown_implementation_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match="portable"):
+        dense(1, 2, 1, 1, 2, window=None).run("fast")
