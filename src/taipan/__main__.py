@@ -1,0 +1,5 @@
+"""`python -m taipan` is `taipan`."""
+
+from taipan.cli.main import main
+
+main()
