@@ -27,7 +27,9 @@ class Implementation(Protocol):
         initial_state_BHPN: Tensor | None = None,
         segment_BT: Tensor | None = None,
         chunk_size: int = 64,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Return y and the final state."""
+        ...
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {"portable": ssd_portable, "reference": ssd_chunked}

@@ -13,8 +13,8 @@ product for all heads of a group. What is kept for the backward is the inputs, t
 chunks; decays are computed again.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -240,11 +240,15 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BTHP: Tensor | None, dfinal_BHPN: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            gradients = _scan_backward(*ctx.saved_tensors, ctx.chunk, dy_BTHP, dfinal_BHPN)
-        dx, ddt, dA, dB, dC, dD, dinitial = gradients
-        return dx, ddt, dA, dB, dC, dD, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = cast(tuple[Any, ...], ctx.saved_tensors)
+        dy_BTHP, dfinal_BHPN = grad_outputs
+        with torch.autocast(saved[0].device.type, enabled=False):
+            *gradients, dinitial = _scan_backward(*saved, chunk=ctx.chunk, dy_BTHP=dy_BTHP, dfinal_BHPN=dfinal_BHPN)
+        return *gradients, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None
+
+
+_apply = cast(Callable[..., tuple[Tensor, Tensor]], _SSD.apply)
 
 
 def _scan_backward(
@@ -257,6 +261,7 @@ def _scan_backward(
     segment_BT: Tensor | None,
     y_BTHP: Tensor,
     states: Tensor,
+    *,
     chunk: int,
     dy_BTHP: Tensor | None,
     dfinal_BHPN: Tensor | None,
@@ -361,17 +366,15 @@ def _step(
     """One token: the recurrence itself, in plain autograd."""
     accumulate = accumulation_dtype(x_BTHP.dtype)
     x_BHP, dt_BH = x_BTHP[:, 0].to(accumulate), dt_BTH[:, 0].to(accumulate)
-    B_BGN, C_BGN = B_BTGN[:, 0].to(accumulate), C_BTGN[:, 0].to(accumulate)
-    heads, groups = x_BHP.shape[1], B_BGN.shape[1]
-    if groups > 1:
-        B_BGN = B_BGN.repeat_interleave(heads // groups, dim=1)
-        C_BGN = C_BGN.repeat_interleave(heads // groups, dim=1)
+    b, c = B_BTGN[:, 0].to(accumulate), C_BTGN[:, 0].to(accumulate)
+    if b.shape[1] > 1:
+        b, c = (group.repeat_interleave(x_BHP.shape[1] // group.shape[1], dim=1) for group in (b, c))
     decay_BH = torch.exp(dt_BH * A_H.to(accumulate))
     if segment_BT is not None:
         decay_BH = decay_BH * (segment_BT == 0)
     state_BHPN = decay_BH[..., None, None] * initial_state_BHPN.to(accumulate)
-    state_BHPN = torch.addcmul(state_BHPN, (dt_BH[..., None] * x_BHP)[..., None], B_BGN[:, :, None])
-    y_BHP = (state_BHPN * C_BGN[:, :, None]).sum(-1)
+    state_BHPN = torch.addcmul(state_BHPN, (dt_BH[..., None] * x_BHP)[..., None], b[:, :, None])
+    y_BHP = (state_BHPN * c[:, :, None]).sum(-1)
     if D_H is not None:
         y_BHP = torch.addcmul(y_BHP, D_H.to(accumulate)[:, None], x_BHP)
     return y_BHP[:, None].to(x_BTHP.dtype), state_BHPN
@@ -395,8 +398,7 @@ def ssd_portable(
         return _step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
     chunk = min(chunk_size, _CHUNK)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        y_BTHP, final_BHPN = _SSD.apply(*tensors, segment_BT, chunk)
-        return y_BTHP, final_BHPN
+        return _apply(*tensors, segment_BT, chunk)
     with torch.autocast(x_BTHP.device.type, enabled=False):
         y_BTHP, states = _scan(*tensors, segment_BT, chunk, keep_states=False)
     return y_BTHP.to(x_BTHP.dtype), states[:, 0]

@@ -129,7 +129,8 @@ def ssd_chunked(
         # 1. Decays: between two tokens of the chunk, from its entrance, and to its end.
         log_BHT = (dt * A_H.to(accumulate)).transpose(1, 2).cumsum(-1)
         log_L_BHTT = log_BHT[..., :, None] - log_BHT[..., None, :]
-        apart_BTT = (document_BT[:, :, None] != document_BT[:, None, :]) | torch.ones_like(log_L_BHTT[0, 0]).triu(1).bool()
+        later_TT = torch.ones_like(log_L_BHTT[0, 0], dtype=torch.bool).triu(1)
+        apart_BTT = (document_BT[:, :, None] != document_BT[:, None, :]) | later_TT
         L_BHTT = log_L_BHTT.masked_fill(apart_BTT[:, None], -torch.inf).exp()
         carried_BTH = (torch.exp(log_BHT) * (document_BT == 0)[:, None]).transpose(1, 2)
         # 2. Inside the chunk (block diagonal), 3. from the state at its entrance (low rank).

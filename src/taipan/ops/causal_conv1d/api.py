@@ -1,0 +1,103 @@
+"""The contract of the causal convolution op."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from taipan.errors import ConfigError, InputError
+from taipan.ops.causal_conv1d.portable import causal_conv1d_portable
+from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
+from taipan.ops.dispatch import select
+from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "portable": causal_conv1d_portable,
+    "reference": causal_conv1d_reference,
+}
+
+
+def causal_conv1d(
+    x_BTC: FloatBTC,
+    weight_CK: FloatCK,
+    bias_C: FloatC,
+    *,
+    initial_columns_BLC: FloatBLC | None = None,
+    segment_BT: IntBT | None = None,
+    length_B: IntB | None = None,
+    activation: str | None = "silu",
+    implementation: str = "portable",
+) -> tuple[FloatBTC, FloatBLC]:
+    """Depthwise causal convolution over time (the short convolution of Mamba-2), over a sequence or a piece of one.
+
+        y_t = activation(bias + Σ_k weight_k x_{t-K+1+k})
+
+    Args:
+        x_BTC: input, fp64, fp32, fp16 or bf16.
+        weight_CK: taps of each channel, oldest input first.
+        bias_C: bias of each channel.
+        initial_columns_BLC: the L = K - 1 inputs before the first token, oldest first, or None for zeros.
+        segment_BT: integer running segment number. 0 is the document of the initial columns; a tap never reaches
+            across a change of number. Padded tokens repeat the number of the last real one.
+        length_B: integer number of real tokens at the left of each row, 0 … T, or None when all are real.
+        activation: "silu" or None.
+        implementation: "portable" or "reference".
+
+    Returns:
+        y_BTC in the dtype of x (sums are fp32 for any x but fp64, and fp64 then), and the last K - 1 real inputs of
+        each row's last document, with zeros where it is shorter: the initial columns of the next piece. Differentiable
+        in x, weight, bias and initial columns.
+
+    Raises:
+        InputError: shapes or dtypes do not fit.
+        ConfigError: no such implementation or activation.
+    """
+    run = select("causal_conv1d", IMPLEMENTATIONS, implementation)
+    if activation not in ("silu", None):
+        raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; expected 'silu' or None")
+    _validate(x_BTC, weight_CK, bias_C, initial_columns_BLC, segment_BT, length_B)
+    return run(
+        x_BTC,
+        weight_CK,
+        bias_C,
+        initial_columns_BLC=initial_columns_BLC,
+        segment_BT=segment_BT,
+        length_B=length_B,
+        activation=activation,
+    )
+
+
+def _validate(
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor,
+    initial_columns_BLC: Tensor | None,
+    segment_BT: Tensor | None,
+    length_B: Tensor | None,
+) -> None:
+    if x_BTC.dim() != 3 or 0 in x_BTC.shape:
+        raise InputError(
+            f"causal_conv1d: x has shape {tuple(x_BTC.shape)}; expected (batch, tokens, channels), none 0"
+        )
+    if weight_CK.dim() != 2 or weight_CK.shape[1] < 2:
+        raise InputError(
+            f"causal_conv1d: weight has shape {tuple(weight_CK.shape)}; expected (channels, taps) with 2 taps or more"
+        )
+    batch, tokens, channels = x_BTC.shape
+    expected = {
+        "weight": (weight_CK, (channels, weight_CK.shape[1])),
+        "bias": (bias_C, (channels,)),
+        "initial_columns": (initial_columns_BLC, (batch, weight_CK.shape[1] - 1, channels)),
+        "segment": (segment_BT, (batch, tokens)),
+        "length": (length_B, (batch,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise InputError(
+                f"causal_conv1d: {name} has shape {tuple(tensor.shape)}; expected {shape} beside x {tuple(x_BTC.shape)}"
+            )
+    floating = {"x": x_BTC, "weight": weight_CK, "bias": bias_C, "initial_columns": initial_columns_BLC}
+    integer = {"segment": segment_BT, "length": length_B}
+    for name, tensor in {**floating, **integer}.items():
+        if tensor is not None and tensor.is_floating_point() == (name in integer):
+            kind = "integer" if name in integer else "floating point"
+            raise InputError(f"causal_conv1d: {name} is {tensor.dtype}; expected {kind}")
