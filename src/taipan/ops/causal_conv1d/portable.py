@@ -100,7 +100,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_BTC, weight_CK, bias_C, columns_BLC, segment_BT = cast(tuple[Any, ...], ctx.saved_tensors)
         dx, dweight, dbias, dcolumns = _backward(
             x_BTC, weight_CK, bias_C, columns_BLC, segment_BT, ctx.activation, grad_outputs[0]

@@ -240,7 +240,7 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
         dy_BTHP, dfinal_BHPN = grad_outputs
         with torch.autocast(saved[0].device.type, enabled=False):
