@@ -1,0 +1,17 @@
+"""Generation: works on anything that is called like the model."""
+
+from taipan.generation.engine import GenerateOutput, StepOutput, generate, stream
+from taipan.generation.mode import inference
+from taipan.generation.prefill import Reading, prefill
+from taipan.generation.settings import GenerationSettings
+
+__all__ = [
+    "GenerateOutput",
+    "GenerationSettings",
+    "Reading",
+    "StepOutput",
+    "generate",
+    "inference",
+    "prefill",
+    "stream",
+]
