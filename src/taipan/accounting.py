@@ -15,9 +15,9 @@ def _gate_parameters(config: TaipanConfig) -> int:
 
 
 def _mamba_linear_parameters(config: TaipanConfig) -> int:
-    return config.hidden_size * (2 * config.inner_size + 2 * config.n_groups * config.state_size + config.num_mamba_heads) + (
-        config.inner_size * config.hidden_size
-    )
+    return config.hidden_size * (
+        2 * config.inner_size + 2 * config.n_groups * config.state_size + config.num_mamba_heads
+    ) + (config.inner_size * config.hidden_size)
 
 
 def _mixer_parameters(config: TaipanConfig, kind: str) -> int:

@@ -320,7 +320,9 @@ class TaipanConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise ConfigError(f"Unknown model setting {key!r}{suggestion(key, known)}. See TaipanConfig for all of them.")
+                raise ConfigError(
+                    f"Unknown model setting {key!r}{suggestion(key, known)}. See TaipanConfig for all of them."
+                )
         values = dict(values)
         limit = values.get("time_step_limit")
         if limit is not None:
@@ -354,7 +356,9 @@ class TaipanConfig:
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist: expected a model directory with a config.json.") from error
         except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"{path} cannot be read as JSON ({error}): the file is damaged, restore or re-save it.") from error
+            raise ConfigError(
+                f"{path} cannot be read as JSON ({error}): the file is damaged, restore or re-save it."
+            ) from error
         if not isinstance(values, dict) or values.get("model_type") != "taipan":  # pyright: ignore[reportUnknownMemberType]
             raise ConfigError(f"{path} is not a Taipan configuration (its model_type is not 'taipan').")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -382,7 +386,9 @@ class TaipanConfig:
         if name not in PRESETS:
             raise ConfigError(f"Unknown preset {name!r}{suggestion(name, list(PRESETS))}. Known: {', '.join(PRESETS)}.")
         if setting not in SETTINGS:
-            raise ConfigError(f"Unknown setting {setting!r}{suggestion(setting, list(SETTINGS))}. Known: {', '.join(SETTINGS)}.")
+            raise ConfigError(
+                f"Unknown setting {setting!r}{suggestion(setting, list(SETTINGS))}. Known: {', '.join(SETTINGS)}."
+            )
         return cls.from_dict({**PRESETS[name], **SETTINGS[setting], **overrides})
 
 

@@ -1,0 +1,111 @@
+"""The Mamba-2 mixer of Dao & Gu 2024, parameter for parameter that of state-spaces/mamba."""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, nn
+
+from taipan.config import TaipanConfig
+from taipan.layers.init import a_log_, linear_, time_step_bias_
+from taipan.layout import Layout
+from taipan.ops.causal_conv1d import causal_conv1d
+from taipan.ops.gated_rms_norm import gated_rms_norm
+from taipan.ops.ssd import ssd
+from taipan.shapes import FloatBTD
+from taipan.state import Mamba2State, StateBuilder
+
+
+class GatedNorm(nn.Module):
+    """Holder of the gated norm's weight, so that it is called `mixer.norm.weight` as upstream."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+class Mamba2(nn.Module):
+    """in_proj → causal convolution + SiLU → SSD → gated RMSNorm → out_proj.
+
+    h_t = exp(dt_t A) h_{t−1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, per head; dt = softplus(dt + dt_bias) clamped to
+    `time_step_limit`, A = −exp(A_log), decay and state in at least fp32.
+    """
+
+    def __init__(self, config: TaipanConfig, implementations: dict[str, str]) -> None:
+        super().__init__()
+        self.config = config
+        self.implementations = implementations
+        heads, inner = config.num_mamba_heads, config.inner_size
+        self.in_proj = nn.Linear(config.hidden_size, inner + config.conv_size + heads, bias=False)
+        self.conv1d = nn.Conv1d(config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size)
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = GatedNorm(inner)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: FloatBTD, state: Mamba2State | None, layout: Layout) -> tuple[FloatBTD, StateBuilder]:
+        """Mix over time.
+
+        Args:
+            x_BTD: normed hidden states.
+            state: what came before; None for an empty context.
+            layout: padding and documents of this call.
+
+        Returns:
+            The branch's output (B, T, D), and how to build the state after it.
+        """
+        config, names = self.config, self.implementations
+        inner, bc = config.inner_size, config.n_groups * config.state_size
+        z, xbc, dt = self.in_proj(x_BTD).split([inner, config.conv_size, config.num_mamba_heads], dim=-1)
+        xbc, conv_BLC = causal_conv1d(
+            xbc,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_columns_BLC=None if state is None else state.conv_BLC.to(xbc.dtype),
+            segment_BT=layout.segment_BT,
+            length_B=layout.length_B,
+            activation="silu",
+            implementation=names["causal_conv1d"],
+        )
+        x, b, c = xbc.split([inner, bc, bc], dim=-1)
+        precise = torch.promote_types(xbc.dtype, torch.float32)
+        dt_BTH = F.softplus(dt.to(precise) + self.dt_bias.to(precise))
+        low, high = config.time_step_limit
+        if low > 0.0 or high != float("inf"):
+            dt_BTH = dt_BTH.clamp(low, high)
+        if layout.real_BT is not None:  # dt = 0 leaves the state where it is
+            dt_BTH = dt_BTH * layout.real_BT[..., None]
+        y_BTHP, ssm_BHPN = ssd(
+            x.unflatten(-1, (-1, config.mamba_head_dim)),
+            dt_BTH,
+            -torch.exp(self.A_log.to(precise)),
+            b.unflatten(-1, (config.n_groups, -1)),
+            c.unflatten(-1, (config.n_groups, -1)),
+            self.D.to(precise),
+            initial_state_BHPN=None if state is None else state.ssm_BHPN,
+            segment_BT=layout.segment_BT,
+            chunk_size=config.chunk_size,
+            implementation=names["ssd"],
+        )
+        y = gated_rms_norm(
+            y_BTHP.flatten(-2),
+            z,
+            self.norm.weight,
+            group_size=inner // config.n_groups,
+            eps=config.norm_eps,
+            implementation=names["gated_rms_norm"],
+        )
+        return self.out_proj(y), lambda: Mamba2State(conv_BLC, ssm_BHPN)
+
+    def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
+        """Upstream's distributions; `out_proj` scaled by `residual_scale`."""
+        config = self.config
+        linear_(self.in_proj.weight, generator)
+        linear_(self.conv1d.weight, generator, fan_in=config.conv_kernel)
+        assert self.conv1d.bias is not None
+        linear_(self.conv1d.bias, generator, fan_in=config.conv_kernel)
+        time_step_bias_(self.dt_bias, config.time_step_min, config.time_step_max, config.time_step_floor, generator)
+        a_log_(self.A_log, *config.A_init_range, generator)
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.norm.weight)
+        linear_(self.out_proj.weight, generator)
+        self.out_proj.weight.data.mul_(residual_scale)

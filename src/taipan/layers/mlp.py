@@ -1,0 +1,26 @@
+"""SwiGLU (Eq. 6)."""
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from taipan.layers.init import linear_
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), no biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, D) to (…, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
+        """Default linears; the branch's output scaled by `residual_scale`."""
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            linear_(linear.weight, generator)
+        self.down_proj.weight.data.mul_(residual_scale)

@@ -1,0 +1,431 @@
+"""The decoder and the language model: one forward for training, prefill in pieces and decoding."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Generator, Tensor, nn
+
+from taipan.config import TaipanConfig
+from taipan.errors import ConfigError, InputError
+from taipan.layers.attention import Attention
+from taipan.layers.gating import GateOutput, GateSchedule
+from taipan.layers.mamba2 import Mamba2
+from taipan.layers.mlp import SwiGLU
+from taipan.layers.norm import RMSNorm
+from taipan.layers.selective_attention import SelectiveAttention
+from taipan.layout import Layout, arrange
+from taipan.ops.linear_cross_entropy import linear_cross_entropy
+from taipan.shapes import FloatBTD, FloatBTV, IntBT
+from taipan.state import (
+    AttentionState,
+    DecoderState,
+    LayerState,
+    StateBuilder,
+    architecture_fingerprint,
+    empty_state,
+)
+
+if TYPE_CHECKING:
+    from taipan.data.tokenizer import Tokenizer
+
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "ssd": ("portable", "reference"),
+    "causal_conv1d": ("portable", "reference"),
+    "gated_rms_norm": ("portable", "reference"),
+    "attention": ("portable", "reference"),
+}
+"""Implementations of every op, the one that `auto` takes first."""
+
+
+def resolve_implementations(implementation: str) -> dict[str, str]:
+    """The implementation of every op, chosen once when a model is built.
+
+    Args:
+        implementation: `auto` (the best that runs here) or the name of one for all ops.
+
+    Raises:
+        ConfigError: no op has an implementation of this name.
+    """
+    if implementation == "auto":
+        return {op: names[0] for op, names in IMPLEMENTATIONS.items()}
+    known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
+    if implementation not in known:
+        raise ConfigError(f"implementation is {implementation!r}, but must be 'auto' or one of {', '.join(known)}.")
+    return {op: implementation for op in IMPLEMENTATIONS}
+
+
+class Block(nn.Module):
+    """Pre-norm mixer and, where the layer has one, pre-norm SwiGLU."""
+
+    def __init__(self, config: TaipanConfig, layer: int, implementations: dict[str, str]) -> None:
+        super().__init__()
+        kind = config.layer_types[layer]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer: Mamba2 | Attention
+        if kind == "mamba2":
+            self.mixer = Mamba2(config, implementations)
+        elif kind == "selective_attention":
+            self.mixer = SelectiveAttention(config, implementations, layer)
+        else:
+            window = config.sliding_window if kind == "sliding_attention" else None
+            self.mixer = Attention(config, implementations, window=window, rope=config.attention_rope)
+        self.mlp_norm: RMSNorm | None = None
+        self.mlp: SwiGLU | None = None
+        if config.has_mlp(layer):
+            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, h_BTD: FloatBTD, state: LayerState | None, layout: Layout, schedule: GateSchedule
+    ) -> tuple[FloatBTD, StateBuilder, GateOutput | None]:
+        """One layer: the residual stream in and out, how to build the next state, and the gate's decision if any."""
+        x_BTD = self.norm(h_BTD)
+        gate: GateOutput | None = None
+        if isinstance(self.mixer, SelectiveAttention):
+            attention_state = cast(AttentionState | None, state)
+            h_BTD, build, gate = self.mixer.refine(h_BTD, x_BTD, attention_state, layout, schedule)
+        else:
+            out_BTD, build = self.mixer(x_BTD, state, layout)
+            h_BTD = h_BTD + out_BTD
+        if self.mlp is not None and self.mlp_norm is not None:
+            h_BTD = h_BTD + self.mlp(self.mlp_norm(h_BTD))
+        return h_BTD, build, gate
+
+    def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
+        """Draw all parameters of the layer."""
+        self.norm.reset_parameters()
+        self.mixer.reset_parameters(generator, residual_scale)
+        if self.mlp is not None and self.mlp_norm is not None:
+            self.mlp_norm.reset_parameters()
+            self.mlp.reset_parameters(generator, residual_scale)
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What the decoder returns: normed hidden states where the caller's tokens stood, state, gates, layout."""
+
+    hidden_BTD: Tensor
+    build_state: Callable[[], DecoderState]
+    gates: tuple[GateOutput, ...]
+
+
+class TaipanDecoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: TaipanConfig, implementations: dict[str, str]) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, implementations) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.schedule = GateSchedule.at(config, 1.0)
+
+    def empty_state(self, batch_size: int) -> DecoderState:
+        """State before any token."""
+        weight = self.embed_tokens.weight
+        return empty_state(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+
+    def forward(
+        self,
+        tokens_BT: IntBT,
+        state: DecoderState | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run the layers; arguments as in `TaipanLM.forward`."""
+        self._check(tokens_BT)
+        batch = tokens_BT.shape[0]
+        if state is not None:
+            state.require(self.config, batch)
+        before = state or no_layers_state(self.config, batch, tokens_BT.device)
+        call = arrange(tokens_BT, before, attention_mask, segment_ids)
+        h_BTD = self.embed_tokens(call.tokens_BT)
+        if self.config.residual_in_fp32:
+            h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
+        builders: list[StateBuilder] = []
+        gates: list[GateOutput] = []
+        for number, layer in enumerate(self.layers):
+            layer_state = None if state is None else state.layers[number]
+            h_BTD, build, gate = layer(h_BTD, layer_state, call.layout, self.schedule)
+            builders.append(build)
+            if gate is not None:
+                gates.append(gate)
+
+        def build_state() -> DecoderState:
+            layers = tuple(build() for build in builders)
+            return DecoderState(layers, call.position_B, call.segment_B, architecture_fingerprint(self.config))
+
+        restored = tuple(restore_gate(gate, call.restore, attention_mask) for gate in gates)
+        return DecoderOutput(call.restore(self.norm(h_BTD)), build_state, restored)
+
+    def _check(self, tokens_BT: Tensor) -> None:
+        if tokens_BT.dim() != 2 or tokens_BT.shape[0] == 0 or tokens_BT.shape[1] == 0:
+            raise InputError(
+                f"The tokens have shape {tuple(tokens_BT.shape)}, but must be (batch, length) with at least one row and "
+                "one token: start an empty prompt with the end-of-text token."
+            )
+        low, high = (int(value) for value in tokens_BT.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(
+                f"Token id {low if low < 0 else high} is out of range: this model knows ids 0 to "
+                f"{self.config.vocab_size - 1}. Was the text encoded with another tokenizer?"
+            )
+
+
+def restore_gate(gate: GateOutput, restore: Callable[[Tensor], Tensor], attention_mask: Tensor | None) -> GateOutput:
+    """The gate's per-token values where the caller's tokens stood."""
+    if gate.real_BT is None:
+        return gate
+    assert attention_mask is not None
+    return GateOutput(
+        gate.layer,
+        restore(gate.scores_BT2),
+        restore(gate.selected_BT),
+        restore(gate.mask_BT),
+        restore(gate.alpha_BT),
+        attention_mask.bool(),
+        gate.noise,
+        gate.threshold,
+    )
+
+
+def no_layers_state(config: TaipanConfig, batch: int, device: torch.device) -> DecoderState:
+    """Positions and documents of an empty context, without building the layers' tensors."""
+    position = torch.zeros(batch, dtype=torch.int64, device=device)
+    from taipan.state import NO_SEGMENT
+
+    return DecoderState((), position, torch.full_like(position, NO_SEGMENT), architecture_fingerprint(config))
+
+
+class TaipanOutput:
+    """Result of `TaipanLM.forward`.
+
+    Attributes:
+        hidden_BTD: final normed hidden states; zero at padding.
+        gates: what the gate of every SAL decided, in order of layers.
+        loss: cross-entropy plus budget, if labels were given.
+        cross_entropy: mean nats per predicted token, if labels were given.
+        budget: λ Σ_n ‖C − rate_n‖² (Eq. 7), if labels were given.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderOutput,
+        head: Callable[[Tensor], Tensor],
+        *,
+        loss: Tensor | None = None,
+        cross_entropy: Tensor | None = None,
+        budget: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> None:
+        self.hidden_BTD = decoder.hidden_BTD
+        self.gates = decoder.gates
+        self.loss = loss
+        self.cross_entropy = cross_entropy
+        self.budget = budget
+        self._build_state = decoder.build_state
+        self._head = head
+        self._keep = logits_to_keep
+        self._grad = torch.is_grad_enabled()
+
+    @cached_property
+    def logits(self) -> FloatBTV:
+        """(B, T or `logits_to_keep`, V); computed when first read, so that a training step never holds them."""
+        with torch.set_grad_enabled(self._grad):
+            return self._head(self.hidden_BTD[:, -self._keep :] if self._keep else self.hidden_BTD)
+
+    @cached_property
+    def state(self) -> DecoderState:
+        """State after the tokens of this call; built when first read."""
+        with torch.set_grad_enabled(self._grad):
+            return self._build_state()
+
+
+class TaipanLM(nn.Module):
+    """Decoder-only language model; its `layer_types` make it Taipan, Mamba-2, Jamba, Samba-like or Transformer++.
+
+    Args:
+        config: the architecture.
+        implementation: `auto`, or the name of an op implementation to use throughout.
+        generator: source of all random numbers of the initialisation.
+    """
+
+    def __init__(
+        self, config: TaipanConfig, *, implementation: str = "auto", generator: Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.implementations = resolve_implementations(implementation)
+        self.model = TaipanDecoder(config, self.implementations)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if self.lm_head.weight.device.type != "meta":
+            self.init_weights(generator)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        tokens_BT: IntBT,
+        state: DecoderState | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> TaipanOutput:
+        """Run the model over T tokens after an optional state.
+
+        Args:
+            tokens_BT: int64 token ids.
+            state: what came before; any split of a text over several calls gives what one call gives.
+            attention_mask: (B, T), nonzero where a token is real: left or right padding, or holes.
+            segment_ids: (B, T) integers, a change starts a new document with nothing of the old one left.
+            labels: (B, T) ids to predict, shifted inside (logits[t] predicts labels[t + 1]); −100 is ignored, and so
+                is the first token of a document.
+            logits_to_keep: logits of the last so many places only; 0 = all.
+            num_items_in_batch: predicted tokens of the whole accumulated batch; the loss is then this call's share.
+
+        Returns:
+            `TaipanOutput` with `.logits`, `.state`, `.gates` and, with labels, `.loss`, `.cross_entropy`, `.budget`.
+
+        Raises:
+            InputError: ids out of range, no tokens, or shapes that do not fit.
+            StateError: the state is of another model or batch.
+        """
+        decoder = self.model(tokens_BT, state, attention_mask, segment_ids)
+        if labels is None:
+            return TaipanOutput(decoder, self.lm_head, logits_to_keep=logits_to_keep)
+        return compute_loss(
+            decoder,
+            self.lm_head,
+            self.config,
+            self.model.schedule,
+            labels,
+            attention_mask,
+            segment_ids,
+            num_items_in_batch,
+            logits_to_keep,
+        )
+
+    def generate(self, tokens_BT: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Continue each row; see `taipan.generation.engine.generate` for all options and the result."""
+        from taipan.generation.engine import generate
+
+        return generate(self, tokens_BT, attention_mask, **options)
+
+    def empty_state(self, batch_size: int) -> DecoderState:
+        """State before any token."""
+        return self.model.empty_state(batch_size)
+
+    def set_progress(self, fraction: float) -> None:
+        """Put budget, temperature and noise where their schedules are at this fraction of training, 0 to 1.
+
+        A new or loaded model stands at 1.
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise ConfigError(f"The progress of training is {fraction}, but must be a fraction between 0 and 1.")
+        self.model.schedule = GateSchedule.at(self.config, fraction)
+
+    @property
+    def sals(self) -> list[SelectiveAttention]:
+        """The Selective Attention Layers, in order."""
+        return [module for module in self.modules() if isinstance(module, SelectiveAttention)]
+
+    # ------------------------------------------------------------------ weights
+
+    def init_weights(self, generator: Generator | None = None) -> None:
+        """Draw all parameters: embedding N(0, initializer_range), the rest as each layer says.
+
+        The output linears of the residual branches are scaled by 1/√(number of branches), as upstream.
+        """
+        init_decoder(self.model, generator)
+        if not self.config.tie_word_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=self.config.initializer_range, generator=generator)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the configuration and the weights (a sample of every parameter)."""
+        return model_fingerprint(self, self.config)
+
+    def save_pretrained(self, directory: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
+        """Write `config.json`, `model.safetensors` and, if given, `tokenizer.json`; see `taipan.pretrained.save`."""
+        from taipan.pretrained import save
+
+        save(self, directory, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: torch.dtype | None = None, implementation: str = "auto"
+    ) -> "TaipanLM":
+        """Load a directory that `save_pretrained` wrote; see `taipan.pretrained.load`."""
+        from taipan.pretrained import load
+
+        return load(directory, dtype=dtype, implementation=implementation)
+
+
+def init_decoder(decoder: TaipanDecoder, generator: Generator | None) -> None:
+    """Draw all parameters of a decoder."""
+    config = decoder.config
+    nn.init.normal_(decoder.embed_tokens.weight, std=config.initializer_range, generator=generator)
+    branches = config.num_hidden_layers + sum(config.has_mlp(layer) for layer in range(config.num_hidden_layers))
+    for layer in decoder.layers:
+        cast(Block, layer).reset_parameters(generator, branches**-0.5)
+    decoder.norm.reset_parameters()
+
+
+def model_fingerprint(module: nn.Module, config: TaipanConfig) -> str:
+    """Hash of the configuration and of 16 values from every parameter and buffer."""
+    digest = hashlib.sha256(architecture_fingerprint(config).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 16)][:16].to(device="cpu", dtype=torch.float64)
+        digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def compute_loss(
+    decoder: DecoderOutput,
+    head: nn.Linear,
+    config: TaipanConfig,
+    schedule: GateSchedule,
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    logits_to_keep: int,
+) -> TaipanOutput:
+    """Cross-entropy of the next token plus the budget of Eq. 7; logits are never held whole.
+
+    With `num_items_in_batch` both parts are weighted by this call's share of the predicted tokens, so that the losses
+    of an accumulated batch add up to that of the whole.
+    """
+    if labels.shape != decoder.hidden_BTD.shape[:2]:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)} but the tokens have {tuple(decoder.hidden_BTD.shape[:2])}: give "
+            "one label per token (the shift by one is done inside)."
+        )
+    target = labels[:, 1:]
+    if attention_mask is not None:
+        target = target.masked_fill(~(attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()), -100)
+    if segment_ids is not None:
+        target = target.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], -100)
+    total, count = linear_cross_entropy(decoder.hidden_BTD[:, :-1].flatten(0, 1), head.weight, target.flatten())
+    cross_entropy = total / torch.as_tensor(count, device=total.device).clamp_min(1)
+    budget = cross_entropy.new_zeros(())
+    if config.attention_capacity > 0:
+        for gate in decoder.gates:
+            budget = budget + config.budget_weight * gate.budget_loss(schedule.capacity, config.budget_mean)
+    loss = cross_entropy + budget
+    if num_items_in_batch is not None:
+        loss = loss * (count / num_items_in_batch)
+    return TaipanOutput(
+        decoder, head, loss=loss, cross_entropy=cross_entropy, budget=budget, logits_to_keep=logits_to_keep
+    )

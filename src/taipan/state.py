@@ -1,0 +1,309 @@
+"""Everything a decoder remembers, as a value: passed in, passed out, never written in place."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from taipan.config import TaipanConfig
+from taipan.errors import StateError
+from taipan.io import atomic_write
+from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
+
+NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: whatever comes continues the document
+
+
+@dataclass(frozen=True)
+class Mamba2State:
+    """State of one Mamba-2 mixer: the last K − 1 inputs of the convolution and the fp32 SSM state."""
+
+    conv_BLC: FloatBLC
+    ssm_BHPN: FloatBHPN
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Keys and values of one attention mixer, a ring of W slots.
+
+    The o-th entry appended in the current document sits in slot o % W, so equal histories give equal states whatever
+    the splits were. `index_BW` is an entry's coordinate in the window (its position, or its ordinal among the
+    selected tokens), −1 where the slot is empty; `count_B` the entries appended in the current document so far.
+    """
+
+    key_BWGE: FloatBWGE
+    value_BWGE: FloatBWGE
+    index_BW: IntBW
+    count_B: IntB
+
+    def chronological(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and indices from the oldest slot to the newest, empty slots first."""
+        slots = self.index_BW.shape[1]
+        if slots == 0:
+            return self.key_BWGE, self.value_BWGE, self.index_BW
+        order_BW = (self.count_B[:, None] + torch.arange(slots, device=self.count_B.device)) % slots
+        return take(self.key_BWGE, order_BW), take(self.value_BWGE, order_BW), self.index_BW.gather(1, order_BW)
+
+    def append(
+        self,
+        key_BSGE: FloatBSGE,
+        value_BSGE: FloatBSGE,
+        index_BS: IntBS,
+        present_BS: BoolBS,
+        segment_BS: IntBS | None,
+        last_segment_B: IntB | None,
+        *,
+        window: int | None,
+    ) -> "AttentionState":
+        """State after these entries (absent ones at the back); a new document starts with an empty ring.
+
+        Args:
+            segment_BS: running segment number of each entry, 0 = the document this state belongs to.
+            last_segment_B: running segment number each row ends in; entries of earlier ones are forgotten.
+            window: W, or None to grow without bound (full attention).
+        """
+        total_B = present_BS.sum(1)
+        old_B = self.count_B
+        kept_B = total_B
+        if segment_BS is not None and last_segment_B is not None:
+            old_B = torch.where(last_segment_B == 0, old_B, 0)
+            kept_B = (present_BS & (segment_BS == last_segment_B[:, None])).sum(1)
+        count_B = old_B + kept_B
+        if window is None:
+            window = int(count_B.max())
+        slot_W = torch.arange(window, device=count_B.device)
+        # the newest ordinal that lives in each slot
+        ordinal_BW = slot_W + window * torch.div(count_B[:, None] - 1 - slot_W, window, rounding_mode="floor")
+        filled_BW = ordinal_BW >= 0
+        fresh_BW = filled_BW & (ordinal_BW >= old_B[:, None])
+        source_BW = (total_B - kept_B - old_B)[:, None] + ordinal_BW
+
+        def merge(new: Tensor, old: Tensor) -> Tensor:
+            if old.shape[1] < window:
+                old = torch.cat([old, old.new_zeros(old.shape[0], window - old.shape[1], *old.shape[2:])], 1)
+            if new.shape[1] == 0:
+                return old
+            moved = take(new, source_BW.clamp(0, new.shape[1] - 1))
+            shape = (*fresh_BW.shape, *([1] * (new.dim() - 2)))
+            keep = torch.where((filled_BW & ~fresh_BW).view(shape), old[:, :window], torch.zeros((), dtype=old.dtype))
+            return torch.where(fresh_BW.view(shape), moved.to(old.dtype), keep)
+
+        index_BW = torch.where(filled_BW, merge(index_BS, self.index_BW), -1)
+        return AttentionState(merge(key_BSGE, self.key_BWGE), merge(value_BSGE, self.value_BWGE), index_BW, count_B)
+
+
+LayerState = Mamba2State | AttentionState
+StateBuilder = Callable[[], LayerState]
+"""A layer hands over how to build its next state; in training nobody asks and the work is saved."""
+
+
+def take(values: Tensor, index_BW: Tensor) -> Tensor:
+    """values[b, index[b, w]] for every b and w, whatever the trailing dimensions."""
+    rows = torch.arange(index_BW.shape[0], device=index_BW.device)[:, None]
+    return values[rows, index_BW]
+
+
+class Fingerprinted(Protocol):
+    """What saving and loading a state needs to know of a model."""
+
+    config: TaipanConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of configuration and weights."""
+        ...
+
+    def empty_state(self, batch_size: int) -> "DecoderState":
+        """State before any token."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """State of a whole decoder.
+
+    Attributes:
+        layers: state of every layer, in order.
+        position_B: tokens seen in the current document of each row.
+        segment_B: segment id of the last token of each row, `NO_SEGMENT` if none was given yet.
+        architecture: fingerprint of the configuration this state belongs to.
+    """
+
+    layers: tuple[LayerState, ...]
+    position_B: Tensor
+    segment_B: Tensor
+    architecture: str
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.position_B.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, `layers.3.ssm_BHPN` and the like."""
+        out = {"position_B": self.position_B, "segment_B": self.segment_B}
+        for number, layer in enumerate(self.layers):
+            for field in fields(layer):
+                out[f"layers.{number}.{field.name}"] = getattr(layer, field.name)
+        return out
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DecoderState":
+        """State with a function applied to every tensor."""
+        layers = tuple(
+            replace(layer, **{field.name: function(getattr(layer, field.name)) for field in fields(layer)})
+            for layer in self.layers
+        )
+        return replace(self, layers=layers, position_B=function(self.position_B), segment_B=function(self.segment_B))
+
+    def fork(self) -> "DecoderState":
+        """Independent copy (forward never writes into a state, so plain sharing is safe too)."""
+        return self.map(lambda tensor: tensor.detach().clone())
+
+    def detach(self) -> "DecoderState":
+        """The same values outside the autograd graph."""
+        return self.map(lambda tensor: tensor.detach())
+
+    def to(self, device: torch.device | str) -> "DecoderState":
+        """The same values on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def select(self, rows_B: Tensor) -> "DecoderState":
+        """State made of these rows, repeats allowed (beams, broadcasting one prefix to many continuations).
+
+        Args:
+            rows_B: int64 indices of rows.
+
+        Raises:
+            StateError: an index is out of range.
+        """
+        if rows_B.numel() and (int(rows_B.min()) < 0 or int(rows_B.max()) >= self.batch_size):
+            raise StateError(
+                f"Rows {rows_B.tolist()} were asked of a state with {self.batch_size} rows: "
+                f"give indices from 0 to {self.batch_size - 1}."
+            )
+        return self.map(lambda tensor: tensor.index_select(0, rows_B))
+
+    def save(self, path: str | Path, model: Fingerprinted) -> None:
+        """Write the state as safetensors, with the fingerprint of the model it belongs to; atomic.
+
+        Raises:
+            StateError: the state is not this model's.
+        """
+        self.require(model.config)
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.tensors().items()}
+        metadata = {"format": "taipan-state-1", "model": model.fingerprint, "architecture": self.architecture}
+        atomic_write(Path(path), serialize(tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, model: Fingerprinted) -> "DecoderState":
+        """Read a state that `save` wrote.
+
+        Raises:
+            StateError: the file is missing or damaged, or belongs to another model.
+        """
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType, reportNoOverloadImplementation]
+                metadata: dict[str, str] = file.metadata() or {}
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{path} cannot be read as a saved state ({error}): save it again.") from error
+        if metadata.get("format") != "taipan-state-1":
+            raise StateError(
+                f"{path} is a safetensors file, but not a saved state: expected one written by state.save()."
+            )
+        if metadata.get("model") != model.fingerprint:
+            raise StateError(
+                f"{path} belongs to another model (its fingerprint is {metadata.get('model', '?')[:12]}, this model's is "
+                f"{model.fingerprint[:12]}): load the model that made it, or build the state again from the text."
+            )
+        rows = tensors["position_B"].shape[0] if "position_B" in tensors else 0
+        like = model.empty_state(rows)
+        if set(like.tensors()) != set(tensors):
+            raise StateError(f"{path} is damaged: its tensors are not those of this model's state. Save it again.")
+        layers = tuple(
+            replace(layer, **{field.name: tensors[f"layers.{number}.{field.name}"] for field in fields(layer)})
+            for number, layer in enumerate(like.layers)
+        )
+        return cls(layers, tensors["position_B"], tensors["segment_B"], like.architecture)
+
+    def require(self, config: TaipanConfig, batch_size: int | None = None) -> None:
+        """Refuse a model or batch this state does not belong to.
+
+        Raises:
+            StateError: naming what differs.
+        """
+        if self.architecture != architecture_fingerprint(config):
+            raise StateError(
+                "This state belongs to a model of another configuration: pass the state that this model returned, "
+                "or state=None to start from an empty context."
+            )
+        if batch_size is not None and batch_size != self.batch_size:
+            raise StateError(
+                f"This state has {self.batch_size} rows but the tokens have {batch_size}: use state.select(rows) to "
+                "repeat or pick rows."
+            )
+
+
+def architecture_fingerprint(config: TaipanConfig) -> str:
+    """Hash of all configuration fields that shape a state or its meaning; cached per configuration object."""
+    cached: str | None = config.__dict__.get("_architecture_fingerprint")
+    if cached is None:
+        import hashlib
+
+        values: dict[str, Any] = config.to_dict()
+        cached = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        object.__setattr__(config, "_architecture_fingerprint", cached)
+    return cached
+
+
+def empty_state(
+    config: TaipanConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
+) -> DecoderState:
+    """State before any token.
+
+    Args:
+        config: the model's configuration.
+        batch_size: rows.
+        dtype: of activations (convolution columns, keys and values); the SSM state is at least fp32.
+        device: where the tensors live.
+    """
+    ssm_dtype = torch.promote_types(dtype, torch.float32)
+    layers: list[LayerState] = []
+    for kind in config.layer_types:
+        if kind == "mamba2":
+            conv = torch.zeros(batch_size, config.conv_kernel - 1, config.conv_size, dtype=dtype, device=device)
+            shape = (batch_size, config.num_mamba_heads, config.mamba_head_dim, config.state_size)
+            layers.append(Mamba2State(conv, torch.zeros(shape, dtype=ssm_dtype, device=device)))
+        else:
+            layers.append(empty_attention_state(config, kind, batch_size, dtype=dtype, device=device))
+    position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return DecoderState(
+        tuple(layers), position, torch.full_like(position, NO_SEGMENT), architecture_fingerprint(config)
+    )
+
+
+def empty_attention_state(
+    config: TaipanConfig, kind: str, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
+) -> AttentionState:
+    """Attention state before any token: all W slots from the start, so that its size never changes."""
+    slots = 0 if kind == "full_attention" else config.sliding_window
+    if kind == "selective_attention" and config.attention_capacity == 0:
+        slots = 0
+    shape = (batch_size, slots, config.kv_heads, config.head_dim)
+    return AttentionState(
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.full((batch_size, slots), -1, dtype=torch.int64, device=device),
+        torch.zeros(batch_size, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,154 @@
+"""State is a value: constant in size, never written in place, saved and loaded for one model only."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taipan import DecoderState
+from taipan.accounting import state_bytes
+from taipan.errors import StateError
+from taipan.state import AttentionState
+from tests.models import STACKS, VARIANTS, random_tokens, small_model
+from tests.test_model_splits import assert_same_state
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@torch.no_grad()
+def test_size_is_what_accounting_says_and_constant(stack: str) -> None:
+    model = small_model(stack, dtype=torch.float32)
+    state = None
+    for length in (1, 5, 30, 200):
+        state = model(random_tokens(2, length), state=state).state
+        seen = int(state.position_B[0])
+        assert state.nbytes == state_bytes(model.config, seen, batch=2)
+    assert model.empty_state(2).nbytes == state_bytes(model.config, 0, batch=2)
+    if "full_attention" not in STACKS[stack]:
+        assert state is not None
+        assert state.nbytes == model.empty_state(2).nbytes
+
+
+@torch.no_grad()
+def test_forward_never_writes_into_the_given_state() -> None:
+    model = small_model("taipan")
+    state = model(random_tokens(2, 9)).state
+    before = state.fork()
+    for _ in range(2):
+        model(random_tokens(2, 5, 1), state=state).state  # noqa: B018
+        model(random_tokens(2, 1, 2), state=state).state  # noqa: B018
+    assert_same_state(state, before, 0.0)
+
+
+@torch.no_grad()
+def test_forks_go_separate_ways() -> None:
+    model, prefix = small_model("taipan"), random_tokens(1, 9)
+    state = model(prefix).state
+    left, right = random_tokens(1, 4, 1), random_tokens(1, 4, 2)
+    for continuation in (left, right):
+        whole = model(torch.cat([prefix, continuation], 1))
+        assert_same_state(model(continuation, state=state.fork()).state, whole.state)
+    both = model(torch.cat([left, right]), state=state.select(torch.tensor([0, 0])))
+    assert_same_state(both.state.select(torch.tensor([1])), model(right, state=state).state)
+
+
+@torch.no_grad()
+def test_save_and_load(tmp_path: Path) -> None:
+    model = small_model("taipan")
+    state = model(random_tokens(2, 9)).state
+    state.save(tmp_path / "state.safetensors", model)
+    loaded = DecoderState.load(tmp_path / "state.safetensors", model)
+    assert_same_state(loaded, state, 0.0)
+    token = random_tokens(2, 1)
+    assert torch.equal(model(token, state=loaded).logits, model(token, state=state).logits)
+
+
+@torch.no_grad()
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, token = small_model("taipan"), random_tokens(2, 1)
+    state = model(random_tokens(2, 9)).state
+    state.save(tmp_path / "state.safetensors", model)
+    with pytest.raises(StateError, match="another model"):
+        DecoderState.load(tmp_path / "state.safetensors", small_model("taipan", seed=1))
+    other = small_model("taipan", sliding_window=8)
+    with pytest.raises(StateError, match="another configuration"):
+        other(token, state=state)
+    with pytest.raises(StateError, match="another configuration"):
+        state.save(tmp_path / "other.safetensors", other)
+    with pytest.raises(StateError, match="2 rows but the tokens have 3"):
+        model(random_tokens(3, 1), state=state)
+    with pytest.raises(StateError, match="from 0 to 1"):
+        state.select(torch.tensor([2]))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "missing", "foreign"])
+@torch.no_grad()
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    model, path = small_model("taipan"), tmp_path / "state.safetensors"
+    model(random_tokens(1, 3)).state.save(path, model)
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "garbage":
+        path.write_bytes(b"not a state")
+    elif damage == "missing":
+        path.unlink()
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(StateError, match="state.safetensors"):
+        DecoderState.load(path, model)
+
+
+@given(
+    window=st.integers(1, 5),
+    pieces=st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=7), min_size=1, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_ring_holds_the_newest_entries_of_the_document(window: int, pieces: list[list[tuple[bool, bool]]]) -> None:
+    """Against a plain list: append entries (a new document may start before any of them), keep the last W."""
+    empty = torch.zeros(1, window, 1, 1)
+    state = AttentionState(empty, empty, torch.full((1, window), -1), torch.zeros(1, dtype=torch.int64))
+    kept: list[int] = []
+    number = 0
+    for piece in pieces:
+        segment, entries = 0, []
+        for new_document, present in piece:
+            if new_document:
+                segment, kept = segment + 1, []
+            if present:
+                number += 1
+                entries.append((number, segment))
+                kept.append(number)
+        values = torch.tensor([[float(n) for n, _ in entries]]).view(1, len(entries), 1, 1)
+        index = torch.tensor([[n for n, _ in entries]], dtype=torch.int64).view(1, -1)
+        segments = torch.tensor([[s for _, s in entries]], dtype=torch.int64).view(1, -1)
+        present_BS = torch.ones(1, len(entries), dtype=torch.bool)
+        state = state.append(values, -values, index, present_BS, segments, torch.tensor([segment]), window=window)
+        assert state.count_B.item() == len(kept)
+        keys, minus, indices = state.chronological()
+        expected = [-1] * (window - len(kept)) + kept[-window:]
+        assert indices[0].tolist() == expected
+        assert keys[0, :, 0, 0].tolist() == [float(max(n, 0)) for n in expected]
+        assert torch.equal(minus, -keys)
+        for ordinal, n in enumerate(kept):
+            if ordinal >= len(kept) - window:
+                assert state.index_BW[0, ordinal % window] == n
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_flow_through_a_state_and_detach_stops_them(variant: str) -> None:
+    model, tokens = small_model("taipan", **VARIANTS[variant]), random_tokens(1, 12)
+    model(tokens).logits[:, 6:].square().sum().backward()
+    whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    first = model(tokens[:, :6])
+    model(tokens[:, 6:], state=first.state).logits.square().sum().backward()
+    split = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    model.zero_grad()
+    model(tokens[:, 6:], state=first.state.detach()).logits.square().sum().backward()
+    cut = [p.grad for p in model.parameters() if p.grad is not None]
+    assert any(not torch.allclose(a, b) for a, b in zip(whole, cut, strict=True))
