@@ -1,0 +1,383 @@
+"""Text to token ids and back: a thin face over ``tokenizers`` (which is imported only when a tokenizer is made)."""
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from taipan.errors import ConfigError, DataError, InputError
+from taipan.io import atomic_write, read_text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+_CONFIG_FILE = "tokenizer_config.json"
+_REPLACEMENT = "\ufffd"
+_PIECE_CHARS = 1 << 16
+# What the end-of-document token is called by GPT-2/NeoX, Llama 3, SentencePiece models and Gemma.
+_EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+
+# GPT-4's split, with the indentation of a line kept together with the line break (and the punctuation) before it.
+# CPython's asyncio, email and xml at 4096 tokens: 3.86 bytes per token; GPT-4's split 3.60, GPT-2's 3.57.
+# A line break followed by something visible always ends a piece, and no alternative looks past it:
+# `Tokenizer.iter_encode` relies on that.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+(?:\s*[\r\n]+[ \t]*)?"
+    r"|\s*[\r\n]+[ \t]*"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Encodes any text to token ids; for the tokenizers made here, decoding gives exactly the text back.
+
+    Text is only text: the name of a special token inside it is encoded letter by letter, so no document can end
+    itself. The end-of-document token is added by whoever joins documents (:attr:`eos_id`).
+
+    Args:
+        backend: the tokenizer of the ``tokenizers`` library; padding and truncation are switched off.
+        eos_token: the name of its end-of-document token.
+
+    Raises:
+        DataError: the tokenizer has no token of that name.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", eos_token: str = END_OF_TEXT) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        eos_id = backend.token_to_id(eos_token)
+        if eos_id is None:
+            raise DataError(f"the tokenizer has no token {eos_token!r} to end a document with. Use one that has.")
+        self._backend = backend
+        self.eos_token = eos_token
+        self.eos_id: int = eos_id
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        """One more than the largest token id (special tokens included)."""
+
+    @classmethod
+    def bytes(cls) -> "Tokenizer":
+        """Make the byte tokenizer: the id of a byte is its value, and 256 ends a document."""
+        return cls(_bytes_backend())
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train a byte-level BPE; its last id ends a document.
+
+        A small corpus may not have enough repeated pairs for ``vocab_size`` tokens; :attr:`vocab_size` tells.
+
+        Args:
+            texts: the documents to train on.
+            vocab_size: number of tokens, including the 256 bytes and the end-of-document token.
+
+        Raises:
+            ConfigError: ``vocab_size`` is less than 257.
+            DataError: ``texts`` holds no text.
+        """
+        if vocab_size < 257:
+            raise ConfigError(f"a byte-level BPE got vocab_size {vocab_size}; expected at least 257 (256 bytes + end).")
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        backend = Tokenizer(models.BPE())
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        characters = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal characters
+            for text in texts:
+                characters += len(text)
+                yield text
+
+        backend.train_from_iterator(counted(), trainer)
+        if characters == 0:
+            raise DataError("cannot train a tokenizer: the corpus holds no text. Name files with text in them.")
+        _add_end_of_text(backend)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Load a ``tokenizer.json``, or the one in a directory.
+
+        The end-of-document token is the ``eos_token`` of the ``tokenizer_config.json`` beside it, or else the first
+        of ``<|endoftext|>``, ``<|end_of_text|>``, ``</s>``, ``<eos>`` that the tokenizer knows.
+
+        Raises:
+            DataError: the file is missing, is not a tokenizer, or names no end-of-document token.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / TOKENIZER_FILE
+        text = read_text(file)
+        from tokenizers import Tokenizer
+
+        try:
+            backend = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{file} is not a tokenizer of the `tokenizers` library: {error}") from error
+        name = _configured_eos(file.parent / _CONFIG_FILE)
+        names = _EOS_NAMES if name is None else (name,)
+        known = [name for name in names if backend.token_to_id(name) is not None]
+        if not known:
+            raise DataError(
+                f"{file} has none of the tokens {', '.join(names)} to end a document with. "
+                f'Name its end token in a {_CONFIG_FILE} beside it: {{"eos_token": "…"}}'
+            )
+        return cls(backend, known[0])
+
+    @classmethod
+    def from_spec(cls, spec: str, corpus: Iterable[str] | None = None) -> "Tokenizer":
+        """Make the tokenizer that a user named: ``bytes``, ``bpe:4096`` (trained on ``corpus``), or a path.
+
+        Raises:
+            ConfigError: the specification is none of these, or ``bpe`` was named without a corpus.
+            DataError: the file is missing or is not a tokenizer, or the corpus is empty.
+        """
+        kind, colon, size = spec.partition(":")
+        if spec == "bytes":
+            return cls.bytes()
+        if kind == "bpe" and colon:
+            if not size.isdecimal():
+                raise ConfigError(
+                    f"tokenizer {spec!r}: {size!r} is not a vocabulary size; expected for example bpe:4096"
+                )
+            if corpus is None:
+                raise ConfigError(f"tokenizer {spec!r} is trained on a corpus, and none was given.")
+            return cls.train_bpe(corpus, int(size))
+        if not Path(spec).exists():
+            raise ConfigError(
+                f"tokenizer {spec!r} is not known; expected bytes, bpe:SIZE (for example bpe:4096), "
+                "or the path of a tokenizer.json or of a directory that holds one."
+            )
+        return cls.load(spec)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``tokenizer.json`` and a ``tokenizer_config.json`` (which names the end token) into a directory.
+
+        Raises:
+            CheckpointError: the directory cannot be written or the disk is full.
+        """
+        atomic_write(Path(directory, TOKENIZER_FILE), self._backend.to_str(pretty=True).encode())
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        atomic_write(Path(directory, _CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without an end-of-document token.
+
+        Raises:
+            InputError: the text holds a lone surrogate, which no UTF-8 text can.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of several texts; byte-pair encoding runs on all cores.
+
+        Raises:
+            InputError: a text holds a lone surrogate, which no UTF-8 text can.
+        """
+        try:
+            data = [text.encode() for text in texts]
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"cannot encode the character {error.object[error.start]!r} at offset {error.start}: a lone surrogate "
+                "is not text. Read the text as UTF-8, without errors='surrogateescape'."
+            ) from error
+        if self._is_bytes:
+            return [list(utf8) for utf8 in data]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def iter_encode(self, pieces: Iterable[str]) -> Iterator[list[int]]:
+        """Encode a text that comes in pieces of any size, in memory that does not grow with the text.
+
+        The lists joined are ``encode`` of the joined pieces. The text is cut at line breaks, where that is exact for
+        the tokenizers made here; for a foreign one the text is gathered and encoded whole.
+        """
+        if self._is_bytes:
+            yield from (self.encode(piece) for piece in pieces)
+            return
+        gathered: list[str] = []
+        n_chars = 0
+        for piece in pieces:
+            gathered.append(piece)
+            n_chars += len(piece)
+            if self._ends_at_lines and n_chars >= _PIECE_CHARS:
+                text = "".join(gathered)
+                cut = _last_line_start(text)
+                if cut:
+                    yield self.encode(text[:cut])
+                gathered = [text[cut:]]
+                n_chars = 0  # so that text without line breaks is joined once per piece's worth, not once per piece
+        if text := "".join(gathered):
+            yield self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            InputError: an id is not in the vocabulary.
+        """
+        ids = list(ids)
+        table = self._token_bytes
+        try:
+            data = [table[index] for index in ids]
+        except KeyError as error:
+            raise InputError(
+                f"token id {error.args[0]} is not in the tokenizer's vocabulary of {self.vocab_size}. "
+                "The model and the tokenizer may not belong together."
+            ) from None
+        if self.is_byte_level:
+            return b"".join(data).decode("utf-8", errors="replace")
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self, index: int) -> "bytes":
+        """Return the bytes that one token stands for: b"" for a special token."""
+        return self._token_bytes[index]
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether the text of tokens is the UTF-8 of their joined bytes (as for GPT-2, NeoX, Llama 3 and ours)."""
+        decoder = self._json["decoder"]
+        return decoder is not None and decoder["type"] == "ByteLevel"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's canonical JSON: equal for tokenizers that encode equally by construction."""
+        canonical = json.dumps(self._json, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def _json(self) -> dict[str, Any]:
+        return json.loads(self._backend.to_str())
+
+    @cached_property
+    def _is_bytes(self) -> bool:
+        # The library treats a text as one word of this tokenizer; Python's own encoding is the same, and fast.
+        return self.vocab_size == 257 and self._backend.to_str() == _bytes_backend().to_str()
+
+    @cached_property
+    def _ends_at_lines(self) -> bool:
+        parts = (self._json["pre_tokenizer"] or {}).get("pretokenizers", [])
+        return any(part.get("pattern") == {"Regex": _SPLIT} for part in parts)
+
+    @cached_property
+    def _token_bytes(self) -> "dict[int, bytes]":
+        value_of = {character: value for value, character in enumerate(_byte_alphabet())}
+        special = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+        def text_bytes(token: str) -> "bytes":
+            if self.is_byte_level and all(character in value_of for character in token):
+                return bytes(value_of[character] for character in token)
+            return token.encode()
+
+        vocabulary = self._backend.get_vocab().items()
+        return {index: b"" if index in special else text_bytes(token) for token, index in vocabulary}
+
+
+class StreamDecoder:
+    """Turns token ids that come one by one into text, holding back a character until all of its bytes are there.
+
+    The pieces joined are ``tokenizer.decode`` of all the ids. Bytes that can no longer become a character are shown
+    as U+FFFD; the first bytes of a character that may still be completed never are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # For tokenizers whose tokens are not bytes: the last ids, of which the first few have been shown.
+        self._ids: list[int] = []
+        self._n_shown = 0
+
+    def push(self, index: int) -> str:
+        """Return the text that is complete now that the token ``index`` has come.
+
+        Raises:
+            InputError: the id is not in the vocabulary.
+        """
+        if self._tokenizer.is_byte_level:
+            self._tokenizer.decode([index])
+            return self._utf8.decode(self._tokenizer.token_bytes(index))
+        self._ids.append(index)
+        text = self._unshown()
+        if text.endswith(_REPLACEMENT):
+            return ""
+        # What is shown depends on its neighbour on the left (a leading space), so the last shown ids are kept.
+        del self._ids[: self._n_shown]
+        self._n_shown = len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """Return what is left at the end of the stream: U+FFFD for a character that was never completed."""
+        rest = self._utf8.decode(b"", final=True) + self._unshown()
+        self._ids, self._n_shown = [], 0
+        self._utf8.reset()
+        return rest
+
+    def _unshown(self) -> str:
+        shown = self._tokenizer.decode(self._ids[: self._n_shown])
+        return self._tokenizer.decode(self._ids)[len(shown) :]
+
+
+def _byte_alphabet() -> list[str]:
+    """Return GPT-2's printable character for each byte: itself where it is printable, else U+0100 and up."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(value if value in printable else next(spare)) for value in range(256)]
+
+
+def _bytes_backend() -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: value for value, character in enumerate(_byte_alphabet())}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    _add_end_of_text(backend)
+    return backend
+
+
+def _add_end_of_text(backend: "tokenizers.Tokenizer") -> None:
+    from tokenizers import AddedToken
+
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+
+
+def _configured_eos(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    try:
+        config: object = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} is not JSON: {error}. Repair or remove it.") from error
+    token = cast("dict[str, object]", config).get("eos_token") if isinstance(config, dict) else None
+    if isinstance(token, dict):
+        token = cast("dict[str, object]", token).get("content")
+    return token if isinstance(token, str) else None
+
+
+def _last_line_start(text: str) -> int:
+    """Return the start of the last line that begins with something visible, or 0."""
+    end = len(text)
+    while (newline := text.rfind("\n", 0, end)) >= 0:
+        if newline + 1 < len(text) and not text[newline + 1].isspace():
+            return newline + 1
+        end = newline
+    return 0

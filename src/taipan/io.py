@@ -1,0 +1,233 @@
+"""Files that are either whole or not there: atomic writes, checksums, and text that is what it claims to be."""
+
+import ctypes
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from taipan.errors import CheckpointError, DataError, TaipanError
+
+_CHUNK_BYTES = 1 << 20
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> Generator[Path]:
+    """Write a directory as one step: it appears whole, or what was there before stays as it was.
+
+    Yields an empty temporary directory beside ``path``. When the block ends well its files are synced to disk and it
+    takes the place of ``path``; **everything that was in ``path`` before is removed**. When anything fails inside the
+    block (a full disk, an exception, Ctrl-C) the temporary directory is removed and ``path`` is not touched.
+
+    Args:
+        path: the directory to make or replace. Missing parents are made; a symbolic link is followed.
+        needed_bytes: the expected size, named in the message if the disk is full.
+
+    Raises:
+        CheckpointError: the disk is full, ``path`` is a file, or it cannot be written.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(
+            f"{path} is a file; expected a directory to write to. Move the file or name another path."
+        )
+    temporary = _temporary_sibling(target)
+    try:
+        with _explained(target, temporary):
+            temporary.mkdir(parents=True)
+        with _disk_full_explained(target, temporary, needed_bytes):
+            yield temporary
+            for directory, _, names in os.walk(temporary):
+                for name in names:
+                    _sync(Path(directory, name))
+                _sync(Path(directory))
+        with _explained(target, temporary):
+            _swap(temporary, target)
+            _sync(target.parent)
+    finally:
+        # After a swap the temporary name holds the previous content, or nothing.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to the file ``path`` as one step: a reader sees the old bytes or the new ones, never a part.
+
+    Raises:
+        CheckpointError: the disk is full, ``path`` is a directory, or it cannot be written; the old file is untouched.
+    """
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise CheckpointError(f"{path} is a directory; expected the name of a file to write.")
+    temporary = _temporary_sibling(target)
+    try:
+        with _explained(target, temporary), _disk_full_explained(target, temporary, len(data)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            _sync(target.parent)
+    finally:
+        with suppress(OSError):  # normally it is gone: it has become the target
+            temporary.unlink()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal, reading it in pieces.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a UTF-8 file, with its line ends as they are.
+
+    Raises:
+        DataError: the path is missing, a directory, unreadable, empty, or not UTF-8 (names the offset of the byte).
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not data:
+        raise DataError(f"{path} is empty; expected a file with text in it.")
+    return decode_utf8(data, str(path))
+
+
+def decode_utf8(data: bytes, source: str) -> str:
+    """Return ``data`` as text.
+
+    Raises:
+        DataError: the bytes are not UTF-8; the message names ``source``, the offending byte and its offset.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}). "
+            f"Convert it first, for example: iconv -f ISO-8859-1 -t UTF-8 {source}"
+        ) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path} does not exist; expected a file. Check the path (it is taken from {Path.cwd()}).")
+    if isinstance(error, IsADirectoryError):
+        return DataError(f"{path} is a directory; expected a file.")
+    return DataError(f"{path} cannot be read: {error.strerror or error}.")
+
+
+def _temporary_sibling(target: Path) -> Path:
+    # Not tempfile.mkdtemp: that makes 0700, and what is swapped into place must have the user's usual permissions.
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a directory; a failed sync of data is an error.
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put ``new`` in the place of ``target``; what ``target`` was ends up at the name ``new`` if it existed."""
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        previous = new.with_suffix(".previous")
+        os.rename(target, previous)
+        try:
+            os.rename(new, target)
+        except BaseException:
+            os.rename(previous, target)
+            raise
+        os.rename(previous, new)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step, so that no crash can leave none of them. False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    status: int = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return status == 0
+
+
+@contextmanager
+def _explained(target: Path, temporary: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error} ({temporary.parent}). "
+            f"{_untouched(target)} Check the permissions or name another path."
+        ) from error
+
+
+@contextmanager
+def _disk_full_explained(target: Path, temporary: Path, needed_bytes: int) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TaipanError) or not _is_disk_full(error, temporary):
+            raise
+        needed = max(needed_bytes, _size(temporary))
+        raise CheckpointError(
+            f"the disk is full: cannot write {target}, which needs at least {needed:,} bytes; "
+            f"{_free_bytes(temporary):,} bytes are free on {temporary.parent} without what this attempt wrote. "
+            f"{_untouched(target)} Free some space or name a path on another disk."
+        ) from error
+
+
+def _is_disk_full(error: Exception, temporary: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL_ERRNOS
+    if any(os.strerror(number) in str(error) for number in _FULL_ERRNOS):
+        return True  # safetensors: an exception of its own, with the system's words
+    # torch.save: a RuntimeError without a word about space
+    return shutil.disk_usage(temporary.parent).free < _CHUNK_BYTES
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        if path.is_file():
+            return path.stat().st_size
+        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    return 0
+
+
+def _free_bytes(temporary: Path) -> int:
+    with suppress(OSError):
+        return shutil.disk_usage(temporary.parent).free + _size(temporary)
+    return 0
+
+
+def _untouched(target: Path) -> str:
+    if not target.exists():
+        return "Nothing was written."
+    return f"The previous {target} is untouched."

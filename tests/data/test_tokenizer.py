@@ -1,0 +1,227 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taipan.data import tokenizer as module
+from taipan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
+from taipan.errors import ConfigError, DataError, InputError
+
+CODE = "\n\n".join(
+    f"class C{i}(Base):\n    def get_value_{i % 7}(self, x, *, key=None):\n"
+    f"        # größer als {i * 37}\n        return self.values[x] if key else None  \n"
+    for i in range(60)
+)
+BYTES = Tokenizer.bytes()
+BPE = Tokenizer.train_bpe([CODE, "Ein Text mit Umlauten: äöü, 漢字 and 👩‍👩‍👧 emoji.\r\n" * 5], 350)
+OURS = pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+
+# Text made of what is hard: line ends, indents, exotic spaces, split characters, the names of special tokens.
+hard_text = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["\n", "\r\n", "\r", "    ", "\t", " ", "\x0b", "\x1c", "\x85", "\u2028", "\u3000", "'s", "\0"]
+        ),
+        st.sampled_from(
+            [END_OF_TEXT, "return self.x", "(\n", "):\n    ", "é", "漢字", "👩‍👩‍👧", "12345", "…", "e\u0301"]
+        ),
+        st.text(max_size=5),
+    ),
+    max_size=30,
+).map("".join)
+
+
+def metaspace_tokenizer() -> Tokenizer:
+    """A tokenizer in the manner of SentencePiece: words with a leading ▁, and bytes as a way out."""
+    words = ["<unk>", "</s>", *(f"<0x{value:02X}>" for value in range(256)), "▁", "▁a", "b", "c", "▁den"]
+    vocabulary = {token: index for index, token in enumerate(words)}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, "</s>")
+
+
+@OURS
+@given(text=hard_text)
+@settings(max_examples=200, deadline=None)
+def test_round_trip_is_exact(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_id not in ids, "text is only text: it cannot end a document"
+    assert all(0 <= index < tokenizer.vocab_size for index in ids)
+    assert b"".join(tokenizer.token_bytes(index) for index in ids) == text.encode()
+
+
+@given(text=hard_text)
+@settings(max_examples=100, deadline=None)
+def test_the_id_of_a_byte_is_its_value(text: str) -> None:
+    ids = BYTES.encode(text)
+    assert ids == list(text.encode())
+    library = BYTES._backend.encode(text, add_special_tokens=False).ids  # pyright: ignore
+    assert ids == library, "the fast path is the library's own answer"
+    assert (BYTES.vocab_size, BYTES.eos_id) == (257, 256)
+
+
+@OURS
+@given(ids=st.lists(st.integers(0, 256), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_stream_joins_to_decode_and_decode_is_the_librarys(tokenizer: Tokenizer, ids: list[int]) -> None:
+    stream = StreamDecoder(tokenizer)
+    whole = tokenizer.decode(ids)
+    assert "".join([*(stream.push(index) for index in ids), stream.flush()]) == whole
+    assert whole == tokenizer._backend.decode(ids, skip_special_tokens=True)  # pyright: ignore
+
+
+@pytest.mark.parametrize("make", [lambda: BYTES, lambda: BPE, metaspace_tokenizer], ids=["bytes", "bpe", "metaspace"])
+def test_stream_never_shows_a_part_of_a_character(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    text = "a漢é👩‍👩‍👧b den a"
+    stream, shown = StreamDecoder(tokenizer), ""
+    ids = tokenizer.encode(text)
+    for index in ids:
+        shown += stream.push(index)
+        assert tokenizer.decode(ids).startswith(shown), shown
+    assert stream.flush() == ""
+    assert shown == tokenizer.decode(ids)
+    assert "\ufffd" not in shown
+
+
+@pytest.mark.parametrize("make", [lambda: BYTES, metaspace_tokenizer], ids=["bytes", "metaspace"])
+def test_stream_flush_shows_what_was_never_completed(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    stream = StreamDecoder(tokenizer)
+    assert [stream.push(index) for index in tokenizer.encode("漢")[:-1]] == ["", ""]
+    assert set(stream.flush()) == {"\ufffd"}
+    assert stream.flush() == "", "flushing leaves nothing behind"
+
+
+@given(text=hard_text, cuts=st.lists(st.integers(0, 200), max_size=6), size=st.integers(1, 20))
+@settings(max_examples=300, deadline=None)
+def test_encoding_in_pieces_is_encoding_the_whole(text: str, cuts: list[int], size: int) -> None:
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE_CHARS", size)
+        for tokenizer in (BYTES, BPE):
+            assert [i for ids in tokenizer.iter_encode(iter(pieces)) for i in ids] == tokenizer.encode(text)
+
+
+def test_encoding_in_pieces_holds_back_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE_CHARS", 200)
+    parts = list(BPE.iter_encode(CODE[i : i + 50] for i in range(0, len(CODE), 50)))
+    assert len(parts) > 10
+    assert max(len(BPE.decode(part)) for part in parts) < 600
+    foreign = metaspace_tokenizer()
+    assert list(foreign.iter_encode(["a\nb", "\nc"])) == [foreign.encode("a\nb\nc")], "unknown rules: encoded whole"
+
+
+def test_bpe_keeps_indents_and_is_reproducible() -> None:
+    assert BPE.vocab_size == 350
+    assert BPE.eos_id == 349, "the end of a document is the last id"
+    newline_indent = [token for token in range(350) if BPE.token_bytes(token).endswith(b"\n        ")]
+    assert newline_indent, "a line break and the indent after it make one token"
+    again = Tokenizer.train_bpe([CODE, "Ein Text mit Umlauten: äöü, 漢字 and 👩‍👩‍👧 emoji.\r\n" * 5], 350)
+    assert again.fingerprint == BPE.fingerprint != BYTES.fingerprint
+    assert len(BPE.encode(CODE)) < len(CODE.encode()) / 2
+    assert Tokenizer.train_bpe(["ab"], 5000).vocab_size == 257, "no more tokens than the corpus supports"
+
+
+@OURS
+def test_save_and_load_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "t")
+    for path in (tmp_path / "t", tmp_path / "t" / "tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert (loaded.eos_id, loaded.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
+        text = f"x = 1\n    {END_OF_TEXT} é"
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+
+
+def test_the_end_token_is_taken_from_the_configuration_beside_it(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(BYTES._backend.to_str())  # pyright: ignore
+    backend.add_special_tokens(["<stop>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).eos_token == END_OF_TEXT
+    for value in ("<stop>", {"content": "<stop>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
+        loaded = Tokenizer.load(tmp_path)
+        assert (loaded.eos_token, loaded.eos_id) == ("<stop>", 257)
+    loaded.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").eos_token == "<stop>"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
+    with pytest.raises(DataError, match="<none>"):
+        Tokenizer.load(tmp_path)
+
+
+def test_specifications(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    assert Tokenizer.from_spec("bytes").fingerprint == BYTES.fingerprint
+    assert Tokenizer.from_spec("bpe:300", [CODE]).vocab_size == 300
+    assert Tokenizer.from_spec(str(tmp_path)).fingerprint == BPE.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("spec", "corpus", "error", "words"),
+    [
+        ("byte", None, ConfigError, "'byte' is not known; expected bytes"),
+        ("bpe:4k", [CODE], ConfigError, "'4k' is not a vocabulary size"),
+        ("bpe:4096", None, ConfigError, "none was given"),
+        ("bpe:256", [CODE], ConfigError, "at least 257"),
+        ("bpe:300", [], DataError, "holds no text"),
+        ("bpe:300", [""], DataError, "holds no text"),
+    ],
+)
+def test_bad_specifications_are_named(spec: str, corpus: list[str] | None, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Tokenizer.from_spec(spec, corpus)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 1}', json.dumps({"version": "1.0"})])
+def test_what_is_not_a_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match="is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_missing_files_and_end_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(DataError, match="no token '<x>'"):
+        Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), "<x>")
+    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    with pytest.raises(DataError, match="to end a document with"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        Tokenizer.load(tmp_path)
+
+
+@OURS
+def test_what_cannot_be_encoded_or_decoded_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="lone surrogate"):
+        tokenizer.encode("ab\ud800")
+    with pytest.raises(InputError, match="token id 4711 is not in the tokenizer's vocabulary"):
+        tokenizer.decode([65, 4711])
+    with pytest.raises(InputError, match="token id -1"):
+        StreamDecoder(tokenizer).push(-1)
+    assert tokenizer.decode([tokenizer.eos_id]) == ""
+    assert tokenizer.encode("") == []
+
+
+def test_importing_the_module_does_not_import_the_library() -> None:
+    code = "import sys, taipan.data.tokenizer; assert 'tokenizers' not in sys.modules"
+    source = str(Path(module.__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": source})

@@ -1,0 +1,183 @@
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import taipan.io as io
+from taipan.errors import CheckpointError, DataError
+
+
+def listing(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "two renames":
+        monkeypatch.setattr(io, "_exchange", lambda first, second: False)  # pyright: ignore
+
+
+@pytest.mark.usefixtures("swap")
+def test_a_directory_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "model"
+    for content in (b"one", b"two"):
+        with io.atomic_directory(target) as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / content.decode()).write_bytes(content)
+            assert not (target / "sub" / content.decode()).exists(), "nothing shows before the end"
+        assert listing(target) == {f"sub/{content.decode()}": content}
+        assert os.listdir(target.parent) == ["model"], "no temporary is left behind"
+
+
+@pytest.mark.parametrize(
+    "failure", [ValueError("bad"), KeyboardInterrupt(), SystemExit(1), OSError(errno.EIO, "broken")]
+)
+def test_a_failure_leaves_the_old_directory_untouched(tmp_path: Path, failure: BaseException) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "weights").write_bytes(b"old")
+    with pytest.raises(type(failure)) as caught, io.atomic_directory(target) as temporary:
+        (temporary / "weights").write_bytes(b"half")
+        raise failure
+    assert caught.value is failure
+    assert listing(tmp_path) == {"model/weights": b"old"}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        # as safetensors says it
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_explained_and_loses_nothing(tmp_path: Path, failure: Exception) -> None:
+    target = tmp_path / "model"
+    with io.atomic_directory(target) as temporary:
+        (temporary / "weights").write_bytes(b"old")
+    with (
+        pytest.raises(
+            CheckpointError, match=r"the disk is full.*needs at least 12,345 bytes.*previous .* is untouched"
+        ) as caught,
+        io.atomic_directory(target, needed_bytes=12_345) as temporary,
+    ):
+        (temporary / "weights").write_bytes(b"half")
+        raise failure
+    assert str(target) in str(caught.value)
+    assert caught.value.__cause__ is failure
+    assert listing(tmp_path) == {"model/weights": b"old"}
+
+
+def test_a_full_disk_that_the_writer_does_not_name_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch.save raises a RuntimeError about positions when the disk is full.
+    usage = io.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(io.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with (
+        pytest.raises(CheckpointError, match="the disk is full"),
+        io.atomic_directory(tmp_path / "model") as temporary,
+    ):
+        (temporary / "weights").write_bytes(b"half")
+        raise RuntimeError("unexpected pos 576 vs 534")
+
+
+def test_a_failed_second_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    with io.atomic_directory(target) as temporary:
+        (temporary / "weights").write_bytes(b"old")
+    rename: Callable[[Path, Path], None] = os.rename
+
+    def failing(source: Path, destination: Path) -> None:
+        if source.suffix == ".tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, destination)
+
+    monkeypatch.setattr(io, "_exchange", lambda first, second: False)  # pyright: ignore
+    monkeypatch.setattr(io.os, "rename", failing)
+    with pytest.raises(CheckpointError, match="cannot write"), io.atomic_directory(target) as temporary:
+        (temporary / "weights").write_bytes(b"new")
+    assert listing(tmp_path) == {"model/weights": b"old"}
+
+
+def test_every_file_is_synced_before_the_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, swap = io._sync, io._swap  # pyright: ignore
+    monkeypatch.setattr(io, "_sync", lambda path: (events.append(path.name), sync(path)))
+    monkeypatch.setattr(io, "_swap", lambda new, old: (events.append("swap"), swap(new, old)))
+    with io.atomic_directory(tmp_path / "model") as temporary:
+        (temporary / "a").write_bytes(b"1")
+        (temporary / "b").write_bytes(b"2")
+    assert set(events[:3]) == {"a", "b", temporary.name}
+    assert events[3:] == ["swap", tmp_path.name]
+
+
+def test_permissions_are_the_users_and_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with io.atomic_directory(tmp_path / "link") as temporary:
+        (temporary / "a").write_bytes(b"1")
+    assert (tmp_path / "link").is_symlink()
+    assert listing(tmp_path / "real") == {"a": b"1"}
+    (tmp_path / "plain").mkdir()
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_atomic_write_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "deep" / "file"
+    io.atomic_write(target, b"old")
+    io.atomic_write(target, b"new")
+    assert target.read_bytes() == b"new"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(io.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="needs at least 7 bytes"):
+        io.atomic_write(target, b"newest!")
+    assert listing(tmp_path) == {"deep/file": b"new"}
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="is a file"), io.atomic_directory(tmp_path / "file"):
+        pass
+    with pytest.raises(CheckpointError, match="cannot write"), io.atomic_directory(tmp_path / "file" / "model"):
+        pass
+    with pytest.raises(CheckpointError, match="is a directory"):
+        io.atomic_write(tmp_path, b"x")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        io.atomic_write(tmp_path / "file" / "x", b"x")
+    assert listing(tmp_path) == {"file": b"x"}
+
+
+def test_sha256_is_of_the_whole_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "f").write_bytes(data)
+    assert io.sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(DataError, match="does not exist"):
+        io.sha256_file(tmp_path / "missing")
+
+
+def test_read_text_is_exact(tmp_path: Path) -> None:
+    text = "a\r\nb\u2028é𝄞\n"
+    (tmp_path / "f").write_bytes(text.encode())
+    assert io.read_text(tmp_path / "f") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "does not exist"), (b"", "is empty"), (b"abc\xff", "byte 0xff at offset 3"), (b"\xc3", "offset 0")],
+)
+def test_read_text_names_what_is_wrong(tmp_path: Path, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "f").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        io.read_text(tmp_path / "f")
+    with pytest.raises(DataError, match="is a directory"):
+        io.read_text(tmp_path)
