@@ -36,6 +36,19 @@ def test_every_query_is_a_key_seen_before_with_the_value_to_predict(task: tuple[
         assert asked == dict(zip(keys, values, strict=True)), "each key is asked once, for its own value"
 
 
+@pytest.mark.parametrize("vocab_size", [34, 130])
+def test_keys_and_values_are_uniform_at_every_place(vocab_size: int) -> None:
+    # 34: most keys are in every row; 130: few are. They are drawn in different ways.
+    n, pairs = 20_000, 12
+    tokens, _ = mqar_batch(n, 4 * pairs, pairs, vocab_size, generator=seeded_generator(2))
+    half = vocab_size // 2
+    for place, (low, high) in {0: (1, half), 2 * pairs - 2: (1, half), 2 * pairs - 1: (half, vocab_size)}.items():
+        counts = torch.bincount(tokens[:, place] - low, minlength=high - low)
+        expected = n / (high - low)
+        assert len(counts) == high - low
+        assert (counts - expected).abs().max() < 5 * expected**0.5
+
+
 def test_zero_fillers_leave_only_pairs_and_queries() -> None:
     tokens, labels = mqar_batch(8, 64, 8, 512, random_fillers=False, generator=seeded_generator(0))
     query = torch.zeros_like(tokens, dtype=torch.bool)

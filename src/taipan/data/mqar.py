@@ -59,8 +59,8 @@ def mqar_batch(
     """
     _check(n, length, pairs, vocab_size, power_a)
     n_keys = vocab_size // 2 - 1
-    keys = 1 + _distinct(torch.ones(n_keys), n, pairs, generator)
-    values = 1 + n_keys + _distinct(torch.ones(vocab_size - vocab_size // 2), n, pairs, generator)
+    keys = 1 + _distinct_uniform(n_keys, n, pairs, generator)
+    values = 1 + n_keys + _distinct_uniform(vocab_size - vocab_size // 2, n, pairs, generator)
     context = 2 * pairs
     slots = (length - context) // 2
     gaps = _distinct(torch.arange(1.0, slots + 1) ** (power_a - 1.0), n, pairs, generator)
@@ -164,6 +164,25 @@ def _distinct(weights: torch.Tensor, n: int, k: int, generator: torch.Generator)
     """
     race = torch.empty(n, len(weights)).exponential_(generator=generator) / weights
     return race.topk(k, dim=1, largest=False, sorted=True).indices
+
+
+def _distinct_uniform(choices: int, n: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw ``k`` distinct numbers below ``choices`` per row, all tuples equally likely; ``(n, k)``, int64.
+
+    Repetitions are drawn again until none is left. Nothing in this depends on the names of the numbers, so every tuple
+    of distinct numbers is equally likely; and it costs k per row, not
+    ``choices`` like the race of :func:`_distinct`.
+    """
+    if 4 * k > choices:  # repetitions would be many
+        return _distinct(torch.ones(choices), n, k, generator)
+    draw = torch.randint(choices, (n, k), generator=generator)
+    while True:
+        ordered, order = draw.sort(dim=1, stable=True)
+        repeated = torch.zeros(n, k, dtype=torch.bool).scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+        n_repeated = int(repeated.sum())
+        if n_repeated == 0:
+            return draw
+        draw[repeated] = torch.randint(choices, (n_repeated,), generator=generator)
 
 
 def _check(n: int, length: int, pairs: int, vocab_size: int, power_a: float) -> None:
