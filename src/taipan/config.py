@@ -323,7 +323,7 @@ class TaipanConfig:
                 raise ConfigError(
                     f"Unknown model setting {key!r}{suggestion(key, known)}. See TaipanConfig for all of them."
                 )
-        values = dict(values)
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         limit = values.get("time_step_limit")
         if limit is not None:
             values["time_step_limit"] = tuple(math.inf if item is None else item for item in limit)

@@ -1,0 +1,1 @@
+"""Training: recipes, optimizers, schedule, the loop, checkpoints, calibration of the gates."""

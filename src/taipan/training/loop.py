@@ -1,0 +1,336 @@
+"""The training run: from a recipe to a model directory, interruptible and resumable at every step."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taipan import pretrained
+from taipan.data.seeding import seeded_generator
+from taipan.data.shards import TokenDataset
+from taipan.data.tokenizer import Tokenizer
+from taipan.errors import ConfigError, TrainingError
+from taipan.hardware import training_dtype
+from taipan.io import atomic_write
+from taipan.model import TaipanLM
+from taipan.training.calibration import Calibration, calibrate
+from taipan.training.checkpoint import checkpoints, latest, load_trainer, save_checkpoint
+from taipan.training.diagnostics import gate_warnings
+from taipan.training.feed import Feed
+from taipan.training.identity import identity, require_same
+from taipan.training.interruption import StopRequest
+from taipan.training.listener import RunInfo, StepInfo, TrainingListener
+from taipan.training.metrics import IntervalMeans, Record, append_record, truncate_records
+from taipan.training.pace import Pace
+from taipan.training.recipe import Recipe
+from taipan.training.step import StepResult
+from taipan.training.trainer import Trainer
+from taipan.training.validation import validate
+
+_CALIBRATION_TOKENS = 65_536
+_METRICS = "metrics.jsonl"
+_RECIPE = "recipe.yaml"
+_MODEL = "model"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        run: the run directory.
+        model: as it stands, in eval mode; with calibrated thresholds if training came to its end.
+        model_directory: where the finished model was written; None if interrupted.
+        step, tokens, seconds: of the whole run, over all resumes.
+        calibration: what was set for each SAL; empty if interrupted or switched off.
+        interrupted: whether a signal ended it early; then `message` says how to go on.
+        message: one sentence for people.
+    """
+
+    run: Path
+    model: TaipanLM
+    model_directory: Path | None
+    step: int
+    tokens: int
+    seconds: float
+    calibration: tuple[Calibration, ...]
+    interrupted: bool
+    message: str
+
+
+def train(
+    recipe: Recipe | None,
+    *,
+    resume: str | Path | None = None,
+    listener: TrainingListener | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainResult:
+    """Run a recipe, or go on with a run.
+
+    Writes `recipe.yaml` (resolved), `metrics.jsonl`, `checkpoints/` and, at the end, `model/` into the run directory.
+    SIGINT and SIGTERM end it after the current step with a checkpoint; a second SIGINT ends it at once. A resumed run
+    takes the very steps the uninterrupted one would have taken (unless its length is given in seconds).
+
+    Args:
+        recipe: what to do; may be None when resuming, then the run's own recipe is taken.
+        resume: directory of a run to go on with. Model, data, batches, seed and kind of optimizer must be the same.
+        listener: is told what happens.
+        clock: seconds, monotonic.
+
+    Raises:
+        ConfigError: the recipe does not fit the data, the run to be resumed, or its output is in use.
+        DataError: the data are missing, damaged or too short.
+        CheckpointError: there is nothing good to resume from, or a checkpoint cannot be written.
+        TrainingError: the loss or the gradient is not finite; the last checkpoint is kept and named.
+    """
+    listener = listener or TrainingListener()
+    if recipe is None:
+        if resume is None:
+            raise ConfigError("Neither a recipe nor a run to resume was given: give one of them.")
+        recipe = Recipe.load(Path(resume) / _RECIPE)
+    threads = torch.get_num_threads()
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+    try:
+        return _Run(recipe, None if resume is None else Path(resume), listener, clock).complete()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Run:
+    """Everything a run holds; `complete` is its life."""
+
+    def __init__(
+        self, recipe: Recipe, resume: Path | None, listener: TrainingListener, clock: Callable[[], float]
+    ) -> None:
+        self.recipe = recipe
+        self.listener = listener
+        self.clock = clock
+        self.path = resume or Path(recipe.output)
+        if resume is None:
+            _require_free(self.path)
+        settings = recipe.training
+        dtype = training_dtype(settings.dtype)
+        self.dtype = dtype.dtype
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        data = TokenDataset.open(recipe.data.train)
+        self.tokenizer: Tokenizer = data.tokenizer()
+        self.feed = Feed(data, recipe, seed=settings.seed, device=device)
+        self.valid: Feed | None = None
+        if recipe.data.valid is not None:
+            held_out = TokenDataset.open(recipe.data.valid, tokenizer=self.tokenizer)
+            self.valid = Feed(held_out, recipe, seed=0, device=device)
+        config = recipe.model.config(self.tokenizer.vocab_size, self.tokenizer.eos_id)
+        self.identity = identity(recipe, config, data.manifest)
+        self.pace = Pace(recipe.total_steps, settings.seconds)
+        self.means = IntervalMeans()
+        self.warned: set[str] = set()
+        self.saved_step: int | None = None
+
+        found = None if resume is None else latest(resume)
+        if found is None:
+            model, saved = TaipanLM(config, generator=seeded_generator(settings.seed, "init")), None
+        else:
+            for problem in found.problems:
+                listener.warned(f"{problem} Going back to {found.path}.")
+            saved = load_trainer(found.path)
+            require_same(saved["identity"], self.identity, found.path)
+            model = pretrained.load(found.path)
+        self.model = model.to(device)
+        self.trainer = Trainer.build(
+            self.model,
+            recipe.optimizer,
+            recipe.schedule,
+            total_steps=recipe.total_steps,
+            dtype=self.dtype,
+            seed=settings.seed,
+        )
+        if saved is not None:
+            self._restore(saved)
+        self.path.mkdir(parents=True, exist_ok=True)
+        truncate_records(self.path / _METRICS, self.pace.step)
+        atomic_write(self.path / _RECIPE, recipe.resolved(config).to_yaml().encode())
+        listener.started(
+            RunInfo(
+                recipe=recipe,
+                config=config,
+                run=self.path,
+                parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+                train_tokens=data.n_tokens,
+                step=self.pace.step,
+                dtype=self.dtype,
+                dtype_reason=dtype.reason,
+                implementations=self.model.implementations,
+            )
+        )
+
+    def complete(self) -> TrainResult:
+        """Train to the end, or to an interruption."""
+        pace, every = self.pace, self.recipe.training.checkpoint_every
+        began = self.clock() - pace.seconds
+        with StopRequest() as stop:
+            while not pace.done and stop.requested is None:
+                step_began = self.clock()
+                progress = pace.next_progress
+                result = self._take_step(progress)
+                pace.seconds, pace.step_seconds = self.clock() - began, self.clock() - step_began
+                self._report(progress, result)
+                if every and pace.step % every == 0 and not pace.done and stop.requested is None:
+                    self._save()
+            self._save()
+            if pace.done:
+                return self._finish()
+        message = (
+            f"Interrupted by {stop.requested} after step {pace.step}; everything is saved. "
+            f"Go on with: taipan train --resume {self.path}"
+        )
+        return self._result(message=message, interrupted=True)
+
+    def _take_step(self, progress: float) -> StepResult:
+        pace, count = self.pace, self.recipe.training.accumulation
+        batches = [self.feed.batch(pace.step * count + number) for number in range(count)]
+        try:
+            result = self.trainer.step(pace.step + 1, progress, batches)
+        except TrainingError as error:
+            kept = "No checkpoint had been written yet."
+            if checkpoints(self.path):
+                kept = f"The last good checkpoint is {latest(self.path).path}."
+            raise TrainingError(f"{error} {kept}") from error
+        pace.step += 1
+        pace.tokens += result.tokens
+        return result
+
+    def _report(self, progress: float, result: StepResult) -> None:
+        """Tell the listener about a step, and write a line of metrics if one is due."""
+        pace, settings = self.pace, self.recipe.training
+        multiplier = self.trainer.multiplier(progress)
+        speed = result.tokens / max(pace.step_seconds, 1e-9)
+        self.means.add({"loss": result.loss, "cross_entropy": result.cross_entropy, "budget": result.budget})
+        self.listener.stepped(
+            StepInfo(
+                step=pace.step,
+                progress=pace.fraction,
+                tokens=pace.tokens,
+                seconds=pace.seconds,
+                seconds_left=pace.seconds_left,
+                tokens_per_second=speed,
+                learning_rate_multiplier=multiplier,
+                result=result,
+            )
+        )
+        for warning in gate_warnings(self.model.config, progress, result.gates):
+            if warning.kind not in self.warned:
+                self.warned.add(warning.kind)
+                self.listener.warned(warning.message)
+        every = settings.evaluate_every
+        # at the end the finished model is evaluated, not this one
+        evaluate = every is not None and pace.step % every == 0 and not pace.done
+        if evaluate or pace.step % settings.log_every == 0 or pace.done:
+            record: Record = {
+                "kind": "train",
+                "step": pace.step,
+                "progress": progress,
+                "tokens": pace.tokens,
+                "seconds": round(pace.seconds, 3),
+                "tokens_per_second": round(speed, 1),
+                **self.means.take(),
+                "lr": self.recipe.optimizer.learning_rate * multiplier,
+                "grad_norm": result.grad_norm,
+                "gates": [asdict(gate) for gate in result.gates],
+            }
+            self._record(record | (self._validation() if evaluate else {}))
+
+    def _finish(self) -> TrainResult:
+        """Calibrate, evaluate, write the model."""
+        pace = self.pace
+        self.model.set_progress(1.0)
+        calibration: list[Calibration] = []
+        if self.recipe.training.calibrate and self.model.sals:
+            self.listener.phase("calibrating the gates")
+            batches = self.feed.first(math.ceil(_CALIBRATION_TOKENS / self.recipe.tokens_per_forward))
+            calibration = calibrate(self.model, batches, dtype=self.dtype)
+        self._record(
+            {
+                "kind": "final",
+                "step": pace.step,
+                "tokens": pace.tokens,
+                "seconds": round(pace.seconds, 3),
+                "calibration": [asdict(entry) for entry in calibration],
+                **self._validation(),
+            }
+        )
+        directory = self.path / _MODEL
+        self.model.save_pretrained(directory, self.tokenizer)
+        self.listener.saved(directory)
+        message = f"Finished after {pace.step} steps and {pace.seconds:.0f} s. The model is in {directory}."
+        return self._result(message=message, model_directory=directory, calibration=tuple(calibration))
+
+    def _result(
+        self,
+        *,
+        message: str,
+        model_directory: Path | None = None,
+        calibration: tuple[Calibration, ...] = (),
+        interrupted: bool = False,
+    ) -> TrainResult:
+        self.model.set_progress(1.0)
+        return TrainResult(
+            run=self.path,
+            model=self.model.eval(),
+            model_directory=model_directory,
+            step=self.pace.step,
+            tokens=self.pace.tokens,
+            seconds=self.pace.seconds,
+            calibration=calibration,
+            interrupted=interrupted,
+            message=message,
+        )
+
+    def _validation(self) -> Record:
+        """Fields of a metrics line from the held-out data; none if there are no held-out data."""
+        if self.valid is None:
+            return {}
+        self.listener.phase("evaluating")
+        batches = self.valid.first(self.recipe.training.evaluate_batches)
+        outcome = validate(self.model, batches, self.valid.bytes_per_token, dtype=self.dtype)
+        return {
+            "valid_loss": outcome.loss,
+            "valid_bits_per_byte": outcome.bits_per_byte,
+            "valid_gates": [asdict(gate) for gate in outcome.gates],
+        }
+
+    def _record(self, record: Record) -> None:
+        append_record(self.path / _METRICS, record)
+        self.listener.recorded(record)
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless the run was resumed from this very one."""
+        if self.saved_step == self.pace.step:
+            return
+        state = {
+            "identity": self.identity,
+            "pace": self.pace.state_dict(),
+            "means": self.means.state_dict(),
+            "optimizer": self.trainer.optimizer.state_dict(),
+        }
+        self.listener.saved(save_checkpoint(self.path, self.pace.step, self.model, self.tokenizer, state))
+        self.saved_step = self.pace.step
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.pace.load_state_dict(state["pace"])
+        self.means.load_state_dict(state["means"])
+        self.trainer.optimizer.load_state_dict(state["optimizer"])
+        self.saved_step = self.pace.step
+
+
+def _require_free(path: Path) -> None:
+    """Refuse an output directory in which another run would be lost."""
+    if checkpoints(path) or (path / _MODEL).exists():
+        raise ConfigError(
+            f"output is {str(path)!r}, which already holds a run: resume it with `taipan train --resume {path}`, "
+            "name another output, or remove that directory."
+        )

@@ -1,0 +1,74 @@
+"""The record of a run: one JSON object a line, in step order, cut back to the checkpoint when a run is resumed.
+
+`kind` is `train` (means of the losses since the line before, gradient norm and gates of the step, and `valid_…` where it
+was evaluated) or `final` (calibration and evaluation of the finished model).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from taipan.errors import CheckpointError
+from taipan.io import atomic_write
+
+Record = dict[str, Any]
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add one line to a metrics file.
+
+    Raises:
+        CheckpointError: it cannot be written (for example: the disk is full).
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror}): make room or check the permissions, then resume the run."
+        ) from error
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a metrics file; a last line that a crash cut short is left out."""
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def truncate_records(path: Path, step: int) -> None:
+    """Forget what was recorded after `step`, and the end of the run: that will happen, and be recorded, again."""
+    kept = [record for record in read_records(path) if record["kind"] == "train" and record["step"] <= step]
+    atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+class IntervalMeans:
+    """Means of the losses since the last record, so that no step is lost between two lines."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, values: dict[str, float]) -> None:
+        """Take in one step."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means, starting anew."""
+        means = {key: value / self._count for key, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"sums": dict(self._sums), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self._sums, self._count = dict(state["sums"]), int(state["count"])

@@ -1,0 +1,115 @@
+"""Steps in order: where the schedules stand, which random numbers a step sees, then the step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from taipan.data.seeding import derive_seed
+from taipan.model import TaipanLM
+from taipan.training.optimizer import OptimizerSet, build_optimizer
+from taipan.training.recipe import OptimizerSection, ScheduleSection
+from taipan.training.schedule import learning_rate_multiplier, warmup_fraction
+from taipan.training.step import Batch, StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model, its optimizer and the schedules they follow.
+
+    The random numbers of a step (gate noise) are a function of `seed` and its number alone, so a resumed run needs no
+    generator state and nothing that happens between two steps can change the next one.
+    """
+
+    model: TaipanLM
+    optimizer: OptimizerSet
+    schedule: ScheduleSection
+    warmup: float
+    clip: float | None
+    dtype: str
+    seed: int
+
+    @classmethod
+    def build(
+        cls,
+        model: TaipanLM,
+        optimizer: OptimizerSection,
+        schedule: ScheduleSection,
+        *,
+        total_steps: int | None,
+        dtype: str,
+        seed: int,
+    ) -> "Trainer":
+        """From the sections of a recipe.
+
+        Args:
+            model: to be trained in place.
+            optimizer: as in a recipe.
+            schedule: as in a recipe.
+            total_steps: length of training; None only if the warm-up is a fraction.
+            dtype: of the forwards: `float32`, or `bfloat16` for autocast.
+            seed: of the gate noise.
+        """
+        muon_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        return cls(
+            model=model,
+            optimizer=build_optimizer(model, optimizer, muon_dtype=muon_dtype),
+            schedule=schedule,
+            warmup=warmup_fraction(schedule, total_steps),
+            clip=optimizer.clip,
+            dtype=dtype,
+            seed=seed,
+        )
+
+    def step(self, number: int, progress: float, micro_batches: Sequence[Batch]) -> StepResult:
+        """Take step `number` with all schedules at `progress` ∈ [0, 1].
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; weights and optimizer are as they were.
+        """
+        self.model.train()
+        self.model.set_progress(progress)
+        self.optimizer.scale_learning_rate(self.multiplier(progress))
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, "step", number))
+            return train_step(self.model, self.optimizer, micro_batches, clip=self.clip, dtype=self.dtype, step=number)
+
+    def multiplier(self, progress: float) -> float:
+        """Share of the peak learning rate at this progress."""
+        return learning_rate_multiplier(self.schedule, progress, self.warmup)
+
+
+def fit(
+    model: TaipanLM,
+    batches: Callable[[int], Batch],
+    steps: int,
+    *,
+    optimizer: OptimizerSection,
+    schedule: ScheduleSection,
+    dtype: str = "float32",
+    seed: int = 0,
+    on_step: Callable[[int, StepResult], None] | None = None,
+) -> None:
+    """Train a model in memory for a number of steps, without files: for experiments on generated data.
+
+    Args:
+        model: trained in place and left in eval mode at progress 1.
+        batches: the batch of a step, a function of the step's number.
+        steps: number of steps.
+        optimizer: as in a recipe.
+        schedule: as in a recipe.
+        dtype: `float32`, or `bfloat16` for autocast.
+        seed: of the gate noise.
+        on_step: called after each step with its number and what it measured.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite.
+    """
+    trainer = Trainer.build(model, optimizer, schedule, total_steps=steps, dtype=dtype, seed=seed)
+    for number in range(steps):
+        result = trainer.step(number, (number + 0.5) / steps, [batches(number)])
+        if on_step is not None:
+            on_step(number, result)
+    model.set_progress(1.0)
+    model.eval()

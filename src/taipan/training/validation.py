@@ -1,0 +1,64 @@
+"""Loss on held-out windows while training goes on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from taipan.model import TaipanLM
+from taipan.training.step import Batch, GateStatistics, gate_statistics, precision, predicted_tokens
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss in nats per token, bits per byte of text, and what the gates select as at inference."""
+
+    loss: float
+    bits_per_byte: float
+    gates: tuple[GateStatistics, ...]
+
+
+@torch.no_grad()
+def validate(
+    model: TaipanLM, batches: Sequence[Batch], bytes_per_token: float, *, dtype: str = "float32"
+) -> Validation:
+    """Run the model as at inference (no noise, calibrated thresholds) over some batches; its mode is put back.
+
+    Args:
+        model: any.
+        batches: at least one.
+        bytes_per_token: mean length of a token of the held-out data in bytes of text.
+        dtype: `float32`, or `bfloat16` for autocast.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    gates: list[tuple[GateStatistics, ...]] = []
+    for batch in batches:
+        tokens = batch["tokens"]
+        with precision(tokens.device, dtype):
+            output = model(tokens, segment_ids=batch.get("segment_ids"), labels=batch.get("labels", tokens))
+        predicted = predicted_tokens(batch)
+        total += float(output.cross_entropy) * predicted
+        count += predicted
+        gates.append(tuple(gate_statistics(gate) for gate in output.gates))
+    model.train(was_training)
+    loss = total / max(1, count)
+    return Validation(loss, loss / math.log(2) / bytes_per_token, tuple(_mean(sal) for sal in zip(*gates, strict=True)))
+
+
+def _mean(statistics: Sequence[GateStatistics]) -> GateStatistics:
+    """Mean over batches of equal size."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(entry, name) for entry in statistics) / len(statistics)
+
+    return GateStatistics(
+        layer=statistics[0].layer,
+        rate=mean("rate"),
+        training_rate=mean("training_rate"),
+        noise_free_rate=mean("noise_free_rate"),
+        alpha_mean=mean("alpha_mean"),
+        alpha_std=mean("alpha_std"),
+    )
