@@ -1,7 +1,9 @@
+import ctypes
 import errno
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +105,17 @@ def test_a_failed_second_rename_puts_the_old_directory_back(tmp_path: Path, monk
     with pytest.raises(CheckpointError, match="cannot write"), io.atomic_directory(target) as temporary:
         (temporary / "weights").write_bytes(b"new")
     assert listing(tmp_path) == {"model/weights": b"old"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems rename twice")
+def test_the_exchange_is_one_step_where_the_file_system_can(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    exchanged = io._exchange(first, second)  # pyright: ignore
+    assert exchanged or ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS)
+    assert (first.read_bytes(), second.read_bytes()) == ((b"2", b"1") if exchanged else (b"1", b"2"))
+    assert not io._exchange(first, tmp_path / "missing")  # pyright: ignore
 
 
 def test_every_file_is_synced_before_the_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
