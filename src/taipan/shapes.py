@@ -10,8 +10,8 @@ V      vocabulary                                  Q      queries of an attentio
 H      heads                                       J      keys of an attention call
 P      head dim of Mamba-2                         C      channels of the causal convolution
 N      state size of Mamba-2                       K      taps of the causal convolution
-L      inputs a convolution remembers, K − 1
-G      groups sharing B and C (or key/value heads)
+L      inputs a convolution remembers, K − 1       U      keys used by one block of queries
+G      groups sharing B and C (or key/value heads) M      tokens of a batch in one row
 ====== ==========================================  ====== ======================================
 
 The types are checked live in the tests only (jaxtyping's import hook); at run time they cost nothing.
@@ -23,10 +23,14 @@ from torch import Tensor
 
 BoolB = Bool[Tensor, "B"]
 BoolBS = Bool[Tensor, "B S"]
+BoolT = Bool[Tensor, "T"]
 BoolBT = Bool[Tensor, "B T"]
 BoolBV = Bool[Tensor, "B V"]
 BoolBQJ = Bool[Tensor, "B Q J"]
 FloatB = Float[Tensor, "B"]
+Float0 = Float[Tensor, ""]
+FloatT = Float[Tensor, "T"]
+FloatT2 = Float[Tensor, "T 2"]
 FloatBT = Float[Tensor, "B T"]
 FloatBV = Float[Tensor, "B V"]
 FloatBT2 = Float[Tensor, "B T 2"]
@@ -45,6 +49,9 @@ FloatBTGN = Float[Tensor, "B T G N"]
 FloatBTHN = Float[Tensor, "B T H N"]
 FloatBHPN = Float[Tensor, "B H P N"]
 FloatH = Float[Tensor, "H"]
+FloatM = Float[Tensor, "M"]
+FloatMD = Float[Tensor, "M D"]
+FloatVD = Float[Tensor, "V D"]
 FloatBTHE = Float[Tensor, "B T H E"]
 FloatBTGE = Float[Tensor, "B T G E"]
 FloatBQHE = Float[Tensor, "B Q H E"]
@@ -54,8 +61,8 @@ FloatBWGE = Float[Tensor, "B W G E"]
 IntB = Int[Tensor, "B"]
 IntBQ = Int[Tensor, "B Q"]
 IntBJ = Int[Tensor, "B J"]
-IntBL = Int[Tensor, "B L"]
-IntN = Int[Tensor, "N"]
+IntBU = Int[Tensor, "B U"]
+IntM = Int[Tensor, "M"]
 IntBS = Int[Tensor, "B S"]
 IntBT = Int[Tensor, "B T"]
 IntBW = Int[Tensor, "B W"]

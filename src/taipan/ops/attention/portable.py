@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from taipan.ops.attention.codes import Codes, window_codes
 from taipan.ops.precision import accumulation_dtype
-from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBL, IntBQ
+from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ, IntBU
 
 
 def windowed_attention(
@@ -36,7 +36,7 @@ def windowed_attention(
         if min(q_BQHE.numel(), k_BJGE.numel()) > 0 and queries <= size and (window is None or keys <= window + size):
             return _attend(q_BQHE, k_BJGE, v_BJGE, _merge_equal_rows(codes))
         blocks = _plan(codes, size)
-        codes = _merge_equal_rows(codes) if all(block.key_BL is None for block in blocks) else codes
+        codes = _merge_equal_rows(codes) if all(block.key_BU is None for block in blocks) else codes
         return _BlockedAttention.apply(q_BQHE, k_BJGE, v_BJGE, codes, blocks)
 
 
@@ -52,28 +52,28 @@ class _Block(NamedTuple):
     query_stop: int
     key_start: int
     key_stop: int
-    key_BL: IntBL | None
+    key_BU: IntBU | None
 
     def of_queries(self, tensor: Tensor) -> Tensor:
         return tensor[:, self.query_start : self.query_stop]
 
     def of_keys(self, tensor: Tensor) -> Tensor:
-        if self.key_BL is None:
+        if self.key_BU is None:
             return tensor[:, self.key_start : self.key_stop]
-        return tensor[_rows(self.key_BL), self.key_BL]
+        return tensor[_rows(self.key_BU), self.key_BU]
 
     def add_to_keys(self, tensor: Tensor, addend: Tensor) -> None:
-        if self.key_BL is None:
+        if self.key_BU is None:
             tensor[:, self.key_start : self.key_stop] += addend
         else:  # the indices of a row are distinct, so a plain indexed update loses nothing
-            tensor[_rows(self.key_BL), self.key_BL] += addend
+            tensor[_rows(self.key_BU), self.key_BU] += addend
 
     def of_codes(self, codes: Codes) -> Codes:
         return Codes(self.of_queries(codes.low_BQ), self.of_queries(codes.high_BQ), self.of_keys(codes.key_BJ))
 
 
-def _rows(index_BL: IntBL) -> Tensor:
-    return torch.arange(index_BL.shape[0], device=index_BL.device)[:, None]
+def _rows(index_BU: IntBU) -> Tensor:
+    return torch.arange(index_BU.shape[0], device=index_BU.device)[:, None]
 
 
 def _plan(codes: Codes, size: int) -> list[_Block]:
@@ -102,11 +102,11 @@ def _plan(codes: Codes, size: int) -> list[_Block]:
     for number, (start, stop, longest) in enumerate(zip(*bounds, strict=True)):
         if longest <= 0:
             continue
-        key_BL = None
+        key_BU = None
         if stop - start > longest + size:  # rows need keys so far apart that gathering is cheaper than their union
             first_B = start_BM[:, number].clamp(max=keys - longest)
-            key_BL = first_B[:, None] + torch.arange(longest, device=first_B.device)
-        blocks.append(_Block(number * size, min((number + 1) * size, queries), start, stop, key_BL))
+            key_BU = first_B[:, None] + torch.arange(longest, device=first_B.device)
+        blocks.append(_Block(number * size, min((number + 1) * size, queries), start, stop, key_BU))
     return blocks
 
 
@@ -123,23 +123,23 @@ def _merge_equal_rows(codes: Codes) -> Codes:
     return codes
 
 
-def _attend(q_BQHE: Tensor, k_BLGE: Tensor, v_BLGE: Tensor, codes: Codes) -> Tensor:
+def _attend(q_BQHE: Tensor, k_BUGE: Tensor, v_BUGE: Tensor, codes: Codes) -> Tensor:
     """Attention of one block; differentiable. The codes may have one row for the whole batch."""
     batch, queries, heads, width = q_BQHE.shape
-    groups = k_BLGE.shape[2]
+    groups = k_BUGE.shape[2]
     shared = heads // groups  # R query heads share a key/value head: they become R times as many queries of it
-    admissible_BQL = codes.admissible()
+    admissible_BQU = codes.admissible()
     # A finite floor instead of −inf: a query with no key then gets a harmless mean (set to 0 below), never NaN.
     floor = torch.finfo(q_BQHE.dtype).min / 2
-    bias_BQL = torch.zeros((), dtype=q_BQHE.dtype, device=q_BQHE.device).where(admissible_BQL, floor)
+    bias_BQU = torch.zeros((), dtype=q_BQHE.dtype, device=q_BQHE.device).where(admissible_BQU, floor)
     q_BGME = q_BQHE.view(batch, queries, groups, shared, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    bias_B1ML = bias_BQL[:, None].repeat(1, 1, shared, 1) if shared > 1 else bias_BQL[:, None]
+    bias_B1MU = bias_BQU[:, None].repeat(1, 1, shared, 1) if shared > 1 else bias_BQU[:, None]
     out_BGME = F.scaled_dot_product_attention(
-        q_BGME, k_BLGE.transpose(1, 2), v_BLGE.transpose(1, 2), attn_mask=bias_B1ML
+        q_BGME, k_BUGE.transpose(1, 2), v_BUGE.transpose(1, 2), attn_mask=bias_B1MU
     )
     out_BGRQE = out_BGME.reshape(batch, groups, shared, queries, width)
     out_BQHE = out_BGRQE.permute(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)
-    return out_BQHE.where(admissible_BQL.any(dim=2)[:, :, None, None], 0.0)
+    return out_BQHE.where(admissible_BQU.any(dim=2)[:, :, None, None], 0.0)
 
 
 class _BlockedAttention(torch.autograd.Function):

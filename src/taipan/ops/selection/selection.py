@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from taipan.errors import InputError
-from taipan.shapes import BoolBS, BoolBT, FloatBSD, FloatBTD, IntB, IntBS, IntN
+from taipan.shapes import BoolBS, BoolBT, FloatBSD, FloatBTD, IntB, IntBS, IntM
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Selection:
     """int64 number of selected tokens of each row."""
     tokens: int
     """T, the length of the rows selected from."""
-    source_N: IntN
+    source_M: IntM
     """Row-major number b·T + t of every selected token of the batch."""
-    target_N: IntN | None
+    target_M: IntM | None
     """Row-major number b·S + s of the same tokens; None if no entry is absent (then it is 0, 1, 2, …)."""
 
     @property
     def everything(self) -> bool:
         """Whether every token of every row is selected."""
-        return self.target_N is None and self.index_BS.shape[1] == self.tokens
+        return self.target_M is None and self.index_BS.shape[1] == self.tokens
 
 
 def select_tokens(mask_BT: BoolBT) -> Selection:
@@ -41,18 +41,18 @@ def select_tokens(mask_BT: BoolBT) -> Selection:
         raise InputError(f"select_tokens: mask is {mask_BT.dtype} {tuple(mask_BT.shape)}; expected torch.bool (B, T).")
     batch, tokens = mask_BT.shape
     device = mask_BT.device
-    source_N = mask_BT.flatten().nonzero().flatten()
+    source_M = mask_BT.flatten().nonzero().flatten()
     count_B = mask_BT.sum(dim=1)
     longest = int(count_B.max()) if batch > 0 else 0
     present_BS = torch.arange(longest, device=device) < count_B[:, None]
-    if source_N.numel() == batch * longest:
-        target_N = None
-        index_BS = source_N.view(batch, longest) % max(tokens, 1)
+    if source_M.numel() == batch * longest:
+        target_M = None
+        index_BS = source_M.view(batch, longest) % max(tokens, 1)
     else:
-        target_N = present_BS.flatten().nonzero().flatten()
+        target_M = present_BS.flatten().nonzero().flatten()
         index_BS = torch.zeros(batch * longest, dtype=torch.int64, device=device)
-        index_BS = index_BS.index_copy(0, target_N, source_N % tokens).view(batch, longest)
-    return Selection(index_BS, present_BS, count_B, tokens, source_N, target_N)
+        index_BS = index_BS.index_copy(0, target_M, source_M % tokens).view(batch, longest)
+    return Selection(index_BS, present_BS, count_B, tokens, source_M, target_M)
 
 
 def gather(x_BTD: FloatBTD, selection: Selection) -> FloatBSD:
@@ -65,10 +65,10 @@ def gather(x_BTD: FloatBTD, selection: Selection) -> FloatBSD:
     if selection.everything:
         return x_BTD
     batch, longest = selection.index_BS.shape
-    x_ND = x_BTD.flatten(0, 1).index_select(0, selection.source_N)
-    if selection.target_N is not None:
-        x_ND = x_ND.new_zeros(batch * longest, x_ND.shape[1]).index_copy(0, selection.target_N, x_ND)
-    return x_ND.view(batch, longest, x_ND.shape[1])
+    x_MD = x_BTD.flatten(0, 1).index_select(0, selection.source_M)
+    if selection.target_M is not None:
+        x_MD = x_MD.new_zeros(batch * longest, x_MD.shape[1]).index_copy(0, selection.target_M, x_MD)
+    return x_MD.view(batch, longest, x_MD.shape[1])
 
 
 def scatter(out_BSD: FloatBSD, selection: Selection, base_BTD: FloatBTD) -> FloatBTD:
@@ -83,10 +83,10 @@ def scatter(out_BSD: FloatBSD, selection: Selection, base_BTD: FloatBTD) -> Floa
         raise InputError(f"scatter: out is {out_BSD.dtype}, base is {base_BTD.dtype}; give them one dtype.")
     if selection.everything:
         return out_BSD
-    out_ND = out_BSD.flatten(0, 1)
-    if selection.target_N is not None:
-        out_ND = out_ND.index_select(0, selection.target_N)
-    return base_BTD.flatten(0, 1).index_copy(0, selection.source_N, out_ND).view(base_BTD.shape)
+    out_MD = out_BSD.flatten(0, 1)
+    if selection.target_M is not None:
+        out_MD = out_MD.index_select(0, selection.target_M)
+    return base_BTD.flatten(0, 1).index_copy(0, selection.source_M, out_MD).view(base_BTD.shape)
 
 
 def _check_fit(name: str, x: torch.Tensor, batch: int, length: int) -> None:

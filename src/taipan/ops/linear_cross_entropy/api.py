@@ -1,0 +1,90 @@
+"""The contract of the language model's loss: head and cross-entropy in one."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from taipan.errors import InputError
+from taipan.ops.dispatch import select
+from taipan.ops.linear_cross_entropy import portable, reference
+from taipan.shapes import Float0, FloatM, FloatMD, FloatVD, IntM
+
+IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM], Float0]] = {
+    "reference": reference.linear_cross_entropy,
+    "portable": portable.linear_cross_entropy,
+}
+
+
+def linear_cross_entropy(
+    hidden_MD: FloatMD,
+    weight_VD: FloatVD,
+    target_M: IntM,
+    *,
+    ignore_index: int = -100,
+    implementation: str = "portable",
+) -> tuple[Float0, int]:
+    """Sum over the tokens of ``−log softmax(hidden · weightᵀ)[target]``, and how many tokens it is the sum of (Eq. 7).
+
+    Args:
+        hidden_MD: what the head reads, one row per token; float64, float32 or bfloat16.
+        weight_VD: the head's weight, same dtype.
+        target_M: int64 class of each token, or ``ignore_index`` for a token that counts for nothing.
+        ignore_index: see ``target_M``.
+        implementation: a name in ``IMPLEMENTATIONS``.
+
+    Under autocast both tensors are taken in its dtype, as `torch.nn.functional.linear` would.
+
+    Returns:
+        The sum in nats, float32 (float64 for float64 inputs), 0 with zero gradients if no token counts; and the
+        number of tokens that count.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together, or a target that is no class.
+        ConfigError: an unknown implementation.
+    """
+    loss_sum = select("linear_cross_entropy", IMPLEMENTATIONS, implementation)
+    kept_N = _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
+    if kept_N.numel() < target_M.numel():
+        hidden_MD, target_M = hidden_MD.index_select(0, kept_N), target_M.index_select(0, kept_N)
+    device = hidden_MD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return loss_sum(hidden_MD, weight_VD, target_M), kept_N.numel()
+
+
+@torch.no_grad()
+def linear_cross_entropy_per_token(
+    hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, *, ignore_index: int = -100
+) -> FloatM:
+    """``−log softmax(hidden · weightᵀ)[target]`` of each token, in nats, for evaluation: no gradient.
+
+    Arguments, errors and dtype as in `linear_cross_entropy`; a token with target ``ignore_index`` gets 0.
+    """
+    _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
+    return portable.linear_cross_entropy_per_token(hidden_MD, weight_VD, target_M, ignore_index)
+
+
+def _validated_kept_rows(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Check everything once; the numbers of the rows that count."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or target.shape != hidden.shape[:1]:
+        raise InputError(
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
+            f"target {tuple(target.shape)}; expected (M, D), (V, D) and (M,)."
+        )
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise InputError(f"linear_cross_entropy: hidden is {hidden.dtype}, weight {weight.dtype}; give them one dtype.")
+    if target.dtype != torch.int64:
+        raise InputError(f"linear_cross_entropy: target is {target.dtype}; expected torch.int64.")
+    ignored = target == ignore_index
+    classes = weight.shape[0]
+    bad = ((target < 0) | (target >= classes)) & ~ignored
+    if bool(bad.any()):
+        raise InputError(
+            f"linear_cross_entropy: target {int(target[bad][0])} is no class; "
+            f"expected 0 … {classes - 1}, or {ignore_index} to ignore a token."
+        )
+    return (~ignored).nonzero().flatten()

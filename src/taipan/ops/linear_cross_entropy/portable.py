@@ -1,0 +1,85 @@
+"""Cross-entropy of a linear head, a few rows of logits at a time.
+
+The gradient of the loss wrt the logits is known as soon as the loss is, so forward computes those of hidden and weight
+at once and nothing is computed twice. The three products stay in the dtype of the inputs (which keeps bfloat16 on
+its matrix units); softmax, loss and the sum of the weight's gradient are in at least float32. PyTorch's own
+``F.linear_cross_entropy`` (2.13) is as fast in float32, but returns a bfloat16 loss for bfloat16 inputs and, on CPU,
+multiplies the weight's gradient in float32.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from taipan.ops.precision import accumulation_dtype
+from taipan.shapes import Float0, FloatM, FloatMD, FloatVD, IntM
+
+CHUNK_ELEMENTS = 2**21
+"""Logits of a chunk: 8 MB in float32, near the size of a cache."""
+MIN_CHUNK_ROWS = 128
+"""Rows of a chunk at least: each chunk reads the whole weight and updates the whole of its gradient."""
+
+
+def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> Float0:
+    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy``; no target is ignored here."""
+    if torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad):
+        return _LinearCrossEntropy.apply(hidden_MD, weight_VD, target_M)
+    return linear_cross_entropy_per_token(hidden_MD, weight_VD, target_M).sum()
+
+
+def linear_cross_entropy_per_token(
+    hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, ignore_index: int = -100
+) -> FloatM:
+    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
+    dtype = accumulation_dtype(hidden_MD.dtype)
+    loss_M = torch.empty(target_M.shape, dtype=dtype, device=hidden_MD.device)
+    for rows in _chunks(hidden_MD, weight_VD):
+        logits_RV = (hidden_MD[rows] @ weight_VD.T).to(dtype)
+        loss_M[rows] = F.cross_entropy(logits_RV, target_M[rows], reduction="none", ignore_index=ignore_index)
+    return loss_M
+
+
+def _chunks(hidden_MD: Tensor, weight_VD: Tensor) -> list[slice]:
+    rows = max(CHUNK_ELEMENTS // weight_VD.shape[0], MIN_CHUNK_ROWS)
+    return [slice(start, start + rows) for start in range(0, hidden_MD.shape[0], rows)]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+        wide = accumulation_dtype(hidden_MD.dtype)
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        loss = torch.zeros((), dtype=wide, device=hidden_MD.device)
+        grad_hidden_MD = torch.zeros_like(hidden_MD) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        for rows in _chunks(hidden_MD, weight_VD):
+            hidden_RD, target_R1 = hidden_MD[rows], target_M[rows, None]
+            log_probability_RV = F.log_softmax(hidden_RD @ weight_VD.T, dim=1, dtype=wide)
+            loss -= log_probability_RV.gather(1, target_R1).sum()
+            grad_logits_RV = log_probability_RV.exp_()  # softmax − one-hot
+            grad_logits_RV.scatter_add_(1, target_R1, grad_logits_RV.new_full(target_R1.shape, -1.0))
+            grad_logits_RV = grad_logits_RV.to(hidden_MD.dtype)
+            if grad_hidden_MD is not None:
+                torch.mm(grad_logits_RV, weight_VD, out=grad_hidden_MD[rows])
+            if grad_weight_VD is None:
+                continue
+            if wide == weight_VD.dtype:
+                grad_weight_VD.addmm_(grad_logits_RV.T, hidden_RD)
+            else:
+                grad_weight_VD += grad_logits_RV.T @ hidden_RD
+        ctx.save_for_backward(grad_hidden_MD, grad_weight_VD)
+        ctx.dtype = hidden_MD.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden_MD, grad_weight_VD = (
+            None if grad is None else (grad * grad_loss).to(ctx.dtype) for grad in ctx.saved_tensors
+        )
+        return grad_hidden_MD, grad_weight_VD, None

@@ -1,0 +1,5 @@
+"""Rotary position embedding."""
+
+from taipan.ops.rope.rope import rotate
+
+__all__ = ["rotate"]
