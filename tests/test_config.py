@@ -151,7 +151,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert TaipanLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).sals[0].gate.threshold == 0.25
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip header", "missing weights", "other shapes", "missing config", "config"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "flip header", "missing weights", "other shapes", "missing config", "config"]
+)
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     directory = tmp_path / "model"
     small_model("taipan", dtype=torch.float32).save_pretrained(directory)

@@ -176,7 +176,10 @@ def test_segment_boundaries_and_padding_are_not_predicted() -> None:
     assert_same(packed, sum(loss * n for loss, n in parts) / sum(n for _, n in parts))
     mask = torch.ones_like(tokens)
     mask[:, :4] = 0
-    assert_same(model(tokens, attention_mask=mask, labels=tokens).cross_entropy, model(tokens[:, 4:], labels=tokens[:, 4:]).cross_entropy)
+    assert_same(
+        model(tokens, attention_mask=mask, labels=tokens).cross_entropy,
+        model(tokens[:, 4:], labels=tokens[:, 4:]).cross_entropy,
+    )
 
 
 def test_loss_is_the_sum_of_its_parts_and_splits_by_items() -> None:

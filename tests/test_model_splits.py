@@ -161,7 +161,7 @@ def test_fp32_splits_stay_within_1e5_of_the_fp64_oracle(stack: str) -> None:
 @pytest.mark.parametrize("stack", ["mamba2", "samba"])
 @torch.no_grad()
 def test_bf16_splits_stay_within_the_measured_rounding(stack: str) -> None:
-    """The bound is twice the error that the whole forward itself makes against fp64 (no gate: a flip is no rounding)."""
+    """The bound is twice the error that the whole forward itself makes against fp64 (no gates: flips are no rounding)."""
     tokens = random_tokens(2, 48)
     oracle = small_model(stack)(tokens).logits
     model = small_model(stack, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and state bytes of a configuration, by arithmetic alone. Torch-free; tested against the built model."""
+"""Parameters, FLOPs and state bytes of a configuration, by arithmetic alone; tested against the built model."""
 
 from taipan.config import TaipanConfig
 

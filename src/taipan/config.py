@@ -35,7 +35,7 @@ def suggestion(name: str, known: list[str]) -> str:
 
 
 def interpolate(start: float, end: float, span: tuple[float, float], progress: float) -> float:
-    """Piecewise-linear schedule: `start` before the span of training progress, `end` after it; a step if it is empty."""
+    """Piecewise-linear schedule: `start` before the span of training progress, `end` after it."""
     begin, until = span
     if progress < begin:
         return start
@@ -208,7 +208,7 @@ class TaipanConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))  # pyright: ignore[reportUnknownArgumentType]
+                object.__setattr__(self, field.name, tuple(value))
         self._check_choices()
         self._check_sizes()
         self._check_gate()
@@ -225,7 +225,8 @@ class TaipanConfig:
         for index, kind in enumerate(self.layer_types):
             if kind not in known:
                 raise ConfigError(
-                    f"layer_types[{index}] is {kind!r}, but must be one of {', '.join(known)}{suggestion(str(kind), known)}."
+                    f"layer_types[{index}] is {kind!r}, but must be one of {', '.join(known)}"
+                    f"{suggestion(str(kind), known)}."
                 )
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
@@ -306,7 +307,7 @@ class TaipanConfig:
             value = getattr(self, field.name)
             if isinstance(value, tuple):
                 # JSON has no infinity
-                value = [None if item == math.inf else item for item in value]  # pyright: ignore[reportUnknownVariableType]
+                value = [None if item == math.inf else item for item in value]
             out[field.name] = value
         return out
 
@@ -359,10 +360,10 @@ class TaipanConfig:
             raise ConfigError(
                 f"{path} cannot be read as JSON ({error}): the file is damaged, restore or re-save it."
             ) from error
-        if not isinstance(values, dict) or values.get("model_type") != "taipan":  # pyright: ignore[reportUnknownMemberType]
+        if not isinstance(values, dict) or values.get("model_type") != "taipan":
             raise ConfigError(f"{path} is not a Taipan configuration (its model_type is not 'taipan').")
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls.from_dict({key: value for key, value in values.items() if key in known})  # pyright: ignore[reportUnknownVariableType]
+        return cls.from_dict({key: value for key, value in values.items() if key in known})
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:

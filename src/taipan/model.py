@@ -166,8 +166,8 @@ class TaipanDecoder(nn.Module):
     def _check(self, tokens_BT: Tensor) -> None:
         if tokens_BT.dim() != 2 or tokens_BT.shape[0] == 0 or tokens_BT.shape[1] == 0:
             raise InputError(
-                f"The tokens have shape {tuple(tokens_BT.shape)}, but must be (batch, length) with at least one row and "
-                "one token: start an empty prompt with the end-of-text token."
+                f"The tokens have shape {tuple(tokens_BT.shape)}, but must be (batch, length) with at least one row "
+                "and one token: start an empty prompt with the end-of-text token."
             )
         low, high = (int(value) for value in tokens_BT.aminmax())
         if low < 0 or high >= self.config.vocab_size:

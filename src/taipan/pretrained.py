@@ -145,7 +145,7 @@ def load_tokenizer(directory: str | Path, model: TaipanLM | None = None) -> "Tok
     tokenizer = Tokenizer.load(Path(directory))
     if model is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
-            f"The tokenizer in {directory} has {tokenizer.vocab_size} ids but the model only {model.config.vocab_size}: "
-            "they do not belong together. Use the tokenizer the model was trained with."
+            f"The tokenizer in {directory} has {tokenizer.vocab_size} ids but the model only "
+            f"{model.config.vocab_size}: they do not belong together. Use the tokenizer the model was trained with."
         )
     return tokenizer

@@ -213,7 +213,7 @@ class DecoderState:
         """
         path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType, reportNoOverloadImplementation]
+            with safe_open(path, framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
@@ -224,8 +224,9 @@ class DecoderState:
             )
         if metadata.get("model") != model.fingerprint:
             raise StateError(
-                f"{path} belongs to another model (its fingerprint is {metadata.get('model', '?')[:12]}, this model's is "
-                f"{model.fingerprint[:12]}): load the model that made it, or build the state again from the text."
+                f"{path} belongs to another model (its fingerprint is {metadata.get('model', '?')[:12]}, this "
+                f"model's is {model.fingerprint[:12]}): load the model that made it, or build the state again from "
+                "the text."
             )
         rows = tensors["position_B"].shape[0] if "position_B" in tensors else 0
         like = model.empty_state(rows)

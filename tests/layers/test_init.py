@@ -64,7 +64,12 @@ def test_a_is_uniform_and_dt_log_uniform(model: TaipanLM) -> None:
 
 def test_dt_floor_binds() -> None:
     config = TaipanConfig(
-        vocab_size=8, hidden_size=64, layer_types=("mamba2",), mamba_head_dim=1, time_step_min=1e-6, time_step_floor=1e-2
+        vocab_size=8,
+        hidden_size=64,
+        layer_types=("mamba2",),
+        mamba_head_dim=1,
+        time_step_min=1e-6,
+        time_step_floor=1e-2,
     )
     dt = torch.nn.functional.softplus(TaipanLM(config).model.layers[0].mixer.dt_bias.double())
     assert dt.min() >= 1e-2 * (1 - 1e-4)

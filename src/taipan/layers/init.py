@@ -1,4 +1,4 @@
-"""Initial distributions, drawn from an explicit generator (state-spaces/mamba, `_init_weights` and `Mamba2.__init__`)."""
+"""Initial distributions of state-spaces/mamba (`_init_weights`, `Mamba2.__init__`), from an explicit generator."""
 
 import math
 

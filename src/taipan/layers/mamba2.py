@@ -54,6 +54,7 @@ class Mamba2(nn.Module):
             The branch's output (B, T, D), and how to build the state after it.
         """
         config, names = self.config, self.implementations
+        assert self.conv1d.bias is not None
         inner, bc = config.inner_size, config.n_groups * config.state_size
         z, xbc, dt = self.in_proj(x_BTD).split([inner, config.conv_size, config.num_mamba_heads], dim=-1)
         xbc, conv_BLC = causal_conv1d(

@@ -1,0 +1,243 @@
+"""C = 0 against C = 0.15 on a memory-intensive task: multi-query associative recall (paper.md: MQAR of zoology).
+
+Three models of equal recurrent state — Taipan, its twin whose gates are closed (C = 0), and a Mamba-2 of equal
+parameters — with the learning rate swept for each; then accuracy against C for both scopes of keys and values; then
+what the schedules of the gate do, the paper's own setting among them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from taipan.config import SETTINGS, TaipanConfig
+from taipan.experiments.runs import Listener, Result, Run, execute
+
+VOCABULARY = 512
+# (length, pairs, share of the training batches); one query per pair, so 12.5 % of the positions are queries
+TASKS = ((32, 4, 1), (64, 8, 1), (128, 16, 1), (256, 32, 1))
+TOKENS_PER_BATCH = 4096
+HIDDEN = 64
+
+_GATE_ABLATION: dict[str, dict[str, Any]] = {
+    "paper: constant C, noise throughout": dict(SETTINGS["paper"]),
+    "constant C, noise throughout, recommended otherwise": {"budget_start": None, "gumbel_noise_end": 1.0},
+    "constant C, no noise": {"budget_start": None, "gumbel_noise": 0.0},
+    "annealed C, noise throughout, weight 1": {"gumbel_noise_end": 1.0, "budget_weight": 1.0},
+    "annealed C, noise throughout": {"gumbel_noise_end": 1.0},
+    "annealed C, noise off at 80 %, closed start": {"gate_bias_init": 0.0},
+    "annealed C, noise off at 80 %, gathered gradient": {"gate_gradient": "gathered"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of the experiment is run.
+
+    Attributes:
+        steps: optimizer steps of every run.
+        seeds: seeds of the main comparison and of the gate's schedules.
+        learning_rates: swept for every model with the first seed.
+        capacities: values of C for accuracy against C, beside 0 and 0.15.
+        ablation: whether to run the schedules of the gate.
+    """
+
+    steps: int
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    capacities: tuple[float, ...]
+    ablation: bool
+
+
+SCALES: dict[str, Scale] = {
+    "full": Scale(
+        steps=2000,
+        seeds=(0, 1, 2),
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        capacities=(0.05, 0.10, 0.25, 0.40, 1.0),
+        ablation=True,
+    ),
+    "tiny": Scale(steps=600, seeds=(0,), learning_rates=(2e-3,), capacities=(), ablation=False),
+}
+
+
+def taipan_config(**overrides: Any) -> TaipanConfig:
+    """The small Taipan: two Mamba-2 blocks around one SAL."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 128,
+        "layer_types": ["mamba2", "selective_attention", "mamba2"],
+        "state_size": 16,
+        "mamba_head_dim": 64,
+        "num_attention_heads": 1,
+        "sliding_window": 256,
+    }
+    return TaipanConfig.from_dict({**values, **overrides})
+
+
+def mamba2_twin_config() -> TaipanConfig:
+    """Mamba-2 with the recurrent state of `taipan_config()`: its parameters go into MLPs of matching size."""
+    config = taipan_config()
+    attention, mlp = 4 * HIDDEN**2 + 2 * HIDDEN + 2, 3 * HIDDEN * config.intermediate_size
+    return config.replace(
+        layer_types=["mamba2", "mamba2"], mamba_mlp=True, intermediate_size=round((attention + mlp) / 2 / (3 * HIDDEN))
+    )
+
+
+MODELS: dict[str, TaipanConfig] = {
+    "taipan": taipan_config(),
+    "taipan, C = 0": taipan_config(attention_capacity=0.0),
+    "mamba2": mamba2_twin_config(),
+}
+
+
+def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, steps: int) -> Run:
+    """One run of the experiment."""
+    settings: dict[str, Any] = {
+        "config": config.to_dict(),
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "steps": steps,
+    }
+    return Run(name=name, settings={**settings, "tasks": TASKS, "tokens_per_batch": TOKENS_PER_BATCH})
+
+
+def train(run: Run) -> Result:
+    """Train one model from scratch on fresh batches and measure it; a module-level function for worker processes."""
+    import torch
+
+    from taipan.data.mqar import mqar_batch
+    from taipan.data.seeding import seeded_generator
+    from taipan.model import TaipanLM
+    from taipan.training.optimizer import build_optimizer
+    from taipan.training.recipe import OptimizerSection, ScheduleSection
+    from taipan.training.schedule import learning_rate_multiplier
+
+    settings = run.settings
+    seed, steps = int(settings["seed"]), int(settings["steps"])
+    config = TaipanConfig.from_dict(settings["config"])
+    torch.manual_seed(seed)  # the gate's noise
+    model = TaipanLM(config, generator=seeded_generator(seed, "mqar-init")).train()
+    optimizer = build_optimizer(
+        model, OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1)
+    )
+    schedule = ScheduleSection(kind="cosine", warmup=0.05, final=0.01)
+    began, curve = time.monotonic(), list[dict[str, float]]()
+    for step in range(steps):
+        progress = step / steps
+        length, pairs, _ = TASKS[step % len(TASKS)]
+        generator = seeded_generator(seed, "mqar-train", step)
+        rows = TOKENS_PER_BATCH // length
+        tokens, labels = mqar_batch(rows, length, pairs, VOCABULARY, random_fillers=False, generator=generator)
+        model.set_progress(progress)
+        optimizer.scale_learning_rate(learning_rate_multiplier(schedule, progress, schedule.warmup))
+        out = model(tokens, labels=labels)
+        assert out.loss is not None
+        assert out.cross_entropy is not None
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            point = {
+                "step": float(step),
+                "cross_entropy": out.cross_entropy.item(),
+                "capacity": model.model.schedule.capacity,
+            }
+            for gate in out.gates:
+                point |= {"rate": gate.rate.item(), "noise_free_rate": gate.noise_free_rate.item()}
+                point |= {"alpha_mean": gate.alpha_mean.item()}
+            curve.append(point)
+    model.set_progress(1.0)
+    return {"run": run.name, **settings, "seconds": time.monotonic() - began, "curve": curve, **measure(model.eval())}
+
+
+def measure(model: Any) -> Result:
+    """Accuracy by number of pairs on fresh rows, noise-free, and what the gate did."""
+    from taipan.data.mqar import MQARMixture, MQARTask
+    from taipan.evaluation.mqar import evaluate_mqar
+
+    tasks = tuple(MQARTask(length, pairs, 256) for length, pairs, _ in TASKS)
+    mixture = MQARMixture(VOCABULARY, train=tasks, test=tasks, random_fillers=False)
+    return {"tests": evaluate_mqar(model, mixture, seed=12345)}
+
+
+def accuracy(result: Result) -> float:
+    """Mean accuracy over the numbers of pairs."""
+    return mean(test["accuracy"] for test in result["tests"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results of the experiment.
+
+    Attributes:
+        scale: what was run.
+        sweep: per model, results of the first seed at every learning rate.
+        comparison: per model, results of all seeds at its best learning rate.
+        capacity: per scope of keys and values, results in order of C.
+        schedules: per way to schedule the gate, results of all seeds.
+    """
+
+    scale: Scale
+    sweep: dict[str, list[Result]]
+    comparison: dict[str, list[Result]]
+    capacity: dict[str, list[Result]]
+    schedules: dict[str, list[Result]]
+
+
+def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int | None = None) -> Report:
+    """Run what is missing of the experiment and collect all of it.
+
+    Args:
+        scale: one of `SCALES`.
+        directory: results are kept under `runs/` here; an interrupted call goes on where it stopped.
+        listener: told of every finished run; the number of all runs grows as best learning rates become known.
+        workers: processes side by side; None for one per core.
+    """
+    first, *others = scale.seeds
+
+    def run(runs: Sequence[Run]) -> list[Result]:
+        return execute(runs, train, directory / "runs", listener, workers=workers)
+
+    sweep_runs = [
+        declare(_slug(name), config, rate, first, scale.steps)
+        for name, config in MODELS.items()
+        for rate in scale.learning_rates
+    ]
+    rates = len(scale.learning_rates)
+    flat = run(sweep_runs)
+    sweep = {name: flat[i * rates : (i + 1) * rates] for i, name in enumerate(MODELS)}
+    best = {name: max(results, key=accuracy) for name, results in sweep.items()}
+
+    seed_runs = [
+        declare(_slug(name), config, best[name]["learning_rate"], seed, scale.steps)
+        for name, config in MODELS.items()
+        for seed in others
+    ]
+    rate = best["taipan"]["learning_rate"]
+    cells = [(scope, c) for scope in ("all", "selected") for c in sorted({0.15, *scale.capacities}) if scale.capacities]
+    capacity_runs = [
+        declare("capacity", taipan_config(key_value_scope=scope, attention_capacity=c), rate, first, scale.steps)
+        for scope, c in cells
+    ]
+    variants = _GATE_ABLATION if scale.ablation else {}
+    schedule_runs = [
+        declare("schedule", taipan_config(**overrides), rate, seed, scale.steps)
+        for overrides in variants.values()
+        for seed in scale.seeds
+    ]
+    rest = iter(run([*seed_runs, *capacity_runs, *schedule_runs]))
+    comparison = {name: [best[name], *(next(rest) for _ in others)] for name in MODELS}
+    capacity: dict[str, list[Result]] = {}
+    for scope, _ in cells:
+        capacity.setdefault(scope, []).append(next(rest))
+    schedules = {name: [next(rest) for _ in scale.seeds] for name in variants}
+    return Report(scale, sweep, comparison, capacity, schedules)
+
+
+def _slug(name: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in name)

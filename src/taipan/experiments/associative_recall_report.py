@@ -1,0 +1,166 @@
+"""Tables, figure and files of the associative-recall experiment."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from taipan.accounting import parameter_count
+from taipan.config import TaipanConfig
+from taipan.experiments.associative_recall import TASKS, Report, accuracy
+from taipan.experiments.runs import Result
+from taipan.io import atomic_write
+
+PAIRS = [pairs for _, pairs, _ in TASKS]
+
+
+def recurrent_state_values(config: TaipanConfig) -> int:
+    """Numbers in the SSM states of a model, the state that does not grow with what attention keeps."""
+    return sum(kind == "mamba2" for kind in config.layer_types) * config.inner_size * config.state_size
+
+
+def _column(results: Sequence[Result], key: str) -> list[float]:
+    """Mean over the tests of the statistic `key` of the first SAL, one value per run that has it."""
+    return [
+        mean(test["gates"][0][key] for test in result["tests"]) for result in results if result["tests"][0]["gates"]
+    ]
+
+
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    if not values:
+        return "–"
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def comparison_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: accuracy by number of pairs, mean (lowest–highest seed), and what the gate did."""
+    header = ["model", "parameters", "state", "lr", *(f"{pairs} pairs" for pairs in PAIRS), "mean"]
+    header += ["rate noise-free", "rate with noise", "α", "queries selected"]
+    rows: list[list[str]] = []
+    for name, results in report.comparison.items():
+        config = TaipanConfig.from_dict(results[0]["config"])
+        row = [name, f"{parameter_count(config):,}", f"{recurrent_state_values(config):,}"]
+        row.append(f"{results[0]['learning_rate']:g}")
+        row += [_spread([result["tests"][i]["accuracy"] for result in results], 2) for i in range(len(PAIRS))]
+        row.append(_spread([accuracy(result) for result in results]))
+        rows.append(row + _gate_cells(results))
+    return header, rows
+
+
+def _gate_cells(results: Sequence[Result]) -> list[str]:
+    keys = ("rate", "noisy_rate", "alpha_mean", "queries_selected")
+    return [_spread(_column(results, key), 2) for key in keys]
+
+
+def sweep_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: mean accuracy of the first seed at every learning rate."""
+    header = ["model", *(f"lr {rate:g}" for rate in report.scale.learning_rates)]
+    return header, [[name, *(f"{accuracy(r):.3f}" for r in results)] for name, results in report.sweep.items()]
+
+
+def capacity_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: accuracy and selection against C, for both scopes of keys and values."""
+    header = ["keys and values", "C", *(f"{pairs} pairs" for pairs in PAIRS), "mean"]
+    header += ["rate noise-free", "rate with noise", "α", "queries selected"]
+    rows: list[list[str]] = []
+    for scope, results in report.capacity.items():
+        for result in results:
+            row = [scope, f"{result['config']['attention_capacity']:.2f}"]
+            row += [f"{test['accuracy']:.2f}" for test in result["tests"]] + [f"{accuracy(result):.3f}"]
+            rows.append(row + _gate_cells([result]))
+    return header, rows
+
+
+def schedule_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what each way to schedule the gate reaches, and the gap between the two rates."""
+    header = ["gate", "accuracy", "rate noise-free", "rate with noise", "α", "queries selected", "selected are queries"]
+    recommended = report.comparison["taipan"]
+    rows: list[list[str]] = []
+    for name, results in {"recommended": recommended, **report.schedules}.items():
+        row = [name, _spread([accuracy(result) for result in results]), *_gate_cells(results)]
+        rows.append([*row, _spread(_column(results, "selected_queries"), 2)])
+    return header, rows
+
+
+def sections(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of every table that was run."""
+    out = [("Accuracy by number of pairs", *comparison_rows(report)), ("Learning rates", *sweep_rows(report))]
+    if report.capacity:
+        out.append(("Accuracy against C", *capacity_rows(report)))
+    if report.schedules:
+        out.append(("What the schedules of the gate do", *schedule_rows(report)))
+    return out
+
+
+def markdown(report: Report, command: str) -> str:
+    """All tables as Markdown, with the command that made them."""
+    parts = [
+        "# Associative recall",
+        f"`{command}`",
+        f"Steps per run: {report.scale.steps}; seeds {report.scale.seeds}.",
+    ]
+    for title, header, rows in sections(report):
+        lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        parts.append("\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(report: Report) -> Any:
+    """Matplotlib figure: accuracy by pairs, the rates over training, accuracy against C."""
+    from matplotlib.figure import Figure
+
+    panels = 3 if report.capacity else 2
+    drawing = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
+    axes = drawing.subplots(1, panels)
+    for name, results in report.comparison.items():
+        values = [[result["tests"][i]["accuracy"] for result in results] for i in range(len(PAIRS))]
+        line = axes[0].plot(PAIRS, [mean(v) for v in values], marker="o", label=name)[0]
+        axes[0].fill_between(
+            PAIRS, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color()
+        )
+    axes[0].set(xscale="log", xlabel="key–value pairs", ylabel="accuracy", ylim=(-0.03, 1.03), title="Recall by pairs")
+    axes[0].set_xticks(PAIRS, [str(pairs) for pairs in PAIRS], minor=False)
+    axes[0].minorticks_off()
+    axes[0].legend()
+
+    curve = report.comparison["taipan"][0]["curve"]
+    steps = [point["step"] for point in curve]
+    for key, label in (
+        ("rate", "selected in training"),
+        ("noise_free_rate", "selected without noise"),
+        ("capacity", "budget C"),
+        ("alpha_mean", "mean α"),
+    ):
+        axes[1].plot(steps, [point[key] for point in curve], label=label, linestyle=":" if key == "capacity" else "-")
+    axes[1].set(xlabel="step", ylabel="share of tokens", ylim=(-0.03, 1.03), title="The gate of Taipan over training")
+    axes[1].legend()
+
+    if report.capacity:
+        for scope, results in report.capacity.items():
+            capacities = [result["config"]["attention_capacity"] for result in results]
+            axes[2].plot(
+                capacities, [accuracy(result) for result in results], marker="o", label=f"keys/values: {scope}"
+            )
+        axes[2].axvline(0.125, color="grey", linewidth=0.8, linestyle=":")
+        axes[2].set(
+            xlabel="C", ylabel="mean accuracy", ylim=(-0.03, 1.03), title="Accuracy against C (dotted: queries)"
+        )
+        axes[2].legend()
+    return drawing
+
+
+def write(report: Report, directory: Path, command: str) -> list[Path]:
+    """Write `report.md`, `results.json`, `associative_recall.svg` and `.png`; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [
+        directory / name for name in ("report.md", "results.json", "associative_recall.svg", "associative_recall.png")
+    ]
+    atomic_write(paths[0], markdown(report, command).encode())
+    atomic_write(paths[1], json.dumps({"command": command, **asdict(report)}, indent=1).encode())
+    drawing = figure(report)
+    for path in paths[2:]:
+        drawing.savefig(path, dpi=130)
+    return paths

@@ -1,0 +1,91 @@
+"""Declared runs, executed side by side, each result kept as soon as it is there: an interrupted experiment goes on."""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from taipan.hardware import describe
+from taipan.io import atomic_write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run, described completely by its fields (they are its identity on disk).
+
+    Attributes:
+        name: readable part of the result's file name.
+        settings: everything the run depends on; JSON values only.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+    def path(self, directory: Path) -> Path:
+        """Where the result is kept."""
+        identity = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return directory / f"{self.name}-{identity}.json"
+
+
+Result = dict[str, Any]
+Listener = Callable[[Run, Result, int, int], None]
+"""Called with run, result, number of finished runs and number of all, once for every run."""
+
+
+def execute(
+    runs: Sequence[Run],
+    function: Callable[[Run], Result],
+    directory: Path,
+    listener: Listener,
+    *,
+    workers: int | None = None,
+) -> list[Result]:
+    """Results of all runs, in their order; those that `directory` already holds are not run again.
+
+    Args:
+        runs: what to run.
+        function: a module-level function; each worker process gives it one thread.
+        directory: where results are kept.
+        listener: told of every finished run.
+        workers: processes side by side; None for one per core.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    results: dict[int, Result] = {}
+    pending: list[int] = []
+    for number, run in enumerate(runs):
+        path = run.path(directory)
+        if path.is_file():
+            results[number] = json.loads(path.read_text(encoding="utf-8"))
+            listener(run, results[number], len(results), len(runs))
+        else:
+            pending.append(number)
+    if pending:
+        context = multiprocessing.get_context("spawn")
+        count = min(workers or describe().cores, len(pending))
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
+            futures = {pool.submit(function, runs[number]): number for number in pending}
+            try:
+                for future in as_completed(futures):
+                    number = futures[future]
+                    results[number] = future.result()
+                    atomic_write(runs[number].path(directory), json.dumps(results[number]).encode())
+                    listener(runs[number], results[number], len(results), len(runs))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    return [results[number] for number in range(len(runs))]
+
+
+def _one_thread() -> None:
+    import torch
+
+    from taipan.hardware import tune_allocator
+
+    torch.set_num_threads(1)
+    tune_allocator()
