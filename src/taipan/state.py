@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,6 +108,7 @@ def take(values: Tensor, index_BW: Tensor) -> Tensor:
     return values[rows, index_BW]
 
 
+@runtime_checkable
 class Fingerprinted(Protocol):
     """What saving and loading a state needs to know of a model."""
 
