@@ -1,0 +1,62 @@
+"""`TaipanConfig` as transformers wants a configuration: the same fields, the same `config.json`."""
+
+import dataclasses
+from typing import Any, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from taipan.config import TaipanConfig
+
+_NATIVE = tuple(field.name for field in dataclasses.fields(TaipanConfig))
+
+
+@strict
+class TaipanHFConfig(PreTrainedConfig):
+    """All fields of `taipan.config.TaipanConfig` (documented there) as attributes, plus what transformers adds.
+
+    The fields are not listed a second time: `TaipanConfig` takes, checks and completes them. A `config.json` written
+    by either of the two is read by both.
+
+    Attributes:
+        use_cache: return the state (`past_key_values`) from a forward outside training.
+
+    Raises:
+        ConfigError: a field is missing or impossible; the message names it and says what to do.
+    """
+
+    model_type = "taipan"
+    # everything in a model output that is no prediction, so that Trainer does not gather it
+    keys_to_ignore_at_inference = ("past_key_values", "cross_entropy", "budget", "gates")
+
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Let `TaipanConfig` check and complete its fields; the others are transformers' own."""
+        native = TaipanConfig.from_dict({name: kwargs.pop(name) for name in _NATIVE if name in kwargs})
+        # as attributes before transformers looks at any of them; lists, as a config.json gives them
+        for name, value in native.to_dict().items():
+            setattr(self, name, value)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_native(cls, config: TaipanConfig, **kwargs: Any) -> Self:
+        """Configuration of the same model for transformers; `kwargs` are fields of transformers' own."""
+        return cls(**config.to_dict(), **kwargs)
+
+    def to_native(self) -> TaipanConfig:
+        """Configuration of the same model for `TaipanLM`, checked again since attributes can be set.
+
+        Raises:
+            ConfigError: a field was set to something impossible.
+        """
+        return TaipanConfig.from_dict({name: getattr(self, name) for name in _NATIVE})
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers, under the name that tools ask for."""
+        return len(self.layer_types)
+
+    def validate_layer_type(self) -> None:
+        """`TaipanConfig` knows the layer types; transformers would refuse `mamba2` and `selective_attention`."""
+        self.to_native()

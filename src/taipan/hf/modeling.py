@@ -1,0 +1,186 @@
+"""The native decoder as a `PreTrainedModel`: arguments in and out, no mathematics of its own."""
+
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+
+from taipan.errors import CheckpointError, InputError
+from taipan.hf.arguments import PACKING, check_arguments, packed_segments
+from taipan.hf.cache import TaipanCache
+from taipan.hf.configuration import TaipanHFConfig
+from taipan.hf.output import TaipanCausalLMOutput
+from taipan.layers.gating import GateSchedule
+from taipan.model import TaipanLM, TaipanOutput, compute_loss
+
+_GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+
+
+class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
+    """Taipan for transformers: `AutoModelForCausalLM`, `generate`, `Trainer`.
+
+    The modules are those of `TaipanLM`, under the same names, so one `model.safetensors` serves both faces and their
+    logits are identical.
+
+    Args:
+        config: the configuration.
+        implementation: `auto`, or the name of an op implementation to use throughout.
+    """
+
+    config: TaipanHFConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
+    _is_stateful = True
+
+    def __init__(self, config: TaipanHFConfig, implementation: str = "auto") -> None:
+        super().__init__(config)
+        native = TaipanLM(config.to_native(), implementation=implementation)
+        self.implementations = native.implementations
+        self.model = native.model
+        self.lm_head = native.lm_head
+        self._built_to_load = native.lm_head.weight.is_meta
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TaipanCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        segment_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TaipanCausalLMOutput | tuple[Any, ...]:
+        """Run `TaipanLM.forward`.
+
+        Args:
+            input_ids: (B, T) int64 token ids.
+            attention_mask: (B, T) or, as `generate` passes it, (B, past + T); nonzero where a token is real: left or
+                right padding, or holes.
+            past_key_values: what came before; updated in place.
+            labels: (B, T) ids to predict, shifted inside; −100 is ignored.
+            use_cache: return the state; default: as configured, and not in training mode.
+            logits_to_keep: logits of the last so many places only; 0 = all.
+            return_dict: False for a tuple.
+            segment_ids: (B, T) integers, a change starts a new document.
+            num_items_in_batch: predicted tokens of the whole accumulated batch; the loss is then this call's share.
+            kwargs: `seq_idx`, `cu_seq_lens_q` or restarting `position_ids` of packed documents (as the padding-free
+                collators send them) stand for `segment_ids`.
+
+        Raises:
+            InputError: an argument cannot be honoured, or tokens, masks and labels do not fit.
+            StateError: the cache is of another model or batch.
+        """
+        check_arguments(past_key_values, logits_to_keep, kwargs)
+        if input_ids is None:
+            raise InputError("input_ids is missing: give the (batch, length) token ids.")
+        length = input_ids.shape[-1]
+        state = None if past_key_values is None else past_key_values.state
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > length:
+            attention_mask = attention_mask[:, -length:]
+        if segment_ids is None:
+            segment_ids = packed_segments(input_ids, {name: kwargs.get(name) for name in PACKING}, fresh=state is None)
+        decoder = self.model(input_ids, state, attention_mask, segment_ids)
+        if labels is None:
+            output = TaipanOutput(decoder, self.lm_head, logits_to_keep=logits_to_keep)
+        else:
+            output = compute_loss(
+                decoder,
+                self.lm_head,
+                self.model.config,
+                self.model.schedule,
+                labels,
+                attention_mask,
+                segment_ids,
+                num_items_in_batch,
+                logits_to_keep,
+            )
+        if use_cache if use_cache is not None else self.config.use_cache and not self.training:
+            past_key_values = past_key_values if past_key_values is not None else TaipanCache()
+            past_key_values.advance(output.state, length)
+        else:
+            past_key_values = None
+        deferred = self.training and labels is not None
+        result = TaipanCausalLMOutput(
+            loss=output.loss,
+            logits=output if deferred else output.logits,  # pyright: ignore[reportArgumentType]
+            past_key_values=past_key_values,
+            cross_entropy=output.cross_entropy,
+            budget=output.budget,
+            gates=output.gates,
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if wants_dict else result.to_tuple()
+
+    def set_progress(self, fraction: float) -> None:
+        """Put budget, temperature and noise where their schedules are at this fraction of training, 0 to 1.
+
+        `GateScheduleCallback` calls it at every step of a Trainer; a new or loaded model stands at 1.
+        """
+        self.model.schedule = GateSchedule.at(self.model.config, fraction)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers does it, and the decoder then knows the new ids."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.model.config = self.config.to_native()
+        return embedding
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it.
+
+        Raises:
+            CheckpointError: the weights are damaged, or some of the model's are not among them.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"The weights in {pretrained_model_name_or_path} are damaged or truncated ({error}): copy them again, "
+                "or go back to an earlier checkpoint."
+            ) from error
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """What transformers did not find in a checkpoint; a model built without one has been drawn by `TaipanLM`."""
+        name = next((name for name, own in self.named_modules() if own is module), None)
+        if name is None:  # rows that resize_token_embeddings is about to add
+            init.normal_(cast(Tensor, module.weight), std=self.model.config.initializer_range)
+        elif self._built_to_load:
+            raise CheckpointError(
+                f"The checkpoint {self.name_or_path} lacks weights of {name}: it does not fit its config.json. Restore "
+                "the two files together."
+            )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Start `generate` from a `TaipanCache`, the only kind of cache there is."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise InputError(
+                f"cache_implementation={kind!r} does not work with Taipan, whose state has a constant size of its own "
+                "and is neither padded to a length nor offloaded nor quantised: leave cache_implementation out."
+            )
+        if generation_config.is_assistant:
+            TaipanCache().activate_past_recording()
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = TaipanCache()
+
+    def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse decoding methods that roll a cache back or pick layers, before transformers looks for them online."""
+        if generation_mode.value not in _GENERATION_MODES:
+            raise InputError(
+                f"{generation_mode.value.replace('_', ' ')} is not supported by Taipan, whose recurrent state cannot "
+                "be rolled back: use greedy search, sampling (do_sample=True) or beams (num_beams=4)."
+            )
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
