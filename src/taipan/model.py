@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from taipan.config import TaipanConfig
@@ -417,7 +418,12 @@ def compute_loss(
         target = target.masked_fill(~(attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()), -100)
     if segment_ids is not None:
         target = target.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], -100)
-    total, count = linear_cross_entropy(decoder.hidden_BTD[:, :-1].flatten(0, 1), head.weight, target.flatten())
+    hidden_MD, target_M = decoder.hidden_BTD[:, :-1].flatten(0, 1), target.flatten()
+    if type(head) is nn.Linear:
+        total, count = linear_cross_entropy(hidden_MD, head.weight, target_M)
+    else:  # a wrapped head (an adapter, quantised) computes more than its weight says
+        total = F.cross_entropy(head(hidden_MD).float(), target_M, ignore_index=-100, reduction="sum")
+        count = int((target_M != -100).sum())
     cross_entropy = total / torch.as_tensor(count, device=total.device).clamp_min(1)
     budget = cross_entropy.new_zeros(())
     if config.attention_capacity > 0:

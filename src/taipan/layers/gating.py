@@ -128,9 +128,7 @@ class Gate(nn.Module):
         precise = torch.promote_types(x_BTD.dtype, torch.float32)
         with torch.autocast(x_BTD.device.type, enabled=False):
             x = x_BTD.to(precise)
-            if self.hidden is not None:
-                x = F.silu(F.linear(x, self.hidden.weight.to(precise), self.hidden.bias.to(precise)))
-            return F.linear(x, self.proj.weight.to(precise), self.proj.bias.to(precise))
+            return precise_linear(self.proj, x if self.hidden is None else F.silu(precise_linear(self.hidden, x)))
 
     def forward(self, x_BTD: Tensor, real_BT: BoolBT | None, schedule: GateSchedule) -> GateOutput:
         """Decide for every token.
@@ -169,3 +167,10 @@ class Gate(nn.Module):
             half = self.config.gate_bias_init / 2
             self.proj.bias.copy_(torch.tensor([-half, half]))
             self.threshold.zero_()
+
+
+def precise_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear in its input's precision; a wrapped one (an adapter) computes more than its weight says, so call it."""
+    if type(linear) is nn.Linear:
+        return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+    return linear(x.to(linear.weight.dtype)).to(x.dtype)
