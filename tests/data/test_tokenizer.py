@@ -118,6 +118,17 @@ def test_encoding_in_pieces_is_encoding_the_whole(text: str, cuts: list[int], si
             assert [i for ids in tokenizer.iter_encode(iter(pieces)) for i in ids] == tokenizer.encode(text)
 
 
+@given(text=hard_text)
+@settings(max_examples=300, deadline=None)
+def test_the_split_does_not_look_past_the_start_of_a_line(text: str) -> None:
+    # Stronger than equal ids, which a vocabulary without the right merges would give by chance.
+    split = BPE._backend.pre_tokenizer  # pyright: ignore
+    assert split is not None
+    cut = module._last_line_start(text)  # pyright: ignore
+    parts = [word for part in (text[:cut], text[cut:]) for word, _ in split.pre_tokenize_str(part)]
+    assert parts == [word for word, _ in split.pre_tokenize_str(text)]
+
+
 def test_encoding_in_pieces_holds_back_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE_CHARS", 200)
     parts = list(BPE.iter_encode(CODE[i : i + 50] for i in range(0, len(CODE), 50)))
