@@ -1,0 +1,63 @@
+"""`taipan calibrate`: inference thresholds of the gates for a kind of text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+
+    @app.command("calibrate")
+    def calibrate(
+        model: Annotated[Path, typer.Argument(help="Model directory; its thresholds are replaced.")],
+        data: Annotated[list[str], typer.Argument(help="Prepared data set, or text files, like those to come.")],
+        capacity: Annotated[
+            float | None, typer.Option(help="Share to select; the model's budget if not given.")
+        ] = None,
+        context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+        tokens: Annotated[int, typer.Option(min=1, help="Tokens to look at.")] = 1 << 17,
+        seed: Annotated[int, typer.Option(min=0, help="Which windows are looked at.")] = 0,
+    ) -> None:
+        """Set each gate's threshold so that it selects its budget of text like this at inference.
+
+        Training does this already, on its own text; do it again for text of another kind.
+
+        Example:
+
+            taipan calibrate quickstart/model notes/*.md
+        """
+        import math
+
+        from taipan.cli.console import note, print_table
+        from taipan.cli.datasets import open_data
+        from taipan.cli.models import load_model
+        from taipan.data.sampler import WindowSampler
+        from taipan.errors import ConfigError
+        from taipan.training.calibration import calibrate as run
+        from taipan.training.step import Batch
+
+        loaded, tokenizer = load_model(model)
+        if not loaded.sals:
+            raise ConfigError(f"{model} has no selective attention layer: there is no threshold to set.")
+        with open_data(data, tokenizer) as dataset:
+            sampler = WindowSampler(dataset, min(context, dataset.n_tokens), seed)
+            windows = min(sampler.n_windows, math.ceil(tokens / sampler.context_length))
+            batches: list[Batch] = []
+            for index in range(windows):
+                window = sampler.batch(index, 1)
+                batches.append({"tokens": window["tokens"], "segment_ids": window["segment_ids"]})
+            results = run(loaded, batches, capacity)
+        loaded.save_pretrained(model, tokenizer)
+        rows = [
+            [
+                str(entry.layer),
+                f"{entry.threshold:.4f}",
+                f"{100 * entry.rate_before:.1f} %",
+                f"{100 * entry.rate:.1f} %",
+            ]
+            for entry in results
+        ]
+        print_table("", ["layer", "threshold", "selected before", "selected now"], rows)
+        note(f"Saved in {model}.")

@@ -1,0 +1,34 @@
+"""DATA arguments: a prepared data set, or text files that are encoded for the occasion."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from taipan.data.shards import TokenDataset
+    from taipan.data.tokenizer import Tokenizer
+
+
+@contextmanager
+def open_data(paths: Sequence[str], tokenizer: "Tokenizer") -> "Iterator[TokenDataset]":
+    """The tokens of a prepared data set (one directory), or of text files and directories.
+
+    Raises:
+        DataError: a path is missing, holds no text, or the data set was made with another tokenizer.
+    """
+    from taipan.data.corpus import Corpus
+    from taipan.data.shards import MANIFEST_FILE, TokenDataset, prepare
+    from taipan.errors import DataError
+
+    for path in map(Path, paths):
+        if (path / MANIFEST_FILE).is_file() and len(paths) > 1:
+            raise DataError(f"{path} is a prepared data set: name it alone, or name text files only.")
+        if path.is_dir() and (path / "train" / MANIFEST_FILE).is_file():
+            raise DataError(f"{path} holds data sets: name one of them, for example {path / 'train'}.")
+    if len(paths) == 1 and (Path(paths[0]) / MANIFEST_FILE).is_file():
+        yield TokenDataset.open(paths[0], tokenizer=tokenizer)
+        return
+    with TemporaryDirectory(prefix="taipan-") as temporary:
+        yield prepare(Corpus(paths), tokenizer, Path(temporary) / "data", sources=paths)

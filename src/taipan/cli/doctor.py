@@ -1,0 +1,97 @@
+"""`taipan doctor`: what this machine offers, what is used of it, and why."""
+
+from collections.abc import Iterator
+from importlib import metadata
+
+import typer
+
+# Distribution → what it is for; the first group is needed, the second adds doors.
+_NEEDED = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "jaxtyping",
+    "typer",
+    "rich",
+    "PyYAML",
+    "matplotlib",
+    "Jinja2",
+)
+_EXTRA = {"transformers": "taipan.hf", "accelerate": "Trainer of taipan.hf"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+
+    @app.command("doctor")
+    def doctor() -> None:
+        """Show the hardware, the versions, and which implementations are in use and why.
+
+        Example:
+
+            taipan doctor
+        """
+        from taipan.cli.console import print_table
+
+        print_table("Machine", ["what", "found"], list(_machine()), text_columns=2)
+        print_table("In use", ["what", "choice", "why"], list(_choices()), text_columns=3)
+        print_table("Versions", ["package", "version", "for"], list(_versions()), text_columns=3)
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    import platform
+
+    from taipan import hardware
+    from taipan.cli.console import size
+
+    found = hardware.describe()
+    yield "system", f"{found.system}, {found.architecture}"
+    yield "CPU", found.cpu
+    yield "cores for this process", str(found.cores)
+    yield "memory for this process", size(found.memory_bytes) if found.memory_bytes else "unknown"
+    yield "instruction sets", ", ".join(found.simd) or "none of those that matter here"
+    yield "CUDA device", found.cuda or "none"
+    yield "C++ compiler", found.compiler or "none"
+    yield "Python", f"{platform.python_implementation()} {platform.python_version()}"
+
+
+def _choices() -> Iterator[tuple[str, str, str]]:
+    import torch
+
+    from taipan import hardware
+    from taipan.config import TaipanConfig
+    from taipan.model import TaipanLM
+
+    dtype = hardware.training_dtype("auto")
+    yield "training dtype", dtype.dtype, dtype.reason
+    yield "threads", str(torch.get_num_threads()), f"PyTorch's choice for {hardware.usable_cores()} usable cores"
+    tuned = hardware.tune_allocator()
+    yield (
+        "allocator",
+        "keeps large blocks" if tuned else "as it is",
+        "glibc: freed tensors are reused without page faults" if tuned else "not glibc's: no settings to change",
+    )
+    for op, implementation in sorted(TaipanLM(TaipanConfig.preset("taipan-tiny")).implementations.items()):
+        yield f"op {op}", implementation, _why(implementation)
+
+
+def _why(implementation: str) -> str:
+    if implementation == "portable":
+        return "runs everywhere PyTorch runs; the fastest there is for this machine in this version"
+    return "the fastest there is for this machine in this version"
+
+
+def _versions() -> Iterator[tuple[str, str, str]]:
+    yield "taipan-lm", _version("taipan-lm"), "this"
+    for name in _NEEDED:
+        yield name, _version(name), "needed"
+    for name, purpose in _EXTRA.items():
+        yield name, _version(name), f"{purpose} (pip install 'taipan-lm[hf]')"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

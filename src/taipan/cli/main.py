@@ -1,0 +1,97 @@
+"""`taipan`: the verbs together, and what becomes of an error."""
+
+import errno
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from taipan.cli import calibrate, convert, data, doctor, evaluate, generate, inspect, presets, quickstart, train
+from taipan.errors import TaipanError
+
+EXIT_UNEXPECTED = 1
+EXIT_ERROR = 2
+
+app = typer.Typer(
+    name="taipan",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Taipan: Mamba-2 with selective attention. Trains, evaluates and generates in constant memory.\n\n"
+    "Start with `taipan quickstart`: it trains a small model on the Python standard library and writes a report.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from taipan import __version__
+
+        typer.echo(f"taipan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(  # pyright: ignore[reportUnusedFunction]
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None: ...
+
+
+for verb in (quickstart, data, train, evaluate, generate, inspect, calibrate, convert, presets, doctor):
+    verb.register(app)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process.
+
+    Exit codes: 0 done; 1 an unexpected error (a bug: `TAIPAN_DEBUG=1` shows its traceback); 2 a wrong argument or a
+    foreseeable failure, explained in one message; 130 interrupted.
+    """
+    debug = os.environ.get("TAIPAN_DEBUG", "") not in ("", "0")
+    try:
+        app(arguments)
+    except SystemExit as end:
+        # typer makes a bare exit of a KeyboardInterrupt
+        if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            print("Interrupted.", file=sys.stderr)
+        raise
+    except TaipanError as error:
+        if debug:
+            raise
+        _fail(str(error), EXIT_ERROR)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(_explain(error), EXIT_ERROR)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(
+            f"Unexpected {type(error).__name__}: {error}\n"
+            "This is a bug in taipan, not in your input. TAIPAN_DEBUG=1 before the command shows where it happened.",
+            EXIT_UNEXPECTED,
+        )
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print one red message on standard error and leave."""
+    typer.secho(f"Error: {message}", fg="red", err=True)
+    sys.exit(code)
+
+
+def _explain(error: OSError) -> str:
+    """An operating system's error in words: which path, what went wrong, what to do."""
+    where = error.filename if error.filename is not None else "a file"
+    reason = error.strerror or str(error)
+    advice = {
+        errno.EACCES: "Check its permissions, or choose another place.",
+        errno.EPERM: "Check its permissions, or choose another place.",
+        errno.EROFS: "Choose a place that can be written to.",
+        errno.ENOENT: "Check the spelling of the path.",
+        errno.ENOSPC: "Free some space and run the command again; what was saved before is untouched.",
+        errno.ENOTDIR: "A part of the path is a file where a directory was expected.",
+        errno.EISDIR: "A directory was given where a file was expected.",
+    }.get(error.errno or 0, "TAIPAN_DEBUG=1 before the command shows where it happened.")
+    return f"{where}: {reason}. {advice}"

@@ -1,0 +1,47 @@
+"""`taipan train`: a recipe becomes a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+
+    @app.command("train")
+    def train(
+        recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; not needed with --resume.")] = None,
+        override: Annotated[
+            list[str] | None, typer.Option("-o", "--override", help="section.key=value, over the recipe; repeatable.")
+        ] = None,
+        resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
+    ) -> None:
+        """Train a model. Ctrl-C saves and says how to go on; a second Ctrl-C stops at once.
+
+        Examples:
+
+            taipan train recipes/tiny.yaml -o data.train=data/notes/train -o training.steps=500
+
+            taipan train --resume runs/tiny
+        """
+        from taipan.cli.console import note
+        from taipan.cli.display import TrainingDisplay
+        from taipan.errors import ConfigError
+        from taipan.hardware import tune_allocator
+        from taipan.training.loop import train as run
+        from taipan.training.recipe import Recipe
+
+        if recipe is None and resume is None:
+            raise ConfigError("Neither a RECIPE nor --resume RUN was given: give one of them (taipan train --help).")
+        source = recipe if recipe is not None else resume / "recipe.yaml" if resume is not None and override else None
+        chosen = None if source is None else Recipe.load(source, override or ())
+        tune_allocator()
+        with TrainingDisplay() as display:
+            result = run(chosen, resume=resume, listener=display)
+        note(result.message)
+        if result.interrupted:
+            raise typer.Exit(130)
+        for gate in result.calibration:
+            note(f"layer {gate.layer}: threshold {gate.threshold:.3f} selects {100 * gate.rate:.1f} % at inference")
+        note(f'Try it: taipan generate {result.model_directory} "def "')

@@ -1,0 +1,1 @@
+"""What this project shows, as commands anyone can run again."""

@@ -1,0 +1,164 @@
+"""From the Python standard library of this machine to a model, its evaluation and a report, in a few minutes."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taipan.errors import ConfigError
+from taipan.experiments.phases import Phase, PhaseTimer
+
+if TYPE_CHECKING:
+    from taipan.data.corpus import Document
+    from taipan.experiments.quickstart_findings import Findings
+    from taipan.training.listener import TrainingListener
+    from taipan.training.loop import TrainResult
+    from taipan.training.recipe import Recipe
+
+REPORT = "report.html"
+RESULTS = "results.json"
+_RECIPE = "quickstart.yaml"
+_RUN_RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """How a quickstart ended.
+
+    Attributes:
+        directory: holds `data/`, the training run and its `model/`, and the report.
+        interrupted: training was interrupted; then `message` says how to go on and nothing else is there.
+        message: one sentence for people.
+        report: the HTML page.
+        findings: what was measured.
+        phases: time of each part, and last of all together.
+    """
+
+    directory: Path
+    interrupted: bool
+    message: str
+    report: Path | None = None
+    findings: "Findings | None" = None
+    phases: tuple[Phase, ...] = ()
+
+
+def quickstart_recipe(directory: Path, seconds: float | None = None, overrides: Sequence[str] = ()) -> "Recipe":
+    """The packaged recipe, with the data and output of a quickstart directory.
+
+    Args:
+        directory: of the quickstart.
+        seconds: length of the training; None takes the recipe's.
+        overrides: `section.key=value`, over everything else.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    from taipan.training.recipe import Recipe
+
+    filled = [
+        f"data.train={json.dumps(str(directory / 'data' / 'train'))}",
+        f"data.valid={json.dumps(str(directory / 'data' / 'valid'))}",
+        f"output={json.dumps(str(directory))}",
+    ]
+    if seconds is not None:
+        filled.append(f"training.seconds={seconds}")
+    with resources.as_file(resources.files("taipan.experiments") / _RECIPE) as path:
+        return Recipe.load(path, [*filled, *overrides])
+
+
+def quickstart(
+    directory: Path,
+    *,
+    seconds: float | None = None,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    listener: "TrainingListener | None" = None,
+    announce: Callable[[str], None] = print,
+) -> QuickstartResult:
+    """Corpus, tokenizer, training, evaluation on held-out modules, a sample, and one HTML report.
+
+    A quickstart that was interrupted goes on where it stopped.
+
+    Args:
+        directory: where everything is written.
+        seconds: length of the training; None takes the recipe's.
+        overrides: of the recipe, `section.key=value`.
+        overwrite: replace a finished quickstart in this directory.
+        listener: watches the training.
+        announce: is told what is going on.
+
+    Raises:
+        ConfigError: the directory holds a finished quickstart, something else, or an override is wrong.
+        TaipanError: as data preparation, training and evaluation do.
+    """
+    if overwrite and (directory / "data" / "train").is_dir():
+        shutil.rmtree(directory)
+    _require_usable(directory)
+    recipe = quickstart_recipe(directory, seconds, overrides)
+    timer = PhaseTimer(announce)
+    with timer("corpus", "Reading the standard library of this Python"):
+        from taipan.data.corpus import stdlib_corpus
+
+        train_documents, valid_documents = stdlib_corpus()
+    with timer("tokenizer and shards", f"Training a tokenizer and encoding {_size(train_documents)}"):
+        _prepare(directory, recipe, train_documents, valid_documents)
+    with timer("training", f"Training for {recipe.training.seconds or 0:.0f} s (Ctrl-C saves; run again to go on)"):
+        outcome = _train(directory, recipe, listener)
+    if outcome is not None and outcome.interrupted:
+        return QuickstartResult(
+            directory,
+            True,
+            f"Interrupted after step {outcome.step}; everything is saved. Run the same command to go on.",
+        )
+    from taipan.experiments.quickstart_findings import measure
+    from taipan.experiments.quickstart_report import write_report
+
+    findings = measure(directory, valid_documents, timer)
+    with timer("report", "Writing the report"):
+        report = write_report(directory, findings, [*timer.phases])
+    phases = (*timer.phases, timer.total)
+    return QuickstartResult(directory, False, f"The report is {report}.", report, findings, phases)
+
+
+def _require_usable(directory: Path) -> None:
+    if (directory / REPORT).exists():
+        raise ConfigError(
+            f"{directory} holds a finished quickstart: open {directory / REPORT} in a browser. To make another one, "
+            "give --out another directory, or --overwrite to replace this one."
+        )
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file: give --out a directory.")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "data").is_dir():
+        raise ConfigError(f"{directory} holds something else than a quickstart: give --out a new directory.")
+
+
+def _size(documents: "Sequence[Document]") -> str:
+    size = sum(len(document.text) for document in documents)
+    return f"{len(documents)} files, {size / 1e6:.1f} MB"
+
+
+def _prepare(directory: Path, recipe: "Recipe", train: "Sequence[Document]", valid: "Sequence[Document]") -> None:
+    """Tokenizer and shards, unless an earlier call has made them already."""
+    from taipan.data.shards import MANIFEST_FILE, prepare
+    from taipan.data.tokenizer import Tokenizer
+
+    if (directory / "data" / "valid" / MANIFEST_FILE).is_file():
+        return
+    tokenizer = Tokenizer.train_bpe((document.text for document in train), recipe.model.overrides["vocab_size"])
+    source = ["the Python standard library"]
+    prepare(train, tokenizer, directory / "data" / "train", sources=source)
+    prepare(valid, tokenizer, directory / "data" / "valid", sources=source)  # the last step: it marks the end
+
+
+def _train(directory: Path, recipe: "Recipe", listener: "TrainingListener | None") -> "TrainResult | None":
+    """Train, go on with an interrupted training, or do nothing if a finished model is there."""
+    from taipan.training.checkpoint import checkpoints
+    from taipan.training.loop import train
+
+    if (directory / "model").is_dir():
+        return None
+    resume = directory if checkpoints(directory) else None
+    return train(recipe, resume=resume, listener=listener)

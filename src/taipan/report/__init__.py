@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: figures, tables and texts coloured by what the gates selected."""

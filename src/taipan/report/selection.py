@@ -1,0 +1,155 @@
+"""A text coloured by what each selective attention layer selected, for a browser."""
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+_ALPHA_STEPS = 32767  # 15 bits; the 16th says "selected"
+_BLOCK_PIECES = 400  # pieces in one block that the browser lays out at once
+_FAVOURITES = 8
+_FAVOURITES_SEEN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSelection:
+    """What one selective attention layer did with a text of T tokens.
+
+    Attributes:
+        layer: its number in the stack.
+        selected_T: which tokens it selected, bool.
+        alpha_T: α of Eq. 5 for every token, floating.
+        capacity: the budget C.
+        threshold: the score s_1 − s_0 above which it selects.
+    """
+
+    layer: int
+    selected_T: NDArray[np.bool_]
+    alpha_T: NDArray[np.floating]
+    capacity: float
+    threshold: float
+
+    @property
+    def count(self) -> int:
+        """Number of selected tokens."""
+        return int(self.selected_T.sum())
+
+    @property
+    def share(self) -> float:
+        """Share of tokens selected."""
+        return float(self.selected_T.mean())
+
+    @property
+    def alpha_mean(self) -> float:
+        """Mean of α over all tokens."""
+        return float(self.alpha_T.mean())
+
+    @property
+    def alpha_std(self) -> float:
+        """Standard deviation of α over all tokens."""
+        return float(self.alpha_T.std())
+
+    @property
+    def alpha_selected(self) -> float:
+        """Mean of α over the selected tokens (NaN if there are none)."""
+        return float(self.alpha_T[self.selected_T].mean()) if self.count else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Favourites:
+    """The tokens a layer selects most and least often, each with the share of its occurrences selected."""
+
+    layer: int
+    most: list[tuple[str, float]]
+    least: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionView:
+    """What the templates `selection_*.html.j2` show.
+
+    A piece is the text of one token, or of the few tokens that make up one character together. `first_base64` holds
+    the first token of every piece (uint32, little-endian), `layers_json` the layers' thresholds and, for every token,
+    α and whether it was selected.
+    """
+
+    tokens: int
+    blocks: list[list[str]]
+    layers: Sequence[LayerSelection]
+    favourites: list[Favourites]
+    favourites_seen: int
+    layers_json: Markup
+    first_base64: Markup
+
+
+def selection_view(token_texts: Sequence[str], layers: Sequence[LayerSelection]) -> SelectionView:
+    """Prepare a text for the browser.
+
+    Args:
+        token_texts: for each of the T tokens the characters it completes; "" when a token ends inside a character,
+            whose text then comes with the token that completes it.
+        layers: one entry per selective attention layer, each of T tokens.
+    """
+    pieces, first = _pieces(token_texts)
+    return SelectionView(
+        tokens=len(token_texts),
+        blocks=list(_blocks(pieces)),
+        layers=layers,
+        favourites=[_favourites(token_texts, layer) for layer in layers],
+        favourites_seen=_FAVOURITES_SEEN,
+        layers_json=Markup(json.dumps([_layer_json(layer) for layer in layers])),
+        first_base64=_base64(np.asarray(first, dtype="<u4")),
+    )
+
+
+def _base64(values: NDArray[np.generic]) -> Markup:
+    return Markup(base64.b64encode(values.tobytes()).decode("ascii"))
+
+
+def _layer_json(layer: LayerSelection) -> dict[str, object]:
+    codes = np.round(layer.alpha_T.astype(np.float64) * _ALPHA_STEPS).astype("<u2") | (
+        layer.selected_T.astype("<u2") << 15
+    )
+    threshold = float(np.clip(layer.threshold, -1e9, 1e9))  # JSON has no infinity
+    return {"layer": layer.layer, "threshold": threshold, "codes": str(_base64(codes.astype("<u2")))}
+
+
+def _pieces(token_texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Texts that are not empty, and the first token of each; tokens without a text belong to the next piece."""
+    pieces: list[str] = []
+    first: list[int] = []
+    begin = 0
+    for token, text in enumerate(token_texts):
+        if text or token == len(token_texts) - 1:
+            pieces.append(text)
+            first.append(begin)
+            begin = token + 1
+    return pieces, first
+
+
+def _blocks(pieces: Iterable[str]) -> Iterable[list[str]]:
+    """Pieces in blocks that end with a line, so that the browser lays out only the blocks in sight."""
+    block: list[str] = []
+    for piece in pieces:
+        block.append(piece)
+        if len(block) >= _BLOCK_PIECES and piece.endswith("\n"):
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _favourites(token_texts: Sequence[str], layer: LayerSelection) -> Favourites:
+    seen = Counter(token_texts)
+    chosen = Counter(text for text, selected in zip(token_texts, layer.selected_T.tolist(), strict=True) if selected)
+    shares = [(text, chosen[text] / count, count) for text, count in seen.items() if text and count >= _FAVOURITES_SEEN]
+    shares.sort(key=lambda entry: (-entry[1], -entry[2], entry[0]))
+    ranked = [(json.dumps(text, ensure_ascii=False)[1:-1], share) for text, share, _ in shares]
+    most = [entry for entry in ranked[:_FAVOURITES] if entry[1] > 0]
+    least = [entry for entry in reversed(ranked[len(most) :][-_FAVOURITES:])]
+    return Favourites(layer=layer.layer, most=most, least=least)
