@@ -40,6 +40,6 @@ def window_codes(
     query_start_BQ = query_segment_BQ * stride
     return Codes(
         query_start_BQ + low_BQ,
-        torch.where(query_index_BQ < 0, -1, query_start_BQ + query_index_BQ),
+        query_start_BQ + query_index_BQ,
         torch.where(key_index_BJ < 0, -1, key_segment_BJ * stride + key_index_BJ),
     )

@@ -84,7 +84,7 @@ def _plan(codes: Codes, size: int) -> list[_Block]:
         return []
     # an absent query has an empty interval: it must not widen that of its block
     absent_BQ = codes.high_BQ < codes.low_BQ
-    beyond = torch.iinfo(torch.int64).max
+    beyond = 2**62  # exact as the float that F.pad makes of it
     low_BM = _blocks_of(codes.low_BQ.masked_fill(absent_BQ, beyond), size, beyond).amin(dim=2)
     high_BM = _blocks_of(codes.high_BQ.masked_fill(absent_BQ, -1), size, -1).amax(dim=2)
     # an absent key takes the code of its neighbour: of the one before to find where a block's keys start,
