@@ -16,6 +16,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a test starts
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ import socket
 import pytest
 import torch
 
+from tests.conftest import SEED
+
 
 def test_uninitialised_memory_is_poisoned() -> None:
     assert torch.empty(7, 300).isnan().all()
@@ -18,10 +20,10 @@ def test_a_written_tensor_is_not_poisoned() -> None:
     assert torch.cumsum(torch.ones(5), 0).tolist() == [1, 2, 3, 4, 5]
 
 
-def test_the_seed_is_the_same_for_every_test() -> None:
-    first = torch.rand(3)
-    torch.manual_seed(torch.initial_seed())
-    assert torch.rand(3).equal(first)
+@pytest.mark.parametrize("run", [1, 2])
+def test_every_test_starts_from_the_same_seed(run: int) -> None:
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(SEED))
+    assert torch.rand(3).equal(expected)
 
 
 def test_the_network_is_out_of_reach() -> None:
