@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,19 @@ def test_a_batch_is_a_pure_function_of_seed_and_index(
         tokens, segments = fresh.window(step * batch_size + row)
         assert torch.equal(batch["tokens"][row], tokens)
         assert torch.equal(batch["segment_ids"][row], segments)
+
+
+def test_every_epoch_steps_through_the_ring_in_its_own_way(dataset: TokenDataset) -> None:
+    # Steps between windows, because the offset alone would already change the tokens.
+    sampler = WindowSampler(dataset, 5, seed=0)
+    n, ring = dataset.n_tokens, dataset.read(0, dataset.n_tokens).tolist() * 2
+    starts = [
+        next(s for s in range(n) if ring[s : s + 5] == sampler.window(index)[0].tolist())
+        for index in range(3 * sampler.n_windows)
+    ]
+    epochs = [starts[i : i + sampler.n_windows] for i in range(0, len(starts), sampler.n_windows)]
+    steps = [tuple((b - a) % n for a, b in pairwise(epoch)) for epoch in epochs]
+    assert len(set(steps)) == 3
 
 
 def test_seeds_give_different_orders(dataset: TokenDataset) -> None:
