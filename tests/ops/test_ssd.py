@@ -1,0 +1,359 @@
+"""The oracles of SSD agree, and the portable implementation agrees with them: outputs, final state, every gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from taipan.errors import ConfigError, InputError
+from taipan.ops.ssd import ssd
+from taipan.ops.ssd.portable import ssd_portable
+from taipan.ops.ssd.reference import ssd_chunked, ssd_quadratic, ssd_recurrent
+from tests.tolerance import assert_as_exact_as, assert_equal_to
+
+LENGTHS = [1, 2, 31, 63, 64, 65, 127, 200]
+GROUPS = [(4, 1), (4, 2), (3, 3)]
+NAMES = ("y", "final state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    initial: Tensor | None
+
+    def tensors(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        return Inputs(*[None if tensor is None else change(tensor) for tensor in self.tensors()])
+
+    def tokens(self, part: slice) -> "Inputs":
+        """The same with some of the tokens only."""
+        return replace(self, x=self.x[:, part], dt=self.dt[:, part], B=self.B[:, part], C=self.C[:, part])
+
+    def rows(self, part: slice) -> "Inputs":
+        initial = None if self.initial is None else self.initial[part]
+        one = replace(self, x=self.x[part], dt=self.dt[part], B=self.B[part], C=self.C[part])
+        return replace(one, initial=initial)
+
+
+def make(batch: int, tokens: int, heads: int, groups: int, head_dim: int = 5, state: int = 7) -> Inputs:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    return Inputs(
+        x=normal(batch, tokens, heads, head_dim),
+        dt=torch.rand(batch, tokens, heads, dtype=torch.float64) * 0.5,
+        A=-torch.rand(heads, dtype=torch.float64) * 4 - 0.05,
+        B=normal(batch, tokens, groups, state),
+        C=normal(batch, tokens, groups, state),
+        D=normal(heads),
+        initial=normal(batch, heads, head_dim, state),
+    )
+
+
+def make_segments(batch: int, tokens: int) -> Tensor:
+    return torch.randint(0, 4, (batch, tokens)).sort(dim=1).values
+
+
+def run(op: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, **options: object) -> tuple[Tensor, Tensor]:
+    i = inputs
+    return op(i.x, i.dt, i.A, i.B, i.C, i.D, initial_state_BHPN=i.initial, **options)
+
+
+def everything(op: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, **options: object) -> list[Tensor]:
+    """y, final state and the gradients of all inputs, for one random direction of the outputs."""
+    leaves = inputs.map(lambda tensor: tensor.clone().requires_grad_())
+    y, state = run(op, leaves, **options)
+    given_leaves = [leaf for leaf in leaves.tensors() if leaf is not None]
+    gradients = torch.autograd.grad([y, state], given_leaves, directions((y, state)), allow_unused=True)
+    filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(given_leaves, gradients, strict=True)]
+    return [y.detach(), state.detach(), *filled]
+
+
+def assert_as_exact_as_the_oracles(draws: list[Inputs]) -> None:
+    """Over several draws together: how far a sum of cancelling terms is off is luck in one."""
+
+    def together(op: Callable[..., tuple[Tensor, Tensor]], precise: bool = False) -> list[Tensor]:
+        results = [everything(op, draw.map(lambda tensor: tensor.double()) if precise else draw) for draw in draws]
+        return [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+
+    exact = together(ssd_recurrent, precise=True)
+    oracles = [together(op) for op in (ssd_recurrent, ssd_quadratic, ssd_chunked)]
+    narrow = ("y", "dx", "dB", "dC")
+    for name, actual, truth, *near in zip(NAMES, together(ssd_portable), exact, *oracles, strict=True):
+        dtype = draws[0].x.dtype if name in narrow else torch.float32
+        magnitude = torch.stack([magnitude_of_dA(draw) for draw in draws]) if name == "dA" else None
+        assert_as_exact_as(actual, near, truth, dtype, name, magnitude)
+
+
+def magnitude_of_dA(inputs: Inputs) -> Tensor:
+    """Σ |dt_t ∂/∂(dt_t A)|, of which dA is the sum without the bars."""
+    inputs = inputs.map(lambda tensor: tensor.double())
+    exponent = (inputs.dt * inputs.A).requires_grad_()
+    # The same map with -1 for A: only the decays depend on the exponent.
+    same = replace(inputs, x=inputs.x * inputs.dt[..., None] / -exponent[..., None], dt=-exponent, D=None)
+    outputs = run(ssd_recurrent, replace(same, A=-torch.ones_like(inputs.A)))
+    terms = inputs.dt * torch.autograd.grad(outputs, exponent, directions(outputs))[0]
+    return terms.abs().sum((0, 1))
+
+
+def directions(outputs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """One random direction for y and the final state, always the same, of numbers that every dtype can hold."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs]
+
+
+@pytest.mark.parametrize(("heads", "groups"), GROUPS)
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_agree_in_fp64(tokens: int, heads: int, groups: int, packed: bool) -> None:
+    inputs = make(3, tokens, heads, groups)
+    segment = make_segments(3, tokens) if packed else None
+    exact = everything(ssd_recurrent, inputs, segment_BT=segment)
+    assert_equal_to(everything(ssd_quadratic, inputs, segment_BT=segment), exact, 1e-10, "quadratic")
+    for chunk in (16, 64):
+        assert_equal_to(everything(ssd_chunked, inputs, segment_BT=segment, chunk_size=chunk), exact, 1e-10, "chunked")
+        portable = everything(ssd_portable, inputs, segment_BT=segment, chunk_size=chunk)
+        assert_equal_to(portable, exact, 1e-10, "portable")
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 130])
+def test_without_skip_and_initial_state(tokens: int) -> None:
+    inputs = replace(make(2, tokens, 4, 2), D=None, initial=None)
+    exact = everything(ssd_recurrent, inputs)
+    for op in (ssd_quadratic, ssd_chunked, ssd_portable):
+        # Without a state before it, the decay of the only token moves nothing: dA is 0 but for rounding.
+        assert_equal_to(everything(op, inputs), exact, 1e-10 if tokens > 1 else 1e-9, op.__name__)
+
+
+@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_portable])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_gradcheck(op: Callable[..., tuple[Tensor, Tensor]], tokens: int) -> None:
+    inputs = make(1, tokens, 2, 2, head_dim=1, state=2).map(lambda tensor: tensor.requires_grad_())
+    segment = torch.tensor([[0, 0, 1, 1, 2]])[:, :tokens]
+    options = {} if op in (ssd_recurrent, ssd_quadratic) else {"chunk_size": 3}
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return run(op, Inputs(*tensors), segment_BT=segment, **options)
+
+    assert torch.autograd.gradcheck(function, inputs.tensors(), fast_mode=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 65, 140])
+def test_portable_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int) -> None:
+    """Only x, B and C are narrow; dt, A, D and the state are fp32, as in the model."""
+    draws = [make(2, tokens, 4, 1, head_dim=16, state=16).map(lambda tensor: tensor.float()) for _ in range(6)]
+    draws = [replace(draw, x=draw.x.to(dtype), B=draw.B.to(dtype), C=draw.C.to(dtype)) for draw in draws]
+    y, state = run(ssd_portable, draws[0])
+    assert (y.dtype, state.dtype) == (dtype, torch.float32)
+    assert_as_exact_as_the_oracles(draws)
+
+
+def test_without_gradients_the_result_is_the_same() -> None:
+    inputs = make(3, 200, 4, 2)
+    segment = make_segments(3, 200)
+    exact = everything(ssd_recurrent, inputs, segment_BT=segment)[:2]
+    with torch.no_grad():
+        assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "no_grad")
+    assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "nothing requires grad")
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+def test_tiles_of_many_chunks_and_of_many_rows(batch: int) -> None:
+    """One long row makes tiles of several chunks, many short rows tiles of several rows."""
+    inputs = make(batch, 1100 if batch == 1 else 70, 2, 1)
+    exact = everything(ssd_chunked, inputs, chunk_size=50)
+    assert_equal_to(everything(ssd_portable, inputs), exact, 1e-10, "portable")
+    with torch.no_grad():
+        assert_equal_to(run(ssd_portable, inputs), exact[:2], 1e-10, "portable without gradients")
+
+
+def test_strided_views_and_unused_gradients() -> None:
+    """x, B and C are slices of one projection; the final state may be used without y, and y without it."""
+    inputs = make(2, 70, 4, 2)
+    wide = torch.cat([inputs.x.flatten(2), inputs.B.flatten(2), inputs.C.flatten(2)], dim=-1).requires_grad_()
+
+    def outputs(op: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        x, B, C = wide.split([20, 14, 14], dim=-1)
+        views = replace(inputs, x=x.unflatten(2, (4, 5)), B=B.unflatten(2, (2, 7)), C=C.unflatten(2, (2, 7)))
+        return run(op, views)
+
+    for index in (0, 1):
+        actual, exact = (outputs(op)[index].square().sum() for op in (ssd_portable, ssd_recurrent))
+        gradients = [torch.autograd.grad(value, wide)[0] for value in (actual, exact)]
+        assert_equal_to(gradients[:1], gradients[1:], 1e-10, "dwide")
+
+
+def test_used_twice_and_backward_twice() -> None:
+    """One op whose output feeds another, and a graph walked twice, give the same gradients."""
+    inputs = make(2, 70, 2, 1).map(lambda tensor: tensor.requires_grad_())
+    leaves = inputs.tensors()
+
+    def loss(op: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        y, state = run(op, inputs)
+        again, state = run(op, replace(inputs, x=y, initial=state))
+        return again.square().mean() + state.square().mean()
+
+    portable = loss(ssd_portable)
+    first = torch.autograd.grad(portable, leaves, retain_graph=True)
+    second = torch.autograd.grad(portable, leaves)
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+    assert_equal_to(first, torch.autograd.grad(loss(ssd_recurrent), leaves), 1e-10, "gradients")
+
+
+def test_arguments_are_not_written_to() -> None:
+    inputs = make(2, 70, 2, 1)
+    before = inputs.map(torch.clone)
+    everything(ssd_portable, inputs)
+    with torch.no_grad():
+        run(ssd_portable, inputs)
+        run(ssd_portable, inputs.tokens(slice(0, 1)))
+    assert all(one.equal(other) for one, other in zip(inputs.tensors(), before.tensors(), strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), tokens=st.integers(2, 150), packed=st.booleans())
+def test_any_split_is_the_whole(data: st.DataObject, tokens: int, packed: bool) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, tokens - 1), max_size=5)))
+    inputs = make(2, tokens, 2, 1)
+    segment = make_segments(2, tokens) if packed else torch.zeros(2, tokens, dtype=torch.int64)
+    whole = everything(ssd_recurrent, inputs, segment_BT=segment)
+
+    def in_pieces(x, dt, A, B, C, D, *, initial_state_BHPN, segment_BT) -> tuple[Tensor, Tensor]:
+        state, current, outputs = initial_state_BHPN, torch.zeros(2, 1, dtype=torch.int64), []
+        for begin, end in zip([0, *cuts], [*cuts, tokens], strict=True):
+            part = slice(begin, end)
+            y, state = ssd(
+                x[:, part],
+                dt[:, part],
+                A,
+                B[:, part],
+                C[:, part],
+                D,
+                initial_state_BHPN=state,
+                segment_BT=segment_BT[:, part] - current,
+            )
+            current = segment_BT[:, end - 1 : end]
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    assert_equal_to(everything(in_pieces, inputs, segment_BT=segment), whole, 1e-10, f"cuts {cuts}")
+
+
+@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_portable])
+def test_segments_are_separate_runs(op: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    inputs = make(1, 150, 2, 1)
+    ends = [40, 41, 104, 150]
+    segment = torch.repeat_interleave(torch.arange(4), torch.tensor([40, 1, 63, 46]))[None]
+    y, state = run(op, inputs, segment_BT=segment)
+    begin, initial = 0, inputs.initial
+    for end in ends:
+        alone, last = run(ssd_recurrent, replace(inputs.tokens(slice(begin, end)), initial=initial))
+        assert_equal_to([y[:, begin:end]], [alone], 1e-12, f"tokens {begin} … {end}")
+        begin, initial = end, None
+    assert_equal_to([state], [last], 1e-12, "final state")
+
+
+def test_a_document_knows_nothing_of_its_neighbours() -> None:
+    """Not even when they are infinite: what is masked is not multiplied."""
+    inputs = make(1, 100, 2, 1)
+    segment = torch.repeat_interleave(torch.arange(3), torch.tensor([30, 40, 30]))[None]
+    y, _ = run(ssd_portable, inputs, segment_BT=segment)
+    inputs.x[:, :30] *= 1e100
+    inputs.x[:, 70:] *= 1e100
+    assert run(ssd_portable, inputs, segment_BT=segment)[0][:, 30:70].equal(y[:, 30:70])
+
+
+@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_portable])
+@pytest.mark.parametrize("real", [0, 1, 64, 69])
+def test_padding_leaves_the_state_where_it_is(op: Callable[..., tuple[Tensor, Tensor]], real: int) -> None:
+    inputs = make(2, 70, 2, 1)
+    inputs.dt[:, real:] = 0.0
+    y, state = run(op, inputs, segment_BT=torch.zeros(2, 70, dtype=torch.int64))
+    if real == 0:
+        assert state.equal(inputs.initial)
+        return
+    y_alone, state_alone = run(ssd_recurrent, inputs.tokens(slice(0, real)))
+    assert_equal_to([y[:, :real], state], [y_alone, state_alone], 1e-12, "padded")
+
+
+def test_fast_decay_neither_overflows_nor_leaks() -> None:
+    """Sums of dt · A in the thousands inside a chunk, in fp32, where exp(89) is infinite."""
+    draws: list[Inputs] = []
+    for _ in range(4):
+        inputs = make(2, 140, 4, 1).map(lambda tensor: tensor.float())
+        inputs = replace(inputs, dt=inputs.dt * torch.rand(2, 140, 4).mul(12).exp() / 100, A=inputs.A * 10)
+        assert (inputs.dt * inputs.A)[:, :64].sum(1).min() < -3000
+        draws.append(inputs)
+    assert_as_exact_as_the_oracles(draws)
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    inputs = make(2, 70, 2, 1).map(lambda tensor: tensor.float())
+    plain = everything(ssd_portable, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = everything(ssd_portable, inputs)
+        one = run(ssd_portable, inputs.tokens(slice(0, 1)))
+    assert all(a.equal(b) for a, b in zip(plain, cast, strict=True))
+    assert all(a.equal(b) for a, b in zip(run(ssd_portable, inputs.tokens(slice(0, 1))), one, strict=True))
+
+
+def test_unknown_implementation_lists_the_known() -> None:
+    inputs = make(1, 4, 2, 1)
+    with pytest.raises(ConfigError, match="'fast'; expected one of 'portable', 'reference'"):
+        run(ssd, inputs, implementation="fast")
+
+
+@pytest.mark.parametrize("implementation", ["portable", "reference"])
+def test_dispatch_runs_what_was_named(implementation: str) -> None:
+    inputs = make(1, 70, 2, 1)
+    assert_equal_to(
+        run(ssd, inputs, implementation=implementation), run(ssd_recurrent, inputs), 1e-12, implementation
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dt": torch.zeros(1, 5, 2)}, r"dt has shape \(1, 5, 2\); expected \(1, 4, 2\)"),
+        ({"A": torch.zeros(3)}, r"A has shape \(3,\); expected \(2,\)"),
+        ({"C": torch.zeros(1, 4, 1, 8)}, r"C has shape .*; expected \(1, 4, 1, 7\)"),
+        ({"D": torch.zeros(5)}, r"D has shape \(5,\); expected \(2,\)"),
+        ({"initial": torch.zeros(1, 2, 7, 5)}, r"initial_state has shape"),
+        ({"B": torch.zeros(1, 4, 3, 7), "C": torch.zeros(1, 4, 3, 7)}, "2 heads do not divide into the 3 groups"),
+        ({"x": torch.zeros(1, 0, 2, 5)}, r"x has shape \(1, 0, 2, 5\); expected"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(_unchecked_ssd, replace(make(1, 4, 2, 1), **change))
+
+
+def test_segments_and_chunk_size_that_do_not_fit_are_named() -> None:
+    inputs = make(1, 4, 2, 1)
+    with pytest.raises(InputError, match="segment is torch.float32; expected integer"):
+        run(_unchecked_ssd, inputs, segment_BT=torch.zeros(1, 4))
+    with pytest.raises(InputError, match="chunk_size is 0; expected at least 1"):
+        run(ssd, inputs, chunk_size=0)
+
+
+def _unchecked_ssd(*tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """The op as it is outside the tests, where nobody checks shapes before it does."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        return ssd(*tensors, **options)  # type: ignore[arg-type]
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
