@@ -114,10 +114,8 @@ def test_every_epoch_steps_through_the_ring_in_its_own_way(dataset: TokenDataset
     # Steps between windows, because the offset alone would already change the tokens.
     sampler = WindowSampler(dataset, 5, seed=0)
     n, ring = dataset.n_tokens, dataset.read(0, dataset.n_tokens).tolist() * 2
-    starts = [
-        next(s for s in range(n) if ring[s : s + 5] == sampler.window(index)[0].tolist())
-        for index in range(3 * sampler.n_windows)
-    ]
+    windows = [sampler.window(index)[0].tolist() for index in range(3 * sampler.n_windows)]
+    starts = [next(s for s in range(n) if ring[s : s + 5] == window) for window in windows]
     epochs = [starts[i : i + sampler.n_windows] for i in range(0, len(starts), sampler.n_windows)]
     steps = [tuple((b - a) % n for a, b in pairwise(epoch)) for epoch in epochs]
     assert len(set(steps)) == 3
