@@ -7,7 +7,19 @@ from typing import NoReturn
 
 import typer
 
-from taipan.cli import calibrate, convert, data, doctor, evaluate, generate, inspect, presets, quickstart, train
+from taipan.cli import (
+    calibrate,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    presets,
+    quickstart,
+    reproduce,
+    train,
+)
 from taipan.errors import TaipanError
 
 EXIT_UNEXPECTED = 1
@@ -24,21 +36,22 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         from taipan import __version__
 
         typer.echo(f"taipan {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
-def _options(  # pyright: ignore[reportUnusedFunction]
+def _options(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None: ...
 
 
-for verb in (quickstart, data, train, evaluate, generate, inspect, calibrate, convert, presets, doctor):
+for verb in (quickstart, data, train, evaluate, generate, inspect, calibrate, convert, reproduce, presets, doctor):
     verb.register(app)
 
 

@@ -18,13 +18,12 @@ from taipan.experiments.runs import Listener, Result, Run, execute
 VOCABULARY = 512
 # (length, pairs, share of the training batches); one query per pair, so 12.5 % of the positions are queries
 TASKS = ((32, 4, 1), (64, 8, 1), (128, 16, 1), (256, 32, 1))
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 HIDDEN = 64
 
 _GATE_ABLATION: dict[str, dict[str, Any]] = {
     "paper: constant C, noise throughout": dict(SETTINGS["paper"]),
-    "constant C, noise throughout, recommended otherwise": {"budget_start": None, "gumbel_noise_end": 1.0},
-    "constant C, no noise": {"budget_start": None, "gumbel_noise": 0.0},
+    "paper, but without noise": {**SETTINGS["paper"], "gumbel_noise": 0.0, "gumbel_noise_end": 0.0},
     "annealed C, noise throughout, weight 1": {"gumbel_noise_end": 1.0, "budget_weight": 1.0},
     "annealed C, noise throughout": {"gumbel_noise_end": 1.0},
     "annealed C, noise off at 80 %, closed start": {"gate_bias_init": 0.0},
@@ -53,13 +52,13 @@ class Scale:
 
 SCALES: dict[str, Scale] = {
     "full": Scale(
-        steps=2000,
+        steps=1600,
         seeds=(0, 1, 2),
-        learning_rates=(1e-3, 2e-3, 4e-3),
-        capacities=(0.05, 0.10, 0.25, 0.40, 1.0),
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+        capacities=(0.05, 0.10, 0.25),
         ablation=True,
     ),
-    "tiny": Scale(steps=600, seeds=(0,), learning_rates=(2e-3,), capacities=(), ablation=False),
+    "tiny": Scale(steps=1200, seeds=(0,), learning_rates=(3e-3,), capacities=(), ablation=False),
 }
 
 
@@ -221,12 +220,12 @@ def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int
     rate = best["taipan"]["learning_rate"]
     cells = [(scope, c) for scope in ("all", "selected") for c in sorted({0.15, *scale.capacities}) if scale.capacities]
     capacity_runs = [
-        declare("capacity", taipan_config(key_value_scope=scope, attention_capacity=c), rate, first, scale.steps)
+        declare("taipan", taipan_config(key_value_scope=scope, attention_capacity=c), rate, first, scale.steps)
         for scope, c in cells
     ]
     variants = _GATE_ABLATION if scale.ablation else {}
     schedule_runs = [
-        declare("schedule", taipan_config(**overrides), rate, seed, scale.steps)
+        declare("taipan", taipan_config(**overrides), rate, seed, scale.steps)
         for overrides in variants.values()
         for seed in scale.seeds
     ]

@@ -1,0 +1,61 @@
+"""`taipan reproduce`: the experiments, each a command that prints and plots its numbers."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ScaleName(StrEnum):
+    """How much of an experiment is run."""
+
+    full = "full"
+    tiny = "tiny"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    reproduce = typer.Typer(no_args_is_help=True, help="Run an experiment again; prints tables, writes figures.")
+    app.add_typer(reproduce, name="reproduce")
+
+    @reproduce.callback()
+    def _experiments() -> None: ...
+
+    @reproduce.command("associative-recall")
+    def associative_recall(
+        scale: Annotated[
+            ScaleName, typer.Option(help="full: three seeds and every table, under 2 hours; tiny: 10 minutes.")
+        ] = ScaleName.full,
+        out: Annotated[Path, typer.Option(help="Directory for results; finished runs there are not run again.")] = Path(
+            "runs/associative-recall"
+        ),
+        workers: Annotated[
+            int | None, typer.Option(min=1, help="Runs side by side, one thread each; one per core if not given.")
+        ] = None,
+    ) -> None:
+        """C = 0 against C = 0.15: a Taipan, its twin without attention and a Mamba-2 on multi-query associative recall.
+
+        Interrupted, it goes on when run again: every finished run is kept.
+
+        Example:
+
+            taipan reproduce associative-recall --scale tiny
+        """
+        from taipan.cli.console import duration, note, print_table
+        from taipan.experiments.associative_recall import SCALES, accuracy, reproduce
+        from taipan.experiments.associative_recall_report import sections, write
+        from taipan.experiments.runs import Result, Run
+
+        def finished(run: Run, result: Result, done: int, of: int) -> None:
+            note(
+                f"[{done}/{of}] {run.name}: accuracy {accuracy(result):.3f} "
+                f"(lr {result['learning_rate']:g}, seed {result['seed']}, {duration(result['seconds'])})"
+            )
+
+        report = reproduce(SCALES[scale.value], out, finished, workers=workers)
+        for title, header, rows in sections(report):
+            print_table(title, header, rows)
+        command = f"taipan reproduce associative-recall --scale {scale.value}"
+        for path in write(report, out / scale.value, command):
+            note(f"Written: {path}")
