@@ -86,12 +86,13 @@ class AttentionState:
         def merge(new: Tensor, old: Tensor) -> Tensor:
             if old.shape[1] < window:
                 old = torch.cat([old, old.new_zeros(old.shape[0], window - old.shape[1], *old.shape[2:])], 1)
-            if new.shape[1] == 0:
-                return old
-            moved = take(new, source_BW.clamp(0, new.shape[1] - 1))
             shape = (*fresh_BW.shape, *([1] * (new.dim() - 2)))
-            keep = torch.where((filled_BW & ~fresh_BW).view(shape), old[:, :window], torch.zeros((), dtype=old.dtype))
-            return torch.where(fresh_BW.view(shape), moved.to(old.dtype), keep)
+            zero = torch.zeros((), dtype=old.dtype, device=old.device)
+            merged = torch.where((filled_BW & ~fresh_BW).view(shape), old[:, :window], zero)
+            if new.shape[1] == 0:
+                return merged
+            moved = take(new, source_BW.clamp(0, new.shape[1] - 1)).to(old.dtype)
+            return torch.where(fresh_BW.view(shape), moved, merged)
 
         index_BW = torch.where(filled_BW, merge(index_BS, self.index_BW), -1)
         return AttentionState(merge(key_BSGE, self.key_BWGE), merge(value_BSGE, self.value_BWGE), index_BW, count_B)
