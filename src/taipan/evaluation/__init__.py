@@ -1,0 +1,25 @@
+"""Evaluation: prediction of text, recall, compression to compare with, and what the gates select."""
+
+from taipan.evaluation.compression import Compression, compress
+from taipan.evaluation.documents import Documents, PreparedDocuments, TextDocuments
+from taipan.evaluation.gates import GateStatistics
+from taipan.evaluation.mqar import MQARGate, MQARResult, evaluate_mqar
+from taipan.evaluation.perplexity import EvaluationResult, PositionBucket, evaluate
+from taipan.evaluation.selection import LayerTrace, trace
+
+__all__ = [
+    "Compression",
+    "Documents",
+    "EvaluationResult",
+    "GateStatistics",
+    "LayerTrace",
+    "MQARGate",
+    "MQARResult",
+    "PositionBucket",
+    "PreparedDocuments",
+    "TextDocuments",
+    "compress",
+    "evaluate",
+    "evaluate_mqar",
+    "trace",
+]

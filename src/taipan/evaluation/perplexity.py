@@ -1,0 +1,235 @@
+"""How well a model predicts text: bits per byte, by position, at any length of context, in bounded memory."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taipan.data.shards import TokenDataset
+from taipan.errors import DataError, InputError
+from taipan.evaluation.documents import Documents, PreparedDocuments
+from taipan.evaluation.gates import GateAverages, GateStatistics
+from taipan.generation.mode import inference
+from taipan.model import TaipanLM
+from taipan.ops.linear_cross_entropy import linear_cross_entropy_per_token
+from taipan.state import DecoderState
+
+FIRST_BUCKET = 64
+"""Positions below this make up the first bucket; every later one is as long as all before it."""
+_EDGES = torch.tensor([FIRST_BUCKET << number for number in range(40)])
+
+
+@dataclass(frozen=True)
+class PositionBucket:
+    """Tokens by the number of tokens of their context: `start` ≤ position < `stop`."""
+
+    start: int
+    stop: int
+    tokens: int
+    nats_per_token: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """How well a model predicts a data set.
+
+    Attributes:
+        documents: how many there are.
+        tokens: predicted tokens: all of every document, its end not included.
+        bytes: UTF-8 bytes of the texts.
+        context: longest context in tokens, or None where every document was read whole.
+        nats: −ln of the probability of all the texts.
+        nats_per_token, perplexity, bits_per_byte: the same in the usual units.
+        by_position: by position in the context; buckets without tokens are left out.
+        gates: what each SAL selected.
+        seconds: how long it took.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    context: int | None
+    nats: float
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    by_position: tuple[PositionBucket, ...]
+    gates: tuple[GateStatistics, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers, for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens of a document that are predicted from one empty context."""
+
+    document: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+def evaluate(
+    model: TaipanLM,
+    data: TokenDataset | Documents,
+    *,
+    context: int | None = None,
+    piece: int = 2048,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvaluationResult:
+    """Predict every token of every document, each document from an empty context.
+
+    Every byte is paid for: the first token of a document is predicted too, from the end-of-document token, which
+    stands before it. The end of a document is not predicted. With `context`, each document is cut into windows of so
+    many tokens; each window starts from an empty context and is given the token before it, so that again every token
+    is predicted exactly once.
+
+    Memory does not depend on the length of a document: it is read in pieces, the state passed on, and logits are
+    never whole.
+
+    Args:
+        model: runs as at inference (no noise, calibrated thresholds); its mode is put back.
+        data: a prepared data set, `TextDocuments`, or anything like it, of the model's tokenizer.
+        context: longest context in tokens; None for whole documents.
+        piece: most tokens of a row per forward call.
+        batch_tokens: most tokens of all rows per forward call; documents of similar length are read side by side.
+        progress: called with the tokens predicted so far and in all.
+
+    Raises:
+        InputError: a number below 1.
+        DataError: there is no token to predict, or the data was made with a larger vocabulary than the model's.
+    """
+    for name, value in (("context", context), ("piece", piece), ("batch_tokens", batch_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}, but must be a number of tokens of at least 1.")
+    documents = PreparedDocuments(data) if isinstance(data, TokenDataset) else data
+    if documents.vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"The data has a vocabulary of {documents.vocab_size} tokens but the model only {model.config.vocab_size}: "
+            "they do not belong together. Prepare the data with the tokenizer of the model."
+        )
+    total = int(documents.lengths.sum())
+    if total == 0:
+        raise DataError("There is nothing to evaluate on: the documents hold no tokens. Name files with text in them.")
+    begin = time.perf_counter()
+    tally = _Tally(torch.from_numpy(documents.token_bytes))
+    with inference(model):
+        for spans in _batches(documents, context, piece, batch_tokens):
+            for predicted in _predict(model, documents, spans, piece, tally):
+                if progress is not None:
+                    progress(predicted, total)
+    return tally.result(documents, context, time.perf_counter() - begin)
+
+
+def _batches(documents: Documents, context: int | None, piece: int, batch_tokens: int) -> Iterator[list[_Span]]:
+    """Spans of similar length side by side, the longest first."""
+    spans = [
+        _Span(document, start, min(start + (context or length), length))
+        for document, length in enumerate(documents.lengths.tolist())
+        for start in range(0, length, context or max(1, length))
+    ]
+    spans.sort(key=lambda span: -span.length)
+    first = 0
+    while first < len(spans):
+        rows = max(1, batch_tokens // min(piece, spans[first].length))
+        yield spans[first : first + rows]
+        first += rows
+
+
+def _predict(model: TaipanLM, documents: Documents, spans: list[_Span], piece: int, tally: "_Tally") -> Iterator[int]:
+    """Read spans (longest first) side by side, piece by piece; rows that have ended are dropped."""
+    state: DecoderState | None = None
+    device = model.lm_head.weight.device
+    for begin in range(0, spans[0].length, piece):
+        rows = [span for span in spans if span.length > begin]
+        if state is not None and len(rows) < state.batch_size:
+            state = state.select(torch.arange(len(rows), device=device))
+        tokens_BT, target_BT = _piece(documents, rows, begin, piece)
+        real_BT = target_BT >= 0
+        mask = None if bool(real_BT.all()) else real_BT.to(device)
+        output = model(tokens_BT.to(device), state=state, attention_mask=mask)
+        target_M = target_BT[real_BT]
+        hidden_MD = output.hidden_BTD[real_BT.to(device)]
+        nats_M = linear_cross_entropy_per_token(hidden_MD, model.lm_head.weight, target_M.to(device))
+        position_BT = (begin + torch.arange(target_BT.shape[1])).expand_as(target_BT)
+        tally.add(nats_M.cpu().double(), target_M, position_BT[real_BT])
+        tally.gates.add(output.gates)
+        if any(span.length > begin + piece for span in rows):
+            state = output.state
+        yield tally.tokens
+
+
+def _piece(documents: Documents, rows: list[_Span], begin: int, piece: int) -> tuple[Tensor, Tensor]:
+    """Tokens to read and tokens to predict from them (−100 where there is none), both (B, T), from `begin` on."""
+    length = min(piece, rows[0].length - begin)
+    tokens = np.full((len(rows), length), documents.start_token, np.int64)
+    target = np.full((len(rows), length), -100, np.int64)
+    for row, span in enumerate(rows):
+        start, stop = span.start + begin, min(span.start + begin + length, span.stop)
+        before = [documents.start_token] if start == 0 else documents.read(span.document, start - 1, start)
+        target[row, : stop - start] = documents.read(span.document, start, stop)
+        tokens[row, :1] = before
+        tokens[row, 1 : stop - start] = target[row, : stop - start - 1]
+    return torch.from_numpy(tokens), torch.from_numpy(target)
+
+
+class _Tally:
+    """Sums by position bucket, in fp64."""
+
+    def __init__(self, token_bytes_V: Tensor) -> None:
+        self.gates = GateAverages()
+        self._token_bytes_V = token_bytes_V.double()
+        self._sums = torch.zeros(3, len(_EDGES) + 1, dtype=torch.float64)  # tokens, nats, bytes of the tokens
+
+    @property
+    def tokens(self) -> int:
+        return int(self._sums[0].sum())
+
+    def add(self, nats_M: Tensor, target_M: Tensor, position_M: Tensor) -> None:
+        bucket_M = torch.bucketize(position_M, _EDGES, right=True)
+        for sums, weight_M in zip(
+            self._sums, (torch.ones_like(nats_M), nats_M, self._token_bytes_V[target_M]), strict=True
+        ):
+            sums.index_add_(0, bucket_M, weight_M)
+
+    def result(self, documents: Documents, context: int | None, seconds: float) -> EvaluationResult:
+        tokens, nats, token_bytes = (float(total) for total in self._sums.sum(1))
+        # 1 unless the tokenizer's tokens are not bytes of the text; then the bytes are shared out in proportion
+        scale = documents.n_bytes / token_bytes if token_bytes else 0.0
+        buckets: list[PositionBucket] = []
+        starts = [0, *_EDGES.tolist()]
+        for number, (count, total, size) in enumerate(self._sums.T.tolist()):
+            if count:
+                bits = _bits_per_byte(total, size * scale)
+                stop = FIRST_BUCKET << number
+                buckets.append(PositionBucket(starts[number], stop, int(count), total / count, bits))
+        return EvaluationResult(
+            documents=len(documents.lengths),
+            tokens=int(tokens),
+            bytes=documents.n_bytes,
+            context=context,
+            nats=nats,
+            nats_per_token=nats / tokens,
+            perplexity=math.exp(min(nats / tokens, 700.0)),
+            bits_per_byte=_bits_per_byte(nats, float(documents.n_bytes)),
+            by_position=tuple(buckets),
+            gates=self.gates.result(),
+            seconds=seconds,
+        )
+
+
+def _bits_per_byte(nats: float, n_bytes: float) -> float:
+    return nats / math.log(2) / n_bytes if n_bytes else math.inf
