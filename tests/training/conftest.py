@@ -9,6 +9,7 @@ import pytest
 from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
+from taipan.training.loop import TrainResult, train
 from taipan.training.recipe import Recipe
 
 WORDS = [
@@ -35,16 +36,15 @@ def text(seed: int, words: int) -> str:
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Prepared training and held-out data: bytes, about 12,000 and 3,000 tokens."""
+    """Prepared training and held-out data: bytes, about 2,000 and 1,000 tokens."""
     base = tmp_path_factory.mktemp("data")
-    for name, first, count in (("train", 0, 40), ("valid", 100, 10)):
+    for name, first, count in (("train", 0, 7), ("valid", 100, 3)):
         documents = [Document(f"{name}-{i}", text(first + i, 50)) for i in range(count)]
         prepare(documents, Tokenizer.bytes(), base / name)
     return base / "train", base / "valid"
 
 
-@pytest.fixture
-def recipe_values(corpora: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
+def tiny_values(corpora: tuple[Path, Path], output: Path) -> dict[str, Any]:
     """A recipe for a model with every kind of parameter, in plain values."""
     train, valid = corpora
     return {
@@ -66,22 +66,28 @@ def recipe_values(corpora: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
             "batch_size": 4,
             "log_every": 3,
             "evaluate_every": 4,
-            "evaluate_batches": 2,
+            "evaluate_batches": 1,
             "threads": 1,
         },
-        "output": str(tmp_path / "run"),
+        "output": str(output),
     }
 
 
 @pytest.fixture
-def make_recipe(recipe_values: dict[str, Any]) -> Callable[..., Recipe]:
+def make_recipe(corpora: tuple[Path, Path], tmp_path: Path) -> Callable[..., Recipe]:
     """The tiny recipe with some dotted keys changed: `make_recipe(**{"training.steps": 3})`."""
 
     def make(**changes: Any) -> Recipe:
-        values = {key: dict(value) if isinstance(value, dict) else value for key, value in recipe_values.items()}
+        values = tiny_values(corpora, tmp_path / "run")
         for key, value in changes.items():
             *section, last = key.split(".")
             (values[section[0]] if section else values)[last] = value
         return Recipe.from_dict(values)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(corpora: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run of the unchanged tiny recipe, from start to end in one go."""
+    return train(Recipe.from_dict(tiny_values(corpora, tmp_path_factory.mktemp("whole") / "run")))

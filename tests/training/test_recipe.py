@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taipan.config import TaipanConfig
@@ -44,6 +44,7 @@ def test_a_resolved_recipe_means_the_same_model_without_its_preset(tmp_path: Pat
     assert (config.vocab_size, config.eos_token_id, config.budget_start) == (500, 499, None)
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.builds(
         OptimizerSection,

@@ -1,7 +1,7 @@
 """The learning rate: continuous, at most the peak, at the right places at the right time."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taipan.training.recipe import ScheduleSection
@@ -15,6 +15,7 @@ schedules = st.builds(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(schedules)
 def test_it_starts_at_zero_peaks_after_the_warmup_and_ends_at_its_final_share(schedule: ScheduleSection) -> None:
     def at(progress: float) -> float:
@@ -25,6 +26,7 @@ def test_it_starts_at_zero_peaks_after_the_warmup_and_ends_at_its_final_share(sc
     assert at(1.0) == pytest.approx(1.0 if schedule.kind == "constant" else schedule.final)
 
 
+@settings(max_examples=50, deadline=None)
 @given(schedules, st.floats(0, 1), st.floats(0, 1))
 def test_it_rises_then_falls(schedule: ScheduleSection, one: float, other: float) -> None:
     early, late = sorted((one, other))

@@ -133,7 +133,9 @@ class _Run:
 
         found = None if resume is None else latest(resume)
         if found is None:
-            model, saved = TaipanLM(config, generator=seeded_generator(settings.seed, "init")), None
+            with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw once more before we do
+                model = TaipanLM(config, generator=seeded_generator(settings.seed, "init"))
+            saved = None
         else:
             for problem in found.problems:
                 listener.warned(f"{problem} Going back to {found.path}.")

@@ -1,7 +1,7 @@
 """The record of a run: one JSON object a line, in step order, cut back to the checkpoint when a run is resumed.
 
-`kind` is `train` (means of the losses since the line before, gradient norm and gates of the step, and `valid_…` where it
-was evaluated) or `final` (calibration and evaluation of the finished model).
+`kind` is `train` (means of the losses since the line before, gradient norm and gates of the step, and `valid_…` where
+it was evaluated) or `final` (calibration and evaluation of the finished model).
 """
 
 import json

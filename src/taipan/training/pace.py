@@ -32,14 +32,14 @@ class Pace:
     @property
     def fraction(self) -> float:
         """Fraction of training done."""
-        return min(1.0, self._fraction(self.step, self.seconds))
+        return min(1.0, self._fraction(float(self.step), self.seconds))
 
     @property
     def done(self) -> bool:
         """Whether no step is left; by time, whether one more would end further from the limit than stopping does."""
         if self.total_steps is not None:
             return self.step >= self.total_steps
-        return self.step > 0 and self._fraction(self.step, self.seconds + self.step_seconds / 2) >= 1.0
+        return self.step > 0 and self._fraction(float(self.step), self.seconds + self.step_seconds / 2) >= 1.0
 
     @property
     def seconds_left(self) -> float:

@@ -65,11 +65,11 @@ def gate_statistics(gate: GateOutput) -> GateStatistics:
     """The statistics of one SAL as plain numbers."""
     return GateStatistics(
         layer=gate.layer,
-        rate=float(gate.rate),
-        training_rate=float(gate.training_rate),
-        noise_free_rate=float(gate.noise_free_rate),
-        alpha_mean=float(gate.alpha_mean),
-        alpha_std=float(gate.alpha_std),
+        rate=gate.rate.item(),
+        training_rate=gate.training_rate.item(),
+        noise_free_rate=gate.noise_free_rate.item(),
+        alpha_mean=gate.alpha_mean.item(),
+        alpha_std=gate.alpha_std.item(),
     )
 
 
@@ -115,12 +115,12 @@ def train_step(
         token_loss = output.cross_entropy * (count / total)
         budget_loss = output.budget / len(micro_batches)
         loss = token_loss + budget_loss
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(loss.item()):
             optimizer.zero_grad()
-            raise _not_finite(step, "loss", float(loss))
+            raise _not_finite(step, "loss", loss.item())
         loss.backward()
-        cross_entropy += float(token_loss)
-        budget += float(budget_loss)
+        cross_entropy += token_loss.item()
+        budget += budget_loss.item()
         gates = output.gates
     norm = _clip(optimizer.parameters(), clip)
     if not math.isfinite(norm):
