@@ -22,12 +22,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """Print a table whose first `text_columns` columns are left-aligned and the others, numbers, right-aligned."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number < text_columns else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # as it is: "[hf]" is no markup
     console().print(table)
 
 
@@ -36,7 +37,7 @@ def note(message: str) -> None:
     console(err=True).print(message, markup=False)
 
 
-def quantity(number: float) -> str:
+def quantity(number: int | float) -> str:
     """A number for people: 1234567 → "1.23 M"."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:

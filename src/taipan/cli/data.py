@@ -1,17 +1,17 @@
 """`taipan data prepare`: text files become token shards."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from taipan.errors import ConfigError, DataError
+
 if TYPE_CHECKING:
     from taipan.data.corpus import Corpus, Document
-    from taipan.data.shards import PrepareProgress
 
 
 def register(app: typer.Typer) -> None:
@@ -20,36 +20,39 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="data")
 
     @group.callback()
-    def _group() -> None: ...  # pyright: ignore[reportUnusedFunction]
+    def _group() -> None: ...
 
     @group.command("prepare")
     def prepare(
         paths: Annotated[
             list[str], typer.Argument(help="Files and directories: UTF-8 text or .jsonl, also compressed.")
         ],
-        out: Annotated[Path, typer.Option(help="Directory to make: OUT/train and, if text is held out, OUT/valid.")],
+        out: Annotated[Path, typer.Option(help="Data set to make; with --valid-fraction, OUT/train and OUT/valid.")],
         tokenizer: Annotated[
             str, typer.Option(help="`bytes`, `bpe:SIZE` (trained on this text), or a tokenizer.json.")
         ] = "bytes",
         valid_fraction: Annotated[
             float, typer.Option(help="Share of the text to hold out, in whole documents where there are several.")
-        ] = 0.05,
+        ] = 0.0,
         shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens per shard file.")] = 1 << 26,
     ) -> None:
         """Encode text files to token shards for training and validation.
 
         Example:
 
-            taipan data prepare ~/notes README.md --tokenizer bpe:4096 --out data/notes
+            taipan data prepare notes/ README.md --tokenizer bpe:4096 --valid-fraction 0.05 --out data
         """
         from taipan.cli.console import note, print_table
+        from taipan.cli.progress import progress_bar
         from taipan.data.corpus import Corpus
+        from taipan.data.shards import MANIFEST_FILE
         from taipan.data.shards import prepare as write
         from taipan.data.tokenizer import Tokenizer
-        from taipan.errors import ConfigError
 
         if not 0.0 <= valid_fraction < 1.0:
             raise ConfigError(f"--valid-fraction is {valid_fraction}, but must be a share of at least 0 and below 1.")
+        if valid_fraction and (out / MANIFEST_FILE).exists():
+            raise DataError(f"{out} is a data set: with --valid-fraction, name a directory for two of them.")
         corpus = Corpus(paths)
         note(f"reading {', '.join(paths)}")
         split = _plan(corpus, valid_fraction)
@@ -59,15 +62,22 @@ def register(app: typer.Typer) -> None:
         note(f"tokenizer: {tokenizer}")
         made = Tokenizer.from_spec(tokenizer, corpus=(document.text for document in split.train()))
         rows: list[list[str]] = []
-        parts = [("train", split.train)] + ([("valid", split.valid)] if split.has_valid else [])
-        for name, documents in parts:
-            with _progress(f"encoding {name}", split.characters) as report:
+        parts = [(out, split.train)]
+        if valid_fraction:
+            parts = [(out / "train", split.train), (out / "valid", split.valid)]
+        for directory, documents in parts:
+            with progress_bar(f"encoding {directory}", "bytes") as report:
                 dataset = write(
-                    documents(), made, out / name, shard_tokens=shard_tokens, sources=paths, progress=report
+                    documents(),
+                    made,
+                    directory,
+                    shard_tokens=shard_tokens,
+                    sources=paths,
+                    progress=lambda state, report=report: report(state.n_bytes, split.characters),
                 )
             rows.append(
                 [
-                    str(out / name),
+                    str(directory),
                     f"{dataset.n_documents:,}",
                     f"{dataset.n_bytes:,}",
                     f"{dataset.n_tokens:,}",
@@ -75,8 +85,8 @@ def register(app: typer.Typer) -> None:
                 ]
             )
         print_table("", ["data set", "documents", "bytes", "tokens", "bytes/token"], rows)
-        valid = f" -o data.valid={out / 'valid'}" if len(parts) > 1 else ""
-        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={out / 'train'}{valid}")
+        valid = f" -o data.valid={parts[1][0]}" if len(parts) > 1 else ""
+        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={parts[0][0]}{valid}")
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,6 @@ class _Split:
     held_out: frozenset[str]
     cuts: dict[str, int]
     characters: int
-
-    @property
-    def has_valid(self) -> bool:
-        return bool(self.held_out or self.cuts)
 
     def train(self) -> "Iterator[Document]":
         """The documents to train on."""
@@ -112,6 +118,9 @@ def _plan(corpus: "Corpus", fraction: float) -> _Split:
 
     Whole documents, chosen by their names alone; where all are too large for that (a corpus of one document, say) the
     tail of the longest one, from a line break on.
+
+    Raises:
+        DataError: the text is too short for that.
     """
     lengths: dict[str, int] = {}
     longest, cut = "", 0
@@ -122,26 +131,16 @@ def _plan(corpus: "Corpus", fraction: float) -> _Split:
             begin = int(len(document.text) * (1 - fraction))
             cut = document.text.rfind("\n", 0, begin) + 1 or begin
     total = sum(lengths.values())
+    if not fraction:
+        return _Split(corpus, frozenset(), {}, total)
     held_out: set[str] = set()
     room = fraction * total
     for source in sorted(lengths, key=lambda source: hashlib.sha256(source.encode()).digest()):
         if lengths[source] <= room:
             held_out.add(source)
             room -= lengths[source]
-    if room > fraction * total / 2 and cut:  # little or nothing fitted
+    if room > fraction * total / 2:  # little or nothing fitted
+        if not cut:
+            raise DataError(f"No share of {fraction} can be held out of {total} characters: name more text.")
         return _Split(corpus, frozenset(), {longest: cut}, total)
     return _Split(corpus, frozenset(held_out), {}, total)
-
-
-@contextmanager
-def _progress(what: str, characters: int) -> "Iterator[Callable[[PrepareProgress], None]]":
-    """A bar on a terminal, nothing in a pipe."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    from taipan.cli.console import console
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]} tokens"))
-    terminal = console(err=True)
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task(what, total=characters, tokens="0")
-        yield lambda state: bar.update(task, completed=state.n_bytes, tokens=f"{state.n_tokens:,}")

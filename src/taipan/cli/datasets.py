@@ -1,6 +1,6 @@
 """DATA arguments: a prepared data set, or text files that are encoded for the occasion."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_data(paths: Sequence[str], tokenizer: "Tokenizer") -> "Iterator[TokenDataset]":
+def open_data(paths: Sequence[str], tokenizer: "Tokenizer") -> "Generator[TokenDataset]":
     """The tokens of a prepared data set (one directory), or of text files and directories.
 
     Raises:

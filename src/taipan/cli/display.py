@@ -122,7 +122,8 @@ class TrainingDisplay(TrainingListener):
 
     def _line(self, info: StepInfo) -> str:
         gates = "".join(
-            f", layer {gate.layer} selects {gate.rate:.2f} (noise-free {gate.noise_free_rate:.2f}, α {gate.alpha_mean:.2f})"
+            f", layer {gate.layer} selects {gate.rate:.2f} "
+            f"(noise-free {gate.noise_free_rate:.2f}, α {gate.alpha_mean:.2f})"
             for gate in info.result.gates
         )
         return (

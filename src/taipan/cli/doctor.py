@@ -1,5 +1,6 @@
 """`taipan doctor`: what this machine offers, what is used of it, and why."""
 
+import os
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -60,26 +61,22 @@ def _choices() -> Iterator[tuple[str, str, str]]:
     import torch
 
     from taipan import hardware
-    from taipan.config import TaipanConfig
-    from taipan.model import TaipanLM
+    from taipan.model import IMPLEMENTATIONS, resolve_implementations
 
     dtype = hardware.training_dtype("auto")
     yield "training dtype", dtype.dtype, dtype.reason
-    yield "threads", str(torch.get_num_threads()), f"PyTorch's choice for {hardware.usable_cores()} usable cores"
+    given = os.environ.get("OMP_NUM_THREADS")
+    why = f"OMP_NUM_THREADS={given}" if given else f"PyTorch's choice for {hardware.usable_cores()} usable cores"
+    yield "threads", str(torch.get_num_threads()), why
     tuned = hardware.tune_allocator()
     yield (
         "allocator",
         "keeps large blocks" if tuned else "as it is",
         "glibc: freed tensors are reused without page faults" if tuned else "not glibc's: no settings to change",
     )
-    for op, implementation in sorted(TaipanLM(TaipanConfig.preset("taipan-tiny")).implementations.items()):
-        yield f"op {op}", implementation, _why(implementation)
-
-
-def _why(implementation: str) -> str:
-    if implementation == "portable":
-        return "runs everywhere PyTorch runs; the fastest there is for this machine in this version"
-    return "the fastest there is for this machine in this version"
+    for op, implementation in resolve_implementations("auto").items():
+        others = [name for name in IMPLEMENTATIONS[op] if name != implementation]
+        yield f"op {op}", implementation, f"the first that runs here; also there: {', '.join(others) or 'none'}"
 
 
 def _versions() -> Iterator[tuple[str, str, str]]:

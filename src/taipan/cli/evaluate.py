@@ -1,5 +1,113 @@
+"""`taipan evaluate`: how well a model predicts text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+if TYPE_CHECKING:
+    from taipan.evaluation import EvaluationResult
 
 
 def register(app: typer.Typer) -> None:
-    pass
+    """Add the verb to the command line."""
+
+    @app.command("evaluate")
+    def evaluate(
+        model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
+        data: Annotated[list[str], typer.Argument(help="Prepared data set, or text files and directories.")],
+        context: Annotated[
+            list[int] | None,
+            typer.Option(help="Longest context in tokens; repeatable. Not given: every document is read whole."),
+        ] = None,
+        piece: Annotated[int, typer.Option(help="Tokens of a document read at once: speed and memory only.")] = 2048,
+        batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 8192,
+        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
+        json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
+    ) -> None:
+        """Measure bits per byte, by position in the context, and what the gates select.
+
+        Every document starts from an empty context and every byte is paid for. Memory does not depend on the length
+        of a document.
+
+        Example:
+
+            taipan evaluate quickstart/model quickstart/data/valid --context 512 --context 4096 --json result.json
+        """
+        from taipan.cli.console import note
+        from taipan.cli.datasets import open_data
+        from taipan.cli.models import load_model
+        from taipan.cli.progress import progress_bar
+        from taipan.evaluation import evaluate as run
+
+        loaded, tokenizer = load_model(model, dtype)
+        results: list[EvaluationResult] = []
+        with open_data(data, tokenizer) as dataset:
+            for length in context or [None]:
+                with progress_bar("whole documents" if length is None else f"context {length}", "tokens") as report:
+                    results.append(
+                        run(loaded, dataset, context=length, piece=piece, batch_tokens=batch_tokens, progress=report)
+                    )
+        _print(results)
+        if json_file is not None:
+            _write(json_file, model, data, results)
+            note(f"Results: {json_file}")
+
+
+def _print(results: "list[EvaluationResult]") -> None:
+    from taipan.cli.console import print_table
+
+    rows = [
+        [
+            "whole documents" if result.context is None else f"{result.context:,}",
+            f"{result.documents:,}",
+            f"{result.tokens:,}",
+            f"{result.bytes:,}",
+            f"{result.bits_per_byte:.4f}",
+            f"{result.nats_per_token:.4f}",
+            f"{result.perplexity:,.2f}",
+            f"{result.tokens / result.seconds:,.0f}",
+        ]
+        for result in results
+    ]
+    columns = ["context", "documents", "tokens", "bytes", "bits/byte", "nats/token", "perplexity", "tokens/s"]
+    print_table("", columns, rows)
+    last = results[-1]
+    positions = [
+        [f"{bucket.start:,} – {bucket.stop - 1:,}", f"{bucket.tokens:,}", f"{bucket.bits_per_byte:.4f}"]
+        for bucket in last.by_position
+    ]
+    print_table("By tokens read before", ["position", "tokens", "bits/byte"], positions)
+    gates = [
+        [
+            str(gate.layer),
+            f"{100 * gate.rate:.2f} %",
+            f"{100 * gate.training_rate:.2f} %",
+            f"{100 * gate.noise_free_rate:.2f} %",
+            f"{gate.alpha_mean:.3f} ± {gate.alpha_std:.3f}",
+            f"{gate.threshold:.3f}",
+        ]
+        for gate in last.gates
+    ]
+    if gates:
+        print_table("Gates", ["layer", "selected", "training rate", "inference rate", "α", "threshold"], gates)
+
+
+def _write(path: Path, model: Path, data: list[str], results: "list[EvaluationResult]") -> None:
+    import json
+    import shlex
+    import sys
+    from dataclasses import asdict
+
+    from taipan import __version__, hardware
+    from taipan.io import atomic_write
+
+    record = {
+        "command": shlex.join(["taipan", *sys.argv[1:]]),
+        "taipan": __version__,
+        "hardware": asdict(hardware.describe()),
+        "model": str(model),
+        "data": data,
+        "results": [result.to_dict() for result in results],
+    }
+    atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())

@@ -1,5 +1,52 @@
+"""`taipan inspect`: a text coloured by what the gates selected."""
+
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 
 def register(app: typer.Typer) -> None:
-    pass
+    """Add the verb to the command line."""
+
+    @app.command("inspect")
+    def inspect(
+        model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
+        text: Annotated[Path, typer.Argument(help="UTF-8 text file; code works too.")],
+        out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")],
+    ) -> None:
+        """Write one self-contained HTML page that shows which tokens each gate selected, and how strongly.
+
+        Example:
+
+            taipan inspect quickstart/model setup.py -o page.html
+        """
+        import shlex
+
+        from taipan import __version__
+        from taipan.cli.console import note, print_table
+        from taipan.cli.models import load_model
+        from taipan.io import atomic_write, read_text
+        from taipan.report.page import render
+        from taipan.report.traced import traced_view
+
+        content = read_text(text)
+        loaded, tokenizer = load_model(model)
+        view = traced_view(loaded, tokenizer, content)
+        page = render(
+            "inspect.html.j2",
+            title=f"{text.name}: what was selected",
+            version=__version__,
+            made="",
+            source=text.name,
+            model=str(model),
+            command=shlex.join(["taipan", "inspect", str(model), str(text), "-o", str(out)]),
+            view=view,
+        )
+        atomic_write(out, page.encode())
+        rows = [
+            [str(layer.layer), f"{layer.count:,}", f"{100 * layer.share:.1f} %", f"{100 * layer.capacity:.1f} %"]
+            for layer in view.layers
+        ]
+        print_table(f"{view.tokens:,} tokens of {text}", ["layer", "selected", "share", "budget"], rows)
+        note(f"Page: {out}")

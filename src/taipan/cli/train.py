@@ -44,4 +44,4 @@ def register(app: typer.Typer) -> None:
             raise typer.Exit(130)
         for gate in result.calibration:
             note(f"layer {gate.layer}: threshold {gate.threshold:.3f} selects {100 * gate.rate:.1f} % at inference")
-        note(f'Try it: taipan generate {result.model_directory} "def "')
+        note(f'Try it: taipan generate {result.model_directory} "The "')

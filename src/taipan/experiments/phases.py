@@ -1,7 +1,7 @@
 """How long each part of an experiment took."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class PhaseTimer:
         self.phases: list[Phase] = []
 
     @contextmanager
-    def __call__(self, name: str, description: str = "") -> Iterator[None]:
+    def __call__(self, name: str, description: str = "") -> Generator[None]:
         """Time what happens inside."""
         self._announce(description or name)
         begin = time.perf_counter()

@@ -87,7 +87,7 @@ def next_commands(directory: Path) -> list[str]:
         f'taipan generate {model} "def "',
         f"taipan inspect {model} YOUR_FILE.py -o page.html",
         f"taipan evaluate {model} YOUR_FILE.py",
-        f"taipan data prepare YOUR_FILES --tokenizer {model} --out mydata",
+        f"taipan data prepare YOUR_FILES --tokenizer {model} --valid-fraction 0.05 --out mydata",
         f"taipan train {recipe} -o data.train=mydata/train -o data.valid=mydata/valid -o output=runs/mine",
     ]
 

@@ -1,7 +1,7 @@
 """Figures as inline SVG that follow the page's light or dark colours."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,12 @@ _INK = "#010203"
 
 
 @contextmanager
-def figure(width: float = 9.0, height: float = 3.4) -> Iterator[tuple["Figure", "Axes"]]:
+def figure(width: float = 9.0, height: float = 3.4) -> Generator[tuple["Figure", "Axes"]]:
     """A figure with one pair of axes in the style of the pages; sizes in inches at 72 dpi."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's own font
         "svg.hashsalt": "taipan",
         "font.family": "sans-serif",

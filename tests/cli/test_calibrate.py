@@ -1,0 +1,52 @@
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from taipan.data.tokenizer import Tokenizer
+from taipan.evaluation import trace
+from taipan.pretrained import load
+from tests.cli.conftest import TEXT, Cli
+from tests.models import small_model
+
+
+@pytest.fixture
+def copy(model_directory: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_directory, tmp_path / "copy"))
+
+
+def test_the_budget_holds_afterwards(cli: Cli, copy: Path, text_file: Path) -> None:
+    finished = cli("calibrate", copy, text_file, "--capacity", 0.3, "--context", len(TEXT.encode()))
+    assert finished.code == 0, finished.err
+    assert Tokenizer.load(copy).vocab_size == 257
+    for layer in trace(load(copy), Tokenizer.bytes().encode(TEXT)):
+        assert float(layer.selected_T.float().mean()) == pytest.approx(0.3, abs=0.02)
+        assert f"{layer.threshold:.4f}" in finished.out
+
+
+def test_bad_input_is_refused(refused: Callable[..., str], copy: Path, text_file: Path, tmp_path: Path) -> None:
+    message = refused("calibrate", copy, text_file, "--capacity", 1.5)
+    assert "1.5" in message
+    assert "between 0 and 1" in message
+    plain = tmp_path / "plain"
+    small_model("mamba2", dtype=torch.float32, vocab_size=257).save_pretrained(plain, Tokenizer.bytes())
+    assert "no selective attention layer" in refused("calibrate", plain, text_file)
+
+
+def test_a_full_disk_leaves_the_model_as_it_was(
+    refused: Callable[..., str], copy: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("taipan.pretrained.save_file", full)
+    message = refused("calibrate", copy, text_file)
+    assert "disk is full" in message
+    assert "untouched" in message
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert [path.name for path in copy.parent.iterdir() if path.is_dir()] == ["copy"]

@@ -1,0 +1,61 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from taipan.data.corpus import Document
+from taipan.data.shards import prepare
+from taipan.data.tokenizer import Tokenizer
+from taipan.evaluation import TextDocuments, evaluate
+from taipan.pretrained import load
+from tests.cli.conftest import TEXT, Cli
+
+
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "text"])
+def test_gives_what_the_library_gives(
+    cli: Cli, model_directory: Path, text_file: Path, tmp_path: Path, prepared: bool
+) -> None:
+    data = text_file
+    if prepared:
+        data = tmp_path / "data"
+        prepare([Document("text", TEXT)], Tokenizer.bytes(), data)
+    result_file = tmp_path / "result.json"
+    finished = cli("evaluate", model_directory, data, "--context", 64, "--context", 256, "--json", result_file)
+    assert finished.code == 0, finished.err
+    record = json.loads(result_file.read_text())
+    assert record["command"].startswith("taipan ")
+    model = load(model_directory)
+    documents = TextDocuments([TEXT], Tokenizer.bytes())
+    for length, found in zip((64, 256), record["results"], strict=True):
+        expected = evaluate(model, documents, context=length)
+        assert found["context"] == length
+        assert found["bytes"] == len(TEXT.encode())
+        assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+        assert f"{expected.bits_per_byte:.4f}" in finished.out
+        assert len(found["gates"]) == len(model.sals)
+
+
+def test_bad_input_is_refused(
+    refused: Callable[..., str], model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def said(*arguments: object) -> str:
+        return refused("evaluate", model_directory, *arguments)
+
+    assert "does not exist" in said(tmp_path / "missing.txt")
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.touch()
+    latin.write_bytes(b"ab\xff")
+    assert "is empty" in said(empty)
+    assert "offset 2" in said(latin)
+    assert "context is 0" in said(text_file, "--context", 0)
+    other = tmp_path / "other"
+    prepare([Document("text", TEXT)], Tokenizer.train_bpe([TEXT], 300), other / "train")
+    message = said(other / "train")
+    assert "another tokenizer" in message
+    assert "300" in message
+    assert str(other / "train") in said(other)
+    assert "name it alone" in said(other / "train", text_file)
+    shard = other / "train" / "tokens-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert "tokens-00000.bin" in refused("evaluate", model_directory, other / "train")

@@ -1,0 +1,151 @@
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from taipan.data.tokenizer import Tokenizer
+from taipan.pretrained import load
+from tests.cli.conftest import Cli
+from tests.models import small_model
+
+PROMPT = "The taipan waits"
+
+
+def continuation(directory: Path, prompt: str, **options: object) -> str:
+    tokenizer = Tokenizer.load(directory)
+    ids = tokenizer.encode(prompt)
+    sequence = load(directory).generate(torch.tensor([ids]), tokenizer=tokenizer, **options)[0].tolist()
+    return tokenizer.decode(sequence[len(ids) :])
+
+
+def test_prints_what_the_engine_makes(cli: Cli, model_directory: Path) -> None:
+    options = ["--max-new-tokens", 24, "--ignore-eos"]
+    greedy = cli("generate", model_directory, PROMPT, "--greedy", *options)
+    assert greedy.out == continuation(model_directory, PROMPT, max_new_tokens=24, eos_token_id=()) + "\n"
+    sampled = cli("generate", model_directory, PROMPT, "--seed", 3, "--temperature", 1.5, "--top-k", 9, *options)
+    expected = continuation(
+        model_directory,
+        PROMPT,
+        max_new_tokens=24,
+        eos_token_id=(),
+        do_sample=True,
+        seed=3,
+        temperature=1.5,
+        top_k=9,
+        top_p=0.95,
+    )
+    assert sampled.out == expected + "\n"
+    assert "16 tokens read" in sampled.err
+
+
+def test_a_prompt_may_come_from_a_file_or_standard_input(
+    cli: Cli, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taipan.cli.text._PIECE_BYTES", 3)  # cuts characters
+    prompt = "日本語 été\n" * 20
+    options = ["--greedy", "--max-new-tokens", 8, "--ignore-eos"]
+    expected = cli("generate", model_directory, prompt, *options).out
+    file = tmp_path / "prompt.txt"
+    file.write_text(prompt, encoding="utf-8")
+    assert cli("generate", model_directory, "--prompt-file", file, *options, "--prefill-chunk", 7).out == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    assert cli("generate", model_directory, "-", *options).out == expected
+
+
+def test_a_saved_state_goes_on(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    options = ["--greedy", "--max-new-tokens", 12, "--ignore-eos"]
+    whole = cli("generate", model_directory, "The taipan waits", *options).out
+    read = cli("generate", model_directory, "The taipan", "--max-new-tokens", 0, "--save-state", state)
+    assert read.code == 0
+    assert "10 tokens" in read.err
+    assert cli("generate", model_directory, " waits", "--load-state", state, *options).out == whole
+    # what was written is part of the state too
+    first = cli("generate", model_directory, "The", "--greedy", "--max-new-tokens", 5, "--save-state", state).out[:-1]
+    both = cli("generate", model_directory, "The" + first + "!", *options).out
+    assert cli("generate", model_directory, "!", "--load-state", state, *options).out == both
+
+
+def test_stops_after_a_text(cli: Cli, model_directory: Path) -> None:
+    options = ["--max-new-tokens", 200, "--ignore-eos", "--temperature", 3]
+    free = cli("generate", model_directory, PROMPT, *options).out
+    stop = next(character for character in free if character.isalpha() and character.isascii())
+    stopped = cli("generate", model_directory, PROMPT, *options, "--stop", stop).out
+    assert stopped == free[: free.index(stop) + 1] + "\n"
+
+
+def test_bad_input_is_refused(refused: Callable[..., str], model_directory: Path, tmp_path: Path) -> None:
+    def message(*arguments: object) -> str:
+        return refused("generate", *arguments)
+
+    assert "no tokens" in message(model_directory, "")
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.touch()
+    latin.write_bytes(b"caf\xe9")
+    assert "no tokens" in message(model_directory, "--prompt-file", empty)
+    said = message(model_directory, "--prompt-file", latin)
+    assert "latin.txt" in said
+    assert "offset 3" in said
+    assert "does not exist" in message(model_directory, "--prompt-file", tmp_path / "missing.txt")
+    assert "directory" in message(model_directory, "--prompt-file", tmp_path)
+    assert "PROMPT" in message(model_directory)
+    assert "PROMPT" in message(model_directory, "a", "--prompt-file", empty)
+    said = message(model_directory, "a", "--temperature", 0)
+    assert "temperature is 0" in said
+    assert "top_p is 1.5" in message(model_directory, "a", "--top-p", 1.5)
+    said = message(model_directory, "a", "--dtype", "float31")
+    assert "float31" in said
+    assert "float32" in said
+    said = message(tmp_path / "nowhere", "a")
+    assert "nowhere" in said
+    assert "config.json" in said
+
+
+def test_a_run_is_no_model(refused: Callable[..., str], model_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_directory, tmp_path / "run" / "model")
+    said = refused("generate", tmp_path / "run", "a")
+    assert str(tmp_path / "run" / "model") in said
+
+
+@pytest.fixture
+def copy(model_directory: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_directory, tmp_path / "copy"))
+
+
+def test_damaged_models_are_refused(refused: Callable[..., str], copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    said = refused("generate", copy, "a")
+    assert "model.safetensors" in said
+    assert "truncated" in said
+    weights.unlink()
+    assert "does not exist" in refused("generate", copy, "a")
+    weights.write_bytes(whole)
+    (copy / "config.json").write_text("{")
+    assert "config.json" in refused("generate", copy, "a")
+
+
+def test_a_tokenizer_of_another_model_is_refused(refused: Callable[..., str], copy: Path, text_file: Path) -> None:
+    small_model(dtype=torch.float32, vocab_size=200).save_pretrained(copy)
+    said = refused("generate", copy, "a")
+    assert "257" in said
+    assert "200" in said
+    (copy / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused("generate", copy, "a")
+
+
+def test_a_state_of_another_model_is_refused(
+    cli: Cli, refused: Callable[..., str], model_directory: Path, copy: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.safetensors"
+    assert cli("generate", model_directory, "a", "--max-new-tokens", 0, "--save-state", state).code == 0
+    small_model(dtype=torch.float32, vocab_size=257, eos_token_id=256, seed=1).save_pretrained(copy)
+    said = refused("generate", copy, "a", "--load-state", state)
+    assert "another model" in said
+    state.write_bytes(state.read_bytes()[:50])
+    assert "state.safetensors" in refused("generate", model_directory, "a", "--load-state", state)
+    assert "missing" in refused("generate", model_directory, "a", "--load-state", tmp_path / "missing")
