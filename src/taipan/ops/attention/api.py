@@ -65,8 +65,8 @@ def windowed_attention(
         key_segment_BJ: the same of each key; given if and only if the queries' is.
         implementation: a name in ``IMPLEMENTATIONS``.
 
-    Along Q and along J the present entries must be in increasing order of (segment, index); absent ones may be
-    anywhere between them. This is not checked.
+    Along Q and along J the (segment, index) of present entries must never decrease; absent ones may be anywhere
+    between them. This is not checked.
 
     Returns:
         out_BQHE in the dtype of ``q_BQHE`` (under autocast too).

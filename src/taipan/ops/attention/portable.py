@@ -1,8 +1,8 @@
 """Windowed attention in blocks of queries, each against only the keys it can need.
 
-A block goes through ``F.scaled_dot_product_attention`` with a mask of (block, keys of the block). One block is plain
-autograd; several keep nothing but their inputs and compute each block again in backward, so that memory follows the
-number of queries and keys, never their product.
+A block goes through ``F.scaled_dot_product_attention`` with a mask of (block, keys of the block). A few blocks are
+plain autograd; many keep nothing but their inputs and compute each block again in backward, so that memory follows
+the number of queries and keys, never their product.
 """
 
 from typing import Any, NamedTuple
@@ -28,16 +28,27 @@ def windowed_attention(
     key_segment_BJ: IntBJ | None,
 ) -> FloatBQHE:
     """See ``taipan.ops.attention.windowed_attention``."""
+    if torch.is_autocast_enabled(q_BQHE.device.type):
+        # autocast would change the dtype of a block, but not that of the gradients it must agree with
+        with torch.autocast(q_BQHE.device.type, enabled=False):
+            return windowed_attention(
+                q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ
+            )
     codes = window_codes(query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
     queries, keys = query_index_BQ.shape[1], key_index_BJ.shape[1]
     size = block_size(window)
-    # autocast would change the dtype of a block, but not that of the gradients it must agree with
-    with torch.autocast(q_BQHE.device.type, enabled=False):
-        if min(q_BQHE.numel(), k_BJGE.numel()) > 0 and queries <= size and (window is None or keys <= window + size):
-            return _attend(q_BQHE, k_BJGE, v_BJGE, _merge_equal_rows(codes))
-        blocks = _plan(codes, size)
-        codes = _merge_equal_rows(codes) if all(block.key_BU is None for block in blocks) else codes
-        return _BlockedAttention.apply(q_BQHE, k_BJGE, v_BJGE, codes, blocks)
+    if min(q_BQHE.numel(), k_BJGE.numel()) > 0 and queries <= size and (window is None or keys <= window + size):
+        return _attend(q_BQHE, k_BJGE, v_BJGE, _merge_equal_rows(codes))
+    blocks = _plan(codes, size)
+    if all(block.key_BU is None for block in blocks):
+        codes = _merge_equal_rows(codes)
+        if len(blocks) == -(-queries // size) and 0 < len(blocks) <= MAX_RECORDED_BLOCKS:
+            return torch.cat([block.attend(q_BQHE, k_BJGE, v_BJGE, codes) for block in blocks], dim=1)
+    return _BlockedAttention.apply(q_BQHE, k_BJGE, v_BJGE, codes, blocks)
+
+
+MAX_RECORDED_BLOCKS = 8
+"""So many blocks may keep their masks for backward, which saves computing them again: a quarter of the time."""
 
 
 def block_size(window: int | None) -> int:
@@ -61,6 +72,11 @@ class _Block(NamedTuple):
         if self.key_BU is None:
             return tensor[:, self.key_start : self.key_stop]
         return tensor[_rows(self.key_BU), self.key_BU]
+
+    def attend(self, q_BQHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, codes: Codes) -> Tensor:
+        """Attention of the queries of this block; differentiable."""
+        q, k, v = self.of_queries(q_BQHE), self.of_keys(k_BJGE), self.of_keys(v_BJGE)
+        return _attend(q, k, v, self.of_codes(codes))
 
     def add_to_keys(self, tensor: Tensor, addend: Tensor) -> None:
         if self.key_BU is None:
@@ -149,8 +165,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.codes, ctx.blocks = codes, blocks
         out_BQHE = torch.zeros_like(q_BQHE)
         for block in blocks:
-            q, k, v = block.of_queries(q_BQHE), block.of_keys(k_BJGE), block.of_keys(v_BJGE)
-            block.of_queries(out_BQHE).copy_(_attend(q, k, v, block.of_codes(codes)))
+            block.of_queries(out_BQHE).copy_(block.attend(q_BQHE, k_BJGE, v_BJGE, codes))
         return out_BQHE
 
     @staticmethod
