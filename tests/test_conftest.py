@@ -2,9 +2,11 @@
 
 import socket
 
+import jaxtyping
 import pytest
 import torch
 
+from taipan.ops.gated_rms_norm.reference import rms_norm_reference
 from tests.conftest import SEED
 
 
@@ -36,3 +38,8 @@ def test_this_machine_is_within_reach() -> None:
         server.bind(("127.0.0.1", 0))
         server.listen(1)
         client.connect(server.getsockname())
+
+
+def test_shapes_are_checked_live() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
+        rms_norm_reference(torch.ones(2, 3), torch.ones(4), eps=1e-5)
