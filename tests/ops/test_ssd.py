@@ -318,9 +318,7 @@ def test_unknown_implementation_lists_the_known() -> None:
 @pytest.mark.parametrize("implementation", ["portable", "reference"])
 def test_dispatch_runs_what_was_named(implementation: str) -> None:
     inputs = make(1, 70, 2, 1)
-    assert_equal_to(
-        run(ssd, inputs, implementation=implementation), run(ssd_recurrent, inputs), 1e-12, implementation
-    )
+    assert_equal_to(run(ssd, inputs, implementation=implementation), run(ssd_recurrent, inputs), 1e-12, implementation)
 
 
 @pytest.mark.parametrize(

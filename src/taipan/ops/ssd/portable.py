@@ -9,10 +9,12 @@ state at its entrance and S' at its end,
 and every exponent is ≤ 0, so nothing overflows however fast a head forgets. The chunks are visited in tiles that fit
 the cache: a tile is either one chunk of several rows or several consecutive chunks of one row, so that it is one batch
 dimension (n) of the products below. C Bᵀ is shared by the heads of a group, and the products with the state are one
-product for all heads of a group. What is kept for the backward is the inputs, the output and the states between
-chunks; decays are computed again.
+product for all heads of a group. The diagonal of the matrix, where L is 1, is kept out of it and added like the skip
+connection. What is kept for the backward is the inputs, the output without the diagonal ("past") and the states
+between chunks; decays are computed again.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -97,11 +99,19 @@ class _Decay(NamedTuple):
 
 
 def _decay(dt_nQH: Tensor, A_H: Tensor, segment_nQ: Tensor | None, before_nQ: Tensor | None) -> _Decay:
-    log_nHQ = (dt_nQH * A_H).transpose(1, 2).cumsum(-1)
+    # Powers of 2, because exp2 is about twice as fast as exp on the CPU. The sums are fp64 and differences of them are
+    # taken in two parts, so that a slow token after a fast one (large sums, small difference) loses no digits.
+    rate_nHQ = (dt_nQH.double() * (A_H.double() * math.log2(math.e))).transpose(1, 2)
+    log_nHQ = rate_nHQ.cumsum(-1)
+    high_nHQ = log_nHQ.to(A_H.dtype)
+    inside_nHQQ = high_nHQ[..., :, None] - high_nHQ[..., None, :]
+    if A_H.dtype != torch.float64:
+        low_nHQ = (log_nHQ - high_nHQ).to(A_H.dtype)
+        inside_nHQQ.add_(low_nHQ[..., :, None]).sub_(low_nHQ[..., None, :])
     # Above the diagonal the difference is positive; the clamp keeps it finite until C Bᵀ, which is 0 there, meets it.
-    inside_nHQQ = (log_nHQ[..., :, None] - log_nHQ[..., None, :]).clamp_max_(0).exp_()
-    entrance_nHQ = log_nHQ.exp()
-    end_nHQ = (log_nHQ[..., -1:] - log_nHQ).exp_()
+    inside_nHQQ.clamp_max_(0).exp2_()
+    entrance_nHQ = high_nHQ.exp2()
+    end_nHQ = (log_nHQ[..., -1:] - log_nHQ).to(A_H.dtype).exp2_()
     through_nH = entrance_nHQ[..., -1]
     mask_nQQ = None
     if segment_nQ is not None and before_nQ is not None:
@@ -128,10 +138,26 @@ def _state_by_group(state_nHPN: Tensor, groups: int) -> Tensor:
     return _unflatten(state_nHPN, 1, groups).flatten(2, 3).flatten(0, 1)
 
 
-def _causal_(scores_nGQQ: Tensor, groups: int, mask_nQQ: Tensor | None) -> Tensor:
-    """Zero what lies above the diagonal or in another document, in place; returns (n, G, Q, Q)."""
-    scores_nGQQ = _unflatten(scores_nGQQ.tril_(), 0, scores_nGQQ.shape[0] // groups)
-    return scores_nGQQ if mask_nQQ is None else scores_nGQQ.mul_(mask_nQQ[:, None])
+def _scores(B_nQN: Tensor, C_nQN: Tensor, groups: int, mask_nQQ: Tensor | None) -> tuple[Tensor, Tensor]:
+    """C Bᵀ of each group: strictly below the diagonal and inside documents (n, G, Q, Q), and the diagonal (n, Q, G)."""
+    scores_nGQQ = torch.bmm(C_nQN, B_nQN.transpose(1, 2))
+    scores_nGQQ = _unflatten(scores_nGQQ, 0, scores_nGQQ.shape[0] // groups)
+    diagonal_nQG = scores_nGQQ.diagonal(dim1=2, dim2=3).transpose(1, 2).clone()
+    scores_nGQQ.tril_(-1)
+    if mask_nQQ is not None:
+        scores_nGQQ *= mask_nQQ[:, None]
+    return scores_nGQQ, diagonal_nQG
+
+
+def _heads_first(x_nQHP: Tensor, factor_nQH: Tensor | None = None) -> Tensor:
+    """x, times the factor, as contiguous (n · H, Q, P)."""
+    batch, size, heads, head_dim = x_nQHP.shape
+    out_nHQP = x_nQHP.new_empty(batch, heads, size, head_dim)
+    if factor_nQH is None:
+        out_nHQP.copy_(x_nQHP.transpose(1, 2))
+    else:
+        torch.mul(x_nQHP.transpose(1, 2), factor_nQH.transpose(1, 2)[..., None], out=out_nHQP)
+    return out_nHQP.flatten(0, 1)
 
 
 def _scan(
@@ -144,26 +170,28 @@ def _scan(
     initial_state_BHPN: Tensor | None,
     segment_BT: Tensor | None,
     chunk: int,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return y in the dtype of accumulation, and the states between chunks (B, chunks + 1, H, P, N).
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return y, its part from the past in the dtype of accumulation, and the states between chunks.
 
-    Without ``keep_states`` the states are (B, 1, H, P, N), the last one only, whatever the length.
+    The states are (B, chunks + 1, H, P, N). Without ``keep`` there is no past to return, and the states are
+    (B, 1, H, P, N), the last one only, whatever the length.
     """
     accumulate = accumulation_dtype(x_BTHP.dtype)
     batch, tokens, heads, head_dim = x_BTHP.shape
     groups, state_size = B_BTGN.shape[2:]
     chunks = -(-tokens // chunk)
-    y_BTHP = torch.empty(batch, tokens, heads, head_dim, dtype=accumulate, device=x_BTHP.device)
-    slots = chunks + 1 if keep_states else 1
-    states = y_BTHP.new_empty(batch, slots, heads, head_dim, state_size)
+    y_BTHP = x_BTHP.new_empty(x_BTHP.shape)
+    past_BTHP = x_BTHP.new_empty(x_BTHP.shape, dtype=accumulate) if keep else None
+    slots = chunks + 1 if keep else 1
+    states = x_BTHP.new_empty(batch, slots, heads, head_dim, state_size, dtype=accumulate)
     if initial_state_BHPN is None:
         states[:, 0] = 0
     else:
         states[:, 0] = initial_state_BHPN
     running_BT, before_BT = (None, None) if segment_BT is None else _running_segment(segment_BT)
     A = A_H.to(accumulate)
-    D_H1 = None if D_H is None else D_H.to(accumulate)[:, None]
+    D = A.new_zeros(heads) if D_H is None else D_H.to(accumulate)
 
     for tile in _tiles(batch, tokens, heads, chunk):
         x, dt = tile.tokens(x_BTHP).to(accumulate), tile.tokens(dt_BTH).to(accumulate)
@@ -178,7 +206,7 @@ def _scan(
         weighted = _by_group(x * (decay.end_nQH * dt)[..., None], groups)
         added = torch.bmm(weighted.transpose(1, 2), B).view(-1, heads, head_dim, state_size)
         through = decay.through_nH[..., None, None]
-        if keep_states:
+        if keep:
             entrance, end = tile.states(states, 0), tile.states(states, 1)
         elif tile.chunks == 1:
             entrance = states[tile.row : tile.row + tile.rows, 0]
@@ -192,26 +220,29 @@ def _scan(
         else:
             state = entrance[0]
             for index in range(tile.chunks):
-                if not keep_states:
+                if not keep:
                     entrance[index] = state
                 state = torch.addcmul(added[index], through[index], state, out=end[index])
         entrance_by_group = _state_by_group(entrance, groups)
 
-        # The output: inside the chunk, from the state at its entrance, and the skip connection.
-        scores = _causal_(torch.bmm(C, B.transpose(1, 2)), groups, decay.mask_nQQ)
+        # The output: from tokens before in the chunk, from the state at its entrance, and from the token itself.
+        scores, diagonal = _scores(B, C, groups, decay.mask_nQQ)
         matrix = decay.inside_nHQQ
         _unflatten(matrix, 1, groups).mul_(scores[:, :, None])
-        inputs = (x * dt[..., None]).transpose(1, 2).reshape(-1, size, head_dim)
-        inside = torch.bmm(matrix.flatten(0, 1), inputs).view(-1, heads, size, head_dim)
+        inside = torch.bmm(matrix.flatten(0, 1), _heads_first(x, dt)).view(-1, heads, size, head_dim)
         across = _by_token(torch.bmm(C, entrance_by_group.transpose(1, 2)), groups).reshape(-1, size, heads, head_dim)
+        past = None if past_BTHP is None else tile.tokens(past_BTHP)
+        past = torch.addcmul(inside.transpose(1, 2), across, decay.entrance_nQH[..., None], out=past)
+        itself = torch.addcmul(D, dt, diagonal.repeat_interleave(heads // groups, dim=2))
         y = tile.tokens(y_BTHP)
-        torch.addcmul(inside.transpose(1, 2), across, decay.entrance_nQH[..., None], out=y)
-        if D_H1 is not None:
-            y.addcmul_(x, D_H1)
-        if not keep_states:
+        if y.dtype == accumulate:
+            torch.addcmul(past, x, itself[..., None], out=y)
+        else:
+            y.copy_(torch.addcmul(past, x, itself[..., None]))
+        if not keep:
             last = end if tile.chunks == 1 else end[-1:]
             states[tile.row : tile.row + tile.rows, 0] = last
-    return y_BTHP, states
+    return y_BTHP, past_BTHP, states
 
 
 class _SSD(torch.autograd.Function):
@@ -229,14 +260,14 @@ class _SSD(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_BTHP.device.type, enabled=False):
-            y_BTHP, states = _scan(
-                x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT, chunk, keep_states=True
+            y_BTHP, past_BTHP, states = _scan(
+                x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT, chunk, keep=True
             )
-        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, segment_BT, y_BTHP, states)
+        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, segment_BT, past_BTHP, states)
         ctx.chunk = chunk
         ctx.state_dtype = None if initial_state_BHPN is None else initial_state_BHPN.dtype
         ctx.set_materialize_grads(False)
-        return y_BTHP.to(x_BTHP.dtype), states[:, -1].clone()
+        return y_BTHP, states[:, -1].clone()
 
     @staticmethod
     @once_differentiable
@@ -259,7 +290,7 @@ def _scan_backward(
     C_BTGN: Tensor,
     D_H: Tensor | None,
     segment_BT: Tensor | None,
-    y_BTHP: Tensor,
+    past_BTHP: Tensor,
     states: Tensor,
     *,
     chunk: int,
@@ -268,22 +299,23 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state.
 
-    With s_i the exponent of token i, y_i - D x_i is proportional to e^(s_i) and the terms made of token j to
-    e^(-s_j), so ds_t = dy_t · (y_t - D x_t) - dt_t x_t · d(dt_t x_t), and the end of the chunk adds dS' · S'. No
-    gradient of the (Q, Q) decays is needed.
+    With s_i the exponent of token i, the past of y_i is proportional to e^(s_i) and what token j adds to a later one
+    to e^(-s_j), so ds_t = dy_t · past_t - dt_t x_t · dfuture_t, where dfuture_t is the gradient that dt_t x_t gets from
+    later tokens and from the state; the end of the chunk adds dS' · S'. No gradient of the (Q, Q) decays is needed, and
+    where a head forgets at once both terms are 0 rather than equal.
     """
-    accumulate = y_BTHP.dtype
+    accumulate = past_BTHP.dtype
     batch, tokens, heads, head_dim = x_BTHP.shape
     groups, state_size = B_BTGN.shape[2:]
     dy_BTHP = torch.zeros_like(x_BTHP) if dy_BTHP is None else dy_BTHP
     dx_BTHP, ddt_BTH = torch.empty_like(x_BTHP), torch.empty_like(dt_BTH)
     dB_BTGN, dC_BTGN = torch.empty_like(B_BTGN), torch.empty_like(C_BTGN)
-    dA_H = y_BTHP.new_zeros(heads)
-    dD_H = None if D_H is None else y_BTHP.new_zeros(heads)
-    dstate_BHPN = y_BTHP.new_zeros(states[:, 0].shape) if dfinal_BHPN is None else dfinal_BHPN.to(accumulate).clone()
+    dA_H, dD_H = past_BTHP.new_zeros(heads), past_BTHP.new_zeros(heads)
+    dstate_BHPN = torch.empty_like(states[:, 0])
+    dstate_BHPN.copy_(dstate_BHPN.new_zeros(()) if dfinal_BHPN is None else dfinal_BHPN)
     running_BT, before_BT = (None, None) if segment_BT is None else _running_segment(segment_BT)
     A = A_H.to(accumulate)
-    D_H1 = None if D_H is None else D_H.to(accumulate)[:, None]
+    D = A.new_zeros(heads) if D_H is None else D_H.to(accumulate)
 
     for tile in reversed(list(_tiles(batch, tokens, heads, chunk))):
         x, dt = tile.tokens(x_BTHP).to(accumulate), tile.tokens(dt_BTH).to(accumulate)
@@ -311,45 +343,43 @@ def _scan_backward(
             torch.addcmul(dentrance[0], through[0], dend[0], out=dstate_BHPN[tile.row])
         dend_by_group = _state_by_group(dend, groups)
         entrance = _state_by_group(tile.states(states, 0), groups)
-        dlast_nH = (dend * tile.states(states, 1)).sum((-2, -1))
+        dlast_nH = torch.linalg.vecdot(dend.flatten(2), tile.states(states, 1).flatten(2))
 
-        # The matrix form: gradients of C Bᵀ and of the inputs dt x.
-        inputs = x * dt[..., None]
-        heads_dy = dy.transpose(1, 2).reshape(-1, size, head_dim)
-        heads_inputs = inputs.transpose(1, 2).reshape(-1, size, head_dim)
-        dmatrix = torch.bmm(heads_dy, heads_inputs.transpose(1, 2)).view(-1, heads, size, size)
+        # The matrix form: gradients of C Bᵀ and of dt x, the latter without the diagonal.
+        heads_dy = _heads_first(dy)
+        dmatrix = torch.bmm(heads_dy, _heads_first(x, dt).transpose(1, 2)).view(-1, heads, size, size)
         dmatrix.mul_(decay.inside_nHQQ)
-        dscores = _unflatten(dmatrix, 1, groups).sum(2).flatten(0, 1)
-        dscores = _causal_(dscores, groups, decay.mask_nQQ).flatten(0, 1)
-        scores = _causal_(torch.bmm(C, B.transpose(1, 2)), groups, decay.mask_nQQ)
+        dscores = _unflatten(dmatrix, 1, groups).sum(2).tril_()
+        if decay.mask_nQQ is not None:
+            dscores *= decay.mask_nQQ[:, None]
+        dscores = dscores.flatten(0, 1)
+        scores, diagonal = _scores(B, C, groups, decay.mask_nQQ)
         matrix = decay.inside_nHQQ
         _unflatten(matrix, 1, groups).mul_(scores[:, :, None])
         dinside = torch.bmm(matrix.flatten(0, 1).transpose(1, 2), heads_dy).view(-1, heads, size, head_dim)
 
         # The products with the states.
-        weighted = _by_group(inputs * decay.end_nQH[..., None], groups)
+        weighted = _by_group(x * (decay.end_nQH * dt)[..., None], groups)
         dB = torch.bmm(weighted, dend_by_group).baddbmm_(dscores.transpose(1, 2), C)
         dC = torch.bmm(dacross, entrance).baddbmm_(dscores, B)
         tile.tokens(dB_BTGN).copy_(_by_token(dB, groups))
         tile.tokens(dC_BTGN).copy_(_by_token(dC, groups))
         dadded = _by_token(torch.bmm(B, dend_by_group.transpose(1, 2)), groups).reshape(-1, size, heads, head_dim)
-        dinputs = torch.addcmul(dinside.transpose(1, 2), dadded, decay.end_nQH[..., None])
+        dfuture = torch.addcmul(dinside.transpose(1, 2), dadded, decay.end_nQH[..., None])
 
         # Gradients of x, D, dt and A.
-        ddt = (x * dinputs).sum(-1)
-        dlog = (dy * tile.tokens(y_BTHP)).sum(-1) - dt * ddt
-        dx = dinputs.mul_(dt[..., None])
-        if D_H1 is not None and dD_H is not None:
-            dskip = (dy * x).sum(-1)
-            dD_H += dskip.sum((0, 1))
-            dlog -= D_H1[:, 0] * dskip
-            dx.addcmul_(dy, D_H1)
-        tile.tokens(dx_BTHP).copy_(dx)
+        diagonal = diagonal.repeat_interleave(heads // groups, dim=2)
+        ditself = torch.linalg.vecdot(dy, x)
+        dD_H += ditself.sum((0, 1))
+        ddt = torch.linalg.vecdot(x, dfuture)
+        dlog = torch.linalg.vecdot(dy, tile.tokens(past_BTHP)).addcmul_(dt, ddt, value=-1)
         dlog[:, -1] += dlast_nH
         dlog = dlog.flip(1).cumsum(1).flip(1)
         dA_H += (dt * dlog).sum((0, 1))
-        tile.tokens(ddt_BTH).copy_(ddt.addcmul_(dlog, A))
-    dD = None if dD_H is None or D_H is None else dD_H.to(D_H.dtype)
+        tile.tokens(ddt_BTH).copy_(ddt.addcmul_(dlog, A).addcmul_(diagonal, ditself))
+        dx = dfuture.mul_(dt[..., None]).addcmul_(dy, torch.addcmul(D, dt, diagonal)[..., None])
+        tile.tokens(dx_BTHP).copy_(dx)
+    dD = None if D_H is None else dD_H.to(D_H.dtype)
     return dx_BTHP, ddt_BTH, dA_H.to(A_H.dtype), dB_BTGN, dC_BTGN, dD, dstate_BHPN
 
 
@@ -400,5 +430,5 @@ def ssd_portable(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return _apply(*tensors, segment_BT, chunk)
     with torch.autocast(x_BTHP.device.type, enabled=False):
-        y_BTHP, states = _scan(*tensors, segment_BT, chunk, keep_states=False)
-    return y_BTHP.to(x_BTHP.dtype), states[:, 0]
+        y_BTHP, _, states = _scan(*tensors, segment_BT, chunk, keep=False)
+    return y_BTHP, states[:, 0]
