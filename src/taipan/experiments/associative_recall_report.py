@@ -13,7 +13,7 @@ from taipan.experiments.associative_recall import TASKS, Report, accuracy
 from taipan.experiments.runs import Result
 from taipan.io import atomic_write
 
-PAIRS = [pairs for _, pairs, _ in TASKS]
+PAIRS = [pairs for _, pairs in TASKS]
 
 
 def recurrent_state_values(config: TaipanConfig) -> int:
