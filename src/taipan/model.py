@@ -394,7 +394,7 @@ def model_fingerprint(module: nn.Module, config: TaipanConfig) -> str:
 
 def compute_loss(
     decoder: DecoderOutput,
-    head: nn.Linear,
+    head: nn.Module,
     config: TaipanConfig,
     schedule: GateSchedule,
     labels: Tensor,

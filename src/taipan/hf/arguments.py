@@ -20,13 +20,18 @@ _REFUSED = {
 }
 
 
-def check_arguments(past_key_values: object, logits_to_keep: object, other: dict[str, Any]) -> None:
+def check_arguments(
+    past_key_values: object, logits_to_keep: object, other: dict[str, Any]
+) -> tuple[TaipanCache | None, int]:
     """Refuse what a forward of Taipan cannot honour; nothing that was asked for is silently left out.
 
     Args:
         past_key_values: must be a `TaipanCache` or None.
         logits_to_keep: must be a number.
         other: the keyword arguments that the signature of the forward does not name.
+
+    Returns:
+        `past_key_values` and `logits_to_keep`, of the types they must have.
 
     Raises:
         InputError: naming the argument and what to do.
@@ -48,6 +53,7 @@ def check_arguments(past_key_values: object, logits_to_keep: object, other: dict
             f"logits_to_keep is a {type(logits_to_keep).__name__}, but must be a number: the logits of the last so "
             "many places, 0 for all. Pick other places from the logits of all."
         )
+    return past_key_values, logits_to_keep
 
 
 def packed_segments(input_ids: Tensor, packing: dict[str, Tensor | None], *, fresh: bool) -> Tensor | None:

@@ -1,10 +1,11 @@
 """The decoder's state as the cache object that transformers passes from step to step."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, DynamicLayer
 
 from taipan.errors import StateError
 from taipan.state import DecoderState
@@ -114,3 +115,18 @@ class TaipanCache(Cache):
             StateError: always.
         """
         raise StateError("A Taipan cache holds a whole DecoderState; set `cache.state` instead of updating one layer.")
+
+
+class _NoLayer(DynamicLayer):
+    """What `DynamicCache(config=…)` and `StaticCache(config=…)` find for our layer types: an explanation."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        raise StateError(
+            "A Taipan model keeps its state in a TaipanCache, not in a DynamicCache or StaticCache: pass "
+            "past_key_values=taipan.hf.TaipanCache(), or nothing."
+        )
+
+
+for _kind in ("mamba2", "selective_attention"):
+    DYNAMIC_LAYER_TYPE_MAPPING.setdefault(_kind, _NoLayer)
+    cast("dict[str, type]", STATIC_LAYER_TYPE_MAPPING).setdefault(_kind, _NoLayer)

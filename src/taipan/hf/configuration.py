@@ -1,7 +1,7 @@
 """`TaipanConfig` as transformers wants a configuration: the same fields, the same `config.json`."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -27,20 +27,17 @@ class TaipanHFConfig(PreTrainedConfig):
 
     model_type = "taipan"
     # everything in a model output that is no prediction, so that Trainer does not gather it
-    keys_to_ignore_at_inference = ("past_key_values", "cross_entropy", "budget", "gates")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cross_entropy", "budget", "gates"]
 
-    use_cache: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Let `TaipanConfig` check and complete its fields; the others are transformers' own."""
+    def __init__(self, *, use_cache: bool = True, **kwargs: Any) -> None:
         native = TaipanConfig.from_dict({name: kwargs.pop(name) for name in _NATIVE if name in kwargs})
-        # as attributes before transformers looks at any of them; lists, as a config.json gives them
-        for name, value in native.to_dict().items():
+        super().__init__(**kwargs)  # its own validation must not meet our layer_types
+        self.use_cache = use_cache
+        for name, value in native.to_dict().items():  # lists instead of tuples, as a config.json gives them
             setattr(self, name, value)
-        super().__post_init__(**kwargs)
 
     @classmethod
-    def from_native(cls, config: TaipanConfig, **kwargs: Any) -> Self:
+    def from_native(cls, config: TaipanConfig, **kwargs: Any) -> "TaipanHFConfig":
         """Configuration of the same model for transformers; `kwargs` are fields of transformers' own."""
         return cls(**config.to_dict(), **kwargs)
 

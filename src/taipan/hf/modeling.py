@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from taipan.errors import CheckpointError, InputError
@@ -51,10 +51,10 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: TaipanCache | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         segment_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -66,7 +66,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, T) int64 token ids.
             attention_mask: (B, T) or, as `generate` passes it, (B, past + T); nonzero where a token is real: left or
                 right padding, or holes.
-            past_key_values: what came before; updated in place.
+            past_key_values: a `TaipanCache` with what came before; updated in place.
             labels: (B, T) ids to predict, shifted inside; −100 is ignored.
             use_cache: return the state; default: as configured, and not in training mode.
             logits_to_keep: logits of the last so many places only; 0 = all.
@@ -80,18 +80,19 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: an argument cannot be honoured, or tokens, masks and labels do not fit.
             StateError: the cache is of another model or batch.
         """
-        check_arguments(past_key_values, logits_to_keep, kwargs)
+        cache, keep = check_arguments(past_key_values, logits_to_keep, kwargs)
+        self._check_adapters()
         if input_ids is None:
             raise InputError("input_ids is missing: give the (batch, length) token ids.")
         length = input_ids.shape[-1]
-        state = None if past_key_values is None else past_key_values.state
+        state = None if cache is None else cache.state
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > length:
             attention_mask = attention_mask[:, -length:]
         if segment_ids is None:
             segment_ids = packed_segments(input_ids, {name: kwargs.get(name) for name in PACKING}, fresh=state is None)
         decoder = self.model(input_ids, state, attention_mask, segment_ids)
         if labels is None:
-            output = TaipanOutput(decoder, self.lm_head, logits_to_keep=logits_to_keep)
+            output = TaipanOutput(decoder, self.lm_head, logits_to_keep=keep)
         else:
             output = compute_loss(
                 decoder,
@@ -102,18 +103,18 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 attention_mask,
                 segment_ids,
                 num_items_in_batch,
-                logits_to_keep,
+                keep,
             )
         if use_cache if use_cache is not None else self.config.use_cache and not self.training:
-            past_key_values = past_key_values if past_key_values is not None else TaipanCache()
-            past_key_values.advance(output.state, length)
+            cache = TaipanCache() if cache is None else cache
+            cache.advance(output.state, length)
         else:
-            past_key_values = None
+            cache = None
         deferred = self.training and labels is not None
         result = TaipanCausalLMOutput(
             loss=output.loss,
-            logits=output if deferred else output.logits,  # pyright: ignore[reportArgumentType]
-            past_key_values=past_key_values,
+            logits=output if deferred else output.logits,
+            past_key_values=cache,
             cross_entropy=output.cross_entropy,
             budget=output.budget,
             gates=output.gates,
@@ -148,6 +149,16 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 f"The weights in {pretrained_model_name_or_path} are damaged or truncated ({error}): copy them again, "
                 "or go back to an earlier checkpoint."
             ) from error
+
+    def _check_adapters(self) -> None:
+        """Adapters around linear layers work; one around a convolution would be left out of the computation."""
+        for number, layer in enumerate(self.model.layers):
+            conv1d = getattr(layer.mixer, "conv1d", None)
+            if conv1d is not None and not isinstance(conv1d, nn.Conv1d):
+                raise InputError(
+                    f"model.layers.{number}.mixer.conv1d is wrapped in a {type(conv1d).__name__}, which the "
+                    "convolution would pass by: leave conv1d out of the adapter's target modules."
+                )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

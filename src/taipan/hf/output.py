@@ -23,6 +23,7 @@ class TaipanCausalLMOutput(CausalLMOutputWithPast):
         gates: what the gate of every Selective Attention Layer decided, in order of layers.
     """
 
+    logits: Tensor | TaipanOutput | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     cross_entropy: Tensor | None = None
     budget: Tensor | None = None
     gates: tuple[GateOutput, ...] | None = None
@@ -30,7 +31,7 @@ class TaipanCausalLMOutput(CausalLMOutputWithPast):
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         if name == "logits" and isinstance(value, TaipanOutput):
-            self.logits = value = value.logits
+            self["logits"] = value = value.logits
         return value
 
     def __getitem__(self, k: Any) -> Any:

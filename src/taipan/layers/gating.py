@@ -1,6 +1,7 @@
 """The gate of a Selective Attention Layer (Eq. 1–3): which tokens get attention, and how much of it they take."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -169,8 +170,8 @@ class Gate(nn.Module):
             self.threshold.zero_()
 
 
-def precise_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+def precise_linear(linear: nn.Module, x: Tensor) -> Tensor:
     """A linear in its input's precision; a wrapped one (an adapter) computes more than its weight says, so call it."""
     if type(linear) is nn.Linear:
         return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-    return linear(x.to(linear.weight.dtype)).to(x.dtype)
+    return linear(x.to(cast(Tensor, linear.weight).dtype)).to(x.dtype)

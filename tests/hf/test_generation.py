@@ -1,0 +1,196 @@
+"""`generate` of transformers on Taipan: what works gives what it should, what cannot work says so."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TextIteratorStreamer
+
+from taipan.data.tokenizer import Tokenizer
+from taipan.errors import InputError, StateError
+from taipan.hf import TaipanCache, TaipanForCausalLM
+from tests.hf.models import pair, saved
+from tests.models import STACKS, random_tokens
+
+
+def generated(face: TaipanForCausalLM, tokens: Tensor, **options: Any) -> Tensor:
+    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **options}
+    options.setdefault("attention_mask", torch.ones_like(tokens))
+    out = face.generate(tokens, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def stepwise(face: TaipanForCausalLM, tokens: Tensor, new: int) -> Tensor:
+    """Greedy continuation from whole forwards, without any cache."""
+    for _ in range(new):
+        tokens = torch.cat([tokens, face(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_greedy_is_that_of_the_native_engine_and_of_whole_forwards(stack: str) -> None:
+    native, face = pair(stack)
+    tokens = random_tokens(2, 12)
+    out = generated(face, tokens)
+    assert torch.equal(out, native.generate(tokens, max_new_tokens=7))
+    assert torch.equal(out, stepwise(face, tokens, 7))
+
+
+def test_a_left_padded_row_continues_as_it_does_alone() -> None:
+    _, face = pair()
+    long, short = random_tokens(1, 13)[0], random_tokens(1, 5, seed=1)[0]
+    tokens = torch.stack([long, torch.cat([torch.zeros(8, dtype=torch.int64), short])])
+    mask = torch.ones_like(tokens)
+    mask[1, :8] = 0
+    out = generated(face, tokens, attention_mask=mask)
+    assert torch.equal(out[0, 13:], generated(face, long[None])[0, 13:])
+    assert torch.equal(out[1, 13:], generated(face, short[None])[0, 5:])
+
+
+def test_beams_find_what_an_exhaustive_search_finds() -> None:
+    """With as many beams as tokens and two steps, beam search is exhaustive."""
+    _, face = pair()
+    tokens = random_tokens(2, 9)
+    vocabulary = face.config.vocab_size
+    found = generated(face, tokens, max_new_tokens=2, num_beams=vocabulary, length_penalty=0.0)
+    for row in range(2):
+        first = face(tokens[row : row + 1]).logits[0, -1].log_softmax(-1)
+        every = torch.cat([tokens[row].expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], 1)
+        second = face(every).logits[:, -1].log_softmax(-1)
+        best = int((first[:, None] + second).argmax())
+        assert found[row, 9:].tolist() == [best // vocabulary, best % vocabulary]
+
+
+def test_beams_on_a_padded_batch() -> None:
+    _, face = pair()
+    long, short = random_tokens(1, 13)[0], random_tokens(1, 5, seed=1)[0]
+    tokens = torch.stack([long, torch.cat([torch.zeros(8, dtype=torch.int64), short])])
+    mask = torch.ones_like(tokens)
+    mask[1, :8] = 0
+    out = generated(face, tokens, attention_mask=mask, num_beams=4)
+    assert torch.equal(out[0, 13:], generated(face, long[None], num_beams=4)[0, 13:])
+    assert torch.equal(out[1, 13:], generated(face, short[None], num_beams=4)[0, 5:])
+
+
+def test_sampling_is_reproducible_and_varied() -> None:
+    _, face = pair()
+    tokens = random_tokens(1, 6)
+
+    def sample(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return generated(face, tokens, do_sample=True, temperature=3.0, top_p=0.95, num_return_sequences=3)
+
+    assert sample(1).shape == (3, 13)
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+
+
+def test_prefill_in_pieces_changes_nothing() -> None:
+    _, face = pair()
+    tokens = random_tokens(2, 21)
+    mask = torch.ones_like(tokens)
+    mask[0, :10] = 0  # the first piece of this row is padding only
+    whole = generated(face, tokens, attention_mask=mask)
+    assert torch.equal(generated(face, tokens, attention_mask=mask, prefill_chunk_size=8), whole)
+
+
+def test_a_cached_prefix_is_continued_and_not_touched() -> None:
+    _, face = pair()
+    tokens = random_tokens(1, 16)
+    prefix = face(tokens[:, :10]).past_key_values
+    expected = generated(face, tokens)
+    for _ in range(2):
+        assert torch.equal(generated(face, tokens, past_key_values=copy.deepcopy(prefix)), expected)
+
+
+def test_without_a_cache_the_result_is_the_same() -> None:
+    _, face = pair()
+    tokens = random_tokens(2, 9)
+    assert torch.equal(generated(face, tokens, use_cache=False), generated(face, tokens))
+
+
+def test_the_cache_has_constant_size() -> None:
+    _, face = pair()
+    sizes = []
+    for new in (9, 30):
+        out = face.generate(
+            random_tokens(1, 12), max_new_tokens=new, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+        )
+        cache = out.past_key_values
+        assert isinstance(cache, TaipanCache)
+        assert cache.state is not None
+        sizes.append(cache.state.nbytes)
+        assert cache.get_seq_length() == 12 + new - 1
+    assert sizes[0] == sizes[1]
+
+
+def test_the_end_of_text_stops_a_row() -> None:
+    _, face = pair()
+    tokens = random_tokens(2, 9)
+    free = generated(face, tokens)
+    eos = int(free[0, 11])
+    stopped = generated(face, tokens, eos_token_id=eos)
+    first = (free[0, 9:] == eos).nonzero()[0, 0]
+    assert torch.equal(stopped[0, 9 : 10 + first], free[0, 9 : 10 + first])
+    assert (stopped[0, 10 + first :] == 0).all()
+
+
+def test_streaming_gives_the_text(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    saved(tmp_path, vocab_size=257)
+    Tokenizer.bytes().save(tmp_path)
+    face, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    inputs = tokenizer("def f(x):", return_tensors="pt")
+    streamer: Iterator[str] = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    out = face.generate(**inputs, max_new_tokens=9, do_sample=False, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_implementation": "static"}, "cache_implementation='static' does not work with Taipan"),
+        ({"cache_implementation": "offloaded_static"}, "cache_implementation='offloaded_static' does not"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded' does not"),
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized' does not"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported by Taipan"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search is not supported by Taipan"),
+        ({"dola_layers": "low"}, "dola generation is not supported by Taipan"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.1}, "group beam search is not supported"),
+        ({"num_beams": 2, "force_words_ids": [[3]]}, "constrained beam search is not supported"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is not supported"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states is not supported"),
+    ],
+)
+def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
+    _, face = pair()
+    with warnings.catch_warnings(), pytest.raises(InputError, match=message):
+        warnings.simplefilter("ignore")
+        generated(face, random_tokens(1, 6), **options)
+
+
+def test_assisted_decoding_is_refused_on_both_sides() -> None:
+    _, face = pair()
+    with pytest.raises(InputError, match="assisted generation is not supported"):
+        generated(face, random_tokens(1, 6), assistant_model=pair(seed=1)[1])
+    with pytest.raises(StateError, match="cannot be the assistant"):
+        generated(face, random_tokens(1, 6), is_assistant=True)
+
+
+def test_embeddings_instead_of_tokens_are_refused() -> None:
+    _, face = pair()
+    with pytest.raises(InputError, match="inputs_embeds is not supported"):
+        face.generate(inputs_embeds=torch.zeros(1, 3, 24), max_new_tokens=2)
+
+
+def test_a_misspelt_option_is_refused() -> None:
+    _, face = pair()
+    with pytest.raises(ValueError, match="max_new_tokenz"):
+        generated(face, random_tokens(1, 6), max_new_tokenz=3)
