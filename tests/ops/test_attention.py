@@ -254,6 +254,14 @@ def padded_at_both_ends(length: int, window: int) -> Case:
     return Case(q[:, around], k, v, index[:, around], index, window)
 
 
+def absent_among_the_last(length: int, window: int) -> Case:
+    """The last tokens ask, with absence around them."""
+    index = torch.full((1, 200), -1)
+    index[0, 100:120] = torch.arange(length - 20, length)
+    q, k, v = torch.randn(1, 200, 1, 8), torch.randn(1, length, 1, 8), torch.randn(1, length, 1, 8)
+    return Case(q, k, v, index, torch.arange(length)[None], window)
+
+
 def rows_far_apart(length: int, window: int) -> Case:
     """Few queries, those of row 0 at the start of the keys and those of row 1 at the end."""
     index = torch.arange(length)
@@ -265,7 +273,7 @@ def one_long_row(length: int, window: int) -> Case:
     return dense(1, length, 1, 1, 8, window).to(torch.float32)
 
 
-@pytest.mark.parametrize("make", [one_long_row, padded_at_both_ends, rows_far_apart])
+@pytest.mark.parametrize("make", [one_long_row, padded_at_both_ends, absent_among_the_last, rows_far_apart])
 def test_memory_follows_the_window_not_the_length(make: Callable[[int, int], Case]) -> None:
     window = 256
     case = make(16400, window)  # the last block is a short one
@@ -274,6 +282,21 @@ def test_memory_follows_the_window_not_the_length(make: Callable[[int, int], Cas
     block = portable.block_size(window)
     batch, _, heads, _ = case.q.shape
     assert largest.elements <= max(block * (window + block) * batch * heads, case.k.numel())
+
+
+def test_a_long_row_keeps_nothing_but_its_inputs_for_backward() -> None:
+    case = one_long_row(4096, 64)
+    leaves = tuple(x.requires_grad_() for x in (case.q, case.k, case.v))
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        case.run("portable")
+    assert kept == sum(leaf.numel() for leaf in leaves)
 
 
 @pytest.mark.parametrize(
