@@ -1,5 +1,6 @@
 """The oracles of SSD agree, and the portable implementation agrees with them: outputs, final state, every gradient."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -321,6 +322,9 @@ def test_dispatch_runs_what_was_named(implementation: str) -> None:
     assert_equal_to(run(ssd, inputs, implementation=implementation), run(ssd_recurrent, inputs), 1e-12, implementation)
 
 
+unchecked_ssd = inspect.unwrap(ssd)  # below the shape checks that only tests have
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -335,23 +339,12 @@ def test_dispatch_runs_what_was_named(implementation: str) -> None:
 )
 def test_shapes_that_do_not_fit_are_named(change: dict[str, Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run(_unchecked_ssd, replace(make(1, 4, 2, 1), **change))
+        run(unchecked_ssd, replace(make(1, 4, 2, 1), **change))
 
 
 def test_segments_and_chunk_size_that_do_not_fit_are_named() -> None:
     inputs = make(1, 4, 2, 1)
     with pytest.raises(InputError, match="segment is torch.float32; expected integer"):
-        run(_unchecked_ssd, inputs, segment_BT=torch.zeros(1, 4))
+        run(unchecked_ssd, inputs, segment_BT=torch.zeros(1, 4))
     with pytest.raises(InputError, match="chunk_size is 0; expected at least 1"):
         run(ssd, inputs, chunk_size=0)
-
-
-def _unchecked_ssd(*tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    """The op as it is outside the tests, where nobody checks shapes before it does."""
-    import jaxtyping
-
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        return ssd(*tensors, **options)  # type: ignore[arg-type]
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)

@@ -374,7 +374,8 @@ def _scan_backward(
         ddt = torch.linalg.vecdot(x, dfuture)
         dlog = torch.linalg.vecdot(dy, tile.tokens(past_BTHP)).addcmul_(dt, ddt, value=-1)
         dlog[:, -1] += dlast_nH
-        dlog = dlog.flip(1).cumsum(1).flip(1)
+        # A decay that is 0 in this dtype has gradient 0; a difference of sums would leave their rounding, times dt.
+        dlog = dlog.flip(1).cumsum(1).flip(1).mul_((dt * A).exp_().sign_())
         dA_H += (dt * dlog).sum((0, 1))
         tile.tokens(ddt_BTH).copy_(ddt.addcmul_(dlog, A).addcmul_(diagonal, ditself))
         dx = dfuture.mul_(dt[..., None]).addcmul_(dy, torch.addcmul(D, dt, diagonal)[..., None])

@@ -1,0 +1,134 @@
+"""RMS normalisation, plain and gated: portable = reference, fp32 inside, groups apart."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taipan.errors import ConfigError, InputError
+from taipan.ops.gated_rms_norm import gated_rms_norm, portable, rms_norm
+from tests.tolerance import assert_as_exact_as, assert_equal_to
+
+EPS = 1e-5
+
+
+@pytest.fixture(params=["one tile", "small tiles"], autouse=True)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "small tiles":
+        monkeypatch.setattr(portable, "_TILE_ELEMENTS", 40)
+
+
+def make(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """y, z (a slice of something wider, as in the mixer) and weight."""
+    y, wide, weight = torch.randn(2, 7, 12), torch.randn(2, 7, 30), torch.randn(12)
+    return [y.to(dtype), wide.to(dtype)[..., 9:21], weight.to(dtype)]
+
+
+def gated(tensors: list[Tensor], group_size: int = 12, implementation: str = "portable") -> Tensor:
+    return gated_rms_norm(*tensors, group_size=group_size, eps=EPS, implementation=implementation)
+
+
+def plain(tensors: list[Tensor], implementation: str = "portable") -> Tensor:
+    return rms_norm(tensors[0], tensors[2], eps=EPS, implementation=implementation)
+
+
+def everything(op: Callable[..., Tensor], tensors: list[Tensor], **options: object) -> list[Tensor]:
+    """The output and the gradients of what it depends on."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = op(leaves, **options)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out.dtype)
+    gradients = torch.autograd.grad(out, leaves, direction, allow_unused=True)
+    return [out.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 12])
+def test_gated_portable_is_the_reference(group_size: int) -> None:
+    tensors = make()
+    exact = everything(gated, tensors, group_size=group_size, implementation="reference")
+    assert_equal_to(everything(gated, tensors, group_size=group_size), exact, 1e-12, "gated")
+    with torch.no_grad():
+        assert_equal_to([gated(tensors, group_size)], exact[:1], 1e-12, "without gradients")
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 7, 12), (2, 0, 12)])
+def test_plain_portable_is_the_reference(shape: tuple[int, ...]) -> None:
+    tensors = [torch.randn(*shape, dtype=torch.float64), torch.zeros(()), torch.randn(12, dtype=torch.float64)]
+    actual = everything(plain, tensors)
+    exact = everything(plain, tensors, implementation="reference")
+    assert [one.shape for one in actual] == [one.shape for one in exact]
+    if 0 not in shape:
+        assert_equal_to(actual, exact, 1e-12, "plain")
+    assert actual[2].isfinite().all()
+
+
+def test_references_are_the_formulas_of_torch() -> None:
+    y, z, weight = make()
+    assert_equal_to([plain([y, z, weight], "reference")], [F.rms_norm(y, (12,), weight, EPS)], 1e-12, "plain")
+    u = (y * F.silu(z)).unflatten(-1, (3, 4))
+    expected = F.rms_norm(u, (4,), None, EPS).flatten(-2) * weight
+    assert_equal_to([gated([y, z, weight], 4, "reference")], [expected], 1e-12, "gated")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "portable"])
+def test_gradcheck(implementation: str) -> None:
+    y, z, weight = (tensor.detach().clone() for tensor in make())
+    leaves = [y[:, :2].requires_grad_(), z[:, :2].requires_grad_(), weight.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda *tensors: gated(list(tensors), 4, implementation), leaves)
+    assert torch.autograd.gradcheck(lambda x, w: plain([x, x, w], implementation), (leaves[0], leaves[2]))
+
+
+@pytest.mark.parametrize("op", [gated, plain])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_portable_is_as_exact_as_the_reference(op: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    narrow = make(dtype)
+    exact = everything(op, [tensor.double() for tensor in narrow], implementation="reference")
+    reference = everything(op, narrow, implementation="reference")
+    for index, (actual, near, truth) in enumerate(zip(everything(op, narrow), reference, exact, strict=True)):
+        assert actual.dtype == dtype
+        assert_as_exact_as(actual, [near], truth, dtype, f"{op.__name__}[{index}]")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "portable"])
+def test_statistics_are_not_narrow(implementation: str) -> None:
+    """Squares of 300 are beyond fp16, whose largest number is 65504; rms is 300 all the same."""
+    x = torch.full((1, 1, 12), 300.0, dtype=torch.float16)
+    ones = torch.ones(12, dtype=torch.float16)
+    assert plain([x, x, ones], implementation).equal(torch.ones_like(x))
+    assert gated([x, x, ones], 4, implementation).equal(torch.ones_like(x))
+
+
+def test_zeros_stay_zeros_with_finite_gradients() -> None:
+    zeros = torch.zeros(1, 2, 12, dtype=torch.float64)
+    tensors = [zeros, zeros, torch.ones(12, dtype=torch.float64)]
+    for op in (gated, plain):
+        exact = everything(op, tensors, implementation="reference")
+        for actual, expected in zip(everything(op, tensors), exact, strict=True):
+            assert actual.isfinite().all()
+            assert actual.equal(expected)
+
+
+def test_gradients_may_be_taken_twice() -> None:
+    leaves = [tensor.detach().requires_grad_() for tensor in make()]
+    out = gated(leaves, 4)
+    first, second = (torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    y, z, weight = make()
+    with pytest.raises(ConfigError, match="'fast'; expected one of 'portable', 'reference'"):
+        gated([y, z, weight], implementation="fast")
+    with pytest.raises(ConfigError, match="'fast'; expected one of 'portable', 'reference'"):
+        plain([y, z, weight], implementation="fast")
+    with pytest.raises(InputError, match="group_size is 5; expected a divisor of the 12 channels"):
+        gated([y, z, weight], 5)
+    below, gated_below = inspect.unwrap(rms_norm), inspect.unwrap(gated_rms_norm)  # the shape checks of tests only
+    with pytest.raises(InputError, match=r"weight has shape \(11,\); expected the last of x \(2, 7, 12\)"):
+        below(y, weight[:11], eps=EPS)
+    with pytest.raises(InputError, match=r"weight has shape \(11,\); expected \(12,\)"):
+        gated_below(y, z, weight[:11], group_size=12, eps=EPS)
+    with pytest.raises(InputError, match=r"y has shape \(2, 7, 12\) and z \(2, 6, 12\)"):
+        gated_below(y, z[:, :6], weight, group_size=12, eps=EPS)
