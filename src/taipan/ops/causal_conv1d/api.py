@@ -75,9 +75,7 @@ def _validate(
     length_B: Tensor | None,
 ) -> None:
     if x_BTC.dim() != 3 or 0 in x_BTC.shape:
-        raise InputError(
-            f"causal_conv1d: x has shape {tuple(x_BTC.shape)}; expected (batch, tokens, channels), none 0"
-        )
+        raise InputError(f"causal_conv1d: x has shape {tuple(x_BTC.shape)}; expected (batch, tokens, channels), none 0")
     if weight_CK.dim() != 2 or weight_CK.shape[1] < 2:
         raise InputError(
             f"causal_conv1d: weight has shape {tuple(weight_CK.shape)}; expected (channels, taps) with 2 taps or more"
