@@ -47,9 +47,9 @@ def in_pieces(
 @pytest.mark.parametrize(("stack", "options"), CASES, ids=IDS)
 @torch.no_grad()
 def test_token_by_token_is_whole(stack: str, options: dict) -> None:
-    model, tokens = small_model(stack, **options), random_tokens(2, 30)
+    model, tokens = small_model(stack, **options), random_tokens(2, 18)
     whole = model(tokens)
-    logits, state = in_pieces(model, tokens, list(range(1, 30)))
+    logits, state = in_pieces(model, tokens, list(range(1, 18)))
     assert_same(logits, whole.logits)
     assert_same_state(state, whole.state)
     if model.sals:
@@ -57,8 +57,8 @@ def test_token_by_token_is_whole(stack: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize(("stack", "options"), CASES, ids=IDS)
-@given(length=st.integers(2, 33), cuts=st.sets(st.integers(1, 32), max_size=5), seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
+@given(length=st.integers(2, 33), cuts=st.sets(st.integers(1, 32), max_size=3), seed=st.integers(0, 99))
+@settings(max_examples=5, deadline=None)
 @torch.no_grad()
 def test_any_split_is_whole(stack: str, options: dict, length: int, cuts: set[int], seed: int) -> None:
     model, tokens = small_model(stack, **options), random_tokens(2, length, seed)
@@ -74,7 +74,7 @@ def test_any_split_is_whole(stack: str, options: dict, length: int, cuts: set[in
     side=st.sampled_from(["left", "right", "holes"]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @torch.no_grad()
 def test_padding_changes_nothing(stack: str, options: dict, lengths: list[int], side: str, seed: int) -> None:
     model, width = small_model(stack, **options), max(lengths) + 2
@@ -110,7 +110,7 @@ def test_padding_changes_nothing(stack: str, options: dict, lengths: list[int], 
     cuts=st.sets(st.integers(1, 50), max_size=3),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @torch.no_grad()
 def test_packed_documents_are_separate_documents(
     stack: str, options: dict, lengths: list[int], cuts: set[int], seed: int
@@ -147,10 +147,10 @@ def test_packed_and_padded_rows_together(options: dict) -> None:
 @pytest.mark.parametrize("stack", ["taipan", "jamba", "samba"])
 @torch.no_grad()
 def test_fp32_splits_stay_within_1e5_of_the_fp64_oracle(stack: str) -> None:
-    tokens = random_tokens(2, 64)
+    tokens = random_tokens(2, 40)
     oracle = small_model(stack)(tokens)
     model = small_model(stack, dtype=torch.float32)
-    for cuts in ([], [1], [13, 14, 40], list(range(1, 64))):
+    for cuts in ([], [1], [13, 14, 30], list(range(1, 40))):
         logits, state = in_pieces(model, tokens, cuts)
         assert_same(logits.double(), oracle.logits, 1e-5)
         for name, tensor in state.tensors().items():
@@ -161,11 +161,11 @@ def test_fp32_splits_stay_within_1e5_of_the_fp64_oracle(stack: str) -> None:
 @pytest.mark.parametrize("stack", ["mamba2", "samba"])
 @torch.no_grad()
 def test_bf16_splits_stay_within_the_measured_rounding(stack: str) -> None:
-    """The bound is twice the error that the whole forward itself makes against fp64 (no gates: flips are no rounding)."""
-    tokens = random_tokens(2, 48)
+    """The bound is twice the error that the whole forward itself makes against fp64 (no gates: a flip is no error)."""
+    tokens = random_tokens(2, 24)
     oracle = small_model(stack)(tokens).logits
     model = small_model(stack, dtype=torch.bfloat16)
     error = (model(tokens).logits.double() - oracle).abs().max().item()
-    for cuts in ([7], list(range(1, 48))):
+    for cuts in ([7], list(range(1, 24))):
         logits, _ = in_pieces(model, tokens, cuts)
         assert (logits.double() - oracle).abs().max().item() <= 2 * error
