@@ -147,6 +147,15 @@ def test_the_result_is_plain_json(model: TaipanLM) -> None:
     assert [gate["layer"] for gate in read["gates"]] == [1]
 
 
+def test_an_open_gate_is_valid_json_too() -> None:
+    model = small_model("taipan", vocab_size=257)
+    model.sals[1].gate.threshold.fill_(-math.inf)
+    result = evaluate(model, TextDocuments(["some text"], BYTES))
+    assert result.gates[1].rate == 1
+    read = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert float(read["gates"][1]["threshold"]) == -math.inf
+
+
 def test_forward_calls_are_bounded_and_ended_rows_are_dropped(model: TaipanLM) -> None:
     shapes: list[tuple[int, int]] = []
     hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))

@@ -1,10 +1,11 @@
 """How well a model predicts text: bits per byte, by position, at any length of context, in bounded memory."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from taipan.state import DecoderState
 
 FIRST_BUCKET = 64
 """Positions below this make up the first bucket; every later one is as long as all before it."""
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 _EDGES = torch.tensor([FIRST_BUCKET << number for number in range(40)])
 
 
@@ -64,8 +66,8 @@ class EvaluationResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers, for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Plain dictionaries, lists and numbers, for JSON; what is not finite (an open gate's threshold) as text."""
+        return _plain(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class _Tally:
             context=context,
             nats=nats,
             nats_per_token=nats / tokens,
-            perplexity=math.exp(min(nats / tokens, 700.0)),
+            perplexity=math.exp(nats / tokens) if nats / tokens < _LARGEST_EXPONENT else math.inf,
             bits_per_byte=_bits_per_byte(nats, float(documents.n_bytes)),
             by_position=tuple(buckets),
             gates=self.gates.result(),
@@ -233,3 +235,11 @@ class _Tally:
 
 def _bits_per_byte(nats: float, n_bytes: float) -> float:
     return nats / math.log(2) / n_bytes if n_bytes else math.inf
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in cast("tuple[Any, ...]", value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

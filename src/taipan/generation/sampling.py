@@ -76,8 +76,7 @@ def keep_top_p(logits_BV: FloatBV, p: float) -> FloatBV:
         if candidates == vocabulary or bool((sum_BK[:, -1] >= p).all()):
             break
         candidates = min(16 * candidates, vocabulary)
-    outside_BK = sum_BK - probabilities_BK >= p  # what stands before a token suffices without it
-    outside_BK[:, 0] = False
+    outside_BK = sum_BK - probabilities_BK >= p  # what stands before a token suffices; nothing is before the first
     values_BK = values_BK.masked_fill(outside_BK, -torch.inf)
     return torch.full_like(logits_BV, -torch.inf).scatter_(1, index_BK, values_BK)
 
