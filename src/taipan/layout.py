@@ -94,13 +94,16 @@ def arrange(
     starts_BT = (ids_BT != previous_BT) & (previous_BT != NO_SEGMENT)
     if length_B is not None:
         starts_BT = starts_BT & (length_B > 0)[:, None]
+    empty_B = advance_B == 0
+    end_B = (advance_B - 1).clamp_min(0)[:, None]
+    segment_B = torch.where(empty_B, state.segment_B, ids_BT.gather(1, end_B)[:, 0])
+    if not bool(starts_BT.any()):  # nothing to reset: the layers are spared the masks
+        layout = Layout(state.position_B[:, None] + time_T, length_B, real_BT)
+        return Arrangement(tokens_BT, layout, state.position_B + advance_B, segment_B, origin_BT, mask_BT)
     segment_BT = starts_BT.cumsum(1)
     begin_BT = torch.where(starts_BT, time_T, 0).cummax(1).values
     position_BT = time_T - begin_BT + torch.where(segment_BT == 0, state.position_B[:, None], 0)
-    empty_B = advance_B == 0
-    end_B = (advance_B - 1).clamp_min(0)[:, None]
     position_B = torch.where(empty_B, state.position_B, position_BT.gather(1, end_B)[:, 0] + 1)
-    segment_B = torch.where(empty_B, state.segment_B, ids_BT.gather(1, end_B)[:, 0])
     layout = Layout(position_BT, length_B, real_BT, segment_BT, segment_BT[:, -1])
     return Arrangement(tokens_BT, layout, position_B, segment_B, origin_BT, mask_BT)
 

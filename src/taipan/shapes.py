@@ -20,7 +20,6 @@ The types are checked live in the tests only (jaxtyping's import hook); at run t
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
 BoolB = Bool[Tensor, "B"]
 BoolBS = Bool[Tensor, "B S"]
 BoolT = Bool[Tensor, "T"]
