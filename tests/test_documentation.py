@@ -7,6 +7,7 @@ one document run in order in one temporary directory.
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -39,9 +40,9 @@ def executions() -> list[Any]:
         tiers = {block.tier for block in marked(document)}
         name = str(document.relative_to(ROOT))
         if "quick" in tiers:
-            runs.append(pytest.param(document, {"quick"}, id=name))
+            runs.append(pytest.param(document, {"quick"}, id=name, marks=pytest.mark.timeout(600)))
         if "slow" in tiers:
-            slow = (pytest.mark.slow, pytest.mark.timeout(1800))
+            slow = (pytest.mark.slow, pytest.mark.timeout(3600))
             runs.append(pytest.param(document, {"quick", "slow"}, id=f"{name}-slow", marks=slow))
     return runs
 
@@ -57,17 +58,36 @@ def test_marked_blocks_run(document: Path, tiers: set[str], tmp_path: Path) -> N
             continue
         assert block.language in {*SHELL, "python"}, f"{document}:{block.line}: cannot run {block.language!r}"
         interpreter = [sys.executable, "-"] if block.language == "python" else ["bash", "-euo", "pipefail"]
-        result = subprocess.run(
-            interpreter,
-            input=block.commands,
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, f"{document}:{block.line} failed:\n{block.commands}\n{result.stdout[-5000:]}"
+        code, output = run(interpreter, block.commands, tmp_path, environment)
+        assert code == 0, f"{document}:{block.line} failed:\n{block.commands}\n{output[-5000:]}"
+
+
+def run(interpreter: list[str], code: str, directory: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output of code given to an interpreter, whose children end with it, at a timeout too."""
+    with subprocess.Popen(
+        interpreter,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(code)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output
+
+
+@every_document
+def test_marked_blocks_call_no_make(document: Path) -> None:
+    """`make` belongs to the clone and would run these tests again; `make check` itself runs `make test`."""
+    for block in marked(document):
+        if block.language in SHELL:
+            assert all(words[0] != "make" for words in command_lines(block.commands)), f"{document}:{block.line}"
 
 
 def problem_with(words: list[str]) -> str | None:
