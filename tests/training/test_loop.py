@@ -21,6 +21,7 @@ from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from taipan.model import TaipanLM
 from taipan.training import checkpoint
 from taipan.training.checkpoint import latest
+from taipan.training.feed import Feed
 from taipan.training.listener import RunInfo, StepInfo, TrainingListener
 from taipan.training.loop import TrainResult, train
 from taipan.training.metrics import Record, read_records
@@ -172,8 +173,10 @@ def test_time_adds_up_over_resumes(make_recipe: MakeRecipe) -> None:
     first = train(recipe, listener=Watcher(5, interrupt), clock=lambda: float(next(ticks)))
     assert first.interrupted
     later = itertools.count(10_000)
-    second = train(None, resume=first.run, clock=lambda: float(next(later)))
+    watcher = Watcher()
+    second = train(None, resume=first.run, listener=watcher, clock=lambda: float(next(later)))
     assert not second.interrupted
+    assert first.seconds < watcher.steps[0].seconds < first.seconds + 5
     assert 22.0 <= second.seconds <= 26.0
 
 
@@ -233,6 +236,18 @@ def test_interrupted_at_every_step(make_recipe: MakeRecipe, whole: TrainResult) 
     while result.interrupted:
         result = train(None, resume=result.run, listener=Watcher(result.step + 1, interrupt))
     assert_equal(whole, result)
+
+
+def test_every_batch_is_read_once_and_in_order_over_interruptions(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    batch = Feed.batch
+    monkeypatch.setattr(Feed, "batch", lambda self, number: read.append(number) or batch(self, number))
+    changes = {"training.steps": 4, "training.accumulation": 3, "training.calibrate": False, "data.valid": None}
+    cut = train(make_recipe(**changes), listener=Watcher(2, interrupt))
+    train(None, resume=cut.run)
+    assert read == list(range(4 * 3))
 
 
 def test_sigterm_is_a_wish_to_stop_too_and_the_handlers_are_put_back(make_recipe: MakeRecipe) -> None:
