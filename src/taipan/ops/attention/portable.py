@@ -34,16 +34,14 @@ def windowed_attention(
             return windowed_attention(
                 q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ
             )
-    codes = window_codes(query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
+    codes = _merge_equal_rows(window_codes(query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ))
     queries, keys = query_index_BQ.shape[1], key_index_BJ.shape[1]
     size = block_size(window)
     if min(q_BQHE.numel(), k_BJGE.numel()) > 0 and queries <= size and (window is None or keys <= window + size):
-        return _attend(q_BQHE, k_BJGE, v_BJGE, _merge_equal_rows(codes))
+        return _attend(q_BQHE, k_BJGE, v_BJGE, codes)
     blocks = _plan(codes, size)
-    if all(block.key_BU is None for block in blocks):
-        codes = _merge_equal_rows(codes)
-        if len(blocks) == -(-queries // size) and 0 < len(blocks) <= MAX_RECORDED_BLOCKS:
-            return torch.cat([block.attend(q_BQHE, k_BJGE, v_BJGE, codes) for block in blocks], dim=1)
+    if len(blocks) == -(-queries // size) and 0 < len(blocks) <= MAX_RECORDED_BLOCKS:
+        return torch.cat([block.attend(q_BQHE, k_BJGE, v_BJGE, codes) for block in blocks], dim=1)
     return _BlockedAttention.apply(q_BQHE, k_BJGE, v_BJGE, codes, blocks)
 
 
@@ -134,7 +132,8 @@ def _blocks_of(value_BQ: IntBQ, size: int, padding: int) -> Tensor:
 
 def _merge_equal_rows(codes: Codes) -> Codes:
     """One row of codes for the whole batch if all rows are the same, so that one mask serves all."""
-    if codes.low_BQ.shape[0] > 1 and all(bool((code == code[:1]).all()) for code in codes):
+    batch, queries = codes.low_BQ.shape
+    if batch > 1 and queries > 1 and all(bool((code == code[:1]).all()) for code in codes):
         return Codes(*(code[:1] for code in codes))
     return codes
 
