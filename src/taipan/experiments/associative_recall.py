@@ -119,6 +119,7 @@ def train(run: Run) -> Result:
     from taipan.training.optimizer import build_optimizer
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.schedule import learning_rate_multiplier
+    from taipan.training.step import Batch
 
     settings = run.settings
     seed, steps = int(settings["seed"]), int(settings["steps"])
@@ -155,7 +156,7 @@ def train(run: Run) -> Result:
     model.set_progress(1.0)
     result = {"run": run.name, **settings, "seconds": time.monotonic() - began, "curve": curve, "tests": measure(model)}
     if model.sals and config.attention_capacity > 0:
-        batches = [{"tokens": draw(seed, steps + number)[0]} for number in range(2 * len(TASKS))]
+        batches: list[Batch] = [{"tokens": draw(seed, steps + number)[0]} for number in range(2 * len(TASKS))]
         result["thresholds"] = [calibration.threshold for calibration in calibrate(model, batches)]
         result["calibrated_tests"] = measure(model)
     return result
