@@ -1,15 +1,33 @@
 """The command line in this process, on small models and texts."""
 
+import io
+import signal
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from taipan.cli.display import TrainingDisplay
 from taipan.data.tokenizer import Tokenizer
+from taipan.training.listener import StepInfo
 from tests.models import small_model
 
-TEXT = "".join(f"Line {number}: the taipan waits; été, 日本語, 🐍.\n" for number in range(120))
+TEXT = "".join(f"Line {number}: the taipan waits; été, 日本語, 🐍.\n" for number in range(60))
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make a training run get Ctrl-C during a step."""
+    shown = TrainingDisplay.stepped
+
+    def interrupting(self: TrainingDisplay, info: StepInfo) -> None:
+        shown(self, info)
+        if info.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TrainingDisplay, "stepped", interrupting)
 
 
 @dataclass(frozen=True)
@@ -24,20 +42,19 @@ class Finished:
 Cli = Callable[..., Finished]
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+@pytest.fixture(scope="session")
+def cli() -> Cli:
     """Run `taipan ARGUMENTS…` as the shell would; nothing it does may end in a traceback."""
     from taipan.cli.main import main
 
     def run(*arguments: object) -> Finished:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
             main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
         code = end.value.code or 0
         assert isinstance(code, int)
-        assert "Traceback" not in captured.err
-        return Finished(code, captured.out, captured.err)
+        assert "Traceback" not in err.getvalue()
+        return Finished(code, out.getvalue(), err.getvalue())
 
     return run
 
@@ -59,8 +76,6 @@ def refused(cli: Cli) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Taipan of bytes with gates that decide; not to be written to."""
-    import torch
-
     directory = tmp_path_factory.mktemp("models") / "small"
     model = small_model(dtype=torch.float32, vocab_size=257, eos_token_id=256)
     model.save_pretrained(directory, Tokenizer.bytes())

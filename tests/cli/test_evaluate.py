@@ -50,12 +50,17 @@ def test_bad_input_is_refused(
     assert "offset 2" in said(latin)
     assert "context is 0" in said(text_file, "--context", 0)
     other = tmp_path / "other"
-    prepare([Document("text", TEXT)], Tokenizer.train_bpe([TEXT], 300), other / "train")
+    tokenizer = Tokenizer.train_bpe([TEXT], 280)
+    prepare([Document("text", TEXT)], tokenizer, other / "train")
     message = said(other / "train")
     assert "another tokenizer" in message
-    assert "300" in message
+    assert f"{tokenizer.vocab_size} tokens" in message
     assert str(other / "train") in said(other)
     assert "name it alone" in said(other / "train", text_file)
-    shard = other / "train" / "tokens-00000.bin"
+    damaged = tmp_path / "damaged"
+    prepare([Document("text", TEXT)], Tokenizer.bytes(), damaged)
+    shard = damaged / "tokens-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    assert "tokens-00000.bin" in refused("evaluate", model_directory, other / "train")
+    message = said(damaged)
+    assert "tokens-00000.bin" in message
+    assert "truncated" in message

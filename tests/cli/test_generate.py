@@ -70,7 +70,7 @@ def test_a_saved_state_goes_on(cli: Cli, model_directory: Path, tmp_path: Path) 
 
 
 def test_stops_after_a_text(cli: Cli, model_directory: Path) -> None:
-    options = ["--max-new-tokens", 200, "--ignore-eos", "--temperature", 3]
+    options = ["--max-new-tokens", 60, "--ignore-eos", "--temperature", 3]
     free = cli("generate", model_directory, PROMPT, *options).out
     stop = next(character for character in free if character.isalpha() and character.isascii())
     stopped = cli("generate", model_directory, PROMPT, *options, "--stop", stop).out

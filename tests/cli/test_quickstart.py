@@ -1,13 +1,15 @@
 import json
 import re
 import shlex
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from taipan.data.corpus import Document
-from tests.cli.conftest import TEXT, Cli
+from tests.cli.conftest import TEXT, Cli, interrupt_after
 
 SMALL = [
     "model.vocab_size=300",
@@ -19,7 +21,7 @@ SMALL = [
     "model.num_attention_heads=2",
     "model.sliding_window=8",
     "data.context_length=32",
-    "training.batch_size=2",
+    "training.batch_size=16",
     "training.log_every=1",
     "training.evaluate_every=2",
     "training.evaluate_batches=1",
@@ -29,100 +31,108 @@ SMALL = [
 OVERRIDES = [part for override in SMALL for part in ("-o", override)]
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
+VALID = [
+    Document("asyncio/queues.py", TEXT),
+    Document("asyncio/base.py", "import this\n" * 9),
+    Document("xml/sax.py", "<é>" * 30),
+]
+TRAIN = [Document(f"module{number}.py", TEXT[number:]) for number in range(3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Iterator[None]:
     """A small standard library."""
-    valid = [
-        Document("asyncio/queues.py", TEXT),
-        Document("asyncio/base.py", "import this\n" * 9),
-        Document("xml/sax.py", "<é>" * 30),
-    ]
-    train = [Document(f"module{number}.py", TEXT[number:]) for number in range(3)]
-    monkeypatch.setattr("taipan.data.corpus.stdlib_corpus", lambda: (train, valid))
-    return valid
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("taipan.data.corpus.stdlib_corpus", lambda: (TRAIN, VALID))
+        yield
 
 
-def test_makes_a_model_a_report_and_commands_that_work(
-    cli: Cli, refused: Callable[..., str], library: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    finished = cli("quickstart", "--out", "here", *OVERRIDES)
+@dataclass(frozen=True)
+class Made:
+    """A quickstart in the directory `here` of a place, and what it printed."""
+
+    place: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def made(cli: Cli, library: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        finished = cli("quickstart", "--out", "here", *OVERRIDES)
     assert finished.code == 0, finished.err
+    return Made(place, finished.out, finished.err)
 
-    # what it measured is what `taipan evaluate` measures, over all files
+
+@pytest.fixture(autouse=True)
+def in_place(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made.place)
+
+
+def test_measures_what_evaluate_measures(cli: Cli, made: Made) -> None:
     results = json.loads(Path("here/results.json").read_text())
     assert cli("evaluate", "here/model", "here/data/valid", "--json", "again.json").code == 0
     [again] = json.loads(Path("again.json").read_text())["results"]
+    assert [row["name"] for row in results["packages"]] == ["asyncio", "xml", "all held-out files"]
     total = results["packages"][-1]
     assert total["files"] == 3
-    assert total["bytes"] == sum(len(document.text.encode()) for document in library) == again["bytes"]
+    assert total["bytes"] == sum(len(document.text.encode()) for document in VALID) == again["bytes"]
     assert total["model"] == pytest.approx(again["bits_per_byte"], rel=1e-5)
-    assert [row["name"] for row in results["packages"]] == ["asyncio", "xml", "all held-out files"]
     [gate], [expected] = results["gates"], again["gates"]
     for name in ("training_rate", "noise_free_rate", "alpha_mean", "alpha_std"):
         assert gate[name] == pytest.approx(expected[name], abs=1e-5)
     for found, bucket in zip(results["positions"], again["by_position"], strict=True):
         assert found["bits_per_byte"] == pytest.approx(bucket["bits_per_byte"], rel=1e-5)
-
-    # the terminal says the same
+    # and the terminal says the same
     for value in (total["gzip"], total["xz"], total["model"]):
-        assert f"{value:.3f}" in finished.out
-    assert "training" in finished.out
-    assert "total" in finished.out
-    assert "here/report.html" in finished.err
+        assert f"{value:.3f}" in made.out
+    assert "training" in made.out
+    assert "total" in made.out
+    assert "here/report.html" in made.err
 
+
+def test_the_report_is_self_contained() -> None:
     page = Path("here/report.html").read_text()
-    assert not re.findall(r'(?:src|href)="(?!#)', page), "nothing may be loaded"
+    assert not re.findall(r'(?:src|href)="(?!#)', page)
+    assert "url(http" not in page
     assert "NaN" not in page
     assert page.count("<svg") == 4
 
-    # the commands it prints work
+
+def test_the_commands_it_prints_work(cli: Cli, made: Made) -> None:
     Path("mine.py").write_text(TEXT)
-    commands = [line.strip() for line in finished.err.splitlines() if line.startswith("  taipan ")]
+    commands = [line.strip() for line in made.err.splitlines() if line.startswith("  taipan ")]
     assert {command.split()[1] for command in commands} == {"generate", "inspect", "evaluate", "data", "train"}
     for command in commands:
-        words = [
-            word.replace("YOUR_FILES", "mine.py").replace("YOUR_FILE.py", "mine.py") for word in shlex.split(command)
-        ]
-        again_finished = cli(*words[1:])
-        assert again_finished.code == 0, (command, again_finished.err)
+        command = command.replace("YOUR_FILES", "mine.py").replace("YOUR_FILE.py", "mine.py")
+        tried = cli(*shlex.split(command)[1:])
+        assert tried.code == 0, (command, tried.err)
 
-    # a finished one is kept, unless told otherwise
-    message = refused("quickstart", "--out", "here", *OVERRIDES)
+
+def test_a_finished_one_is_kept_unless_told_otherwise(cli: Cli, refused: Callable[..., str], tmp_path: Path) -> None:
+    copy = shutil.copytree("here", tmp_path / "copy")
+    message = refused("quickstart", "--out", copy, *OVERRIDES)
     assert "report.html" in message
     assert "--overwrite" in message
-    assert cli("quickstart", "--out", "here", "--overwrite", *OVERRIDES, "-o", "training.steps=1").code == 0
-    assert json.loads(Path("here/metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+    assert cli("quickstart", "--out", copy, "--overwrite", *OVERRIDES, "-o", "training.steps=1").code == 0
+    assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
 
 
-def test_an_interrupted_one_goes_on(
-    cli: Cli, library: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import signal
-
-    from taipan.cli.display import TrainingDisplay
-    from taipan.training.listener import StepInfo
-
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert cli("quickstart", "--out", whole, *OVERRIDES).code == 0
-    shown = TrainingDisplay.stepped
-
-    def interrupting(self: TrainingDisplay, info: StepInfo) -> None:
-        shown(self, info)
-        if info.step == 2:
-            signal.raise_signal(signal.SIGINT)
-
+def test_an_interrupted_one_goes_on(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingDisplay, "stepped", interrupting)
-        finished = cli("quickstart", "--out", out, *OVERRIDES)
-    assert finished.code == 130
-    assert "Run the same command to go on" in finished.err
+        interrupt_after(patch, 2)
+        interrupted = cli("quickstart", "--out", out, *OVERRIDES)
+    assert interrupted.code == 130
+    assert "Run the same command to go on" in interrupted.err
     assert not (out / "model").exists()
     assert cli("quickstart", "--out", out, *OVERRIDES).code == 0
-    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert (out / "model/model.safetensors").read_bytes() == Path("here/model/model.safetensors").read_bytes()
 
 
-def test_bad_input_is_refused(refused: Callable[..., str], library: list[Document], tmp_path: Path) -> None:
+def test_bad_input_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")

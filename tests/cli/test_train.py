@@ -15,7 +15,8 @@ from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.pretrained import load
-from tests.cli.conftest import TEXT, Cli
+from taipan.training.checkpoint import verify
+from tests.cli.conftest import TEXT, Cli, interrupt_after
 from tests.cli.test_main import START
 
 
@@ -40,9 +41,9 @@ def recipe(data: Path, tmp_path: Path) -> Path:
             "sliding_window": 8,
             "chunk_size": 8,
         },
-        "data": {"train": str(data / "train"), "valid": str(data / "valid"), "context_length": 16},
+        "data": {"train": str(data / "train"), "valid": str(data / "valid"), "context_length": 32},
         "optimizer": {"learning_rate": 0.01},
-        "training": {"steps": 6, "batch_size": 2, "log_every": 2, "evaluate_every": 4, "evaluate_batches": 1},
+        "training": {"steps": 4, "batch_size": 4, "log_every": 1, "evaluate_batches": 1, "calibrate": False},
         "output": str(tmp_path / "run"),
     }
     path = tmp_path / "recipe.yaml"
@@ -51,37 +52,53 @@ def recipe(data: Path, tmp_path: Path) -> Path:
 
 
 def test_trains_shows_and_saves(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    finished = cli("train", recipe, "-o", "training.steps=8", "-o", f"output={tmp_path / 'other'}")
+    overrides = ["training.steps=6", "training.evaluate_every=4", "training.calibrate=true", "training.batch_size=16"]
+    overrides += [f"output={tmp_path / 'other'}"]
+    finished = cli("train", recipe, *(part for override in overrides for part in ("-o", override)))
     assert finished.code == 0, finished.err
     assert finished.out == ""
     for shown in ("loss", "tokens/s", "left", "layer 1 selects", "held out", "threshold", "taipan generate"):
         assert shown in finished.err, shown
     records = [json.loads(line) for line in (tmp_path / "other/metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == 8
+    assert records[-1]["step"] == 6
     assert load(tmp_path / "other/model").config.hidden_size == 16
     assert cli("generate", tmp_path / "other/model", "Line", "--max-new-tokens", 3).code == 0
 
 
-def test_interrupted_it_says_how_to_go_on_and_goes_on_the_same(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    assert cli("train", recipe, "-o", "training.steps=60", "-o", f"output={tmp_path / 'whole'}").code == 0
-    command = [sys.executable, "-c", START, "train", str(recipe), "-o", "training.steps=60"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert f"taipan train --resume {tmp_path / 'run'}" in errors
+def test_interrupted_it_goes_on_with_the_same_curve(
+    cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("train", recipe, "-o", f"output={tmp_path / 'whole'}").code == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        finished = cli("train", recipe)
+    assert finished.code == 130
+    assert f"taipan train --resume {tmp_path / 'run'}" in finished.err
     assert not (tmp_path / "run/model").exists()
     resumed = cli("train", "--resume", tmp_path / "run")
     assert resumed.code == 0, resumed.err
-    assert "Going on after step" in resumed.err
+    assert "Going on after step 2" in resumed.err
     expected, found = (load(tmp_path / name / "model").state_dict() for name in ("whole", "run"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside_saves(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", START, "train", str(recipe), "-o", "training.steps=1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert number.name in errors
+    assert f"taipan train --resume {tmp_path / 'run'}" in errors
+    [checkpoint] = (tmp_path / "run/checkpoints").iterdir()
+    verify(checkpoint)
 
 
 def test_bad_recipes_are_refused(refused: Callable[..., str], recipe: Path, data: Path, tmp_path: Path) -> None:
@@ -111,7 +128,7 @@ def test_bad_recipes_are_refused(refused: Callable[..., str], recipe: Path, data
     assert "key=value" in said("training.steps")
     assert "missing.yaml" in refused("train", tmp_path / "missing.yaml")
     assert "RECIPE" in refused("train")
-    assert "checkpoint" in refused("train", "--resume", data)
+    assert "not a run" in refused("train", "--resume", data)
     assert not (tmp_path / "run").exists()
 
 

@@ -4,7 +4,7 @@ import math
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from taipan.cli.console import console, duration, quantity
 from taipan.training.listener import RunInfo, StepInfo, TrainingListener
@@ -38,7 +38,7 @@ class TrainingDisplay(TrainingListener):
         self._phase = ""
         self._printed = -math.inf
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainingDisplay":
         if self._is_live:
             from rich.live import Live
 

@@ -27,13 +27,15 @@ def register(app: typer.Typer) -> None:
         """
         from taipan.cli.console import note
         from taipan.cli.display import TrainingDisplay
-        from taipan.errors import ConfigError
+        from taipan.errors import CheckpointError, ConfigError
         from taipan.hardware import tune_allocator
         from taipan.training.loop import train as run
         from taipan.training.recipe import Recipe
 
         if recipe is None and resume is None:
             raise ConfigError("Neither a RECIPE nor --resume RUN was given: give one of them (taipan train --help).")
+        if resume is not None and not (resume / "recipe.yaml").is_file():
+            raise CheckpointError(f"{resume} is not a run to resume: it has no recipe.yaml. Name a recipe's output.")
         source = recipe if recipe is not None else resume / "recipe.yaml" if resume is not None and override else None
         chosen = None if source is None else Recipe.load(source, override or ())
         tune_allocator()

@@ -1,0 +1,106 @@
+import base64
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taipan.report.page import render
+from taipan.report.selection import LayerSelection, selection_view
+
+TEXTS = st.lists(st.text(alphabet='ab\n <&>"é🐍', max_size=4), min_size=1, max_size=60)
+
+
+def layers_for(tokens: int, seed: int, count: int = 2) -> list[LayerSelection]:
+    generator = np.random.default_rng(seed)
+    layers: list[LayerSelection] = []
+    for number in range(count):
+        score_T = generator.normal(-1, 2, tokens)
+        layers.append(
+            LayerSelection(
+                layer=3 * number,
+                selected_T=score_T > 0.25,
+                alpha_T=1 / (1 + np.exp(-score_T)),
+                capacity=0.15,
+                threshold=0.25,
+            )
+        )
+    return layers
+
+
+@given(texts=TEXTS, seed=st.integers(0, 9))
+def test_the_page_holds_the_text_and_what_was_selected(texts: list[str], seed: int) -> None:
+    layers = layers_for(len(texts), seed)
+    view = selection_view(texts, layers)
+    page = render("inspect.html.j2", title="t", version="0", made="", source="s", model="m", command="c", view=view)
+    # the text, escaped, in order
+    shown = re.findall(r"<b(?: n)?>(.*?)</b>", page, flags=re.DOTALL)
+    assert "".join(html.unescape(piece) for piece in shown) == "".join(texts)
+    # as the browser reads it
+    data = re.search(r'id="selection">(.*?)</script>', page)
+    first = re.search(r'id="first">(.*?)</script>', page)
+    assert data is not None
+    assert first is not None
+    for layer, read in zip(layers, json.loads(data[1]), strict=True):
+        codes = np.frombuffer(base64.b64decode(read["codes"]), "<u2")
+        assert read["layer"] == layer.layer
+        np.testing.assert_array_equal(codes >= 32768, layer.selected_T)
+        np.testing.assert_allclose((codes & 32767) / 32767, layer.alpha_T, atol=2e-5)
+    begins = np.frombuffer(base64.b64decode(first[1]), "<u4").tolist()
+    assert len(begins) == len(shown)
+    ends = [*begins[1:], len(texts)]
+    for piece, begin, end in zip(shown, begins, ends, strict=True):
+        assert html.unescape(piece) == "".join(texts[begin:end])
+
+
+def test_nothing_in_a_text_can_leave_its_place() -> None:
+    texts = ["</script>", "<script>alert(1)</script>", "{{ 7*7 }}", '"><img src=x>']
+    view = selection_view(texts, layers_for(len(texts), 0))
+    page = render("inspect.html.j2", title="t", version="0", made="", source="<s>", model="m", command="c", view=view)
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "<s>" not in page
+    assert "{{ 7*7 }}" in page
+    assert not re.findall(r'(?:src|href)="', page)
+
+
+def test_statistics_are_those_of_the_tokens() -> None:
+    [layer] = layers_for(500, 1, count=1)
+    assert layer.count == int(layer.selected_T.sum())
+    assert layer.share == pytest.approx(layer.count / 500)
+    assert layer.alpha_mean == pytest.approx(float(np.mean(layer.alpha_T)))
+    assert layer.alpha_std == pytest.approx(float(np.std(layer.alpha_T)))
+    assert layer.alpha_selected == pytest.approx(float(layer.alpha_T[layer.selected_T].mean()))
+    assert layer.alpha_selected > layer.alpha_mean
+
+
+@pytest.mark.parametrize("threshold", [float("inf"), float("-inf")])
+def test_closed_and_open_gates(threshold: float) -> None:
+    alpha_T = np.full(3, 0.5)
+    selected_T = np.full(3, threshold < 0)
+    layer = LayerSelection(layer=0, selected_T=selected_T, alpha_T=alpha_T, capacity=0.0, threshold=threshold)
+    view = selection_view(["a", "b", "c"], [layer])
+    page = render("inspect.html.j2", title="t", version="0", made="", source="s", model="m", command="c", view=view)
+    assert "Infinity" not in str(view.layers_json)
+    assert "nan" not in page
+
+
+def test_favourites_are_the_most_and_least_selected() -> None:
+    texts = ["often"] * 20 + ["never"] * 20 + ["half"] * 20 + ["rare"] * 2
+    selected_T = np.array([True] * 20 + [False] * 20 + [True, False] * 10 + [True] * 2)
+    layer = LayerSelection(layer=1, selected_T=selected_T, alpha_T=np.ones(62), capacity=0.5, threshold=0.0)
+    [favourites] = selection_view(texts, [layer]).favourites
+    assert favourites.most[0] == ("often", 1.0)
+    assert favourites.most[1] == ("half", 0.5)
+    assert favourites.least == [("never", 0.0)]
+
+
+def test_long_texts_come_in_blocks_that_end_with_a_line() -> None:
+    texts = [f"word{number}" if number % 7 else "\n" for number in range(5000)]
+    view = selection_view(texts, layers_for(len(texts), 2))
+    assert len(view.blocks) > 5
+    assert all(block[-1] == "\n" for block in view.blocks[:-1])
+    assert [piece for block in view.blocks for piece in block] == texts
