@@ -8,7 +8,7 @@ from taipan.layers.init import linear_
 from taipan.layout import Layout
 from taipan.ops.attention import windowed_attention
 from taipan.ops.rope import rotate
-from taipan.ops.selection import Selection, gather, select_tokens
+from taipan.ops.selection import Selection, gather, scatter, select_tokens
 from taipan.shapes import BoolBT, FloatBSD, FloatBTD, IntBS
 from taipan.state import AttentionState, StateBuilder
 
@@ -47,7 +47,10 @@ class Attention(nn.Module):
         """
         every = everything(x_BTD, layout)
         index_BT = absent_to_minus_one(layout.position_BT, every)
-        return self.attend(x_BTD, state, layout, queries=every, keys=every, query_index=index_BT, key_index=index_BT)
+        out_BSD, build = self.attend(
+            x_BTD, state, layout, queries=every, keys=every, query_index=index_BT, key_index=index_BT
+        )
+        return scatter(out_BSD, every, torch.zeros_like(x_BTD, dtype=out_BSD.dtype)), build
 
     def attend(
         self,
