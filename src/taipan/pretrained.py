@@ -102,7 +102,8 @@ def load(
     if dtype is not None:
         kept = ("A_log", "D", "dt_bias", "gate.threshold")
         tensors = {name: t if name.endswith(kept) else t.to(dtype) for name, t in tensors.items()}
-    model.load_state_dict(tensors, assign=True)
+    # out of the mapped file into aligned memory, where products give the bits they gave before saving
+    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     for parameter in model.parameters():

@@ -2,6 +2,7 @@
 
 import io
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -49,8 +50,11 @@ def cli() -> Cli:
 
     def run(*arguments: object) -> Finished:
         out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
+        words = [str(argument) for argument in arguments]
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["taipan", *words])
+            with pytest.raises(SystemExit) as end:
+                main(words)
         code = end.value.code or 0
         assert isinstance(code, int)
         assert "Traceback" not in err.getvalue()

@@ -159,20 +159,24 @@ def test_an_open_gate_is_valid_json_too() -> None:
 def test_forward_calls_are_bounded_and_ended_rows_are_dropped(model: TaipanLM) -> None:
     shapes: list[tuple[int, int]] = []
     hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    evaluate(model, TextDocuments(["x" * 100, "y" * 30, "z" * 10, "ab"], BYTES), piece=16, batch_tokens=32)
+    evaluate(model, TextDocuments(["z" * 10, "x" * 100, "ab", "y" * 30], BYTES), piece=16, batch_tokens=32)
     hook.remove()
     assert shapes == [(2, 16), (2, 16), *[(1, 16)] * 4, (1, 4), (2, 10)]
 
 
-def test_progress_and_modes(model: TaipanLM) -> None:
+def test_progress_is_told_token_by_token(model: TaipanLM) -> None:
     seen: list[tuple[int, int]] = []
-    model.train()
     evaluate(model, TextDocuments(TEXTS, BYTES), piece=50, progress=lambda done, total: seen.append((done, total)))
-    assert all(module.training for module in model.modules())
-    model.eval()
     total = sum(len(text.encode()) for text in TEXTS)
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
+
+
+def test_the_model_is_left_in_its_mode_and_runs_without_noise() -> None:
+    noisy = small_model("taipan", vocab_size=257, gumbel_noise_end=1.0)
+    expected = evaluate(noisy, TextDocuments(TEXTS, BYTES))
+    assert without_time(evaluate(noisy.train(), TextDocuments(TEXTS, BYTES))) == without_time(expected)
+    assert all(module.training for module in noisy.modules())
 
 
 @pytest.mark.parametrize("name", ["context", "piece", "batch_tokens"])

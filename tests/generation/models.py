@@ -48,7 +48,7 @@ class RecurrentFake(nn.Module):
         for t in range(tokens.shape[1]):
             moved = torch.tanh(h @ self.recurrent + self.embedding[tokens[:, t]])
             h = moved if attention_mask is None else torch.where(attention_mask[:, t, None].bool(), moved, h)
-            hidden.append(h)
+            hidden.append(h if attention_mask is None else h * attention_mask[:, t, None])  # padding says nothing
         return FakeOutput(torch.stack(hidden, 1)[:, -logits_to_keep:] @ self.head, h)
 
 

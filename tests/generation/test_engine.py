@@ -307,10 +307,10 @@ def test_a_state_can_be_trained_from() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"tokens_BT": torch.zeros(1, 0, dtype=torch.int64)}, "no tokens.*at least one"),
-    ({"tokens_BT": torch.zeros(0, 3, dtype=torch.int64)}, r"\(0, 3\).*\(rows, tokens\)"),
-    ({"tokens_BT": torch.tensor([[1, 11]])}, "11 is out of range.*0 to 10.*tokenizer"),
-    ({"tokens_BT": torch.tensor([[-1, 1]])}, "-1 is out of range"),
+    ({"tokens": torch.zeros(1, 0, dtype=torch.int64)}, "no tokens.*at least one"),
+    ({"tokens": torch.zeros(0, 3, dtype=torch.int64)}, r"\(0, 3\).*\(rows, tokens\)"),
+    ({"tokens": torch.tensor([[1, 11]])}, "11 is out of range.*0 to 10.*tokenizer"),
+    ({"tokens": torch.tensor([[-1, 1]])}, "-1 is out of range"),
     ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\).*\(2, 2\)"),
     ({"attention_mask": torch.tensor([[1, 1], [0, 0]])}, r"rows \[1\] have no real token"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0.*at least 1"),
@@ -333,10 +333,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
 def test_wrong_arguments_are_named_before_anything_is_computed(wrong: dict[str, Any], message: str) -> None:
     model = RecurrentFake()
-    arguments: dict[str, Any] = {"tokens_BT": torch.tensor([[1, 2], [3, 4]]), **wrong}
+    arguments: dict[str, Any] = {"tokens": torch.tensor([[1, 2], [3, 4]]), **wrong}
     with pytest.raises(InputError, match=message):
-        generate(model, **arguments)
-    assert model.lengths == []
+        stream(model, **arguments)  # already here, not when the first token is asked for
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,12 @@ def test_top_p_of_a_large_flat_vocabulary_looks_far_enough(p: float) -> None:
 
 
 @examples
-@given(logits(), st.floats(0.0, 1.0))
+@given(logits(), st.just(1.0) | st.floats(0.0, 1.0))
 def test_min_p_keeps_what_is_likely_enough_against_the_best(values: Tensor, p: float) -> None:
     filtered = sampling.keep_min_p(values, p)
     for row, out in zip(values.double(), filtered, strict=True):
         ratio = (row - row.max()).exp()
+        assert out.isfinite()[row.argmax()]
         assert out.isfinite()[ratio > p * (1 + 1e-5)].all()
         assert not out.isfinite()[ratio < p * (1 - 1e-5)].any()
 

@@ -2,14 +2,13 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError, StateError
@@ -141,16 +140,29 @@ def test_the_end_of_text_stops_a_row() -> None:
     assert (stopped[0, 10 + first :] == 0).all()
 
 
-def test_streaming_gives_the_text(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("text")
+    saved(directory, vocab_size=257, eos_token_id=256)
+    Tokenizer.bytes().save(directory)
+    return directory
 
-    saved(tmp_path, vocab_size=257)
-    Tokenizer.bytes().save(tmp_path)
-    face, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+
+def test_streaming_gives_the_text(text_model: Path) -> None:
+    face, tokenizer = AutoModelForCausalLM.from_pretrained(text_model), AutoTokenizer.from_pretrained(text_model)
     inputs = tokenizer("def f(x):", return_tensors="pt")
-    streamer: Iterator[str] = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True)
     out = face.generate(**inputs, max_new_tokens=9, do_sample=False, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
+
+
+def test_the_pipeline_works_on_a_native_directory(text_model: Path) -> None:
+    run: Any = pipeline("text-generation", model=str(text_model))
+    run.tokenizer.pad_token = run.tokenizer.eos_token
+    options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    prompts = ["def f(x):", "import os\nimport sys\n"]
+    together = run(prompts, batch_size=2, **options)
+    assert together == [run(prompt, **options) for prompt in prompts]
 
 
 @pytest.mark.parametrize(

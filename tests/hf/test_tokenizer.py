@@ -51,7 +51,7 @@ def test_a_padded_batch_is_what_the_model_reads(both: tuple[Tokenizer, Path]) ->
     _, directory = both
     tokenizer = face(directory)
     tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(["a", "a longer text"], padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(["a", "a longer text"], padding=True, return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["attention_mask"][0, -1] == 1
     assert batch["attention_mask"][0, 0] == 0

@@ -15,7 +15,10 @@ from tests.models import VOCAB, small_config
 
 
 class Counting(Dataset[dict[str, Tensor]]):
-    """Rows that count up from a random start, of several lengths: a few steps are enough to learn them."""
+    """Rows that count up from a random start: a few steps are enough to learn them."""
+
+    def __init__(self, *, ragged: bool = True) -> None:
+        self.ragged = ragged
 
     def __len__(self) -> int:
         return 256
@@ -23,7 +26,7 @@ class Counting(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(index)
         start, length = torch.randint(0, VOCAB, (2,), generator=generator).tolist()
-        tokens = (start + torch.arange(8 + length % 9)) % VOCAB
+        tokens = (start + torch.arange(8 + (length % 9 if self.ragged else 0))) % VOCAB
         return {"input_ids": tokens, "labels": tokens.clone()}
 
 
@@ -47,7 +50,13 @@ def new_model(**overrides: Any) -> TaipanForCausalLM:
     return TaipanForCausalLM(TaipanHFConfig.from_native(config))
 
 
-def trainer(model: TaipanForCausalLM, directory: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
+def trainer(
+    model: TaipanForCausalLM,
+    directory: Path,
+    *callbacks: TrainerCallback,
+    dataset: Counting | None = None,
+    **options: Any,
+) -> Trainer:
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "use_cpu": True,
@@ -65,7 +74,7 @@ def trainer(model: TaipanForCausalLM, directory: Path, *callbacks: TrainerCallba
     return Trainer(
         model=model,
         args=TrainingArguments(**settings),
-        train_dataset=Counting(),
+        train_dataset=dataset or Counting(),
         eval_dataset=torch.utils.data.Subset(Counting(), range(16)),
         data_collator=cast(Any, right_padded),
         callbacks=list(callbacks),
@@ -116,26 +125,42 @@ def test_without_the_callback_a_model_stays_where_its_schedules_end(tmp_path: Pa
     assert set(seen.capacities) == {model.config.attention_capacity}
 
 
-@pytest.mark.parametrize("budget_weight", [0.0, 3.0])
-def test_accumulated_gradients_are_those_of_the_large_batch(budget_weight: float, tmp_path: Path) -> None:
-    """Micro-batches have different numbers of tokens, so a mean of means would show; so would an unscaled budget.
+@pytest.mark.parametrize(("budget_weight", "ragged"), [(0.0, True), (30.0, False)])
+def test_accumulated_gradients_are_those_of_the_large_batch(budget_weight: float, ragged: bool, tmp_path: Path) -> None:
+    """Rows of several lengths show a mean of means; a budget shows whether it is weighted like the cross-entropy.
 
-    The budget is a function of each micro-batch's own rate, so with one it is compared at equal rates: all gates open.
+    The budget is a function of each micro-batch's own rate, so it is compared where the rates are equal: gates that
+    select every token, but not so surely that their gradient vanishes, and rows of one length.
     """
     weights = []
     for size, accumulation in ((8, 1), (2, 4)):
-        model = new_model(
-            budget_weight=budget_weight, gate_bias_init=100.0, gumbel_noise_end=0.0, gate_gradient="gathered"
-        )
+        model = new_model(budget_weight=budget_weight, gate_bias_init=6.0, gate_gradient="gathered")
         trainer(
             model,
             tmp_path,
             max_steps=2,
             optim="sgd",
+            learning_rate=0.1,
             max_grad_norm=0.0,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
+            dataset=Counting(ragged=ragged),
         ).train()
         weights.append(model.state_dict())
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_mixed_precision_leaves_the_logits_deferred() -> None:
+    """accelerate rebuilds outputs to widen their tensors."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = new_model()
+    model.train()
+    tokens = Counting()[0]["input_ids"][None]
+    calls: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    out = cast(Any, convert_outputs_to_fp32)(model.forward)(tokens, labels=tokens)
+    assert out["loss"].requires_grad
+    assert not calls
+    assert out.logits.shape == (1, tokens.shape[1], VOCAB)

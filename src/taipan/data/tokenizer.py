@@ -176,7 +176,8 @@ class Tokenizer:
             CheckpointError: the directory cannot be written or the disk is full.
         """
         atomic_write(Path(directory, TOKENIZER_FILE), self._backend.to_str(pretty=True).encode())
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        # on the left, as batched generation with transformers wants it
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, "padding_side": "left"}
         atomic_write(Path(directory, _CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
 
     def encode(self, text: str) -> list[int]:

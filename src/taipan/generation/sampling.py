@@ -118,8 +118,8 @@ def draw(logits_BV: FloatBV, uniform_B: FloatB) -> IntB:
     cumulative_BV = logits_BV.double().softmax(1).cumsum(1)
     total_B = cumulative_BV[:, -1]
     _refuse_nan(total_B)
-    # strictly below the total, so that rounding never points past the last token that has any probability
-    point_B = torch.minimum(uniform_B.double() * total_B, total_B.nextafter(torch.zeros_like(total_B)))
+    # the numbers are at most 1 − 2⁻⁵³, so the product rounds to below the total: never past the last possible token
+    point_B = uniform_B.double() * total_B
     return torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0]
 
 

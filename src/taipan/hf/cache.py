@@ -28,6 +28,9 @@ class TaipanCache(Cache):
         self.state = state
         self.seen_tokens = seen_tokens
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TaipanCache":
+        return TaipanCache(None if self.state is None else self.state.fork(), self.seen_tokens)
+
     def advance(self, state: DecoderState, length: int) -> None:
         """Put the state after `length` more columns of tokens here."""
         self.state = state

@@ -10,21 +10,21 @@ Both spell the parameters as Taipan does, below other prefixes; weights are copi
 import json
 import shutil
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from taipan.config import TaipanConfig, suggestion
-from taipan.errors import CheckpointError, ConfigError
+from taipan.data.tokenizer import Tokenizer
+from taipan.errors import CheckpointError, ConfigError, DataError
 from taipan.hf.mamba2_config import STATE_SPACES_EPS, read_config, state_spaces_config, transformers_config
 from taipan.hf.weights import read_weights
 from taipan.io import atomic_directory
 from taipan.model import TaipanLM
 from taipan.pretrained import check_fit, load, write
 
-Layout = Literal["transformers", "state-spaces"]
+LAYOUTS = ("transformers", "state-spaces")
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,7 +51,7 @@ def from_mamba2(source: str | Path, target: str | Path) -> TaipanConfig:
     """
     source, target = Path(source), Path(target)
     _check_paths(source, target)
-    config = read_config(source)
+    config = _with_end_of_text(read_config(source), source)
     path, foreign = read_weights(source)
     tensors = {_to_native_name(name): tensor for name, tensor in foreign.items()}
     embedding, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
@@ -72,7 +72,7 @@ def from_mamba2(source: str | Path, target: str | Path) -> TaipanConfig:
     return config
 
 
-def to_mamba2(source: str | Path, target: str | Path, layout: Layout = "transformers") -> None:
+def to_mamba2(source: str | Path, target: str | Path, layout: str = "transformers") -> None:
     """Convert a Taipan directory whose layers are all Mamba-2 to a Mamba-2 checkpoint.
 
     Args:
@@ -86,9 +86,9 @@ def to_mamba2(source: str | Path, target: str | Path, layout: Layout = "transfor
         ConfigError: the layout is unknown.
     """
     source, target = Path(source), Path(target)
-    if layout not in get_args(Layout):
-        known = list(get_args(Layout))
-        raise ConfigError(f"layout is {layout!r}, but must be one of {', '.join(known)}{suggestion(layout, known)}.")
+    if layout not in LAYOUTS:
+        hint = suggestion(layout, list(LAYOUTS))
+        raise ConfigError(f"layout is {layout!r}, but must be one of {', '.join(LAYOUTS)}{hint}.")
     _check_paths(source, target)
     try:
         model = load(source)
@@ -122,7 +122,7 @@ def _to_native_name(name: str) -> str:
     return name.replace("backbone.norm_f.", "model.norm.").replace("backbone.layers.", "model.layers.")
 
 
-def _to_mamba2_name(name: str, layout: Layout) -> str:
+def _to_mamba2_name(name: str, layout: str) -> str:
     embedding = "backbone.embeddings." if layout == "transformers" else "backbone.embedding."
     name = name.replace("model.embed_tokens.", embedding).replace("model.norm.", "backbone.norm_f.")
     return name.replace("model.layers.", "backbone.layers.")
@@ -148,6 +148,16 @@ def _check_plain(source: Path, config: TaipanConfig) -> None:
         raise CheckpointError(
             f"{source} has mamba_mlp = True, but plain Mamba-2 blocks carry no MLP: it cannot be converted."
         )
+
+
+def _with_end_of_text(config: TaipanConfig, source: Path) -> TaipanConfig:
+    """The state-spaces layout leaves the end of a text to the tokenizer."""
+    if config.eos_token_id is not None or not (source / "tokenizer.json").is_file():
+        return config
+    try:
+        return config.replace(eos_token_id=Tokenizer.load(source).eos_id)
+    except (DataError, ConfigError) as error:
+        raise CheckpointError(f"The tokenizer in {source} does not fit: {error}") from error
 
 
 def _size(tensors: dict[str, Tensor]) -> int:

@@ -9,7 +9,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Mamba2Config
 
 from taipan.config import TaipanConfig, suggestion
-from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError
 from taipan.hf.weights import read_json
 
@@ -21,7 +20,7 @@ _SSM_FIELDS: dict[str, tuple[str, Any]] = {
     "expand": ("expand", 2),
     "headdim": ("mamba_head_dim", 64),
     "ngroups": ("n_groups", 1),
-    "A_init_range": ("A_init_range", (1, 16)),
+    "A_init_range": ("A_init_range", (1.0, 16.0)),
     "dt_min": ("time_step_min", 1e-3),
     "dt_max": ("time_step_max", 0.1),
     "dt_init_floor": ("time_step_floor", 1e-4),
@@ -125,9 +124,13 @@ def _from_state_spaces(path: Path, values: dict[str, Any]) -> TaipanConfig:
         tie_word_embeddings=tie,
         norm_eps=STATE_SPACES_EPS,
         residual_in_fp32=values.get("residual_in_fp32", True),
-        eos_token_id=Tokenizer.load(path.parent).eos_id if (path.parent / "tokenizer.json").is_file() else None,
-        **{field: ssm.get(name, default) for name, (field, default) in _SSM_FIELDS.items()},
+        **{field: _like(default, ssm.get(name, default)) for name, (field, default) in _SSM_FIELDS.items()},
     )
+
+
+def _like(default: object, value: Any) -> Any:
+    """A value from JSON, which knows no tuples and writes 1.0 as 1."""
+    return tuple(float(item) for item in value) if isinstance(default, tuple) else value
 
 
 def transformers_config(config: TaipanConfig) -> dict[str, Any]:

@@ -143,12 +143,17 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             CheckpointError: the weights are damaged, or some of the model's are not among them.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise CheckpointError(
                 f"The weights in {pretrained_model_name_or_path} are damaged or truncated ({error}): copy them again, "
                 "or go back to an earlier checkpoint."
             ) from error
+        model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():  # as `taipan.pretrained.load`: aligned memory, the same bits
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
+        return loaded
 
     def _check_adapters(self) -> None:
         """Adapters around linear layers work; one around a convolution would be left out of the computation."""

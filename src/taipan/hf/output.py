@@ -1,7 +1,7 @@
 """What the Hugging Face face returns."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -10,6 +10,7 @@ from taipan.layers.gating import GateOutput
 from taipan.model import TaipanOutput
 
 
+@no_type_check  # a ModelOutput may be built from a dictionary in the place of its first field
 @dataclass
 class TaipanCausalLMOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with the parts of the loss and the gates' decisions.
