@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
-from taipan.ops.ssd import ssd
+from taipan.ops.ssd import portable, ssd
 from taipan.ops.ssd.portable import ssd_portable
 from taipan.ops.ssd.reference import ssd_chunked, ssd_quadratic, ssd_recurrent
 from tests.tolerance import assert_as_exact_as, assert_equal_to
@@ -63,7 +63,8 @@ def make(batch: int, tokens: int, heads: int, groups: int, head_dim: int = 5, st
 
 
 def make_segments(batch: int, tokens: int) -> Tensor:
-    return torch.randint(0, 4, (batch, tokens)).sort(dim=1).values
+    """Up to four documents; what counts is that the number changes, not that it is new."""
+    return torch.tensor([0, 1, 0, 2])[torch.randint(0, 4, (batch, tokens)).sort(dim=1).values]
 
 
 def run(op: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, **options: object) -> tuple[Tensor, Tensor]:
@@ -170,14 +171,16 @@ def test_without_gradients_the_result_is_the_same() -> None:
     assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "nothing requires grad")
 
 
-@pytest.mark.parametrize("batch", [1, 40])
-def test_tiles_of_many_chunks_and_of_many_rows(batch: int) -> None:
-    """One long row makes tiles of several chunks, many short rows tiles of several rows."""
-    inputs = make(batch, 1100 if batch == 1 else 70, 2, 1)
-    exact = everything(ssd_chunked, inputs, chunk_size=50)
-    assert_equal_to(everything(ssd_portable, inputs), exact, 1e-10, "portable")
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 500), (2, 300), (7, 150)])
+def test_tiles_of_many_chunks_and_of_many_rows(batch: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few long rows make tiles of several chunks of one row, many rows tiles of one chunk of several rows."""
+    monkeypatch.setattr(portable, "_TILE_ELEMENTS", 3 * 2 * 64 * 64)
+    inputs = make(batch, tokens, 2, 1)
+    segment = make_segments(batch, tokens)
+    exact = everything(ssd_chunked, inputs, segment_BT=segment, chunk_size=50)
+    assert_equal_to(everything(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "portable")
     with torch.no_grad():
-        assert_equal_to(run(ssd_portable, inputs), exact[:2], 1e-10, "portable without gradients")
+        assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact[:2], 1e-10, "without gradients")
 
 
 def test_strided_views_and_unused_gradients() -> None:
@@ -298,6 +301,15 @@ def test_fast_decay_neither_overflows_nor_leaks() -> None:
         assert (inputs.dt * inputs.A)[:, :64].sum(1).min() < -3000
         draws.append(inputs)
     assert_as_exact_as_the_oracles(draws)
+
+
+def test_a_decay_to_zero_takes_no_gradient_from_rounding() -> None:
+    """Before and after a token with dt = 1e6 the head remembers; what rounds there must not be multiplied by 1e6."""
+    inputs = make(1, 60, 2, 1).map(lambda tensor: tensor.float())
+    inputs.dt[:, 30] = 1e6
+    inputs.B[:, 30] = 0.0
+    exact = everything(ssd_recurrent, inputs.map(lambda tensor: tensor.double()))
+    assert_equal_to(everything(ssd_portable, inputs), exact, 1e-5, "gradients")
 
 
 def test_autocast_does_not_reach_inside() -> None:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from taipan.ops.precision import accumulation_dtype
 from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
 
-_TILE_ELEMENTS = 128 * 1024
+_TILE_ELEMENTS = 256 * 1024
 
 
 class _Tile(NamedTuple):
@@ -187,12 +187,9 @@ def _final_columns(
     if segment_BT is None:
         return columns
     document_BT = _documents(segment_BT, count)
-    if length_B is None:
-        same_BL = document_BT[:, tokens:] == document_BT[:, -1:]
-    else:
-        last_BL = length_B[:, None] + torch.arange(count - 1, device=x_BTC.device)
-        recent_BL = document_BT.gather(1, last_BL)
-        same_BL = recent_BL == recent_BL[:, -1:]
+    last_BL = torch.arange(count - 1, device=x_BTC.device) + (tokens if length_B is None else length_B[:, None])
+    # Padding repeats the last real token's document, so that the last of a row is the current one.
+    same_BL = document_BT.gather(1, last_BL.expand(batch, -1)) == document_BT[:, -1:]
     return columns * same_BL[..., None]
 
 

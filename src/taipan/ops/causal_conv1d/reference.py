@@ -1,5 +1,7 @@
 """The causal convolution as a loop over tokens and taps: plain autograd, fp64-clean, no speed."""
 
+from itertools import accumulate, pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -18,27 +20,28 @@ def causal_conv1d_reference(
     activation: str | None = "silu",
 ) -> tuple[FloatBTC, FloatBLC]:
     """y_t = activation(bias + Σ_k weight_k x_{t-K+1+k}). See `taipan.ops.causal_conv1d.causal_conv1d`."""
-    accumulate = accumulation_dtype(x_BTC.dtype)
+    wide = accumulation_dtype(x_BTC.dtype)
     batch, tokens, channels = x_BTC.shape
     taps = weight_CK.shape[1]
     rows: list[torch.Tensor] = []
     columns: list[torch.Tensor] = []
     zero_C = x_BTC.new_zeros(channels)
     for row in range(batch):
-        # Inputs of the row with the document each belongs to, the columns from before this call first.
-        before = [zero_C] * (taps - 1) if initial_columns_BLC is None else list(initial_columns_BLC[row])
+        # Inputs of the row with the count of the document each belongs to, the columns from before this call first.
+        before = [zero_C] * (taps - 1) if initial_columns_BLC is None else list(initial_columns_BLC[row].to(x_BTC.dtype))
         inputs = [*before, *x_BTC[row]]
-        documents = [0] * (taps - 1) + ([0] * tokens if segment_BT is None else segment_BT[row].tolist())
+        numbers = [0] * (taps - 1) + ([0] * tokens if segment_BT is None else segment_BT[row].tolist())
+        documents = [*accumulate(now != before for before, now in pairwise([0, *numbers]))]
         outputs: list[torch.Tensor] = []
         for last in range(taps - 1, taps - 1 + tokens):
-            total_C = bias_C.to(accumulate)
+            total_C = bias_C.to(wide)
             for tap in range(taps):
                 place = last - taps + 1 + tap
                 if documents[place] == documents[last]:
-                    total_C = total_C + weight_CK[:, tap].to(accumulate) * inputs[place].to(accumulate)
+                    total_C = total_C + weight_CK[:, tap].to(wide) * inputs[place].to(wide)
             outputs.append(F.silu(total_C) if activation == "silu" else total_C)
         rows.append(torch.stack(outputs))
         end = taps - 1 + (tokens if length_B is None else int(length_B[row]))
         kept = [inputs[at] if documents[at] == documents[end - 1] else zero_C for at in range(end - taps + 1, end)]
-        columns.append(torch.stack(kept) if kept else x_BTC.new_zeros(0, channels))
+        columns.append(torch.stack(kept))
     return torch.stack(rows).to(x_BTC.dtype), torch.stack(columns)

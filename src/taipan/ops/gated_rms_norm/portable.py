@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from taipan.ops.precision import accumulation_dtype
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
-_TILE_ELEMENTS = 64 * 1024
+_TILE_ELEMENTS = 256 * 1024
 
 
 def _tiles(rows: int, width: int) -> Iterator[slice]:
@@ -52,21 +52,26 @@ class _Norm(torch.autograd.Function):
 
 
 _apply = cast(Callable[..., Tensor], _Norm.apply)
-_silu_backward = cast(Callable[[Tensor, Tensor], Tensor], torch.ops.aten.silu_backward)
 
 
 def _forward(x_RC: Tensor, gate_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
-    accumulate = accumulation_dtype(x_RC.dtype)
-    weight = weight_C.to(accumulate)
+    if x_RC.numel() <= _TILE_ELEMENTS:
+        return _normed(x_RC, gate_RC, weight_C, group_size, eps)
     out_RC = x_RC.new_empty(x_RC.shape)
     for tile in _tiles(*x_RC.shape):
-        u = x_RC[tile].to(accumulate)
-        if gate_RC is not None:
-            u = F.silu(gate_RC[tile].to(accumulate)).mul_(u)
-        u_RGC = u.view(len(u), -1, group_size)
-        normed = (u_RGC * _scale(u_RGC, eps)).view(u.shape)
-        out_RC[tile] = normed.mul_(weight)
+        out_RC[tile] = _normed(x_RC[tile], None if gate_RC is None else gate_RC[tile], weight_C, group_size, eps)
     return out_RC
+
+
+def _normed(x_RC: Tensor, gate_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
+    accumulate = accumulation_dtype(x_RC.dtype)
+    u_RC, weight = x_RC.to(accumulate), weight_C.to(accumulate)
+    if gate_RC is not None:
+        u_RC = F.silu(gate_RC.to(accumulate)).mul_(u_RC)
+    if group_size == weight.shape[0]:
+        return F.rms_norm(u_RC, (group_size,), weight, eps).to(x_RC.dtype)
+    u_RGC = u_RC.reshape(u_RC.shape[0], -1, group_size)
+    return F.rms_norm(u_RGC, (group_size,), None, eps).view(u_RC.shape).mul_(weight).to(x_RC.dtype)
 
 
 def _backward(
@@ -81,7 +86,8 @@ def _backward(
     for tile in _tiles(*x_RC.shape):
         x, dout = x_RC[tile].to(accumulate), dout_RC[tile].to(accumulate)
         gate = None if gate_RC is None else gate_RC[tile].to(accumulate)
-        opened = None if gate is None else F.silu(gate)
+        sigmoid = None if gate is None else gate.sigmoid()
+        opened = None if sigmoid is None or gate is None else sigmoid * gate
         u = x if opened is None else x * opened
         u_RGC = u.view(len(u), -1, group_size)
         scale = _scale(u_RGC, eps)
@@ -91,8 +97,9 @@ def _backward(
         mean = product_RGC.mul_(weight.view(-1, group_size)).mean(-1, keepdim=True)
         du_RGC = (dout * weight).view(u_RGC.shape).addcmul_(normed_RGC, mean, value=-1).mul_(scale)
         du = du_RGC.view(u.shape)
-        if gate is not None and opened is not None and dgate_RC is not None:
-            dgate_RC[tile] = _silu_backward(du * x, gate)
+        if sigmoid is not None and opened is not None and dgate_RC is not None:
+            # silu' = sigmoid + silu · (1 - sigmoid): one exponential for the gate and its derivative.
+            dgate_RC[tile] = torch.addcmul(sigmoid, opened, 1 - sigmoid).mul_(x).mul_(du)
             du = du.mul_(opened)
         dx_RC[tile] = du
     return dx_RC, dgate_RC, dweight_C.to(weight_C.dtype)
