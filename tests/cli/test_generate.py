@@ -22,14 +22,14 @@ def continuation(directory: Path, prompt: str, **options: object) -> str:
 
 
 def test_prints_what_the_engine_makes(cli: Cli, model_directory: Path) -> None:
-    options = ["--max-new-tokens", 24, "--ignore-eos"]
+    options = ["--max-new-tokens", 10, "--ignore-eos"]
     greedy = cli("generate", model_directory, PROMPT, "--greedy", *options)
-    assert greedy.out == continuation(model_directory, PROMPT, max_new_tokens=24, eos_token_id=()) + "\n"
+    assert greedy.out == continuation(model_directory, PROMPT, max_new_tokens=10, eos_token_id=()) + "\n"
     sampled = cli("generate", model_directory, PROMPT, "--seed", 3, "--temperature", 1.5, "--top-k", 9, *options)
     expected = continuation(
         model_directory,
         PROMPT,
-        max_new_tokens=24,
+        max_new_tokens=10,
         eos_token_id=(),
         do_sample=True,
         seed=3,
@@ -46,7 +46,7 @@ def test_a_prompt_may_come_from_a_file_or_standard_input(
 ) -> None:
     monkeypatch.setattr("taipan.cli.text._PIECE_BYTES", 3)  # cuts characters
     prompt = "日本語 été\n" * 20
-    options = ["--greedy", "--max-new-tokens", 8, "--ignore-eos"]
+    options = ["--greedy", "--max-new-tokens", 4, "--ignore-eos"]
     expected = cli("generate", model_directory, prompt, *options).out
     file = tmp_path / "prompt.txt"
     file.write_text(prompt, encoding="utf-8")
@@ -57,7 +57,7 @@ def test_a_prompt_may_come_from_a_file_or_standard_input(
 
 def test_a_saved_state_goes_on(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
-    options = ["--greedy", "--max-new-tokens", 12, "--ignore-eos"]
+    options = ["--greedy", "--max-new-tokens", 6, "--ignore-eos"]
     whole = cli("generate", model_directory, "The taipan waits", *options).out
     read = cli("generate", model_directory, "The taipan", "--max-new-tokens", 0, "--save-state", state)
     assert read.code == 0
@@ -70,7 +70,7 @@ def test_a_saved_state_goes_on(cli: Cli, model_directory: Path, tmp_path: Path) 
 
 
 def test_stops_after_a_text(cli: Cli, model_directory: Path) -> None:
-    options = ["--max-new-tokens", 60, "--ignore-eos", "--temperature", 3]
+    options = ["--max-new-tokens", 30, "--ignore-eos", "--temperature", 3]
     free = cli("generate", model_directory, PROMPT, *options).out
     stop = next(character for character in free if character.isalpha() and character.isascii())
     stopped = cli("generate", model_directory, PROMPT, *options, "--stop", stop).out

@@ -83,19 +83,18 @@ def test_interrupted_it_goes_on_with_the_same_curve(
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_from_outside_saves(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_from_outside_saves(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", START, "train", str(recipe), "-o", "training.steps=1000000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     metrics = tmp_path / "run/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert number.name in errors
+    assert "SIGTERM" in errors
     assert f"taipan train --resume {tmp_path / 'run'}" in errors
     [checkpoint] = (tmp_path / "run/checkpoints").iterdir()
     verify(checkpoint)

@@ -34,7 +34,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 def note(message: str) -> None:
     """One line about what is going on, on standard error so that results can be piped."""
-    console(err=True).print(message, markup=False)
+    # soft_wrap: a command that is longer than the terminal is wide stays one line to copy
+    console(err=True).print(message, markup=False, soft_wrap=True)
 
 
 def quantity(number: int | float) -> str:

@@ -42,7 +42,7 @@ class TrainingDisplay(TrainingListener):
         if self._is_live:
             from rich.live import Live
 
-            self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._panel)
+            self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self.panel)
             self._live.start()
         return self
 
@@ -92,6 +92,7 @@ class TrainingDisplay(TrainingListener):
 
     def saved(self, path: Path) -> None:
         """Say where something was saved."""
+        self._phase = f"saved {path.name}"
         if not self._is_live:
             self._print(f"saved {path}")
 
@@ -132,7 +133,8 @@ class TrainingDisplay(TrainingListener):
             f"{duration(info.seconds_left)} left{gates}"
         )
 
-    def _panel(self) -> "RenderableType":
+    def panel(self) -> "RenderableType":
+        """What is redrawn on a terminal: where the run stands, the loss, and what every gate does."""
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
@@ -143,19 +145,18 @@ class TrainingDisplay(TrainingListener):
         if info is None or run is None:
             return Text("")
         top = Table.grid(expand=True, padding=(0, 2))
-        for _ in range(4):
-            top.add_column()
-        top.add_row(
-            f"step [b]{info.step}[/b]",
+        cells = [
+            f"step {info.step}",
             f"{quantity(info.tokens)} tokens",
             f"{info.tokens_per_second:,.0f} tokens/s",
-            f"[b]{duration(info.seconds_left)}[/b] left" if not self._phase else f"[b]{self._phase}[/b]",
-        )
-        losses = Text.from_markup(
-            f"loss [b]{self._mean_loss:.3f}[/b] nats/token, [b]{self._bits(self._mean_loss):.3f}[/b] bits/byte"
-            + ("" if self._valid is None else f"; held out [b]{self._valid:.3f}[/b] bits/byte")
-        )
-        parts: list[RenderableType] = [top, ProgressBar(total=1.0, completed=info.progress), losses]
+            self._phase or f"{duration(info.seconds_left)} left",
+        ]
+        top.add_row(*(Text(cell, style="bold") for cell in cells))
+        bar = Table.grid(expand=True)  # a bare bar would not end its line
+        bar.add_row(ProgressBar(total=1.0, completed=info.progress))
+        loss = f"loss {self._mean_loss:.3f} nats/token, {self._bits(self._mean_loss):.3f} bits/byte"
+        held_out = "" if self._valid is None else f"; held out {self._valid:.3f} bits/byte"
+        parts: list[RenderableType] = [top, bar, Text(loss + held_out, style="bold")]
         if info.result.gates:
             gates = Table(box=None, padding=(0, 2), header_style="dim")
             for name in ("layer", "budget", "selected", "", "noise-free", "α"):
@@ -171,4 +172,4 @@ class TrainingDisplay(TrainingListener):
                     f"{gate.alpha_mean:.2f} ± {gate.alpha_std:.2f}",
                 )
             parts.append(gates)
-        return Panel(Group(*parts), title=str(run.run), border_style="dim", width=min(self._console.width, 92))
+        return Panel(Group(*parts), title=Text(str(run.run)), border_style="dim", width=min(self._console.width, 92))
