@@ -63,8 +63,11 @@ def make(batch: int, tokens: int, heads: int, groups: int, head_dim: int = 5, st
 
 
 def make_segments(batch: int, tokens: int) -> Tensor:
-    """Up to four documents; what counts is that the number changes, not that it is new."""
-    return torch.tensor([0, 1, 0, 2])[torch.randint(0, 4, (batch, tokens)).sort(dim=1).values]
+    """Up to four documents, odd rows beginning with a new one; what counts is that the number changes."""
+    ordinal = torch.randint(0, 4, (batch, tokens)).sort(dim=1).values
+    ordinal[0::2, 0] = 0
+    ordinal[1::2] += 1
+    return torch.tensor([0, 1, 0, 2, 3])[ordinal]
 
 
 def run(op: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, **options: object) -> tuple[Tensor, Tensor]:
