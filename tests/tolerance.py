@@ -43,5 +43,6 @@ def assert_equal_to(actual: Sequence[Tensor], exact: Sequence[Tensor], bound: fl
     """Each tensor errs at most ``bound`` of the scale of its counterpart."""
     for index, (one, other) in enumerate(zip(actual, exact, strict=True)):
         assert one.shape == other.shape, f"{what}[{index}]: shape {tuple(one.shape)}, expected {tuple(other.shape)}"
+        assert one.isfinite().all(), f"{what}[{index}]: not finite"
         error = relative_error(one, other.double())
         assert error <= bound, f"{what}[{index}]: error {error:.2e} of the scale, bound {bound:.2e}"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from taipan.ops.precision import accumulation_dtype
+from taipan.ops.precision import accumulation_dtype, no_autocast
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 _TILE_ELEMENTS = 256 * 1024
@@ -27,10 +27,10 @@ def _tiles(rows: int, width: int) -> Iterator[slice]:
         yield slice(row, min(row + height, rows))
 
 
-def _scale(u_RGC: Tensor, eps: float) -> Tensor:
-    """1 / rms of each group."""
-    squares = torch.linalg.vector_norm(u_RGC, dim=-1, keepdim=True).square_()
-    return squares.div_(u_RGC.shape[-1]).add_(eps).rsqrt_()
+def _scale(u_RC: Tensor, eps: float) -> Tensor:
+    """1 / rms of each row."""
+    squares = torch.linalg.vector_norm(u_RC, dim=-1, keepdim=True).square_()
+    return squares.div_(u_RC.shape[-1]).add_(eps).rsqrt_()
 
 
 class _Norm(torch.autograd.Function):
@@ -48,10 +48,13 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_RC, gate_RC, weight_C = cast(tuple[Any, ...], ctx.saved_tensors)
-        return *_backward(x_RC, gate_RC, weight_C, ctx.group_size, ctx.eps, grad_outputs[0]), None, None
+        with no_autocast(x_RC.device.type):
+            return *_backward(x_RC, gate_RC, weight_C, ctx.group_size, ctx.eps, grad_outputs[0]), None, None
 
 
 _apply = cast(Callable[..., Tensor], _Norm.apply)
+_layer_norm_backward = cast(Callable[..., tuple[Tensor, Any, Any]], torch.ops.aten.native_layer_norm_backward)
+_OF_BOTH, _OF_INPUT = [True, True, False], [True, False, False]
 
 
 def _forward(x_RC: Tensor, gate_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
@@ -89,20 +92,34 @@ def _backward(
         sigmoid = None if gate is None else gate.sigmoid()
         opened = None if sigmoid is None or gate is None else sigmoid * gate
         u = x if opened is None else x * opened
-        u_RGC = u.view(len(u), -1, group_size)
-        scale = _scale(u_RGC, eps)
-        normed_RGC = u_RGC * scale
-        product_RGC = normed_RGC * dout.view(u_RGC.shape)
-        dweight_C += product_RGC.sum(0).view(-1)
-        mean = product_RGC.mul_(weight.view(-1, group_size)).mean(-1, keepdim=True)
-        du_RGC = (dout * weight).view(u_RGC.shape).addcmul_(normed_RGC, mean, value=-1).mul_(scale)
-        du = du_RGC.view(u.shape)
+        du, dweight = _ungated_backward(u, weight, dout, group_size, eps)
+        dweight_C += dweight
         if sigmoid is not None and opened is not None and dgate_RC is not None:
             # silu' = sigmoid + silu · (1 - sigmoid): one exponential for the gate and its derivative.
             dgate_RC[tile] = torch.addcmul(sigmoid, opened, 1 - sigmoid).mul_(x).mul_(du)
             du = du.mul_(opened)
         dx_RC[tile] = du
     return dx_RC, dgate_RC, dweight_C.to(weight_C.dtype)
+
+
+def _ungated_backward(
+    u_RC: Tensor, weight_C: Tensor, dout_RC: Tensor, group_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of u and weight.
+
+    PyTorch's fused backward of layer normalisation gives them when it is told that the mean was 0, but for the mean of
+    g w, which it subtracts and we add again.
+    """
+    channels = weight_C.shape[0]
+    scale = _scale(u_RC.view(-1, group_size), eps)
+    zeros = torch.zeros_like(scale)
+    if group_size == channels:
+        du, dweight, _ = _layer_norm_backward(dout_RC, u_RC, [channels], zeros, scale, weight_C, None, _OF_BOTH)
+        return du.addcmul_(scale, torch.mv(dout_RC, weight_C)[:, None], value=1 / channels), dweight
+    dnormed, u = (dout_RC * weight_C).view(-1, group_size), u_RC.view(-1, group_size)
+    du, _, _ = _layer_norm_backward(dnormed, u, [group_size], zeros, scale, None, None, _OF_INPUT)
+    du.addcmul_(scale, dnormed.mean(-1, keepdim=True))
+    return du.view(u_RC.shape), (u * scale).view(u_RC.shape).mul_(dout_RC).sum(0)
 
 
 def _norm(x_RC: Tensor, gate_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:

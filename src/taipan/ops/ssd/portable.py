@@ -16,25 +16,22 @@ between chunks; decays are computed again.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from taipan.ops.precision import accumulation_dtype
+from taipan.ops.precision import accumulation_dtype, no_autocast
 from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
 
-# Measured on AVX2 cores with 512 KB of L2 each, with (B, T, H, P, N) of (4, 1024, 8, 64, 64), (4, 512, 24, 64, 128) and
-# (64, 64, 4, 64, 16): chunks of 32 and less lose in states and calls what they gain in matrices.
-_CHUNK = 64
+# Elements of the (n, H, Q, Q) decays of a tile: few enough for the cache, many enough to make the calls worth it.
 _TILE_ELEMENTS = 8 * 8 * 64 * 64
 
 
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    """Products stay in the dtype of accumulation; where autocast is off already, nothing is entered."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _best_chunk(head_dim: int, state_size: int) -> int:
+    """Tokens per chunk: the matrices cost Q a token, the states P · N / Q; measured on AVX2 cores with 512 KB of L2."""
+    return 32 if head_dim * state_size <= 32 * 32 else 64
 
 
 def _unflatten(tensor: Tensor, dim: int, outer: int) -> Tensor:
@@ -280,7 +277,7 @@ class _SSD(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
         dy_BTHP, dfinal_BHPN = grad_outputs
-        with _no_autocast(saved[0].device.type):
+        with no_autocast(saved[0].device.type):
             *gradients, dinitial = _scan_backward(*saved, chunk=ctx.chunk, dy_BTHP=dy_BTHP, dfinal_BHPN=dfinal_BHPN)
         return *gradients, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None
 
@@ -430,13 +427,13 @@ def ssd_portable(
     *,
     initial_state_BHPN: FloatBHPN | None = None,
     segment_BT: IntBT | None = None,
-    chunk_size: int = _CHUNK,
+    chunk_size: int = 64,
 ) -> tuple[FloatBTHP, FloatBHPN]:
     """State space duality by the chunked form. See `taipan.ops.ssd.ssd`."""
-    with _no_autocast(x_BTHP.device.type):
+    with no_autocast(x_BTHP.device.type):
         if x_BTHP.shape[1] == 1 and initial_state_BHPN is not None:
             return _step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
-        chunk = min(chunk_size, _CHUNK)
+        chunk = min(chunk_size, _best_chunk(x_BTHP.shape[3], B_BTGN.shape[3]))
         tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return _apply(*tensors, segment_BT, chunk)
