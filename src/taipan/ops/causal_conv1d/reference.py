@@ -28,7 +28,7 @@ def causal_conv1d_reference(
     zero_C = x_BTC.new_zeros(channels)
     for row in range(batch):
         # Inputs of the row with the count of the document each belongs to, the columns from before this call first.
-        before = [zero_C] * (taps - 1) if initial_columns_BLC is None else list(initial_columns_BLC[row].to(x_BTC.dtype))
+        before = [zero_C] * (taps - 1) if initial_columns_BLC is None else initial_columns_BLC[row].to(x_BTC.dtype)
         inputs = [*before, *x_BTC[row]]
         numbers = [0] * (taps - 1) + ([0] * tokens if segment_BT is None else segment_BT[row].tolist())
         documents = [*accumulate(now != before for before, now in pairwise([0, *numbers]))]
