@@ -25,6 +25,7 @@ def test_pieces_are_the_whole(variant: str, piece: int) -> None:
         torch.testing.assert_close(layer.scores_T2, gate.scores_BT2[0].float())
         torch.testing.assert_close(layer.alpha_T, gate.alpha_BT[0].float())
         assert layer.selected_T.equal(gate.selected_BT[0])
+        assert not layer.scores_T2.is_inference()
 
 
 def test_a_trace_goes_on_from_a_state() -> None:

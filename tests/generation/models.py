@@ -2,16 +2,25 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class FakeState:
+    """One row of numbers per row of the batch."""
+
+    h: Tensor
+
+    def fork(self) -> "FakeState":
+        return FakeState(self.h.clone())
+
+
+@dataclass(frozen=True)
 class FakeOutput:
     logits: Tensor
-    state: Any
+    state: FakeState
 
 
 def config(vocab_size: int, eos_token_id: int | None = None, pad_token_id: int | None = None) -> SimpleNamespace:
@@ -39,17 +48,21 @@ class RecurrentFake(nn.Module):
         self.modes: list[tuple[bool, bool]] = []
 
     def forward(
-        self, tokens: Tensor, state: Tensor | None = None, attention_mask: Tensor | None = None, logits_to_keep: int = 0
+        self,
+        tokens: Tensor,
+        state: FakeState | None = None,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> FakeOutput:
         self.lengths.append(tokens.shape[1])
         self.modes.append((self.training, torch.is_grad_enabled()))
-        h = torch.zeros(tokens.shape[0], self.recurrent.shape[0], dtype=torch.float64) if state is None else state
+        h = torch.zeros(tokens.shape[0], self.recurrent.shape[0], dtype=torch.float64) if state is None else state.h
         hidden: list[Tensor] = []
         for t in range(tokens.shape[1]):
             moved = torch.tanh(h @ self.recurrent + self.embedding[tokens[:, t]])
             h = moved if attention_mask is None else torch.where(attention_mask[:, t, None].bool(), moved, h)
             hidden.append(h if attention_mask is None else h * attention_mask[:, t, None])  # padding says nothing
-        return FakeOutput(torch.stack(hidden, 1)[:, -logits_to_keep:] @ self.head, h)
+        return FakeOutput(torch.stack(hidden, 1)[:, -logits_to_keep:] @ self.head, FakeState(h))
 
 
 class Scripted(nn.Module):
@@ -62,12 +75,16 @@ class Scripted(nn.Module):
         self.prompt = prompt
 
     def forward(
-        self, tokens: Tensor, state: Tensor | None = None, attention_mask: Tensor | None = None, logits_to_keep: int = 0
+        self,
+        tokens: Tensor,
+        state: FakeState | None = None,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> FakeOutput:
         real = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
-        count = real.sum(1) if state is None else state + real.sum(1)
+        count = real.sum(1) if state is None else state.h + real.sum(1)
         logits = torch.zeros(tokens.shape[0], 1, 300)
         for row, script in enumerate(self.scripts):
             place = int(count[row]) - self.prompt
             logits[row, 0, script[place] if place < len(script) else 0] = 1.0
-        return FakeOutput(logits, count)
+        return FakeOutput(logits, FakeState(count))

@@ -58,7 +58,7 @@ def test_greedy_of_a_ragged_batch_is_the_naive_loop_of_each_row(rows: list[list[
     for b, row in enumerate(rows):
         new = naive(row, 5)
         assert out.sequences[b, tokens.shape[1] :].tolist() == new
-        torch.testing.assert_close(out.state[b], MODEL(torch.tensor([row + new])).state[0])
+        torch.testing.assert_close(out.state.h[b], MODEL(torch.tensor([row + new])).state.h[0])
 
 
 @examples
@@ -75,7 +75,7 @@ def test_rows_end_at_eos_and_their_state_stays(rows: list[list[int]], eos: int, 
         written = out.sequences[b, tokens.shape[1] :].tolist()
         assert written[: len(new)] == new
         assert set(written[len(new) :]) <= {3}
-        torch.testing.assert_close(out.state[b], MODEL(torch.tensor([row + new])).state[0])
+        torch.testing.assert_close(out.state.h[b], MODEL(torch.tensor([row + new])).state.h[0])
     assert out.sequences.shape[1] == tokens.shape[1] + int(out.lengths.max())
 
 
@@ -115,7 +115,7 @@ def test_pieces_read_one_by_one_are_the_whole(lengths: list[int], chunk: int) ->
     whole = prefill(MODEL, tokens)
     out = prefill(model, pieces(), chunk=chunk)
     torch.testing.assert_close(out.logits_BV, whole.logits_BV)
-    torch.testing.assert_close(out.state, whole.state)
+    torch.testing.assert_close(out.state.h, whole.state.h)
     # never more than a chunk at once, and what has come is read before more is asked for
     assert max(model.lengths) <= chunk
     assert all(sum(lengths[:i]) - read < chunk for i, read in enumerate(pulled))
@@ -233,7 +233,7 @@ def test_each_row_ends_for_its_own_reason() -> None:
     assert texts == ["aX", "cc", "ddddd"]
     assert out.finish_reasons == ("stop_string", "eos", "length")
     assert out.lengths.tolist() == [2, 3, 5]
-    assert out.state.tolist() == [1 + 2, 1 + 3, 1 + 5]  # prompt and own tokens, the last included
+    assert out.state.h.tolist() == [1 + 2, 1 + 3, 1 + 5]  # prompt and own tokens, the last included
     assert out.sequences[0].tolist() == [0, *b"aX", 0, 0, 0]
 
 
@@ -267,13 +267,13 @@ def test_a_stream_says_what_generate_returns() -> None:
         assert after.generated_B.equal(~before.finished_B)
     for n, step in enumerate(seen):
         if step.generated_B.all():
-            torch.testing.assert_close(step.state, MODEL(out[:, : 3 + n]).state)
+            torch.testing.assert_close(step.state.h, MODEL(out[:, : 3 + n]).state.h)
 
 
 def test_asking_for_the_state_of_a_step_costs_no_call() -> None:
     model = RecurrentFake()
     for step in stream(model, torch.tensor([[1, 2]]), max_new_tokens=4):
-        assert step.state is step.state
+        assert step.state.h.equal(step.state.h)
     assert model.lengths == [2, 1, 1, 1, 1]
     model.lengths.clear()
     generate(model, torch.tensor([[1, 2]]), max_new_tokens=4)
@@ -301,9 +301,14 @@ def test_runs_in_evaluation_mode_and_leaves_every_mode_as_it_was() -> None:
 
 def test_a_state_can_be_trained_from() -> None:
     out = details(MODEL, torch.tensor([[1, 2]]), max_new_tokens=2)
-    assert not out.state.requires_grad
-    MODEL(torch.tensor([[3]]), state=out.state).logits.sum().backward()
-    assert MODEL.recurrent.grad is not None
+    read = prefill(MODEL, torch.tensor([[1, 2]]))
+    step = next(stream(MODEL, torch.tensor([[1, 2]])))
+    for state in (out.state, read.state, step.state):
+        MODEL.zero_grad()
+        assert not state.h.requires_grad
+        MODEL(torch.tensor([[3]]), state=state).logits.sum().backward()
+        assert MODEL.recurrent.grad is not None
+    assert not any(tensor.is_inference() for tensor in (out.sequences, out.lengths, read.logits_BV, step.tokens_B))
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

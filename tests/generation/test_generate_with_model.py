@@ -109,6 +109,14 @@ def test_training_mode_does_not_reach_the_gates() -> None:
     assert prefill(model.train(), tokens).logits_BV.equal(expected.logits_BV)
 
 
+def test_a_state_can_be_trained_from() -> None:
+    model = small_model(EVERY_LAYER_TYPE)
+    state = details(model, random_tokens(2, 5), max_new_tokens=2).state
+    tokens = random_tokens(2, 4)
+    model(tokens, state=state, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_a_state_of_another_model_or_batch_is_refused() -> None:
     model, other = small_model("taipan"), small_model("mamba2")
     state = prefill(other, random_tokens(1, 3)).state

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any, Literal, overload
 
 import torch
@@ -13,7 +13,7 @@ from taipan.data.seeding import seeded_generator
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.generation import sampling
-from taipan.generation.prefill import Reading, check_prompt, prefill, read
+from taipan.generation.prefill import Reading, check_prompt, read, read_prompt
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
 from taipan.generation.stopping import StopWatch
@@ -43,14 +43,9 @@ class StepOutput:
     def state(self) -> Any:
         """State after this token: row by row, what the model remembers of prompt and new tokens.
 
-        Reading it computes the forward that the next step needs anyway; after the last step it costs one more.
+        Reading it computes the forward that the next step needs anyway (after the last step, one more) and copies.
         """
-        return self.reading.state
-
-    @cached_property
-    def reading(self) -> Reading:
-        """State and next logits after this token, computed when first asked for."""
-        return self._read()
+        return self._read().released().state
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def _steps(
     if settings.repetition_penalty != 1.0:
         tokens, rows, device = _peek(tokens)
         seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device)
-    reading = prefill(model, tokens, attention_mask, state=state, chunk=settings.prefill_chunk, seen_BV=seen)
+    reading = read_prompt(model, tokens, attention_mask, state=state, chunk=settings.prefill_chunk, seen_BV=seen)
     rows, device = reading.logits_BV.shape[0], reading.logits_BV.device
     choose = _Chooser(settings, rows)
     ends = settings.end_tokens(model.config.eos_token_id)
@@ -148,18 +143,17 @@ def _steps(
                 elif step + 1 == settings.max_new_tokens:
                     reasons[row] = "length"
         finished_B = torch.tensor([reason is not None for reason in reasons], device=device)
-        output = StepOutput(
-            token_B, generated_B, finished_B, tuple(reasons), _reader(model, token_B, generated_B, reading.state)
-        )
-        yield output
+        read_on = _reader(model, token_B, generated_B, reading.state)
+        yield StepOutput(token_B, generated_B, finished_B, tuple(reasons), read_on)
         if bool(finished_B.all()):
             return
-        reading = output.reading
+        reading = read_on()
 
 
 def _reader(model: RecurrentLM, token_B: IntB, generated_B: BoolB, state: Any) -> Callable[[], Reading]:
-    """Reading of one token per row; rows that were finished stay what they were."""
+    """Reading of one token per row, done when first asked for; rows that were finished stay what they were."""
 
+    @cache
     def read_on() -> Reading:
         mask = None if bool(generated_B.all()) else generated_B[:, None]
         return read(model, token_B[:, None], mask, state)

@@ -22,16 +22,15 @@ class Switchable(Protocol):
 
 @contextmanager
 def inference(model: Switchable) -> Generator[None]:
-    """Run the model in evaluation mode without gradients; restore the mode of every single module.
+    """Run the model in evaluation mode under `torch.inference_mode`; restore the mode of every single module.
 
-    Not `torch.inference_mode`: its tensors can never meet autograd again, and a state that generation hands out is an
-    ordinary value, which may be trained from.
+    Tensors made inside can never meet autograd again: what is handed out afterwards must be copied (a state: forked).
     """
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         for module in training:

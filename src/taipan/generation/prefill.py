@@ -25,9 +25,13 @@ class Reading:
     logits_BV: FloatBV
     state: Any
 
+    def released(self) -> "Reading":
+        """The same as ordinary tensors, which may be trained from."""
+        return Reading(self.logits_BV.clone(), self.state.fork())
+
 
 def read(model: RecurrentLM, tokens_BT: IntBT, mask_BT: BoolBT | None, state: Any) -> Reading:
-    """One forward call in evaluation mode; the logits are those of the last column."""
+    """One forward call at inference; the logits are those of the last column. To be released before it is given out."""
     with inference(model):
         output = model(tokens_BT, state=state, attention_mask=mask_BT, logits_to_keep=1)
         return Reading(output.logits[:, -1].float(), output.state)
@@ -40,7 +44,6 @@ def prefill(
     *,
     state: Any = None,
     chunk: int = 2048,
-    seen_BV: BoolBV | None = None,
 ) -> Reading:
     """Read a prompt in pieces of `chunk` tokens, so that memory does not depend on its length.
 
@@ -50,7 +53,6 @@ def prefill(
         attention_mask: (B, T), nonzero where a token is real (left or right padding, or holes); for whole tokens only.
         state: what was read before, of a previous call with as many rows; None starts from an empty context.
         chunk: tokens per forward call.
-        seen_BV: if given, the tokens of each row are marked in it.
 
     Returns:
         The logits after the last real token of each row, and the state.
@@ -58,6 +60,19 @@ def prefill(
     Raises:
         InputError: no tokens, a row without a real token, an id out of range, a mask of another shape.
     """
+    return read_prompt(model, tokens, attention_mask, state=state, chunk=chunk).released()
+
+
+def read_prompt(
+    model: RecurrentLM,
+    tokens: Tensor | Iterable[Tensor],
+    attention_mask: Tensor | None,
+    *,
+    state: Any,
+    chunk: int,
+    seen_BV: BoolBV | None = None,
+) -> Reading:
+    """`prefill` without the release; the tokens of each row are marked in `seen_BV`."""
     reading: Reading | None = None
     for piece_BT, mask_BT in _pieces(tokens, attention_mask, chunk, model.config.vocab_size):
         if seen_BV is not None:

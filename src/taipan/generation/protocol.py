@@ -27,6 +27,15 @@ class TokenConfig(Protocol):
 
 
 @runtime_checkable
+class RecurrentState(Protocol):
+    """What a model remembers; a value, never written into."""
+
+    def fork(self) -> Any:
+        """An independent copy."""
+        ...
+
+
+@runtime_checkable
 class RecurrentOutput(Protocol):
     """What a forward returns, as far as generation reads it."""
 
@@ -36,8 +45,8 @@ class RecurrentOutput(Protocol):
         ...
 
     @property
-    def state(self) -> Any:
-        """What the model remembers after this call; a value, never written into."""
+    def state(self) -> RecurrentState:
+        """What the model remembers after this call."""
         ...
 
 
