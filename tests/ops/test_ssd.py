@@ -177,13 +177,19 @@ def test_without_gradients_the_result_is_the_same() -> None:
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 500), (2, 300), (7, 150)])
 def test_tiles_of_many_chunks_and_of_many_rows(batch: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few long rows make tiles of several chunks of one row, many rows tiles of one chunk of several rows."""
-    monkeypatch.setattr(portable, "_TILE_ELEMENTS", 3 * 2 * 64 * 64)
+    monkeypatch.setattr(portable, "_TILE_ELEMENTS", 3 * 2 * 32 * 32)
     inputs = make(batch, tokens, 2, 1)
     segment = make_segments(batch, tokens)
     exact = everything(ssd_chunked, inputs, segment_BT=segment, chunk_size=50)
     assert_equal_to(everything(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "portable")
     with torch.no_grad():
         assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact[:2], 1e-10, "without gradients")
+
+
+@pytest.mark.parametrize("tokens", [63, 64, 65, 130])
+def test_large_states_have_longer_chunks(tokens: int) -> None:
+    inputs = make(1, tokens, 2, 1, head_dim=32, state=64)
+    assert_equal_to(everything(ssd_portable, inputs), everything(ssd_chunked, inputs), 1e-10, "portable")
 
 
 def test_strided_views_and_unused_gradients() -> None:
