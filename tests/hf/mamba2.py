@@ -11,7 +11,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "one-group": {"hidden_size": 32, "head_dim": 8, "n_groups": 1},
     "two-groups": {"hidden_size": 48, "head_dim": 16, "n_groups": 2, "num_hidden_layers": 3},
     "tied": {"hidden_size": 24, "head_dim": 12, "n_groups": 4, "tie_word_embeddings": True},
-    "short-kernel-wide": {
+    "wide": {
         "hidden_size": 16,
         "head_dim": 8,
         "expand": 3,

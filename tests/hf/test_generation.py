@@ -25,6 +25,27 @@ def generated(face: TaipanForCausalLM, tokens: Tensor, **options: Any) -> Tensor
     return out
 
 
+def with_logits(face: TaipanForCausalLM, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The continuation and the (row, step, vocabulary) logits it was chosen from."""
+    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **options}
+    options.setdefault("attention_mask", torch.ones_like(tokens))
+    out: Any = face.generate(tokens, output_logits=True, return_dict_in_generate=True, **options)
+    return out.sequences[:, tokens.shape[1] :], torch.stack(out.logits, 1)
+
+
+def same(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(left[0], right[0])
+    torch.testing.assert_close(left[1], right[1], rtol=1e-4, atol=1e-4)
+
+
+def padded_pair() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A long and a short prompt; both as one left-padded batch; its mask."""
+    long, short = random_tokens(1, 13), random_tokens(1, 5, seed=1)
+    mask = torch.ones(2, 13, dtype=torch.int64)
+    mask[1, :8] = 0
+    return long, short, torch.cat([long, torch.nn.functional.pad(short, (8, 0))]), mask
+
+
 def stepwise(face: TaipanForCausalLM, tokens: Tensor, new: int) -> Tensor:
     """Greedy continuation from whole forwards, without any cache."""
     for _ in range(new):
@@ -43,38 +64,46 @@ def test_greedy_is_that_of_the_native_engine_and_of_whole_forwards(stack: str) -
 
 def test_a_left_padded_row_continues_as_it_does_alone() -> None:
     _, face = pair()
-    long, short = random_tokens(1, 13)[0], random_tokens(1, 5, seed=1)[0]
-    tokens = torch.stack([long, torch.cat([torch.zeros(8, dtype=torch.int64), short])])
-    mask = torch.ones_like(tokens)
-    mask[1, :8] = 0
-    out = generated(face, tokens, attention_mask=mask)
-    assert torch.equal(out[0, 13:], generated(face, long[None])[0, 13:])
-    assert torch.equal(out[1, 13:], generated(face, short[None])[0, 5:])
+    long, short, tokens, mask = padded_pair()
+    sequences, logits = with_logits(face, tokens, attention_mask=mask)
+    same((sequences[:1], logits[:1]), with_logits(face, long))
+    same((sequences[1:], logits[1:]), with_logits(face, short))
 
 
 def test_beams_find_what_an_exhaustive_search_finds() -> None:
-    """With as many beams as tokens and two steps, beam search is exhaustive."""
-    _, face = pair()
-    tokens = random_tokens(2, 9)
-    vocabulary = face.config.vocab_size
-    found = generated(face, tokens, max_new_tokens=2, num_beams=vocabulary, length_penalty=0.0)
+    """With as many beams as there are pairs of tokens, a beam search of three steps is exhaustive."""
+    vocabulary = 6
+    _, face = pair(vocab_size=vocabulary)
+    tokens = random_tokens(2, 9) % vocabulary
+    found: Any = face.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=3,
+        do_sample=False,
+        num_beams=vocabulary**2,
+        num_return_sequences=vocabulary**2,
+        length_penalty=0.0,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    continued, scores = found.sequences, found.sequences_scores
+    logits = face(continued).logits[:, 8:-1].log_softmax(-1)
+    torch.testing.assert_close(scores, logits.gather(2, continued[:, 9:, None]).sum((1, 2)), rtol=0.0, atol=1e-4)
+    every = torch.cartesian_prod(*[torch.arange(vocabulary)] * 3)
     for row in range(2):
-        first = face(tokens[row : row + 1]).logits[0, -1].log_softmax(-1)
-        every = torch.cat([tokens[row].expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], 1)
-        second = face(every).logits[:, -1].log_softmax(-1)
-        best = int((first[:, None] + second).argmax())
-        assert found[row, 9:].tolist() == [best // vocabulary, best % vocabulary]
+        logits = face(torch.cat([tokens[row].expand(len(every), -1), every], 1)).logits[:, 8:-1].log_softmax(-1)
+        best = logits.gather(2, every[..., None]).sum((1, 2)).argmax()
+        assert torch.equal(continued[row * vocabulary**2, 9:], every[best])
 
 
 def test_beams_on_a_padded_batch() -> None:
     _, face = pair()
-    long, short = random_tokens(1, 13)[0], random_tokens(1, 5, seed=1)[0]
-    tokens = torch.stack([long, torch.cat([torch.zeros(8, dtype=torch.int64), short])])
-    mask = torch.ones_like(tokens)
-    mask[1, :8] = 0
+    long, short, tokens, mask = padded_pair()
     out = generated(face, tokens, attention_mask=mask, num_beams=4)
-    assert torch.equal(out[0, 13:], generated(face, long[None], num_beams=4)[0, 13:])
-    assert torch.equal(out[1, 13:], generated(face, short[None], num_beams=4)[0, 5:])
+    assert torch.equal(out, generated(face, tokens, attention_mask=mask, num_beams=4, use_cache=False))
+    assert torch.equal(out[0, 13:], generated(face, long, num_beams=4)[0, 13:])
+    assert torch.equal(out[1, 13:], generated(face, short, num_beams=4)[0, 5:])
 
 
 def test_sampling_is_reproducible_and_varied() -> None:
@@ -92,26 +121,27 @@ def test_sampling_is_reproducible_and_varied() -> None:
 
 def test_prefill_in_pieces_changes_nothing() -> None:
     _, face = pair()
-    tokens = random_tokens(2, 21)
-    mask = torch.ones_like(tokens)
-    mask[0, :10] = 0  # the first piece of this row is padding only
-    whole = generated(face, tokens, attention_mask=mask)
-    assert torch.equal(generated(face, tokens, attention_mask=mask, prefill_chunk_size=8), whole)
+    _, _, tokens, mask = padded_pair()  # the first piece of the short row is padding only
+    whole = with_logits(face, tokens, attention_mask=mask)
+    same(with_logits(face, tokens, attention_mask=mask, prefill_chunk_size=8), whole)
 
 
 def test_a_cached_prefix_is_continued_and_not_touched() -> None:
     _, face = pair()
     tokens = random_tokens(1, 16)
     prefix = face(tokens[:, :10]).past_key_values
-    expected = generated(face, tokens)
+    before = {name: tensor.clone() for name, tensor in prefix.state.tensors().items()}
+    expected = with_logits(face, tokens)
     for _ in range(2):
-        assert torch.equal(generated(face, tokens, past_key_values=copy.deepcopy(prefix)), expected)
+        same(with_logits(face, tokens, past_key_values=copy.deepcopy(prefix)), expected)
+    assert prefix.get_seq_length() == 10
+    assert all(torch.equal(tensor, before[name]) for name, tensor in prefix.state.tensors().items())
 
 
 def test_without_a_cache_the_result_is_the_same() -> None:
     _, face = pair()
     tokens = random_tokens(2, 9)
-    assert torch.equal(generated(face, tokens, use_cache=False), generated(face, tokens))
+    same(with_logits(face, tokens, use_cache=False), with_logits(face, tokens))
 
 
 def test_the_cache_has_constant_size() -> None:
