@@ -8,6 +8,7 @@ import torch
 
 from taipan.data.tokenizer import Tokenizer
 from taipan.pretrained import load
+from taipan.state import DecoderState
 from tests.cli.conftest import Cli
 from tests.models import small_model
 
@@ -55,6 +56,15 @@ def test_a_prompt_may_come_from_a_file_or_standard_input(
     assert cli("generate", model_directory, "-", *options).out == expected
 
 
+def remembered(directory: Path, saved: Path, text: str) -> None:
+    """A saved state is the one after this text."""
+    model = load(directory)
+    found = DecoderState.load(saved, model).tensors()
+    expected = model(torch.tensor([Tokenizer.load(directory).encode(text)])).state.tensors()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_a_saved_state_goes_on(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     options = ["--greedy", "--max-new-tokens", 6, "--ignore-eos"]
@@ -62,11 +72,26 @@ def test_a_saved_state_goes_on(cli: Cli, model_directory: Path, tmp_path: Path) 
     read = cli("generate", model_directory, "The taipan", "--max-new-tokens", 0, "--save-state", state)
     assert read.code == 0
     assert "10 tokens" in read.err
+    remembered(model_directory, state, "The taipan")
     assert cli("generate", model_directory, " waits", "--load-state", state, *options).out == whole
     # what was written is part of the state too
-    first = cli("generate", model_directory, "The", "--greedy", "--max-new-tokens", 5, "--save-state", state).out[:-1]
-    both = cli("generate", model_directory, "The" + first + "!", *options).out
-    assert cli("generate", model_directory, "!", "--load-state", state, *options).out == both
+    more = ["--seed", 5, "--max-new-tokens", 3, "--ignore-eos", "--save-state", state]
+    written = cli("generate", model_directory, " waits", "--load-state", state, *more)
+    assert written.code == 0
+    position = DecoderState.load(state, load(model_directory)).position_B
+    assert position.tolist() == [len("The taipan waits") + 3]
+
+
+def test_the_state_after_writing_is_that_of_the_text(cli: Cli, tmp_path: Path) -> None:
+    model = small_model(dtype=torch.float32, vocab_size=257, eos_token_id=256)
+    with torch.no_grad():  # write nothing but ASCII, so that the text says what was written
+        model.model.embed_tokens.weight[127:] *= 0.01
+    model.save_pretrained(tmp_path / "model", Tokenizer.bytes())
+    state = tmp_path / "state.safetensors"
+    options = ["--greedy", "--max-new-tokens", 5, "--save-state", state]
+    written = cli("generate", tmp_path / "model", "The", *options).out
+    assert len(written) == 6
+    remembered(tmp_path / "model", state, "The" + written[:-1])
 
 
 def test_stops_after_a_text(cli: Cli, model_directory: Path) -> None:

@@ -96,17 +96,14 @@ def _run(
         if prompt is not None and prompt != "-" and out.isatty():
             typer.secho(prompt, nl=False, bold=True)
         decoder = StreamDecoder(tokenizer)
-        eos = settings.end_tokens(model.config.eos_token_id)
         begin = first = time.perf_counter()
         new = 0
         step = None
         for step in stream(model, reader, state=state, tokenizer=tokenizer, settings=settings):
             first = time.perf_counter() if new == 0 else first
             new += 1
-            token = int(step.tokens_B[0])
-            if token not in eos:
-                out.write(decoder.push(token))
-                out.flush()
+            out.write(decoder.push(int(step.tokens_B[0])))  # nothing for an end-of-document token
+            out.flush()
         end = time.perf_counter()
         out.write(decoder.flush() + "\n")
         out.flush()
