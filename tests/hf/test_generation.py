@@ -201,6 +201,7 @@ def test_the_pipeline_works_on_a_native_directory(text_model: Path) -> None:
         ({"cache_implementation": "static"}, "cache_implementation='static' does not work with Taipan"),
         ({"cache_implementation": "offloaded_static"}, "cache_implementation='offloaded_static' does not"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded' does not"),
+        ({"cache_implementation": "paged"}, "Continuous batching is not supported by Taipan"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized' does not"),
         ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported by Taipan"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search is not supported by Taipan"),
@@ -224,6 +225,12 @@ def test_assisted_decoding_is_refused_on_both_sides() -> None:
         generated(face, random_tokens(1, 6), assistant_model=pair(seed=1)[1])
     with pytest.raises(StateError, match="cannot be the assistant"):
         generated(face, random_tokens(1, 6), is_assistant=True)
+
+
+def test_continuous_batching_is_refused() -> None:
+    _, face = pair()
+    with pytest.raises(InputError, match="Continuous batching is not supported by Taipan"):
+        face.generate_batch([[1, 2, 3]])
 
 
 def test_embeddings_instead_of_tokens_are_refused() -> None:

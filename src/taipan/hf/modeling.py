@@ -1,6 +1,6 @@
 """The native decoder as a `PreTrainedModel`: arguments in and out, no mathematics of its own."""
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from safetensors import SafetensorError
@@ -191,6 +191,17 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             TaipanCache().activate_past_recording()
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = TaipanCache()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, and with it `generate_batch` and `cache_implementation="paged"`.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "Continuous batching is not supported by Taipan: it hands out pages of keys and values, which a "
+            "recurrent state has not. Call generate on left-padded batches."
+        )
 
     def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse decoding methods that roll a cache back or pick layers, before transformers looks for them online."""
