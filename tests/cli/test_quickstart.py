@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from taipan.data.corpus import Document
+from taipan.data.shards import prepare
+from taipan.data.tokenizer import Tokenizer
 from tests.cli.conftest import TEXT, Cli, interrupt_after
 
 SMALL = [
@@ -113,11 +115,13 @@ def test_the_commands_it_prints_work(cli: Cli, made: Made) -> None:
 
 def test_a_finished_one_is_kept_unless_told_otherwise(cli: Cli, refused: Callable[..., str], tmp_path: Path) -> None:
     copy = shutil.copytree("here", tmp_path / "copy")
+    (copy / "data" / "notes.txt").write_text("mine")
     message = refused("quickstart", "--out", copy, *OVERRIDES)
     assert "report.html" in message
     assert "--overwrite" in message
     assert cli("quickstart", "--out", copy, "--overwrite", *OVERRIDES, "-o", "training.steps=1").code == 0
     assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+    assert (copy / "data" / "notes.txt").read_text() == "mine", "only what a quickstart made is replaced"
 
 
 def test_an_interrupted_one_goes_on(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +140,16 @@ def test_bad_input_is_refused(refused: Callable[..., str], tmp_path: Path) -> No
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
+    prepare(VALID, Tokenizer.bytes(), other / "data" / "train", sources=["mine"])
+    (other / "report.html").write_text("my report")
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    assert "--out" in refused("quickstart", "--out", other)
+    assert "--out" in refused("quickstart", "--out", other, "--overwrite")
+    (other / "report.html").unlink()
     assert "something else" in refused("quickstart", "--out", other)
     assert "something else" in refused("quickstart", "--out", other, "--overwrite")
-    assert (other / "thesis.txt").exists()
+    (other / "report.html").write_text("my report")
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
     assert "is a file" in refused("quickstart", "--out", other / "thesis.txt")
     assert "did you mean" in refused("quickstart", "--out", tmp_path / "new", "-o", "model.hiden_size=3")
     assert not (tmp_path / "new").exists()

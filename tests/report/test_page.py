@@ -1,9 +1,16 @@
+import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
 from taipan.report.page import render
+from taipan.report.selection import LayerSelection, selection_view
 
 
 def test_a_forgotten_value_is_an_error() -> None:
-    with pytest.raises(UndefinedError):
-        render("inspect.html.j2", title="t")
+    layer = LayerSelection(layer=0, selected_T=np.ones(1, bool), alpha_T=np.ones(1), capacity=0.1, threshold=0.0)
+    view = selection_view(["a"], [layer])
+    values = {"title": "t", "version": "0", "made": "", "source": "s", "model": "m", "command": "c", "view": view}
+    assert "<title>t</title>" in render("inspect.html.j2", **values)
+    for name in values:
+        with pytest.raises(UndefinedError):
+            render("inspect.html.j2", **{key: value for key, value in values.items() if key != name})

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, DataError
 from taipan.experiments.phases import Phase, PhaseTimer
 
 if TYPE_CHECKING:
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from taipan.training.recipe import Recipe
 
 REPORT = "report.html"
-RESULTS = "results.json"
 _RECIPE = "quickstart.yaml"
-_RUN_RECIPE = "recipe.yaml"
+_SOURCES = ("the Python standard library",)
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,10 @@ def quickstart(
         ConfigError: the directory holds a finished quickstart, something else, or an override is wrong.
         TaipanError: as data preparation, training and evaluation do.
     """
-    if overwrite and (directory / "data" / "train").is_dir():
-        shutil.rmtree(directory)
-    _require_usable(directory)
+    if overwrite and _is_quickstart(directory):
+        _remove(directory)
+    else:
+        _require_usable(directory)
     recipe = quickstart_recipe(directory, seconds, overrides)
     timer = PhaseTimer(announce)
     with timer("corpus", "Reading the standard library of this Python"):
@@ -118,7 +118,8 @@ def quickstart(
 
     findings = measure(directory, valid_documents, timer)
     with timer("report", "Writing the report"):
-        report = write_report(directory, findings, [*timer.phases])
+        report = directory / REPORT
+        write_report(directory, report, findings, timer.phases)
     phases = (*timer.phases, timer.total)
     return QuickstartResult(directory, False, f"The report is {report}.", report, findings, phases)
 
@@ -131,8 +132,30 @@ def _require_usable(directory: Path) -> None:
         )
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file: give --out a directory.")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "data").is_dir():
+    begun = directory / "data"  # all there is when the very first part was interrupted
+    contents = set(directory.iterdir()) if directory.is_dir() else set[Path]()
+    empty = contents <= {begun} and not (begun.exists() and any(begun.iterdir()))
+    if not empty and not _is_quickstart(directory):
         raise ConfigError(f"{directory} holds something else than a quickstart: give --out a new directory.")
+
+
+def _is_quickstart(directory: Path) -> bool:
+    """Whether the data in it are those that a quickstart made."""
+    from taipan.data.shards import TokenDataset
+
+    try:
+        dataset = TokenDataset.open(directory / "data" / "train", verify=False)
+    except DataError:
+        return False
+    return dataset.manifest.sources == _SOURCES
+
+
+def _remove(directory: Path) -> None:
+    """Remove what a quickstart makes, and nothing else."""
+    for name in ("data/train", "data/valid", "checkpoints", "model"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in (REPORT, "results.json", "metrics.jsonl", "recipe.yaml"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _size(documents: "Sequence[Document]") -> str:
@@ -148,9 +171,8 @@ def _prepare(directory: Path, recipe: "Recipe", train: "Sequence[Document]", val
     if (directory / "data" / "valid" / MANIFEST_FILE).is_file():
         return
     tokenizer = Tokenizer.train_bpe((document.text for document in train), recipe.model.overrides["vocab_size"])
-    source = ["the Python standard library"]
-    prepare(train, tokenizer, directory / "data" / "train", sources=source)
-    prepare(valid, tokenizer, directory / "data" / "valid", sources=source)  # the last step: it marks the end
+    prepare(train, tokenizer, directory / "data" / "train", sources=_SOURCES)
+    prepare(valid, tokenizer, directory / "data" / "valid", sources=_SOURCES)  # the last step: it marks the end
 
 
 def _train(directory: Path, recipe: "Recipe", listener: "TrainingListener | None") -> "TrainResult | None":

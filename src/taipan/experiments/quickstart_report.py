@@ -25,15 +25,15 @@ from taipan.report.page import render
 from taipan.training.metrics import Record, read_records
 from taipan.training.recipe import Recipe
 
-REPORT = "report.html"
-RESULTS = "results.json"
+_RESULTS = "results.json"
 
 
-def write_report(directory: Path, findings: Findings, phases: Sequence[Phase]) -> Path:
-    """Write `results.json` and the self-contained page `report.html`; returns the page's path.
+def write_report(directory: Path, path: Path, findings: Findings, phases: Sequence[Phase]) -> None:
+    """Write the self-contained page, and `results.json` with the same numbers into the directory.
 
     Args:
         directory: of the quickstart, with a finished training.
+        path: of the page.
         findings: what was measured.
         phases: the parts so far.
 
@@ -53,7 +53,7 @@ def write_report(directory: Path, findings: Findings, phases: Sequence[Phase]) -
         "gates": [asdict(row) for row in findings.gates],
         "sample": {"prompt": SAMPLE_PROMPT, "text": findings.sample},
     }
-    atomic_write(directory / RESULTS, (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode())
+    atomic_write(directory / _RESULTS, (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode())
     page = render(
         "quickstart.html.j2",
         title="Taipan quickstart",
@@ -76,8 +76,7 @@ def write_report(directory: Path, findings: Findings, phases: Sequence[Phase]) -
         facts=facts,
         recipe=recipe.to_yaml(),
     )
-    atomic_write(directory / REPORT, page.encode())
-    return directory / REPORT
+    atomic_write(path, page.encode())
 
 
 def next_commands(directory: Path) -> list[str]:
