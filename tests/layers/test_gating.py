@@ -50,6 +50,18 @@ def test_training_rate_is_what_the_noise_gives_whatever_the_temperature() -> Non
     assert gate.eval()(x, None, GateSchedule(0.15, 1.0, 1.0)).rate == 0
 
 
+def test_entropy_tells_an_undecided_gate_from_a_certain_one() -> None:
+    gate, x = make_gate()
+    out = gate(x, None, GateSchedule(0.15, 1.0, 1.0))
+    reference = torch.distributions.Categorical(logits=out.scores_BT2).entropy()
+    torch.testing.assert_close(out.entropy.double(), reference.mean(), rtol=1e-6, atol=0)
+    for margin, entropy in ((0.0, 0.693147), (1000.0, 0.0)):
+        with torch.no_grad():
+            gate.proj.weight.zero_()
+            gate.proj.bias.copy_(torch.tensor([-margin / 2, margin / 2]))
+        assert gate(x, None, GateSchedule(0.15, 1.0, 1.0)).entropy == pytest.approx(entropy, abs=1e-6)
+
+
 def test_threshold_moves_inference_only() -> None:
     gate, x = make_gate()
     schedule = GateSchedule(0.15, 1.0, 0.0)

@@ -11,7 +11,16 @@ from taipan.training.diagnostics import gate_warnings
 from taipan.training.step import GateStatistics
 
 CONFIG = TaipanConfig(vocab_size=8, hidden_size=8, layer_types=("selective_attention",), intermediate_size=8)
-HEALTHY = GateStatistics(layer=0, rate=0.15, training_rate=0.15, noise_free_rate=0.14, alpha_mean=0.2, alpha_std=0.2)
+HEALTHY = GateStatistics(
+    layer=0,
+    rate=0.15,
+    training_rate=0.15,
+    noise_free_rate=0.14,
+    alpha_mean=0.2,
+    alpha_std=0.2,
+    entropy=0.3,
+    budget=0.0,
+)
 
 
 def kinds(progress: float, config: TaipanConfig = CONFIG, **changes: float) -> list[str]:

@@ -1,5 +1,6 @@
 """One step: accumulation is exact, what is not finite stops before anything moves."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from taipan.config import TaipanConfig
 from taipan.errors import TrainingError
 from taipan.model import TaipanLM
+from taipan.state import DecoderState
 from taipan.training.optimizer import OptimizerSet, build_optimizer
 from taipan.training.recipe import OptimizerSection
 from taipan.training.step import Batch, predicted_tokens, train_step
@@ -100,6 +102,66 @@ def test_the_loss_is_the_sum_of_its_parts_and_falls() -> None:
     assert all(result.loss == pytest.approx(result.cross_entropy + result.budget) for result in results)
     assert results[-1].cross_entropy < 0.7 * results[0].cross_entropy
     assert [gate.layer for gate in results[0].gates] == [1]
+
+
+def test_the_statistics_are_means_over_the_micro_batches_and_their_budgets_add_up() -> None:
+    config = CONFIG.replace(layer_types=("selective_attention", "mamba2", "selective_attention"), gate_bias_init=0.1)
+    parts = list(split(rows(6), [2, 2, 2]))
+    alone = []
+    for part in parts:
+        model, optimizer = fresh(config)
+        alone.append(train_step(model, optimizer, [part]).gates)
+    model, optimizer = fresh(config)
+    together = train_step(model, optimizer, parts)
+    assert [gate.layer for gate in together.gates] == [0, 2]
+    for number, gate in enumerate(together.gates):
+        for field in dataclasses.fields(gate):
+            mean = sum(getattr(gates[number], field.name) for gates in alone) / 3
+            assert getattr(gate, field.name) == pytest.approx(mean), field.name
+    assert sum(gate.budget for gate in together.gates) == pytest.approx(together.budget) != 0
+
+
+def test_a_gate_that_shall_select_nothing_has_no_budget_loss() -> None:
+    model, optimizer = fresh(CONFIG.replace(attention_capacity=0.0))
+    model.set_progress(0.1)
+    result = train_step(model, optimizer, [rows(2)])
+    assert result.gates[0].budget == result.budget == 0.0
+
+
+def test_states_are_read_and_replaced_without_a_gradient_into_the_past() -> None:
+    """A step after a state is the step of a model that has read what came before."""
+    batch = rows(3, length=24)
+    before, after = ({key: part[:, half] for key, part in batch.items()} for half in (slice(0, 12), slice(12, 24)))
+    model, optimizer = fresh(learning_rate=1e-9)
+    states: list[DecoderState | None] = [None]
+    train_step(model, optimizer, [before], states=states)  # pyright: ignore[reportArgumentType]
+    (state,) = states
+    assert state is not None
+    assert not any(tensor.requires_grad for tensor in state.tensors().values())
+    with torch.no_grad():
+        expected = model(before["tokens"], segment_ids=before["segment_ids"]).state
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(state.tensors()[name], tensor, rtol=1e-5, atol=1e-5)
+    carried = train_step(model, optimizer, [after], states=states)  # pyright: ignore[reportArgumentType]
+    forgotten = train_step(model, optimizer, [after])  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        whole = model(batch["tokens"], segment_ids=batch["segment_ids"])
+        labels = batch["labels"].clone()
+        labels[:, :13] = -100
+        target = model(batch["tokens"], segment_ids=batch["segment_ids"], labels=labels).cross_entropy
+    assert whole.state.position_B.tolist() == states[0].position_B.tolist()  # type: ignore[union-attr]
+    assert carried.cross_entropy == pytest.approx(float(target), rel=1e-4)
+    assert forgotten.cross_entropy != pytest.approx(float(target), rel=1e-4)
+
+
+def test_states_stay_when_a_step_fails() -> None:
+    model, optimizer = fresh()
+    states: list[DecoderState | None] = [None, None]
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(TrainingError):
+        train_step(model, optimizer, [rows(2), rows(2)], states=states)
+    assert states == [None, None]
 
 
 def test_clipping_bounds_the_gradient_and_reports_the_norm_before() -> None:

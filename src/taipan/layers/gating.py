@@ -89,6 +89,12 @@ class GateOutput:
         alpha = self.alpha_BT.detach()
         return masked_mean((alpha - self.alpha_mean) ** 2, self.real_BT).sqrt()
 
+    @property
+    def entropy(self) -> Tensor:
+        """Mean entropy of softmax(s) over the real tokens in nats: ln 2 for an undecided gate, 0 for a certain one."""
+        log_BT2 = torch.log_softmax(self.scores_BT2.detach(), dim=-1)
+        return masked_mean(-(log_BT2.exp() * log_BT2).sum(-1), self.real_BT)
+
     def budget_loss(self, capacity: float, mean: str) -> Tensor:
         """‖C − rate‖² of Eq. 7, with the straight-through gradient.
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from taipan.model import TaipanLM
-from taipan.training.step import Batch, GateStatistics, gate_statistics, precision, predicted_tokens
+from taipan.training.step import (
+    Batch,
+    GateStatistics,
+    gate_statistics,
+    mean_statistics,
+    precision,
+    predicted_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -42,23 +49,7 @@ def validate(
         predicted = predicted_tokens(batch)
         total += float(output.cross_entropy) * predicted
         count += predicted
-        gates.append(tuple(gate_statistics(gate) for gate in output.gates))
+        gates.append(gate_statistics(model, output.gates))
     model.train(was_training)
     loss = total / max(1, count)
-    return Validation(loss, loss / math.log(2) / bytes_per_token, tuple(_mean(sal) for sal in zip(*gates, strict=True)))
-
-
-def _mean(statistics: Sequence[GateStatistics]) -> GateStatistics:
-    """Mean over batches of equal size."""
-
-    def mean(name: str) -> float:
-        return sum(getattr(entry, name) for entry in statistics) / len(statistics)
-
-    return GateStatistics(
-        layer=statistics[0].layer,
-        rate=mean("rate"),
-        training_rate=mean("training_rate"),
-        noise_free_rate=mean("noise_free_rate"),
-        alpha_mean=mean("alpha_mean"),
-        alpha_std=mean("alpha_std"),
-    )
+    return Validation(loss, loss / math.log(2) / bytes_per_token, mean_statistics(gates))
