@@ -1,6 +1,7 @@
 """Recipes: read, overridden, checked at every depth, written back."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,48 @@ def test_length_in_tokens_is_rounded_to_steps() -> None:
     recipe = Recipe.from_dict({**values, "data": {"train": "x", "context_length": 128}})
     assert recipe.tokens_per_step == 1024
     assert recipe.total_steps == 10
+
+
+def write(path: Path, **values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_recipe_that_extends_another_holds_only_what_differs(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", **changed(training__steps=None, training__tokens=9000, optimizer__clip=2.0))
+    write(tmp_path / "more/middle.yaml", extends="../base.yaml", model={"hidden_size": 64}, output="middle")
+    last = write(
+        tmp_path / "more/last.yaml", extends="middle.yaml", training={"tokens": None, "steps": 7}, optimizer=None
+    )
+    recipe = Recipe.load(last, ["training.seed=3"])
+    assert (recipe.model.preset, recipe.model.overrides) == ("taipan-tiny", {"hidden_size": 64})
+    assert (recipe.training.steps, recipe.training.tokens, recipe.training.seed) == (7, None, 3)
+    assert (recipe.output, recipe.optimizer.clip) == ("middle", 1.0)
+
+
+def test_recipes_that_extend_nothing_or_themselves_are_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", extends="b.yaml")
+    write(tmp_path / "b.yaml", extends="a.yaml")
+    with pytest.raises(ConfigError, match=r"extends itself.*a\.yaml.*b\.yaml"):
+        Recipe.load(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match=r"gone\.yaml.*named by `extends` in .*c\.yaml"):
+        Recipe.load(write(tmp_path / "c.yaml", extends="gone.yaml"))
+    with pytest.raises(ConfigError, match=r"extends of the recipe .*d\.yaml is 3"):
+        Recipe.load(write(tmp_path / "d.yaml", extends=3))
+
+
+def test_a_model_to_start_from_gives_its_configuration(tmp_path: Path) -> None:
+    base = TaipanConfig.preset("taipan-tiny", hidden_size=64, vocab_size=300, eos_token_id=7)
+    values = {"model_type": "taipan", **base.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    recipe = Recipe.from_dict({**MINIMAL, "model": {"from": str(tmp_path), "budget_weight": 3.0}})
+    config = recipe.model.config(vocab_size=257, eos_token_id=256)
+    assert config == base.replace(budget_weight=3.0, eos_token_id=256)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    resolved = recipe.resolved(config)
+    assert resolved.model.start == str(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert resolved.model.config(257, 256) == config
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        recipe.model.config(257, 256)

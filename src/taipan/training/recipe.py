@@ -23,11 +23,14 @@ class ModelSection:
     In YAML the overrides stand beside the other keys: `model: {preset: taipan-tiny, hidden_size: 256}`.
 
     Attributes:
+        start: `from` in YAML: a model directory whose weights, and whose configuration where the recipe has no preset
+            and no layer_types, training starts from.
         preset: a name of `TaipanConfig.presets()`, or None when the overrides are the whole configuration.
         setting: `recommended` or `paper`; only with a preset.
         overrides: fields of `TaipanConfig`. `vocab_size` and `eos_token_id` come from the data when not given.
     """
 
+    start: str | None = None
     preset: str | None = None
     setting: str = "recommended"
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -36,13 +39,14 @@ class ModelSection:
     def from_dict(cls, values: dict[str, Any]) -> "ModelSection":
         """From the flat YAML form."""
         hints = get_type_hints(TaipanConfig)
-        check_keys(values, ["preset", "setting", *hints], "model")
+        check_keys(values, ["from", "preset", "setting", *hints], "model")
         overrides: dict[str, Any] = {}
         for key, value in values.items():
             if key == "time_step_limit":  # its null means "no limit"; checked by TaipanConfig
                 overrides[key] = value
-            elif key not in ("preset", "setting"):
+            elif key not in ("from", "preset", "setting"):
                 overrides[key] = convert(value, hints[key], f"model.{key}")
+        start = convert(values.get("from"), str | None, "model.from")
         preset = convert(values.get("preset"), str | None, "model.preset")
         setting = convert(values.get("setting", "recommended"), str, "model.setting")
         presets = list(TaipanConfig.presets())
@@ -56,13 +60,17 @@ class ModelSection:
                 f"model.setting is {setting!r}{suggestion(setting, list(SETTINGS))}, "
                 f"but must be one of {', '.join(SETTINGS)}."
             )
-        if preset is None and not {"hidden_size", "layer_types"} <= set(overrides):
-            raise ConfigError("model needs a preset (see `taipan presets`), or at least hidden_size and layer_types.")
-        return cls(preset=preset, setting=setting, overrides=overrides)
+        if preset is None and start is None and not {"hidden_size", "layer_types"} <= set(overrides):
+            raise ConfigError(
+                "model needs a preset (see `taipan presets`), a model directory to start from (`from`), or at least "
+                "hidden_size and layer_types."
+            )
+        return cls(start=start, preset=preset, setting=setting, overrides=overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """The flat YAML form."""
-        head: dict[str, Any] = {} if self.preset is None else {"preset": self.preset, "setting": self.setting}
+        head: dict[str, Any] = {} if self.start is None else {"from": self.start}
+        head |= {} if self.preset is None else {"preset": self.preset, "setting": self.setting}
         return {**head, **_plain(self.overrides)}
 
     def config(self, vocab_size: int, eos_token_id: int | None) -> TaipanConfig:
@@ -73,8 +81,13 @@ class ModelSection:
             eos_token_id: its end-of-document id.
 
         Raises:
-            ConfigError: the recipe's vocabulary is smaller than the data's, its end id another, or a value impossible.
+            ConfigError: the recipe's vocabulary is smaller than the data's, its end id another, a value impossible, or
+                the model to start from has no readable configuration.
         """
+        if self.start is not None and self.preset is None and "layer_types" not in self.overrides:
+            base = TaipanConfig.from_json_file(Path(self.start) / "config.json").to_dict()
+            inherited = {key: value for key, value in base.items() if key != "eos_token_id"}
+            return dataclasses.replace(self, overrides={**inherited, **self.overrides}).config(vocab_size, eos_token_id)
         given = self.overrides.get("vocab_size")
         if given is not None and given < vocab_size:
             raise ConfigError(
@@ -158,12 +171,21 @@ class TrainingSection:
             resumes, so it ends in time on any machine, but two runs are then not equal.
         batch_size: windows per forward.
         accumulation: forwards per optimizer step.
+        state_passing: consecutive pieces of `context_length` tokens that a row reads in consecutive steps, each
+            starting from the (detached) state the one before left; null: every window starts from an empty state.
         seed: of weights, data order and gate noise.
         dtype: `bfloat16` is autocast over fp32 weights; `auto` takes it where the hardware is fast at it.
+        recompute: keep only the residual stream between blocks and compute the rest again in the backward pass: the
+            same gradients in less memory, for one forward more.
+        compile: run the blocks through torch.compile.
+        implementation: of the ops: `auto`, or the name of one (docs/architecture.md).
         log_every: steps between lines of metrics.jsonl.
         evaluate_every: steps between evaluations, or None: at the end only.
         evaluate_batches: batches of one evaluation.
+        sample_every: steps between samples of text, or None for none.
+        sample_prompt, sample_tokens: what is continued, and by how many tokens.
         checkpoint_every: steps between checkpoints, or None: when interrupted and at the end only.
+        trackers: where metrics go besides metrics.jsonl.
         threads: CPU threads, or None for PyTorch's choice.
         calibrate: set the gates' inference thresholds on training text at the end.
     """
@@ -173,14 +195,22 @@ class TrainingSection:
     tokens: int | None = None
     batch_size: int = 16
     accumulation: int = 1
+    state_passing: int | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: bool = False
+    compile: bool = False
+    implementation: str = "auto"
     log_every: int = 10
     evaluate_every: int | None = None
     evaluate_batches: int = 8
+    sample_every: int | None = None
+    sample_prompt: str = "The "
+    sample_tokens: int = 64
     checkpoint_every: int | None = None
     threads: int | None = None
     calibrate: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +255,8 @@ class Recipe:
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
         """Read a YAML file and apply overrides.
 
+        A file may begin with `extends: other.yaml`, a path beside its own: then it holds only what differs from there.
+
         Args:
             path: the recipe.
             overrides: `section.key=value` texts, the value in YAML; they win over the file.
@@ -232,12 +264,7 @@ class Recipe:
         Raises:
             ConfigError: the file is missing or no YAML, or `from_dict` refuses the result.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"The recipe {path} cannot be read ({error}): give the path of a YAML recipe.") from error
-        values = check_mapping(_parse_yaml(text, f"The recipe {path}") or {}, f"the recipe {path}")
+        values = _read_extended(Path(path), ())
         for override in overrides:
             apply_override(values, override)
         return cls.from_dict(values)
@@ -255,7 +282,7 @@ class Recipe:
 
     def resolved(self, config: TaipanConfig) -> "Recipe":
         """The same recipe with every field of the model written out, independent of presets and defaults."""
-        return dataclasses.replace(self, model=ModelSection(overrides=config.to_dict()))
+        return dataclasses.replace(self, model=ModelSection(start=self.model.start, overrides=config.to_dict()))
 
     @property
     def tokens_per_forward(self) -> int:
@@ -291,6 +318,33 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             target[section] = {}
         target = check_mapping(target[section], ".".join(sections[: depth + 1]))
     target[last] = _parse_yaml(text, f"The value of the override {override!r}")
+
+
+def _read_extended(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """The plain values of a recipe file over those of the file it extends, if it does."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reader = f" (named by `extends` in {readers[-1]})" if readers else ""
+        raise ConfigError(
+            f"The recipe {path}{reader} cannot be read ({error}): give the path of a YAML recipe."
+        ) from error
+    if path.resolve() in readers:
+        raise ConfigError(f"The recipe {path} extends itself: {' → '.join(map(str, (*readers, path)))}. Remove one.")
+    values = check_mapping(_parse_yaml(text, f"The recipe {path}") or {}, f"the recipe {path}")
+    base = convert(values.pop("extends", None), str | None, f"extends of the recipe {path}")
+    if base is None:
+        return values
+    return _merged(_read_extended(path.parent / base, (*readers, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, section by section."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], cast(dict[str, Any], value)) if both else value
+    return out
 
 
 class _Loader(yaml.SafeLoader):
@@ -340,11 +394,13 @@ def _check_values(recipe: Recipe) -> None:
             "Set the others to null."
         )
     _require(lengths[given[0]] > 0, f"training.{given[0]}", lengths[given[0]], "above 0")
-    for name in ("batch_size", "accumulation", "log_every", "evaluate_batches"):
+    for name in ("batch_size", "accumulation", "log_every", "evaluate_batches", "sample_tokens"):
         _require(getattr(training, name) >= 1, f"training.{name}", getattr(training, name), "at least 1")
-    for name in ("evaluate_every", "checkpoint_every", "threads"):
+    for name in ("evaluate_every", "sample_every", "checkpoint_every", "threads"):
         value = getattr(training, name)
         _require(value is None or value >= 1, f"training.{name}", value, "null or at least 1")
+    passing = training.state_passing
+    _require(passing is None or passing >= 2, "training.state_passing", passing, "null or at least 2 pieces")
     _require(training.seed >= 0, "training.seed", training.seed, "0 or more")
     _require(recipe.data.context_length >= 2, "data.context_length", recipe.data.context_length, "at least 2")
     for name in ("learning_rate", "muon_learning_rate", "eps"):
