@@ -326,14 +326,15 @@ class TaipanLM(nn.Module):
         """State before any token."""
         return self.model.empty_state(batch_size)
 
-    def set_progress(self, fraction: float) -> None:
+    def set_progress(self, fraction: float, *, part: tuple[int, int] = (0, 1)) -> None:
         """Put budget, temperature and noise where their schedules are at this fraction of training, 0 to 1.
 
-        A new or loaded model stands at 1.
+        A new or loaded model stands at 1. `part` = (number, count) says that the rows of the next calls are this one of
+        so many equal parts of a batch, so that every row gets the gate noise it would get in the whole.
         """
         if not 0.0 <= fraction <= 1.0:
             raise ConfigError(f"The progress of training is {fraction}, but must be a fraction between 0 and 1.")
-        self.model.schedule = GateSchedule.at(self.config, fraction)
+        self.model.schedule = GateSchedule.at(self.config, fraction, part)
 
     @property
     def sals(self) -> list[SelectiveAttention]:

@@ -112,3 +112,16 @@ def test_impossible_settings_are_refused() -> None:
             gumbel_select(scores, temperature=1.0, noise=noise)
         with pytest.raises(ConfigError, match="noise is"):
             expected_rate(scores, noise)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_parts_of_a_batch_get_the_noise_of_the_whole(count: int) -> None:
+    scores = torch.randn(6, 11, 2)
+
+    def select(rows: Tensor, part: tuple[int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return gumbel_select(rows, temperature=1.0, noise=1.0, generator=generator, part=part)[0]
+
+    parts = [select(rows, (number, count)) for number, rows in enumerate(scores.split(6 // count))]
+    assert torch.equal(torch.cat(parts), select(scores, (0, 1)))
+    assert not torch.equal(torch.cat(parts), torch.cat([select(rows, (0, 1)) for rows in scores.split(6 // count)]))

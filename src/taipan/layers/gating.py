@@ -22,16 +22,18 @@ class GateSchedule:
         capacity: the budget C of Eq. 7.
         temperature: τ of Eq. 2.
         noise: scale of the Gumbel noise; 1 is Eq. 2, 0 deterministic.
+        part: which part of the batch the rows are, as `gumbel_select` takes it.
     """
 
     capacity: float
     temperature: float
     noise: float
+    part: tuple[int, int] = (0, 1)
 
     @classmethod
-    def at(cls, config: TaipanConfig, progress: float) -> "GateSchedule":
+    def at(cls, config: TaipanConfig, progress: float, part: tuple[int, int] = (0, 1)) -> "GateSchedule":
         """Values at a fraction of training in [0, 1]."""
-        return cls(config.capacity_at(progress), config.temperature_at(progress), config.noise_at(progress))
+        return cls(config.capacity_at(progress), config.temperature_at(progress), config.noise_at(progress), part)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ class Gate(nn.Module):
             selected_BT = torch.zeros_like(scores_BT2[..., 0], dtype=torch.bool)
             mask_BT = torch.zeros_like(scores_BT2[..., 0])
         elif self.training:
-            selected_BT, mask_BT = gumbel_select(scores_BT2, temperature=schedule.temperature, noise=schedule.noise)
+            selected_BT, mask_BT = gumbel_select(
+                scores_BT2, temperature=schedule.temperature, noise=schedule.noise, part=schedule.part
+            )
         else:
             selected_BT = scores_BT2[..., 1] - scores_BT2[..., 0] > self.threshold
             mask_BT = selected_BT.to(scores_BT2.dtype)

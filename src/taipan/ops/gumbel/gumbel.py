@@ -17,6 +17,7 @@ def gumbel_select(
     noise: float,
     threshold: float | Tensor = 0.0,
     generator: torch.Generator | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[BoolBT, FloatBT]:
     """Select the tokens whose score 1 beats their score 0, after Gumbel noise (Eq. 2, 3).
 
@@ -30,6 +31,8 @@ def gumbel_select(
         noise: scale of the Gumbel noise: 1 as in the paper, 0 for none (deterministic, draws no random numbers).
         threshold: a number or a tensor that broadcasts to (B, T).
         generator: where the noise is drawn from; None for the global generator of the device.
+        part: (number, count): these rows are this one of so many equal parts of a batch. The noise is drawn for the
+            whole batch, so that a row gets the same noise however the batch is spread over processes.
 
     Returns:
         hard_BT: bool, the selected tokens.
@@ -44,7 +47,10 @@ def gumbel_select(
     margin_BT = _margin(scores_BT2)
     if noise > 0.0:
         # g = −log(Exponential) is Gumbel; −log(−log(u)) would not do, as a float32 u can round to 1
-        exponential_BT2 = torch.empty_like(scores_BT2, dtype=margin_BT.dtype).exponential_(generator=generator)
+        (number, count), rows = part, scores_BT2.shape[0]
+        shape = (count * rows, *scores_BT2.shape[1:])
+        whole = torch.empty(shape, dtype=margin_BT.dtype, device=scores_BT2.device).exponential_(generator=generator)
+        exponential_BT2 = whole[number * rows : (number + 1) * rows]
         log_BT2 = exponential_BT2.clamp_(min=torch.finfo(margin_BT.dtype).tiny).log_()
         margin_BT = margin_BT + noise * (log_BT2[..., 0] - log_BT2[..., 1])
     hard_BT = margin_BT > threshold
