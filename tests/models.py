@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "selected-positions": {"key_value_scope": "selected", "window_unit": "positions"},
     "selected-selected": {"key_value_scope": "selected", "window_unit": "selected"},
     "rope-gqa-mlp": {
+        "refinement": "add",
         "selective_rope": True,
         "num_key_value_heads": 1,
         "gate": "mlp",

@@ -17,6 +17,7 @@ KeyValueScope = Literal["all", "selected"]
 WindowUnit = Literal["positions", "selected"]
 BudgetMean = Literal["batch", "sequence"]
 GateGradient = Literal["gathered", "dense"]
+Refinement = Literal["mix", "add"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": get_args(Gate),
@@ -25,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "window_unit": get_args(WindowUnit),
     "budget_mean": get_args(BudgetMean),
     "gate_gradient": get_args(GateGradient),
+    "refinement": get_args(Refinement),
 }
 
 
@@ -85,6 +87,8 @@ class TaipanConfig:
         window_unit: the window counts original `positions`, or `selected` tokens (needs scope `selected`).
         gate_gradient: `gathered` computes attention for the selected tokens only, so the others get no
             cross-entropy gradient; `dense` computes it for all and lets the straight-through mask carry it.
+        refinement: `mix` is Eq. 5, h ← (1 − α) h + α o; `add` takes o_i as h_i + attention, so h ← h + α attention:
+            a SAL whose output projection is 0 then leaves everything as it is (docs/decisions/0006).
         budget_weight: λ of Eq. 7.
         budget_mean: the rate in Eq. 7 is taken over the whole `batch` or per `sequence`.
         budget_start, budget_anneal: the budget goes linearly from `budget_start` to C between these two fractions
@@ -136,6 +140,7 @@ class TaipanConfig:
     key_value_scope: KeyValueScope = "all"
     window_unit: WindowUnit = "positions"
     gate_gradient: GateGradient = "dense"
+    refinement: Refinement = "mix"
     budget_weight: float = 10.0
     budget_mean: BudgetMean = "batch"
     budget_start: float | None = 1.0

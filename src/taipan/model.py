@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from taipan.config import TaipanConfig
-from taipan.errors import ConfigError, InputError
+from taipan.errors import ConfigError, InputError, StateError
 from taipan.layers.attention import Attention
 from taipan.layers.gating import GateOutput, GateSchedule
 from taipan.layers.mamba2 import Mamba2
@@ -61,10 +62,15 @@ def resolve_implementations(implementation: str) -> dict[str, str]:
 
 
 class Block(nn.Module):
-    """Pre-norm mixer and, where the layer has one, pre-norm SwiGLU."""
+    """Pre-norm mixer and, where the layer has one, pre-norm SwiGLU.
+
+    Attributes:
+        recompute: in training keep the input only, and compute the rest again in the backward pass.
+    """
 
     def __init__(self, config: TaipanConfig, layer: int, implementations: dict[str, str]) -> None:
         super().__init__()
+        self.recompute = False
         kind = config.layer_types[layer]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer: Mamba2 | Attention
@@ -85,6 +91,17 @@ class Block(nn.Module):
         self, h_BTD: FloatBTD, state: LayerState | None, layout: Layout, schedule: GateSchedule
     ) -> tuple[FloatBTD, StateBuilder, GateOutput | None]:
         """One layer: the residual stream in and out, how to build the next state, and the gate's decision if any."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # its generator is put back for the second pass, so that the gate's noise is the same
+            return cast(
+                tuple[Tensor, StateBuilder, GateOutput | None],
+                checkpoint(self._forward, h_BTD, state, layout, schedule, use_reentrant=False),
+            )
+        return self._forward(h_BTD, state, layout, schedule)
+
+    def _forward(
+        self, h_BTD: FloatBTD, state: LayerState | None, layout: Layout, schedule: GateSchedule
+    ) -> tuple[FloatBTD, StateBuilder, GateOutput | None]:
         x_BTD = self.norm(h_BTD)
         gate: GateOutput | None = None
         if isinstance(self.mixer, SelectiveAttention):
@@ -125,6 +142,7 @@ class TaipanDecoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, implementations) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.schedule = GateSchedule.at(config, 1.0)
+        self.keeps_states = True
 
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""
@@ -153,11 +171,17 @@ class TaipanDecoder(nn.Module):
         for number, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
             h_BTD, build, gate = layer(h_BTD, layer_state, call.layout, self.schedule)
-            builders.append(build)
+            if self.keeps_states:  # a builder holds keys and values
+                builders.append(build)
             if gate is not None:
                 gates.append(gate)
 
         def build_state() -> DecoderState:
+            if len(builders) < len(self.layers):
+                raise StateError(
+                    "This output has no state, because the model recomputes its activations: "
+                    "call model.set_recompute(True, states=True), or set_recompute(False)."
+                )
             layers = tuple(build() for build in builders)
             return DecoderState(layers, call.position_B, call.segment_B, architecture_fingerprint(self.config))
 
@@ -335,6 +359,19 @@ class TaipanLM(nn.Module):
         if not 0.0 <= fraction <= 1.0:
             raise ConfigError(f"The progress of training is {fraction}, but must be a fraction between 0 and 1.")
         self.model.schedule = GateSchedule.at(self.config, fraction, part)
+
+    def set_recompute(self, on: bool, *, states: bool = False) -> None:
+        """Train in less memory: keep what stands between the blocks, compute what is inside them twice.
+
+        Gradients are the same, bit by bit, the gates' noise included.
+
+        Args:
+            on: switch on or off.
+            states: whether outputs have a `.state` all the same; it holds the keys and values of every call.
+        """
+        for layer in self.model.layers:
+            cast(Block, layer).recompute = on
+        self.model.keeps_states = states or not on
 
     @property
     def sals(self) -> list[SelectiveAttention]:

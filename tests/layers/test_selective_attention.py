@@ -32,6 +32,8 @@ def dense(sal: SelectiveAttention, h_TD: Tensor, x_TD: Tensor, selected_T: Tenso
     scores_HTT = torch.einsum("ihe,jhe->hij", q, k) / math.sqrt(config.head_dim)
     weights_HTT = torch.softmax(scores_HTT.masked_fill(~allowed_TT, -math.inf), -1).nan_to_num()
     o_TD = sal.o_proj(torch.einsum("hij,jhe->ihe", weights_HTT, v).flatten(1))
+    if config.refinement == "add":
+        o_TD = h_TD + o_TD
     refined_TD = (1 - alpha_T)[:, None] * h_TD + alpha_T[:, None] * o_TD
     return torch.where(selected_T[:, None], refined_TD, h_TD)
 

@@ -14,7 +14,8 @@ from taipan.state import AttentionState, StateBuilder
 class SelectiveAttention(Attention):
     """Attention for the tokens its gate selects; the others pass unchanged.
 
-    h_i ← (1 − α_i) h_i + α_i o_i for the selected tokens (Eq. 5), o_i their attention in a sliding window (Eq. 4).
+    h_i ← (1 − α_i) h_i + α_i o_i for the selected tokens (Eq. 5), o_i their attention in a sliding window (Eq. 4);
+    with `refinement` = `add`, h_i ← h_i + α_i o_i.
     """
 
     def __init__(self, config: TaipanConfig, implementations: dict[str, str], layer: int) -> None:
@@ -64,7 +65,10 @@ class SelectiveAttention(Attention):
         )
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
         h_BSD = gather(h_BTD, queries)
-        refined_BSD = h_BSD + gather(weight_BT1, queries) * (out_BSD.to(h_BTD.dtype) - h_BSD)
+        change_BSD = out_BSD.to(h_BTD.dtype)
+        if config.refinement == "mix":
+            change_BSD = change_BSD - h_BSD
+        refined_BSD = h_BSD + gather(weight_BT1, queries) * change_BSD
         return scatter(refined_BSD, queries, h_BTD), build, gate
 
     def _unchanged(self, x_BTD: Tensor, state: AttentionState | None) -> StateBuilder:
@@ -78,8 +82,8 @@ class SelectiveAttention(Attention):
         return build
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
-        """As attention; the output is mixed in, not added (Eq. 5), so it is not scaled down."""
-        super().reset_parameters(generator, 1.0)
+        """As attention; an output that is mixed in (Eq. 5), not added, is not scaled down."""
+        super().reset_parameters(generator, 1.0 if self.config.refinement == "mix" else residual_scale)
         self.gate.reset_parameters(generator)
 
 

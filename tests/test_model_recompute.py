@@ -1,0 +1,79 @@
+"""Recomputing activations: the same numbers from less memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from taipan.errors import StateError
+from taipan.model import TaipanLM
+from tests.models import STACKS, VARIANTS, random_tokens, small_model
+
+CASES = [(stack, {}) for stack in STACKS] + [("taipan", options) for options in VARIANTS.values()]
+
+
+def training_model(stack: str, recompute: bool, **options: Any) -> TaipanLM:
+    model = small_model(stack, dtype=torch.float32, **options).train()
+    model.set_progress(0.0)  # full gate noise
+    model.set_recompute(recompute)
+    return model
+
+
+def gradients(model: TaipanLM, seed: int = 3) -> tuple[float, list[Tensor | None], Tensor]:
+    """Loss and gradients of one step, and where the generator stands after it."""
+    tokens = random_tokens(3, 40)
+    torch.manual_seed(seed)
+    output = model(tokens, segment_ids=(torch.arange(40) // 17).expand(3, 40), labels=tokens)
+    output.loss.backward()
+    return float(output.loss.detach()), [parameter.grad for parameter in model.parameters()], torch.get_rng_state()
+
+
+@pytest.mark.parametrize(("stack", "options"), CASES)
+@pytest.mark.parametrize("gradient", ["dense", "gathered"])
+def test_gradients_are_the_same_bit_by_bit_with_the_noise_of_the_gates(
+    stack: str, options: dict[str, Any], gradient: str
+) -> None:
+    loss, expected, after = gradients(training_model(stack, False, gate_gradient=gradient, **options))
+    found_loss, found, found_after = gradients(training_model(stack, True, gate_gradient=gradient, **options))
+    assert found_loss == loss
+    assert torch.equal(found_after, after)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+    if stack == "taipan":  # the noise matters: otherwise nothing was shown
+        assert gradients(training_model(stack, True, gate_gradient=gradient, **options), seed=4)[0] != loss
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_only_the_residual_stream_is_kept_between_forward_and_backward(stack: str) -> None:
+    def kept(recompute: bool) -> int:
+        model, total = training_model(stack, recompute), 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model.model(random_tokens(2, 64)).hidden_BTD
+        assert hidden.requires_grad
+        return total
+
+    assert kept(True) < kept(False) / 4
+
+
+def test_states_are_there_when_asked_for() -> None:
+    tokens = random_tokens(2, 12)
+    model = training_model("taipan", True)
+    torch.manual_seed(0)
+    with pytest.raises(StateError, match="set_recompute"):
+        _ = model(tokens).state
+    model.set_recompute(True, states=True)
+    torch.manual_seed(0)
+    found = model(tokens).state.tensors()
+    model.set_recompute(False)
+    torch.manual_seed(0)
+    for name, tensor in model(tokens).state.tensors().items():
+        assert torch.equal(tensor, found[name]), name
+    assert model.eval()(tokens).state.position_B.tolist() == [12, 12]
