@@ -109,8 +109,8 @@ def arrange(
 
 
 def masked_mean(values_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Mean over the real tokens of the whole batch; 0 if there are none."""
-    values_BT = values_BT.float()
+    """Mean over the real tokens of the whole batch, in at least float32; 0 if there are none."""
+    values_BT = values_BT.to(torch.promote_types(values_BT.dtype, torch.float32))
     if real_BT is None:
         return values_BT.mean()
     return (values_BT * real_BT).sum() / real_BT.sum().clamp_min(1)

@@ -28,10 +28,23 @@ def hub_config(config: TaipanConfig) -> dict[str, Any]:
     return {"model_type": "taipan", "architectures": ["TaipanForCausalLM"], **config.to_dict()}
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, for which every process must ask at once; any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor (whose import would cost a second)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def weights_of(model: TaipanLM) -> dict[str, Tensor]:
-    """Tensors to write: contiguous, and without the head where it is the embedding."""
+    """Tensors to write: whole, contiguous, and without the head where it is the embedding.
+
+    Of a sharded model every process must ask for them at once.
+    """
     return {
-        name: tensor.detach().contiguous()
+        name: whole(tensor.detach()).contiguous()
         for name, tensor in model.state_dict().items()
         if not (model.config.tie_word_embeddings and name == "lm_head.weight")
     }

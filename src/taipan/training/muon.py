@@ -8,10 +8,12 @@ cost of the whole training step, on a CPU without bfloat16 units.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
+
+from taipan.pretrained import is_sharded, whole
 
 # The quintic iteration x ← ax + b(xxᵀ)x + c(xxᵀ)²x: steep at zero, so that five rounds bring even small singular values
 # near 1 (not to 1: they end roughly between 0.7 and 1.2, which does no harm).
@@ -39,10 +41,23 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, for 2-D parameters.
+def _spread_like(parameter: Tensor, step: Tensor) -> Tensor:
+    """The part of a whole matrix that belongs to this process's part of a sharded parameter."""
+    if not is_sharded(parameter):
+        return step
+    from torch.distributed.tensor import DTensor, Replicate
 
-    The step of a matrix is scaled by √max(1, rows / columns), so that one learning rate serves all shapes.
+    sharded = cast(DTensor, parameter)
+    mesh = sharded.device_mesh
+    same_everywhere = DTensor.from_local(step, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return same_everywhere.redistribute(placements=sharded.placements)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay, for 2-D parameters, sharded ones too.
+
+    The step of a matrix is scaled by √max(1, rows / columns), so that one learning rate serves all shapes. Momentum is
+    sharded as its parameter; the direction is gathered, and every process makes the same step of it.
 
     Args:
         params: matrices, or groups of them.
@@ -81,12 +96,12 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike[parameter.shape].append(parameter)
             for shape, parameters in alike.items():
-                directions = torch.stack([self._direction(parameter, group["momentum"]) for parameter in parameters])
-                steps = orthogonalize(directions, self.dtype)
+                directions = [whole(self._direction(parameter, group["momentum"])) for parameter in parameters]
+                steps = orthogonalize(torch.stack(directions), self.dtype)
                 rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
                 for parameter, step in zip(parameters, steps, strict=True):
                     parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                    parameter.add_(step.to(parameter.dtype), alpha=-rate)
+                    parameter.add_(_spread_like(parameter, step.to(parameter.dtype)), alpha=-rate)
         return loss
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:

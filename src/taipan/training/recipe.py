@@ -169,7 +169,7 @@ class TrainingSection:
     Attributes:
         steps, seconds, tokens: the length of training; exactly one is given. `seconds` counts the loop's time over all
             resumes, so it ends in time on any machine, but two runs are then not equal.
-        batch_size: windows per forward.
+        batch_size: windows per forward, over all processes.
         accumulation: forwards per optimizer step.
         state_passing: consecutive pieces of `context_length` tokens that a row reads in consecutive steps, each
             starting from the (detached) state the one before left; null: every window starts from an empty state.
@@ -214,6 +214,21 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """How a model is spread over the processes of a run (`torchrun -m taipan train …`); one process ignores it.
+
+    Attributes:
+        strategy: `ddp` keeps a whole copy on every process, `fsdp` shards weights, gradients and moments over all of
+            them, `hsdp` shards them over groups of `shard_size` and keeps a copy in every group; `auto` chooses by
+            memory (`taipan.training.distributed.strategy_of`).
+        shard_size: processes of such a group; null: those of one machine.
+    """
+
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    shard_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a training run. `output` is the run directory."""
 
@@ -222,6 +237,7 @@ class Recipe:
     optimizer: OptimizerSection
     schedule: ScheduleSection
     training: TrainingSection
+    parallel: ParallelSection
     output: str
 
     @classmethod
@@ -246,6 +262,7 @@ class Recipe:
             optimizer=_section(OptimizerSection, sections.get("optimizer", {}), "optimizer"),
             schedule=_section(ScheduleSection, sections.get("schedule", {}), "schedule"),
             training=_section(TrainingSection, sections.get("training", {}), "training"),
+            parallel=_section(ParallelSection, sections.get("parallel", {}), "parallel"),
             output=convert(values["output"], str, "output"),
         )
         _check_values(recipe)
@@ -272,7 +289,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values; `from_dict` gives the same recipe again."""
         out: dict[str, Any] = {"model": self.model.to_dict()}
-        for name in ("data", "optimizer", "schedule", "training"):
+        for name in ("data", "optimizer", "schedule", "training", "parallel"):
             out[name] = _plain(dataclasses.asdict(getattr(self, name)))
         return {**out, "output": self.output}
 
@@ -402,6 +419,8 @@ def _check_values(recipe: Recipe) -> None:
     passing = training.state_passing
     _require(passing is None or passing >= 2, "training.state_passing", passing, "null or at least 2 pieces")
     _require(training.seed >= 0, "training.seed", training.seed, "0 or more")
+    shard = recipe.parallel.shard_size
+    _require(shard is None or shard >= 1, "parallel.shard_size", shard, "null or at least 1")
     _require(recipe.data.context_length >= 2, "data.context_length", recipe.data.context_length, "at least 2")
     for name in ("learning_rate", "muon_learning_rate", "eps"):
         _require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "above 0")

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import NotRequired, TypedDict
+from dataclasses import asdict, dataclass, fields
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from taipan.errors import TrainingError
 from taipan.layers.gating import GateOutput
-from taipan.model import TaipanLM
+from taipan.layout import masked_mean
+from taipan.model import TaipanLM, TaipanOutput
+from taipan.pretrained import whole
 from taipan.state import DecoderState
+from taipan.training.distributed import Parallel, World
 from taipan.training.optimizer import OptimizerSet
 
 
@@ -67,6 +70,14 @@ def predicted_tokens(batch: Batch) -> int:
     return int(counted.sum())
 
 
+def part_of(batch: Batch, world: World) -> Batch:
+    """The rows of a batch that this process takes; a batch must divide into equal parts."""
+    number, count = world.part
+    rows = batch["tokens"].shape[0] // count
+    cut = slice(number * rows, (number + 1) * rows)
+    return cast(Batch, {name: None if value is None else cast(Tensor, value)[cut] for name, value in batch.items()})
+
+
 def precision(device: torch.device, dtype: str) -> AbstractContextManager[object]:
     """The context of forwards in `dtype` (`float32` or `bfloat16`) over fp32 weights."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
@@ -116,6 +127,7 @@ def train_step(
     dtype: str = "float32",
     step: int = 0,
     states: list[DecoderState | None] | None = None,
+    parallel: Parallel | None = None,
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches and update the weights once.
 
@@ -131,39 +143,45 @@ def train_step(
         step: number of the step, for the error.
         states: what comes before each micro-batch; replaced, once the step is taken, by what comes after it (detached:
             no gradient flows from one step into another).
+        parallel: the model spread over processes; then the micro-batches are this process's parts, and all processes
+            take the step together. None: there is only this one.
 
     Returns:
-        What was measured; the gates' statistics are means over the micro-batches.
+        What was measured, over all processes; the gates' statistics are means over the micro-batches.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the weights and the optimizer are as they were.
+        TrainingError: the loss or the gradient is not finite, on this or another process; the weights and the
+            optimizer are as they were on all of them.
     """
+    parallel = parallel or Parallel(model)
+    world = parallel.world
     counts = [predicted_tokens(batch) for batch in micro_batches]
-    total = max(1, sum(counts))
+    total = max(1.0, *world.sum(sum(counts)))
     cross_entropy = budget = 0.0
     gates: list[tuple[GateStatistics, ...]] = []
     before = [None] * len(micro_batches) if states is None else states
     after: list[DecoderState | None] = []
     optimizer.zero_grad()
-    for batch, count, state in zip(micro_batches, counts, before, strict=True):
-        tokens = batch["tokens"]
-        with precision(tokens.device, dtype):
-            output = model(tokens, state, segment_ids=batch.get("segment_ids"), labels=batch.get("labels", tokens))
-            if states is not None:
-                after.append(output.state.detach())
-        assert output.cross_entropy is not None
-        assert output.budget is not None
-        token_loss = output.cross_entropy * (count / total)
-        budget_loss = output.budget / len(micro_batches)
-        loss = token_loss + budget_loss
-        if not math.isfinite(loss.item()):
-            optimizer.zero_grad()
-            raise _not_finite(step, "loss", loss.item())
-        loss.backward()
-        cross_entropy += token_loss.item()
-        budget += budget_loss.item()
-        gates.append(gate_statistics(model, output.gates))
-    norm = _clip(optimizer.parameters(), clip)
+    for number, (batch, count, state) in enumerate(zip(micro_batches, counts, before, strict=True), 1):
+        tokens, segments = batch["tokens"], batch.get("segment_ids")
+        with parallel.accumulating(last=number == len(micro_batches)):
+            with precision(tokens.device, dtype):
+                output = parallel(tokens, state, segment_ids=segments, labels=batch.get("labels", tokens))
+                if states is not None:
+                    after.append(output.state.detach())
+            token_loss = output.cross_entropy * (count / total)
+            budget_loss = _budget_share(model, output, world) / len(micro_batches)
+            loss = token_loss + budget_loss
+            value, token_value, budget_value = world.sum(loss.item(), token_loss.item(), budget_loss.item())
+            if not math.isfinite(value):
+                optimizer.zero_grad()
+                raise _not_finite(step, "loss", value)
+            # the engines take the mean over the processes, and the shares want to be added up
+            (loss if world.size == 1 else loss * world.size).backward()
+        cross_entropy += token_value
+        budget += budget_value
+        gates.append(_statistics_of_all(model, gate_statistics(model, output.gates), world))
+    (norm,) = world.sum(_clip(optimizer.parameters(), clip) / world.size)
     if not math.isfinite(norm):
         optimizer.zero_grad()
         raise _not_finite(step, "norm of the gradient", norm)
@@ -175,7 +193,7 @@ def train_step(
         cross_entropy=cross_entropy,
         budget=budget,
         grad_norm=norm,
-        tokens=sum(batch["tokens"].numel() for batch in micro_batches),
+        tokens=world.size * sum(batch["tokens"].numel() for batch in micro_batches),
         gates=mean_statistics(gates),
     )
 
@@ -183,7 +201,40 @@ def train_step(
 def _clip(parameters: list[Tensor], clip: float | None) -> float:
     """Scale the gradients to a norm of at most `clip`; returns the norm before."""
     limit = math.inf if clip is None else clip
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+
+
+def _budget_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor:
+    """This process's share of the budget loss: shares add up to the whole, in value and in gradient."""
+    assert output.budget is not None
+    config = model.config
+    if world.size == 1 or config.budget_mean == "sequence" or config.attention_capacity == 0 or not output.gates:
+        return output.budget / world.size
+    own = torch.stack([masked_mean(gate.mask_BT, gate.real_BT) for gate in output.gates]) / world.size
+    rates = own + (own.new_tensor(world.sum(*own.tolist())) - own).detach()  # of the batch, with the own gradient
+    budget = config.budget_weight * ((model.model.schedule.capacity - rates) ** 2).sum()
+    return budget - budget.detach() * (1.0 - 1.0 / world.size)
+
+
+def _statistics_of_all(
+    model: TaipanLM, own: Sequence[GateStatistics], world: World
+) -> tuple[GateStatistics, ...]:
+    """The statistics of the whole batch from those of its equal parts."""
+    if world.size == 1:
+        return tuple(own)
+    config, capacity = model.config, model.model.schedule.capacity
+    whole_batch: list[GateStatistics] = []
+    for gate in own:
+        values = asdict(gate)
+        layer = values.pop("layer")
+        square = gate.alpha_std**2 + gate.alpha_mean**2
+        *sums, squares = world.sum(*values.values(), square)
+        means = dict(zip(values, (total / world.size for total in sums), strict=True))
+        means["alpha_std"] = math.sqrt(max(0.0, squares / world.size - means["alpha_mean"] ** 2))
+        if config.budget_mean == "batch" and config.attention_capacity > 0:
+            means["budget"] = config.budget_weight * (capacity - means["rate"]) ** 2
+        whole_batch.append(GateStatistics(layer=layer, **means))
+    return tuple(whole_batch)
 
 
 def _not_finite(step: int, what: str, value: float) -> TrainingError:

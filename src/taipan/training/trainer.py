@@ -7,6 +7,7 @@ import torch
 
 from taipan.data.seeding import derive_seed
 from taipan.model import TaipanLM
+from taipan.training.distributed import Parallel
 from taipan.training.optimizer import OptimizerSet, build_optimizer
 from taipan.training.recipe import OptimizerSection, ScheduleSection
 from taipan.training.schedule import learning_rate_multiplier, warmup_fraction
@@ -28,11 +29,12 @@ class Trainer:
     clip: float | None
     dtype: str
     seed: int
+    parallel: Parallel
 
     @classmethod
     def build(
         cls,
-        model: TaipanLM,
+        model: TaipanLM | Parallel,
         optimizer: OptimizerSection,
         schedule: ScheduleSection,
         *,
@@ -43,37 +45,52 @@ class Trainer:
         """From the sections of a recipe.
 
         Args:
-            model: to be trained in place.
+            model: to be trained in place, on this process alone or already spread over several.
             optimizer: as in a recipe.
             schedule: as in a recipe.
             total_steps: length of training; None only if the warm-up is a fraction.
             dtype: of the forwards: `float32`, or `bfloat16` for autocast.
             seed: of the gate noise.
         """
+        parallel = model if isinstance(model, Parallel) else Parallel(model)
         muon_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         return cls(
-            model=model,
-            optimizer=build_optimizer(model, optimizer, muon_dtype=muon_dtype),
+            model=parallel.model,
+            optimizer=build_optimizer(parallel.model, optimizer, muon_dtype=muon_dtype),
             schedule=schedule,
             warmup=warmup_fraction(schedule, total_steps),
             clip=optimizer.clip,
             dtype=dtype,
             seed=seed,
+            parallel=parallel,
         )
 
     def step(self, number: int, progress: float, micro_batches: Sequence[Batch]) -> StepResult:
         """Take step `number` with all schedules at `progress` ∈ [0, 1].
 
+        Args:
+            number: from 1.
+            progress: fraction of training.
+            micro_batches: of this process: its parts of the batches.
+
         Raises:
             TrainingError: the loss or the gradient is not finite; weights and optimizer are as they were.
         """
         self.model.train()
-        self.model.set_progress(progress)
+        self.model.set_progress(progress, part=self.parallel.world.part)
         self.optimizer.scale_learning_rate(self.multiplier(progress))
         device = next(self.model.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, "step", number))
-            return train_step(self.model, self.optimizer, micro_batches, clip=self.clip, dtype=self.dtype, step=number)
+            return train_step(
+                self.model,
+                self.optimizer,
+                micro_batches,
+                clip=self.clip,
+                dtype=self.dtype,
+                step=number,
+                parallel=self.parallel,
+            )
 
     def multiplier(self, progress: float) -> float:
         """Share of the peak learning rate at this progress."""

@@ -1,0 +1,244 @@
+"""A run on several processes, with PyTorch's own engine: torchrun, DistributedDataParallel, FSDP2.
+
+Every batch is cut into as many equal parts as there are processes. A run on W processes takes the steps of a run on
+one: the same samples, the same gate noise, the same mean over all predicted tokens, the same rate in the budget. What
+the processes tell each other here are single numbers; parameters and gradients are the engine's affair.
+"""
+
+import datetime
+import os
+import warnings
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from taipan.errors import ConfigError, TrainingError
+from taipan.model import TaipanLM
+from taipan.training.recipe import ParallelSection
+
+_T = TypeVar("_T")
+Strategy = Literal["alone", "ddp", "fsdp", "hsdp"]
+
+_BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all fp32
+_SHARE_FOR_COPIES = 0.25  # of a GPU's memory; the rest is for activations
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: number of this process.
+        size: how many there are.
+        local_size: how many of them are on this machine.
+        device: what this process computes on.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that talks and writes."""
+        return self.rank == 0
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(number, count) of this process's part of a batch."""
+        return self.rank, self.size
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes, in float64. What is not finite on one is not finite on all."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some process."""
+        return self.sum(float(flag))[0] > 0
+
+    def share(self, value: _T) -> _T:
+        """The value of the process that leads; the others give anything."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """What fails on one process fails on all, so that none waits for another for ever.
+
+        The block may hold no exchange between processes that an error in it could leave undone.
+
+        Raises:
+            TrainingError: the block failed on another process (which raises its own error).
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.any(failure is not None) and failure is None:
+            raise TrainingError(f"Process {self.rank} stopped because another one failed: see the message of that one.")
+        if failure is not None:
+            raise failure
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined() -> Generator[World]:
+    """Join the other processes that torchrun (or Slurm with the same variables) started; alone without them.
+
+    Yields:
+        The processes of the run. A group that exists already is used, and left as it is.
+
+    Raises:
+        ConfigError: more processes than GPUs on a machine that has some.
+    """
+    size, local_size = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")), local_size)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), local_size, device)
+    elif size == 1:
+        yield World(device=device)
+    else:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
+        )
+        try:
+            yield World(dist.get_rank(), size, local_size, device)
+        finally:
+            dist.destroy_process_group()
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_size} processes were started on this machine, which has {torch.cuda.device_count()} GPUs: "
+            "start as many as there are GPUs (torchrun --nproc-per-node)."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def strategy_of(section: ParallelSection, parameters: int, world: World, device_memory: int | None) -> Strategy:
+    """What `auto` means, and what one process makes of any strategy.
+
+    `auto` keeps a whole copy on every process (`ddp`) on CPUs, and on GPUs as long as weights, gradients and moments
+    take a quarter of the memory; else it shards, within each machine if there are several (`hsdp`).
+
+    Args:
+        section: the recipe's `parallel`.
+        parameters: of the model.
+        world: the processes.
+        device_memory: bytes of one GPU; None on CPUs.
+    """
+    if world.size == 1:
+        return "alone"
+    if section.strategy != "auto":
+        return section.strategy
+    if device_memory is None or parameters * _BYTES_PER_PARAMETER <= _SHARE_FOR_COPIES * device_memory:
+        return "ddp"
+    return "hsdp" if world.size > world.local_size else "fsdp"
+
+
+class Parallel:
+    """A model spread over the processes: how to call it, and when its gradients are added up.
+
+    Args:
+        model: whole on every process, and equal. Sharded in place with `fsdp` and `hsdp`.
+        world: the processes; alone if not given.
+        section: the recipe's `parallel`.
+        batch_size: windows of a batch, to be cut into equal parts.
+
+    Raises:
+        ConfigError: batch or processes cannot be divided as asked for.
+    """
+
+    def __init__(
+        self,
+        model: TaipanLM,
+        world: World = ALONE,
+        section: ParallelSection | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> None:
+        section = section or ParallelSection()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
+        self.model = model
+        self.world = world
+        self.strategy = strategy_of(section, parameters, world, memory)
+        if batch_size is not None and batch_size % world.size:
+            raise ConfigError(
+                f"training.batch_size is {batch_size}, which {world.size} processes cannot share equally: take a "
+                f"multiple of {world.size} (it counts the windows of one forward over all processes)."
+            )
+        self._distributed: nn.Module = model
+        if self.strategy == "ddp":
+            model.to(world.device)
+            if model.config.attention_capacity == 0:  # or it would wait for their gradients
+                for sal in model.sals:
+                    sal.requires_grad_(False)
+            self._distributed = nn.parallel.DistributedDataParallel(
+                model, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
+        elif self.strategy in ("fsdp", "hsdp"):
+            from torch.distributed.fsdp import fully_shard
+
+            # what a gate decided is handed out as views, which nobody writes into
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            mesh = self._mesh(section)
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """A forward for training; as `TaipanLM.forward`."""
+        return self._distributed(*args, **options)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """The context of a forward and its backward: gradients stay on their process unless it is the last of a step.
+
+        Args:
+            last: whether the optimizer follows.
+        """
+        if self.strategy in ("fsdp", "hsdp"):
+            cast(Any, self.model).set_requires_gradient_sync(last)
+        elif self.strategy == "ddp" and not last:
+            return cast(nn.parallel.DistributedDataParallel, self._distributed).no_sync()
+        return nullcontext()
+
+    def settle(self) -> None:
+        """After forwards without a backward: let go of gathered parameters."""
+        if self.strategy in ("fsdp", "hsdp"):
+            cast(Any, self.model).reshard()
+
+    def _mesh(self, section: ParallelSection) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        size, kind = self.world.size, self.world.device.type
+        if self.strategy == "fsdp":
+            return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+        shard = section.shard_size or self.world.local_size
+        if size % shard:
+            raise ConfigError(
+                f"parallel.shard_size is {shard}, which does not divide the {size} processes of the run: "
+                "give a divisor, or leave it out to shard within each machine."
+            )
+        return init_device_mesh(kind, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
