@@ -56,10 +56,10 @@ class TrainingDisplay(TrainingListener):
 
     def started(self, info: RunInfo) -> None:
         """Say what is trained on what."""
-        from taipan.data.shards import TokenDataset
+        from taipan.data.mixture import Mixture
 
         self._info = info
-        self._bytes_per_token = TokenDataset.open(info.recipe.data.train, verify=False).bytes_per_token
+        self._bytes_per_token = Mixture.open(info.recipe.data.train, verify=False).bytes_per_token
         kinds = info.config.layer_types
         layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         self._print(

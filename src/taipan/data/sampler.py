@@ -5,6 +5,7 @@ and visits them in a random order of its own. No index is stored: the order is a
 """
 
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -73,18 +74,9 @@ class WindowSampler:
         starts_here[0] = False
         return torch.from_numpy(tokens), torch.from_numpy(starts_here.cumsum(dtype=np.int64))
 
-    def batch(self, step: int, batch_size: int) -> dict[str, Tensor]:
-        """Return the samples ``step * batch_size`` and following.
-
-        Returns:
-            ``tokens`` and ``segment_ids``, int64, ``(batch_size, context_length)``.
-        """
-        first = step * batch_size
-        windows = [self.window(index) for index in range(first, first + batch_size)]
-        return {
-            "tokens": torch.stack([tokens for tokens, _ in windows]),
-            "segment_ids": torch.stack([segments for _, segments in windows]),
-        }
+    def batch(self, step: int, batch_size: int, part: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+        """Return (a part of) the samples ``step * batch_size`` and following, see :func:`batch`."""
+        return batch(self, step, batch_size, part)
 
     def _starts_between(self, start: int, stop: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
         """Return the document starts in a range that may run over the end of the ring, as positions in the ring."""
@@ -92,6 +84,48 @@ class WindowSampler:
         inside = starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)]
         wrapped = starts[: np.searchsorted(starts, max(0, stop - n_tokens))]
         return np.concatenate([inside, wrapped])
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """An endless sequence of windows that can be entered anywhere."""
+
+    def window(self, index: int) -> tuple[IntT, IntT]:
+        """Return ``(tokens_T, segment_T)`` of sample ``index``, always the same."""
+        ...
+
+
+def batch(samples: Samples, step: int, batch_size: int, part: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+    """Return the samples ``step * batch_size`` and following, or one process's rows of them.
+
+    The parts of all processes joined in order are the whole batch, so the samples of a step do not depend on how many
+    processes share it.
+
+    Args:
+        samples: where they come from.
+        step: number of the batch.
+        batch_size: samples of the whole batch.
+        part: ``(number, count)``: which of ``count`` equal parts.
+
+    Returns:
+        ``tokens`` and ``segment_ids``, int64, ``(batch_size // count, context_length)``.
+
+    Raises:
+        ConfigError: ``batch_size`` cannot be cut into ``count`` equal parts.
+    """
+    number, count = part
+    rows, rest = divmod(batch_size, count)
+    if rest:
+        raise ConfigError(
+            f"a batch of {batch_size} samples cannot be shared equally by {count} processes; expected a multiple of "
+            f"{count}. Change training.batch_size."
+        )
+    first = step * batch_size + number * rows
+    windows = [samples.window(index) for index in range(first, first + rows)]
+    return {
+        "tokens": torch.stack([tokens for tokens, _ in windows]),
+        "segment_ids": torch.stack([segments for _, segments in windows]),
+    }
 
 
 def document_batches(dataset: TokenDataset, *, max_tokens: int) -> Iterator[dict[str, Tensor]]:

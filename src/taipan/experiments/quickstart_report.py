@@ -16,7 +16,7 @@ import torch
 from taipan import __version__, hardware
 from taipan.accounting import flops_per_token, parameter_count, state_bytes
 from taipan.config import TaipanConfig
-from taipan.data.shards import TokenDataset
+from taipan.data.mixture import Mixture
 from taipan.experiments.phases import Phase
 from taipan.experiments.quickstart_findings import SAMPLE_PROMPT, SAMPLE_SETTINGS, Findings
 from taipan.io import atomic_write
@@ -172,7 +172,7 @@ def _figures(
 ) -> dict[str, Any]:
     """The figures, from the run's metrics."""
     steps = [record for record in records if record["kind"] == "train"]
-    bytes_per_token = TokenDataset.open(recipe.data.train, verify=False).bytes_per_token
+    bytes_per_token = Mixture.open(recipe.data.train, verify=False).bytes_per_token
     tokens = [record["tokens"] / 1e6 for record in steps]
     loss = [record["cross_entropy"] / math.log(2) / bytes_per_token for record in steps]
     evaluated = [record for record in records if "valid_bits_per_byte" in record]

@@ -1,32 +1,45 @@
-"""Batches of a prepared data set, on the device, packed as the recipe says."""
+"""Batches of prepared data, on the device, packed as the recipe says."""
 
 import math
 
 import torch
 
-from taipan.data.sampler import WindowSampler
-from taipan.data.shards import TokenDataset
+from taipan.data.mixture import Mixture, MixtureSampler
+from taipan.data.readahead import ReadAhead
 from taipan.training.recipe import Recipe
 from taipan.training.step import Batch
 
 
 class Feed:
-    """The batches of one data set; batch `number` is a pure function of the seed and the number.
+    """The batches of one mixture of data sets; batch `number` is a pure function of the seed and the number.
+
+    Args:
+        data: what is sampled.
+        recipe: lengths, sizes, packing.
+        seed: of the order.
+        device: where the batches are wanted.
+        part: `(number, count)`: which of `count` equal parts of every batch.
 
     Raises:
         DataError: the data are shorter than one context.
     """
 
-    def __init__(self, dataset: TokenDataset, recipe: Recipe, *, seed: int, device: torch.device) -> None:
-        self.bytes_per_token = dataset.bytes_per_token
-        self._sampler = WindowSampler(dataset, recipe.data.context_length, seed)
+    def __init__(
+        self, data: Mixture, recipe: Recipe, *, seed: int, device: torch.device, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.bytes_per_token = data.bytes_per_token
+        self._sampler = MixtureSampler(data, recipe.data.context_length, seed)
         self._batch_size = recipe.training.batch_size
+        self._part = part
         self._documents = recipe.data.packing == "documents"
         self._device = device
+        self._read = ReadAhead(
+            lambda number: self._sampler.batch(number, self._batch_size, self._part), recipe.data.workers
+        )
 
     def batch(self, number: int) -> Batch:
         """Batch `number`."""
-        batch = self._sampler.batch(number, self._batch_size)
+        batch = self._read(number)
         segments = batch["segment_ids"].to(self._device) if self._documents else None
         return {"tokens": batch["tokens"].to(self._device), "segment_ids": segments}
 

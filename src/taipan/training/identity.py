@@ -4,21 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from taipan.config import TaipanConfig
-from taipan.data.shards import Manifest
+from taipan.data.mixture import Mixture
 from taipan.errors import ConfigError
 from taipan.training.recipe import Recipe
 
 Identity = dict[str, dict[str, Any]]
 
 
-def identity(recipe: Recipe, config: TaipanConfig, data: Manifest) -> Identity:
+def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
     """Model, data and settings that make the curve of a run; plain values, for the checkpoint."""
     return {
         "model": config.to_dict(),
         "data": {
-            "tokens": [shard.sha256 for shard in data.shards],
-            "documents": data.documents_sha256,
-            "tokenizer": data.tokenizer_fingerprint,
+            "tokens": [shard.sha256 for manifest in data.manifests for shard in manifest.shards],
+            "documents": " ".join(manifest.documents_sha256 for manifest in data.manifests),
+            "tokenizer": data.manifests[0].tokenizer_fingerprint,
+            "weights": list(data.weights),
             "context_length": recipe.data.context_length,
             "packing": recipe.data.packing,
         },

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from taipan import pretrained
+from taipan.data.mixture import Mixture
 from taipan.data.seeding import seeded_generator
 from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
@@ -118,15 +119,15 @@ class _Run:
         dtype = training_dtype(settings.dtype)
         self.dtype = dtype.dtype
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        data = TokenDataset.open(recipe.data.train)
+        data = Mixture.open(recipe.data.train)
         self.tokenizer: Tokenizer = data.tokenizer()
         self.feed = Feed(data, recipe, seed=settings.seed, device=device)
         self.valid: Feed | None = None
         if recipe.data.valid is not None:
             held_out = TokenDataset.open(recipe.data.valid, tokenizer=self.tokenizer)
-            self.valid = Feed(held_out, recipe, seed=0, device=device)
+            self.valid = Feed(Mixture([held_out], [1.0]), recipe, seed=0, device=device)
         config = recipe.model.config(self.tokenizer.vocab_size, self.tokenizer.eos_id)
-        self.identity = identity(recipe, config, data.manifest)
+        self.identity = identity(recipe, config, data)
         self.pace = Pace(recipe.total_steps, settings.seconds)
         self.means = IntervalMeans()
         self.warned: set[str] = set()

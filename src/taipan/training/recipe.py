@@ -111,16 +111,19 @@ class DataSection:
     """Which prepared data (`taipan data prepare`).
 
     Attributes:
-        train: directory with the training tokens.
+        train: directory with the training tokens, or several with their weights: `{data/web: 0.7, data/code: 0.3}`.
+            Of any number of samples each gives its share, to within one sample.
         valid: directory with held-out tokens of the same tokenizer, or None for no evaluation.
         context_length: T, tokens of a training window.
         packing: `documents` resets every state at document boundaries; `concatenate` lets them run on.
+        workers: threads that read batches ahead; they change nothing but the time.
     """
 
-    train: str
+    train: str | dict[str, float]
     valid: str | None = None
     context_length: int = 512
     packing: Literal["documents", "concatenate"] = "documents"
+    workers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +425,7 @@ def _check_values(recipe: Recipe) -> None:
     shard = recipe.parallel.shard_size
     _require(shard is None or shard >= 1, "parallel.shard_size", shard, "null or at least 1")
     _require(recipe.data.context_length >= 2, "data.context_length", recipe.data.context_length, "at least 2")
+    _require(recipe.data.workers >= 0, "data.workers", recipe.data.workers, "0 or more")
     for name in ("learning_rate", "muon_learning_rate", "eps"):
         _require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "above 0")
     _require(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "0 or more")

@@ -34,7 +34,7 @@ def check_mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`: None, bool, int, float, str, a Literal, a tuple, or a union of these.
+    """`value` as the type `hint`: None, bool, int, float, str, a Literal, a tuple, a dict by name, or a union of these.
 
     Whole numbers are taken for floats; nothing else is converted (in particular no text becomes a number).
 
@@ -62,6 +62,8 @@ def describe(hint: Any) -> str:
         if args[-1] is Ellipsis:
             return f"a list, each item {describe(args[0])}"
         return f"a list of {len(args)} values, {' and '.join(describe(arg) for arg in args)}"
+    if origin is dict:
+        return f"a section of `name: {describe(args[1])}` lines"
     return _NAMES[hint]
 
 
@@ -84,6 +86,8 @@ def _convert(value: Any, hint: Any) -> Any:
         return next((result for result in results if result is not _NO), _NO)
     if origin is tuple:
         return _convert_tuple(value, args)
+    if origin is dict:
+        return _convert_dict(value, args[1])
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, bool) and hint is not bool:
@@ -100,3 +104,10 @@ def _convert_tuple(value: Any, args: tuple[Any, ...]) -> Any:
         return _NO
     items = [_convert(item, hint) for item, hint in zip(values, hints, strict=True)]
     return _NO if any(item is _NO for item in items) else tuple(items)
+
+
+def _convert_dict(value: Any, hint: Any) -> Any:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in cast(dict[Any, Any], value)):
+        return _NO
+    items = {key: _convert(item, hint) for key, item in cast(dict[str, Any], value).items()}
+    return _NO if any(item is _NO for item in items.values()) else items
