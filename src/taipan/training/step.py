@@ -156,7 +156,7 @@ def train_step(
     parallel = parallel or Parallel(model)
     world = parallel.world
     counts = [predicted_tokens(batch) for batch in micro_batches]
-    total = max(1.0, *world.sum(sum(counts)))
+    total = max(1.0, *world.sum(float(sum(counts))))
     cross_entropy = budget = 0.0
     gates: list[tuple[GateStatistics, ...]] = []
     before = [None] * len(micro_batches) if states is None else states
