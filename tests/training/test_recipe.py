@@ -219,3 +219,23 @@ def test_a_model_to_start_from_gives_its_configuration(tmp_path: Path) -> None:
     assert resolved.model.config(257, 256) == config
     with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         recipe.model.config(257, 256)
+
+
+def test_training_data_may_be_several_with_weights(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**MINIMAL, "data": {"train": {"old": 1, "web": 5}}}))
+    (tmp_path / "mixed.yaml").write_text("extends: base.yaml\ndata:\n  train: {data/web: 3, data/code: 0.5}\n")
+    recipe = Recipe.load(tmp_path / "mixed.yaml", ["data.workers=2"])
+    assert recipe.data.train == {"data/web": 3.0, "data/code": 0.5}, "not merged with those it replaces"
+    assert recipe.data.workers == 2
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+    assert list(Recipe.load(tmp_path / "again.yaml").data.train) == ["data/web", "data/code"], "in the same order"
+    assert Recipe.load(tmp_path / "mixed.yaml", ["data.train=data/one"]).data.train == "data/one"
+
+
+@pytest.mark.parametrize("value", [{"data/web": "much"}, {"data/web": {"weight": 1}}, {7: 1.0}, ["data/web"], 3])
+def test_training_data_of_another_form_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train is .*must be text or a section of `name: a number` lines"):
+        Recipe.from_dict({**MINIMAL, "data": {"train": value}})
+    with pytest.raises(ConfigError, match=r"data\.workers is -1, but must be 0 or more"):
+        Recipe.from_dict(changed(data__workers=-1))

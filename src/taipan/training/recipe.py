@@ -363,7 +363,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], cast(dict[str, Any], value)) if both else value
+        out[key] = {**out[key], **value} if both else value  # a mapping inside a section (data.train) is one value
     return out
 
 
