@@ -1,7 +1,7 @@
 """The decoder and the language model: one forward for training, prefill in pieces and decoding."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,12 @@ from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.layout import Layout, arrange
+from taipan.ops.attention import api as attention
+from taipan.ops.causal_conv1d import api as causal_conv1d
+from taipan.ops.dispatch import AUTO
+from taipan.ops.gated_rms_norm import api as gated_rms_norm
 from taipan.ops.linear_cross_entropy import linear_cross_entropy
+from taipan.ops.ssd import api as ssd
 from taipan.shapes import FloatBTD, FloatBTV, IntBT
 from taipan.state import (
     AttentionState,
@@ -35,30 +40,31 @@ from taipan.state import (
 if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
 
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "ssd": ("portable", "reference"),
-    "causal_conv1d": ("portable", "reference"),
-    "gated_rms_norm": ("portable", "reference"),
-    "attention": ("portable", "reference"),
+IMPLEMENTATIONS: dict[str, Mapping[str, object]] = {
+    "ssd": ssd.IMPLEMENTATIONS,
+    "causal_conv1d": causal_conv1d.IMPLEMENTATIONS,
+    "gated_rms_norm": gated_rms_norm.IMPLEMENTATIONS,
+    "attention": attention.IMPLEMENTATIONS,
 }
-"""Implementations of every op, the one that `auto` takes first."""
+"""Implementations of every op of the layers, by name."""
 
 
 def resolve_implementations(implementation: str) -> dict[str, str]:
-    """The implementation of every op, chosen once when a model is built.
+    """What each op is asked for by the layers of a model.
 
     Args:
-        implementation: `auto` (the best that runs here) or the name of one for all ops.
+        implementation: `auto` (the best for the device and dtype of each call), or the name of one; an op that has
+            none of this name takes the portable one.
 
     Raises:
         ConfigError: no op has an implementation of this name.
     """
-    if implementation == "auto":
-        return {op: names[0] for op, names in IMPLEMENTATIONS.items()}
-    known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
+    known = sorted({AUTO, *(name for names in IMPLEMENTATIONS.values() for name in names)})
     if implementation not in known:
-        raise ConfigError(f"implementation is {implementation!r}, but must be 'auto' or one of {', '.join(known)}.")
-    return {op: implementation for op in IMPLEMENTATIONS}
+        raise ConfigError(f"implementation is {implementation!r}, but must be one of {', '.join(known)}.")
+    if implementation == AUTO:
+        return dict.fromkeys(IMPLEMENTATIONS, AUTO)
+    return {op: implementation if implementation in names else "portable" for op, names in IMPLEMENTATIONS.items()}
 
 
 class Block(nn.Module):

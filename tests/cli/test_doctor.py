@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from taipan.model import resolve_implementations
+from taipan.model import IMPLEMENTATIONS
+from taipan.ops.dispatch import chosen
 from tests.cli.conftest import Cli
 
 
@@ -10,9 +11,10 @@ def test_names_what_is_in_use(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
     finished = cli("doctor")
     assert finished.code == 0
     assert torch.__version__ in finished.out
-    for op, implementation in resolve_implementations("auto").items():
+    for op, implementations in IMPLEMENTATIONS.items():
         line = next(line for line in finished.out.splitlines() if f"op {op} " in line)
-        assert implementation in line
+        assert f" {chosen(implementations, torch.zeros(1))} " in line
+    assert "native kernels" in finished.out
     assert "training dtype" in finished.out
     assert "C++ compiler" in finished.out
     assert "pip install 'taipan-lm[hf]'" in finished.out

@@ -1,6 +1,7 @@
-"""The causal convolution: portable = reference, pieces = whole, documents apart, columns of ragged rows."""
+"""The causal convolution: portable and native = reference, pieces = whole, documents apart, columns of ragged rows."""
 
 import inspect
+import sys
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from taipan.errors import ConfigError, InputError
 from taipan.ops.causal_conv1d import causal_conv1d, portable
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
-CHANNELS = 6
+CHANNELS = 16  # as the kernels want them
 NAMES = ("y", "columns", "dx", "dweight", "dbias", "dinitial")
 
 
@@ -30,7 +31,8 @@ def make_segments(batch: int, tokens: int) -> Tensor:
 
 def run(tensors: list[Tensor], **options: object) -> tuple[Tensor, Tensor]:
     x, weight, bias, *initial = tensors
-    return causal_conv1d(x, weight, bias, initial_columns_BLC=initial[0] if initial else None, **options)
+    initial_columns = initial[0] if initial else None
+    return causal_conv1d(x, weight, bias, initial_columns_BLC=initial_columns, **{"implementation": FAST, **options})
 
 
 def everything(tensors: list[Tensor], **options: object) -> list[Tensor]:
@@ -44,10 +46,14 @@ def everything(tensors: list[Tensor], **options: object) -> list[Tensor]:
     return [*(out.detach() for out in outputs), *filled]
 
 
-@pytest.fixture(params=["one tile", "small tiles"], autouse=True)
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With small tiles, rows of a few tokens already cross their borders."""
-    if request.param == "small tiles":
+FAST = "portable"
+
+
+@pytest.fixture(params=["native", "portable, one tile", "portable, small tiles"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested; with small tiles, rows of a few tokens already cross their borders."""
+    monkeypatch.setattr(sys.modules[__name__], "FAST", request.param.split(",")[0])
+    if "small tiles" in request.param:
         monkeypatch.setattr(portable, "_TILE_ELEMENTS", 5 * CHANNELS)
 
 
@@ -56,7 +62,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("taps", [2, 4])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 17])
-def test_portable_is_the_reference(tokens: int, taps: int, packed: bool, ragged: bool, activation: str | None) -> None:
+def test_fast_is_the_reference(tokens: int, taps: int, packed: bool, ragged: bool, activation: str | None) -> None:
     segment = make_segments(3, tokens) if packed else None
     length = torch.tensor([tokens, tokens // 2, 0]) if ragged else None
     if segment is not None and length is not None:  # padding repeats the last real token's number
@@ -65,9 +71,9 @@ def test_portable_is_the_reference(tokens: int, taps: int, packed: bool, ragged:
     for tensors in (make(3, tokens, taps), make(3, tokens, taps)[:3]):
         options = {"segment_BT": segment, "length_B": length, "activation": activation}
         exact = everything(tensors, implementation="reference", **options)
-        assert_equal_to(everything(tensors, **options), exact, 1e-12, "portable")
+        assert_equal_to(everything(tensors, **options), exact, 1e-12, FAST)
         with torch.no_grad():
-            assert_equal_to(run(tensors, **options), exact[:2], 1e-12, "portable without gradients")
+            assert_equal_to(run(tensors, **options), exact[:2], 1e-12, f"{FAST} without gradients")
 
 
 def test_reference_is_a_grouped_convolution() -> None:
@@ -78,23 +84,21 @@ def test_reference_is_a_grouped_convolution() -> None:
     assert_equal_to([y, columns], [expected, whole[:, -3:]], 1e-12, "conv1d")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "portable"])
+@pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_gradcheck(implementation: str, tokens: int) -> None:
-    leaves = [tensor[..., :2].clone().requires_grad_() for tensor in make(2, tokens, taps=2)]
-    leaves[1] = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    leaves[3] = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+def test_gradcheck(reference: bool, tokens: int) -> None:
+    leaves = [tensor.requires_grad_() for tensor in make(2, tokens, taps=3)]
     segment = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 2, 3, 3]])[:, :tokens]
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return run(list(tensors), segment_BT=segment, implementation=implementation)
+        return run(list(tensors), segment_BT=segment, implementation="reference" if reference else FAST)
 
     assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 50])
-def test_portable_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int) -> None:
+def test_fast_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int) -> None:
     narrow = make(3, tokens, dtype=dtype)
     exact = everything([tensor.double() for tensor in narrow], implementation="reference")
     reference = everything(narrow, implementation="reference")
@@ -119,12 +123,12 @@ def test_any_split_is_the_whole(data: st.DataObject, tokens: int, packed: bool) 
     assert_equal_to([torch.cat(outputs, dim=1), columns], whole, 1e-12, f"cuts {cuts}")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "portable"])
-def test_segments_are_separate_runs(implementation: str) -> None:
+@pytest.mark.parametrize("reference", [False, True])
+def test_segments_are_separate_runs(reference: bool) -> None:
     x, weight, bias, initial = make(1, 20)
     x[:, :8] *= 1e100  # not even what is infinitely larger shows in another document
     segment = torch.repeat_interleave(torch.arange(4), torch.tensor([8, 1, 2, 9]))[None]
-    y, columns = run([x, weight, bias, initial], segment_BT=segment, implementation=implementation)
+    y, columns = run([x, weight, bias, initial], segment_BT=segment, implementation="reference" if reference else FAST)
     for begin, end in pairwise([8, 9, 11, 20]):
         alone = run([x[:, begin:end], weight, bias], implementation="reference")
         assert_equal_to([y[:, begin:end]], alone[:1], 1e-12, f"tokens {begin} … {end}")
@@ -132,10 +136,10 @@ def test_segments_are_separate_runs(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("real", [0, 1, 2, 3, 11])
-@pytest.mark.parametrize("implementation", ["reference", "portable"])
-def test_padding_is_not_there(implementation: str, real: int) -> None:
+@pytest.mark.parametrize("reference", [False, True])
+def test_padding_is_not_there(reference: bool, real: int) -> None:
     x, weight, bias, initial = make(1, 11)
-    options = {"length_B": torch.tensor([real]), "implementation": implementation}
+    options = {"length_B": torch.tensor([real]), "implementation": "reference" if reference else FAST}
     y, columns = run([x, weight, bias, initial], **options)
     if real == 0:
         assert columns.equal(initial)
@@ -164,14 +168,14 @@ def test_arguments_are_not_written_to() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     x, weight, bias, initial = make(2, 9)
-    with pytest.raises(ConfigError, match="'fast'; expected one of 'portable', 'reference'"):
-        run([x, weight, bias], implementation="fast")
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+        run([x, weight, bias], implementation="quick")
     with pytest.raises(ConfigError, match="activation 'relu'; expected 'silu' or None"):
         run([x, weight, bias], activation="relu")
     unchecked = inspect.unwrap(causal_conv1d)  # below the shape checks that only tests have
-    with pytest.raises(InputError, match=r"bias has shape \(5,\); expected \(6,\)"):
+    with pytest.raises(InputError, match=r"bias has shape \(5,\); expected \(16,\)"):
         unchecked(x, weight, bias[:5])
-    with pytest.raises(InputError, match=r"initial_columns has shape \(2, 2, 6\); expected \(2, 3, 6\)"):
+    with pytest.raises(InputError, match=r"initial_columns has shape \(2, 2, 16\); expected \(2, 3, 16\)"):
         unchecked(x, weight, bias, initial_columns_BLC=initial[:, :2])
     with pytest.raises(InputError, match=r"weight has shape \(6, 1\); expected \(channels, taps\) with 2"):
         unchecked(x, weight[:, :1], bias)

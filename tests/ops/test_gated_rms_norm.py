@@ -1,6 +1,7 @@
-"""RMS normalisation, plain and gated: portable = reference, fp32 inside, groups apart."""
+"""RMS normalisation, plain and gated: portable and native = reference, fp32 inside, groups apart."""
 
 import inspect
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -13,26 +14,30 @@ from taipan.ops.gated_rms_norm import gated_rms_norm, portable, rms_norm
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 EPS = 1e-5
+WIDTH = 48
+FAST = "portable"
 
 
-@pytest.fixture(params=["one tile", "small tiles"], autouse=True)
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "small tiles":
-        monkeypatch.setattr(portable, "_TILE_ELEMENTS", 40)
+@pytest.fixture(params=["native", "portable, one tile", "portable, small tiles"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested."""
+    monkeypatch.setattr(sys.modules[__name__], "FAST", request.param.split(",")[0])
+    if "small tiles" in request.param:
+        monkeypatch.setattr(portable, "_TILE_ELEMENTS", 3 * WIDTH)
 
 
 def make(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """y, z (a slice of something wider, as in the mixer) and weight."""
-    y, wide, weight = torch.randn(2, 7, 12), torch.randn(2, 7, 30), torch.randn(12)
-    return [y.to(dtype), wide.to(dtype)[..., 9:21], weight.to(dtype)]
+    y, wide, weight = torch.randn(2, 7, WIDTH), torch.randn(2, 7, 2 * WIDTH), torch.randn(WIDTH)
+    return [y.to(dtype), wide.to(dtype)[..., 9 : 9 + WIDTH], weight.to(dtype)]
 
 
-def gated(tensors: list[Tensor], group_size: int = 12, implementation: str = "portable") -> Tensor:
-    return gated_rms_norm(*tensors, group_size=group_size, eps=EPS, implementation=implementation)
+def gated(tensors: list[Tensor], group_size: int = WIDTH, implementation: str | None = None) -> Tensor:
+    return gated_rms_norm(*tensors, group_size=group_size, eps=EPS, implementation=implementation or FAST)
 
 
-def plain(tensors: list[Tensor], implementation: str = "portable") -> Tensor:
-    return rms_norm(tensors[0], tensors[2], eps=EPS, implementation=implementation)
+def plain(tensors: list[Tensor], implementation: str | None = None) -> Tensor:
+    return rms_norm(tensors[0], tensors[2], eps=EPS, implementation=implementation or FAST)
 
 
 def everything(op: Callable[..., Tensor], tensors: list[Tensor], **options: object) -> list[Tensor]:
@@ -44,8 +49,8 @@ def everything(op: Callable[..., Tensor], tensors: list[Tensor], **options: obje
     return [out.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-@pytest.mark.parametrize("group_size", [1, 3, 12])
-def test_gated_portable_is_the_reference(group_size: int) -> None:
+@pytest.mark.parametrize("group_size", [1, 3, 16, WIDTH])
+def test_gated_fast_is_the_reference(group_size: int) -> None:
     tensors = make()
     exact = everything(gated, tensors, group_size=group_size, implementation="reference")
     assert_equal_to(everything(gated, tensors, group_size=group_size), exact, 1e-12, "gated")
@@ -53,9 +58,9 @@ def test_gated_portable_is_the_reference(group_size: int) -> None:
         assert_equal_to([gated(tensors, group_size)], exact[:1], 1e-12, "without gradients")
 
 
-@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 7, 12), (2, 0, 12)])
-def test_plain_portable_is_the_reference(shape: tuple[int, ...]) -> None:
-    tensors = [torch.randn(*shape, dtype=torch.float64), torch.zeros(()), torch.randn(12, dtype=torch.float64)]
+@pytest.mark.parametrize("shape", [(WIDTH,), (5, WIDTH), (2, 7, WIDTH), (2, 0, WIDTH)])
+def test_plain_fast_is_the_reference(shape: tuple[int, ...]) -> None:
+    tensors = [torch.randn(*shape, dtype=torch.float64), torch.zeros(()), torch.randn(WIDTH, dtype=torch.float64)]
     actual = everything(plain, tensors)
     exact = everything(plain, tensors, implementation="reference")
     assert [one.shape for one in actual] == [one.shape for one in exact]
@@ -66,23 +71,23 @@ def test_plain_portable_is_the_reference(shape: tuple[int, ...]) -> None:
 
 def test_references_are_the_formulas_of_torch() -> None:
     y, z, weight = make()
-    assert_equal_to([plain([y, z, weight], "reference")], [F.rms_norm(y, (12,), weight, EPS)], 1e-12, "plain")
-    u = (y * F.silu(z)).unflatten(-1, (3, 4))
-    expected = F.rms_norm(u, (4,), None, EPS).flatten(-2) * weight
-    assert_equal_to([gated([y, z, weight], 4, "reference")], [expected], 1e-12, "gated")
+    assert_equal_to([plain([y, z, weight], "reference")], [F.rms_norm(y, (WIDTH,), weight, EPS)], 1e-12, "plain")
+    u = (y * F.silu(z)).unflatten(-1, (3, 16))
+    expected = F.rms_norm(u, (16,), None, EPS).flatten(-2) * weight
+    assert_equal_to([gated([y, z, weight], 16, "reference")], [expected], 1e-12, "gated")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "portable"])
-def test_gradcheck(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", None])
+def test_gradcheck(implementation: str | None) -> None:
     y, z, weight = (tensor.detach().clone() for tensor in make())
     leaves = [y[:, :2].requires_grad_(), z[:, :2].requires_grad_(), weight.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda *tensors: gated(list(tensors), 4, implementation), leaves)
+    assert torch.autograd.gradcheck(lambda *tensors: gated(list(tensors), 16, implementation), leaves)
     assert torch.autograd.gradcheck(lambda x, w: plain([x, x, w], implementation), (leaves[0], leaves[2]))
 
 
 @pytest.mark.parametrize("op", [gated, plain])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_portable_is_as_exact_as_the_reference(op: Callable[..., Tensor], dtype: torch.dtype) -> None:
+def test_fast_is_as_exact_as_the_reference(op: Callable[..., Tensor], dtype: torch.dtype) -> None:
     narrow = make(dtype)
     exact = everything(op, [tensor.double() for tensor in narrow], implementation="reference")
     reference = everything(op, narrow, implementation="reference")
@@ -91,11 +96,11 @@ def test_portable_is_as_exact_as_the_reference(op: Callable[..., Tensor], dtype:
         assert_as_exact_as(actual, [near], truth, dtype, f"{op.__name__}[{index}]")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "portable"])
-def test_statistics_are_not_narrow(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", None])
+def test_statistics_are_not_narrow(implementation: str | None) -> None:
     """Squares of 300 are beyond fp16, whose largest number is 65504; rms is 300 all the same, and so are gradients."""
-    x = 300 * torch.randn(1, 3, 12).sign().to(torch.float16)
-    ones = torch.ones(12, dtype=torch.float16)
+    x = 300 * torch.randn(1, 3, WIDTH).sign().to(torch.float16)
+    ones = torch.ones(WIDTH, dtype=torch.float16)
     for op in (plain, gated):
         narrow = [x, torch.ones_like(x), ones]
         exact = everything(op, [tensor.double() for tensor in narrow], implementation="reference")
@@ -103,8 +108,8 @@ def test_statistics_are_not_narrow(implementation: str) -> None:
 
 
 def test_zeros_stay_zeros_with_finite_gradients() -> None:
-    zeros = torch.zeros(1, 2, 12, dtype=torch.float64)
-    tensors = [zeros, zeros, torch.ones(12, dtype=torch.float64)]
+    zeros = torch.zeros(1, 2, WIDTH, dtype=torch.float64)
+    tensors = [zeros, zeros, torch.ones(WIDTH, dtype=torch.float64)]
     for op in (gated, plain):
         exact = everything(op, tensors, implementation="reference")
         assert_equal_to(everything(op, tensors), exact, 1e-12, op.__name__)
@@ -112,7 +117,7 @@ def test_zeros_stay_zeros_with_finite_gradients() -> None:
 
 def test_gradients_may_be_taken_twice() -> None:
     leaves = [tensor.detach().requires_grad_() for tensor in make()]
-    out = gated(leaves, 4)
+    out = gated(leaves, 16)
     first, second = (torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for _ in range(2))
     assert all(one.equal(other) for one, other in zip(first, second, strict=True))
 
@@ -128,16 +133,16 @@ def test_autocast_does_not_reach_inside(op: Callable[..., Tensor]) -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     y, z, weight = make()
-    with pytest.raises(ConfigError, match="'fast'; expected one of 'portable', 'reference'"):
-        gated([y, z, weight], implementation="fast")
-    with pytest.raises(ConfigError, match="'fast'; expected one of 'portable', 'reference'"):
-        plain([y, z, weight], implementation="fast")
-    with pytest.raises(InputError, match="group_size is 5; expected a divisor of the 12 channels"):
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+        gated([y, z, weight], implementation="quick")
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+        plain([y, z, weight], implementation="quick")
+    with pytest.raises(InputError, match="group_size is 5; expected a divisor of the 48 channels"):
         gated([y, z, weight], 5)
     below, gated_below = inspect.unwrap(rms_norm), inspect.unwrap(gated_rms_norm)  # the shape checks of tests only
-    with pytest.raises(InputError, match=r"weight has shape \(11,\); expected the last of x \(2, 7, 12\)"):
-        below(y, weight[:11], eps=EPS)
-    with pytest.raises(InputError, match=r"weight has shape \(11,\); expected \(12,\)"):
-        gated_below(y, z, weight[:11], group_size=12, eps=EPS)
-    with pytest.raises(InputError, match=r"y has shape \(2, 7, 12\) and z \(2, 6, 12\)"):
-        gated_below(y, z[:, :6], weight, group_size=12, eps=EPS)
+    with pytest.raises(InputError, match=r"weight has shape \(47,\); expected the last of x \(2, 7, 48\)"):
+        below(y, weight[:47], eps=EPS)
+    with pytest.raises(InputError, match=r"weight has shape \(47,\); expected \(48,\)"):
+        gated_below(y, z, weight[:47], group_size=WIDTH, eps=EPS)
+    with pytest.raises(InputError, match=r"y has shape \(2, 7, 48\) and z \(2, 6, 48\)"):
+        gated_below(y, z[:, :6], weight, group_size=WIDTH, eps=EPS)

@@ -37,7 +37,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens: int, classes: int
     target[torch.rand(tokens) < ignored] = -100
     expected = F.cross_entropy(hidden @ weight.T, target, reduction="sum")
     expected_gradients = torch.autograd.grad(3 * expected, (hidden, weight))
-    for implementation in ("portable", "reference"):
+    for implementation in ("native", "portable", "reference"):
         loss, count = linear_cross_entropy(hidden, weight, target, implementation=implementation)
         assert count == int((target != -100).sum())
         torch.testing.assert_close(loss, expected)
@@ -50,7 +50,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens: int, classes: int
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("implementation", ["portable", "reference"])
+@pytest.mark.parametrize("implementation", ["native", "portable", "reference"])
 def test_gradcheck(implementation: str) -> None:
     hidden, weight, target = problem(7, 3, 5, torch.float64)
     target[2] = -1
@@ -63,7 +63,7 @@ def test_gradcheck(implementation: str) -> None:
     assert torch.autograd.gradcheck(lambda weight: loss(hidden.detach(), weight), weight)
 
 
-@pytest.mark.parametrize("implementation", ["portable", "reference"])
+@pytest.mark.parametrize("implementation", ["native", "portable", "reference"])
 @pytest.mark.parametrize("target", [torch.zeros(0, dtype=torch.int64), torch.full((6,), -100)])
 def test_nothing_to_predict_is_zero_with_zero_gradients(implementation: str, target: Tensor) -> None:
     hidden, weight, _ = problem(len(target), 3, 5, torch.float32)

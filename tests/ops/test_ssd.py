@@ -1,8 +1,9 @@
-"""The oracles of SSD agree, and the portable implementation agrees with them: outputs, final state, every gradient."""
+"""The oracles of SSD agree, and the fast implementations agree with them: outputs, final state, every gradient."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.ssd import portable, ssd
+from taipan.ops.ssd.native import ssd_native
 from taipan.ops.ssd.portable import ssd_portable
 from taipan.ops.ssd.reference import ssd_chunked, ssd_quadratic, ssd_recurrent
 from tests.tolerance import assert_as_exact_as, assert_equal_to
@@ -19,6 +21,19 @@ from tests.tolerance import assert_as_exact_as, assert_equal_to
 LENGTHS = [1, 2, 31, 63, 64, 65, 127, 200]
 GROUPS = [(4, 1), (4, 2), (3, 3)]
 NAMES = ("y", "final state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
+
+
+FAST = [ssd_portable]  # what is tested
+
+
+@pytest.fixture(params=[ssd_native, ssd_portable], ids=["native", "portable"], autouse=True)
+def fast(request: pytest.FixtureRequest) -> None:
+    """Every test for both fast implementations."""
+    FAST[:] = [request.param]
+
+
+def ssd_fast(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return FAST[0](*args, **options)
 
 
 @dataclass
@@ -95,7 +110,7 @@ def assert_as_exact_as_the_oracles(draws: list[Inputs]) -> None:
     exact = together(ssd_recurrent, precise=True)
     oracles = [together(op) for op in (ssd_recurrent, ssd_quadratic, ssd_chunked)]
     narrow = ("y", "dx", "dB", "dC")
-    for name, actual, truth, *near in zip(NAMES, together(ssd_portable), exact, *oracles, strict=True):
+    for name, actual, truth, *near in zip(NAMES, together(ssd_fast), exact, *oracles, strict=True):
         dtype = draws[0].x.dtype if name in narrow else torch.float32
         magnitude = torch.stack([magnitude_of_dA(draw) for draw in draws]) if name == "dA" else None
         assert_as_exact_as(actual, near, truth, dtype, name, magnitude)
@@ -128,20 +143,20 @@ def test_all_agree_in_fp64(tokens: int, heads: int, groups: int, packed: bool) -
     assert_equal_to(everything(ssd_quadratic, inputs, segment_BT=segment), exact, 1e-10, "quadratic")
     for chunk in (16, 64):
         assert_equal_to(everything(ssd_chunked, inputs, segment_BT=segment, chunk_size=chunk), exact, 1e-10, "chunked")
-        portable = everything(ssd_portable, inputs, segment_BT=segment, chunk_size=chunk)
-        assert_equal_to(portable, exact, 1e-10, "portable")
+        fast = everything(ssd_fast, inputs, segment_BT=segment, chunk_size=chunk)
+        assert_equal_to(fast, exact, 1e-10, "fast")
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 130])
 def test_without_skip_and_initial_state(tokens: int) -> None:
     inputs = replace(make(2, tokens, 4, 2), D=None, initial=None)
     exact = everything(ssd_recurrent, inputs)
-    for op in (ssd_quadratic, ssd_chunked, ssd_portable):
+    for op in (ssd_quadratic, ssd_chunked, ssd_fast):
         # Without a state before it, the decay of the only token moves nothing: dA is 0 but for rounding.
         assert_equal_to(everything(op, inputs), exact, 1e-10 if tokens > 1 else 1e-9, op.__name__)
 
 
-@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_portable])
+@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_fast])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_gradcheck(op: Callable[..., tuple[Tensor, Tensor]], tokens: int) -> None:
     inputs = make(1, tokens, 2, 2, head_dim=1, state=2).map(lambda tensor: tensor.requires_grad_())
@@ -156,11 +171,11 @@ def test_gradcheck(op: Callable[..., tuple[Tensor, Tensor]], tokens: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 65, 140])
-def test_portable_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int) -> None:
+def test_fast_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int) -> None:
     """Only x, B and C are narrow; dt, A, D and the state are fp32, as in the model."""
     draws = [make(2, tokens, 4, 1, head_dim=16, state=16).map(lambda tensor: tensor.float()) for _ in range(6)]
     draws = [replace(draw, x=draw.x.to(dtype), B=draw.B.to(dtype), C=draw.C.to(dtype)) for draw in draws]
-    y, state = run(ssd_portable, draws[0])
+    y, state = run(ssd_fast, draws[0])
     assert (y.dtype, state.dtype) == (dtype, torch.float32)
     assert_as_exact_as_the_oracles(draws)
 
@@ -170,8 +185,8 @@ def test_without_gradients_the_result_is_the_same() -> None:
     segment = make_segments(3, 200)
     exact = everything(ssd_recurrent, inputs, segment_BT=segment)[:2]
     with torch.no_grad():
-        assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "no_grad")
-    assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "nothing requires grad")
+        assert_equal_to(run(ssd_fast, inputs, segment_BT=segment), exact, 1e-10, "no_grad")
+    assert_equal_to(run(ssd_fast, inputs, segment_BT=segment), exact, 1e-10, "nothing requires grad")
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 500), (2, 300), (7, 150)])
@@ -181,15 +196,15 @@ def test_tiles_of_many_chunks_and_of_many_rows(batch: int, tokens: int, monkeypa
     inputs = make(batch, tokens, 2, 1)
     segment = make_segments(batch, tokens)
     exact = everything(ssd_chunked, inputs, segment_BT=segment, chunk_size=50)
-    assert_equal_to(everything(ssd_portable, inputs, segment_BT=segment), exact, 1e-10, "portable")
+    assert_equal_to(everything(ssd_fast, inputs, segment_BT=segment), exact, 1e-10, "fast")
     with torch.no_grad():
-        assert_equal_to(run(ssd_portable, inputs, segment_BT=segment), exact[:2], 1e-10, "without gradients")
+        assert_equal_to(run(ssd_fast, inputs, segment_BT=segment), exact[:2], 1e-10, "without gradients")
 
 
 @pytest.mark.parametrize("tokens", [63, 64, 65, 130])
 def test_large_states_have_longer_chunks(tokens: int) -> None:
     inputs = make(1, tokens, 2, 1, head_dim=32, state=64)
-    assert_equal_to(everything(ssd_portable, inputs), everything(ssd_chunked, inputs), 1e-10, "portable")
+    assert_equal_to(everything(ssd_fast, inputs), everything(ssd_chunked, inputs), 1e-10, "fast")
 
 
 def test_strided_views_and_unused_gradients() -> None:
@@ -203,7 +218,7 @@ def test_strided_views_and_unused_gradients() -> None:
         return run(op, views)
 
     for index in (0, 1):
-        actual, exact = (outputs(op)[index].square().sum() for op in (ssd_portable, ssd_recurrent))
+        actual, exact = (outputs(op)[index].square().sum() for op in (ssd_fast, ssd_recurrent))
         gradients = [torch.autograd.grad(value, wide)[0] for value in (actual, exact)]
         assert_equal_to(gradients[:1], gradients[1:], 1e-10, "dwide")
 
@@ -218,7 +233,7 @@ def test_used_twice_and_backward_twice() -> None:
         again, state = run(op, replace(inputs, x=y, initial=state))
         return again.square().mean() + state.square().mean()
 
-    portable = loss(ssd_portable)
+    portable = loss(ssd_fast)
     first = torch.autograd.grad(portable, leaves, retain_graph=True)
     second = torch.autograd.grad(portable, leaves)
     assert all(one.equal(other) for one, other in zip(first, second, strict=True))
@@ -228,10 +243,10 @@ def test_used_twice_and_backward_twice() -> None:
 def test_arguments_are_not_written_to() -> None:
     inputs = make(2, 70, 2, 1)
     before = inputs.map(torch.clone)
-    everything(ssd_portable, inputs)
+    everything(ssd_fast, inputs)
     with torch.no_grad():
-        run(ssd_portable, inputs)
-        run(ssd_portable, inputs.tokens(slice(0, 1)))
+        run(ssd_fast, inputs)
+        run(ssd_fast, inputs.tokens(slice(0, 1)))
     assert all(one.equal(other) for one, other in zip(inputs.tensors(), before.tensors(), strict=True))
 
 
@@ -264,7 +279,7 @@ def test_any_split_is_the_whole(data: st.DataObject, tokens: int, packed: bool) 
     assert_equal_to(everything(in_pieces, inputs, segment_BT=segment), whole, 1e-10, f"cuts {cuts}")
 
 
-@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_portable])
+@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_fast])
 def test_segments_are_separate_runs(op: Callable[..., tuple[Tensor, Tensor]]) -> None:
     inputs = make(1, 150, 2, 1)
     ends = [40, 41, 104, 150]
@@ -282,13 +297,13 @@ def test_a_document_knows_nothing_of_its_neighbours() -> None:
     """Not even when they are infinite: what is masked is not multiplied."""
     inputs = make(1, 100, 2, 1)
     segment = torch.repeat_interleave(torch.arange(3), torch.tensor([30, 40, 30]))[None]
-    y, _ = run(ssd_portable, inputs, segment_BT=segment)
+    y, _ = run(ssd_fast, inputs, segment_BT=segment)
     inputs.x[:, :30] *= 1e100
     inputs.x[:, 70:] *= 1e100
-    assert run(ssd_portable, inputs, segment_BT=segment)[0][:, 30:70].equal(y[:, 30:70])
+    assert run(ssd_fast, inputs, segment_BT=segment)[0][:, 30:70].equal(y[:, 30:70])
 
 
-@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_portable])
+@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_fast])
 @pytest.mark.parametrize("real", [0, 1, 64, 69])
 def test_padding_leaves_the_state_where_it_is(op: Callable[..., tuple[Tensor, Tensor]], real: int) -> None:
     inputs = make(2, 70, 2, 1)
@@ -318,26 +333,26 @@ def test_a_decay_to_zero_takes_no_gradient_from_rounding() -> None:
     inputs.dt[:, 30] = 1e6
     inputs.B[:, 30] = 0.0
     exact = everything(ssd_recurrent, inputs.map(lambda tensor: tensor.double()))
-    assert_equal_to(everything(ssd_portable, inputs), exact, 1e-5, "gradients")
+    assert_equal_to(everything(ssd_fast, inputs), exact, 1e-5, "gradients")
 
 
 def test_autocast_does_not_reach_inside() -> None:
     inputs = make(2, 70, 2, 1).map(lambda tensor: tensor.float())
-    plain = everything(ssd_portable, inputs)
+    plain = everything(ssd_fast, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = everything(ssd_portable, inputs)
-        one = run(ssd_portable, inputs.tokens(slice(0, 1)))
+        cast = everything(ssd_fast, inputs)
+        one = run(ssd_fast, inputs.tokens(slice(0, 1)))
     assert all(a.equal(b) for a, b in zip(plain, cast, strict=True))
-    assert all(a.equal(b) for a, b in zip(run(ssd_portable, inputs.tokens(slice(0, 1))), one, strict=True))
+    assert all(a.equal(b) for a, b in zip(run(ssd_fast, inputs.tokens(slice(0, 1))), one, strict=True))
 
 
 def test_unknown_implementation_lists_the_known() -> None:
     inputs = make(1, 4, 2, 1)
-    with pytest.raises(ConfigError, match="'fast'; expected one of 'portable', 'reference'"):
-        run(ssd, inputs, implementation="fast")
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+        run(ssd, inputs, implementation="quick")
 
 
-@pytest.mark.parametrize("implementation", ["portable", "reference"])
+@pytest.mark.parametrize("implementation", ["native", "portable", "reference"])
 def test_dispatch_runs_what_was_named(implementation: str) -> None:
     inputs = make(1, 70, 2, 1)
     assert_equal_to(run(ssd, inputs, implementation=implementation), run(ssd_recurrent, inputs), 1e-12, implementation)

@@ -61,7 +61,9 @@ def _choices() -> Iterator[tuple[str, str, str]]:
     import torch
 
     from taipan import hardware
-    from taipan.model import IMPLEMENTATIONS, resolve_implementations
+    from taipan.model import IMPLEMENTATIONS
+    from taipan.native import native_status
+    from taipan.ops.dispatch import chosen
 
     dtype = hardware.training_dtype("auto")
     yield "training dtype", dtype.dtype, dtype.reason
@@ -74,9 +76,12 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         "keeps large blocks" if tuned else "as it is",
         "glibc: freed tensors are reused without page faults" if tuned else "not glibc's: no settings to change",
     )
-    for op, implementation in resolve_implementations("auto").items():
-        others = [name for name in IMPLEMENTATIONS[op] if name != implementation]
-        yield f"op {op}", implementation, f"the first that runs here; also there: {', '.join(others) or 'none'}"
+    kernels = native_status()
+    yield "native kernels", "none" if kernels.library is None else "compiled", kernels.reason
+    for op, implementations in IMPLEMENTATIONS.items():
+        choice = chosen(implementations, torch.zeros(1))
+        others = [name for name in implementations if name != choice]
+        yield f"op {op}", choice, f"the best that runs here; also there: {', '.join(others)}"
 
 
 def _versions() -> Iterator[tuple[str, str, str]]:

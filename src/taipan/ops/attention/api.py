@@ -45,7 +45,7 @@ def windowed_attention(
     window: int | None,
     query_segment_BQ: IntBQ | None = None,
     key_segment_BJ: IntBJ | None = None,
-    implementation: str = "portable",
+    implementation: str = "auto",
 ) -> FloatBQHE:
     """Causal softmax attention in a sliding window, for queries and keys that were gathered (Eq. 4, §3.2).
 
@@ -63,7 +63,7 @@ def windowed_attention(
         window: how many coordinates back a query sees, itself included; None for no limit.
         query_segment_BQ: int64 running segment number (>= 0) of each query; None when there is one segment.
         key_segment_BJ: the same of each key; given if and only if the queries' is.
-        implementation: a name in ``IMPLEMENTATIONS``.
+        implementation: "auto" or a name in ``IMPLEMENTATIONS``.
 
     Along Q and along J the (segment, index) of present entries must never decrease; absent ones may be anywhere
     between them. This is not checked.
@@ -78,7 +78,7 @@ def windowed_attention(
     _validate(q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, query_segment_BQ, key_segment_BJ)
     if window is not None and window < 1:
         raise ConfigError(f"windowed_attention: window is {window}; give at least 1, or None for no limit.")
-    attend = select("windowed_attention", IMPLEMENTATIONS, implementation)
+    attend = select("windowed_attention", IMPLEMENTATIONS, implementation, q_BQHE)
     return attend(q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
 
 

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
+from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable
 from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
 from taipan.ops.dispatch import select
 from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "native": causal_conv1d_native,
     "portable": causal_conv1d_portable,
     "reference": causal_conv1d_reference,
 }
@@ -25,7 +27,7 @@ def causal_conv1d(
     segment_BT: IntBT | None = None,
     length_B: IntB | None = None,
     activation: str | None = "silu",
-    implementation: str = "portable",
+    implementation: str = "auto",
 ) -> tuple[FloatBTC, FloatBLC]:
     """Depthwise causal convolution over time (the short convolution of Mamba-2), over a sequence or a piece of one.
 
@@ -40,7 +42,7 @@ def causal_conv1d(
             across a change of number. Padded tokens repeat the number of the last real one.
         length_B: integer number of real tokens at the left of each row, 0 … T, or None when all are real.
         activation: "silu" or None.
-        implementation: "portable" or "reference".
+        implementation: "auto", "native", "portable" or "reference".
 
     Returns:
         y_BTC in the dtype of x (sums are fp32 for any x but fp64, and fp64 then), and the last K - 1 real inputs of
@@ -49,9 +51,9 @@ def causal_conv1d(
 
     Raises:
         InputError: shapes or dtypes do not fit.
-        ConfigError: no such implementation or activation.
+        ConfigError: no such implementation (or not here) or activation.
     """
-    run = select("causal_conv1d", IMPLEMENTATIONS, implementation)
+    run = select("causal_conv1d", IMPLEMENTATIONS, implementation, x_BTC)
     if activation not in ("silu", None):
         raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; expected 'silu' or None")
     _validate(x_BTC, weight_CK, bias_C, initial_columns_BLC, segment_BT, length_B)

@@ -170,7 +170,7 @@ _silu_backward = cast(Callable[[Tensor, Tensor], Tensor], torch.ops.aten.silu_ba
 _apply = cast(Callable[..., Tensor], _CausalConv1d.apply)
 
 
-def _final_columns(
+def final_columns(
     x_BTC: Tensor, columns_BLC: Tensor | None, segment_BT: Tensor | None, length_B: Tensor | None, count: int
 ) -> Tensor:
     """The last K - 1 real inputs of each row's last document, zeros before its first."""
@@ -213,7 +213,7 @@ def causal_conv1d_portable(
     activation: str | None = "silu",
 ) -> tuple[FloatBTC, FloatBLC]:
     """Depthwise causal convolution by shifted multiply-adds. See `taipan.ops.causal_conv1d.causal_conv1d`."""
-    final_BLC = _final_columns(x_BTC, initial_columns_BLC, segment_BT, length_B, weight_CK.shape[1])
+    final_BLC = final_columns(x_BTC, initial_columns_BLC, segment_BT, length_B, weight_CK.shape[1])
     if x_BTC.shape[1] == 1 and initial_columns_BLC is not None:
         if segment_BT is not None:
             initial_columns_BLC = initial_columns_BLC * (segment_BT == 0)[..., None]

@@ -6,21 +6,24 @@ from torch import Tensor
 
 from taipan.errors import InputError
 from taipan.ops.dispatch import select
+from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 GATED_IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "native": gated_rms_norm_native,
     "portable": gated_rms_norm_portable,
     "reference": gated_rms_norm_reference,
 }
 IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "native": rms_norm_native,
     "portable": rms_norm_portable,
     "reference": rms_norm_reference,
 }
 
 
-def rms_norm(x: FloatXD, weight: FloatD, *, eps: float, implementation: str = "portable") -> FloatXD:
+def rms_norm(x: FloatXD, weight: FloatD, *, eps: float, implementation: str = "auto") -> FloatXD:
     """Root mean square normalisation over the last dimension (Zhang & Sennrich 2019).
 
         out = x / sqrt(mean(x²) + eps) × weight
@@ -29,16 +32,16 @@ def rms_norm(x: FloatXD, weight: FloatD, *, eps: float, implementation: str = "p
         x: any leading dimensions, then D; fp64, fp32, fp16 or bf16.
         weight: gain of each of the D features.
         eps: added to the mean square, > 0.
-        implementation: "portable" or "reference".
+        implementation: "auto", "native", "portable" or "reference".
 
     Returns:
         The normed x in its own dtype; statistics are fp32 for any x but fp64, and fp64 then. Differentiable.
 
     Raises:
         InputError: the weight does not fit the last dimension.
-        ConfigError: no such implementation.
+        ConfigError: no such implementation, or not here.
     """
-    run = select("rms_norm", IMPLEMENTATIONS, implementation)
+    run = select("rms_norm", IMPLEMENTATIONS, implementation, x)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise InputError(f"rms_norm: weight has shape {tuple(weight.shape)}; expected the last of x {tuple(x.shape)}")
     return run(x, weight, eps=eps)
@@ -51,7 +54,7 @@ def gated_rms_norm(
     *,
     group_size: int,
     eps: float,
-    implementation: str = "portable",
+    implementation: str = "auto",
 ) -> FloatBTC:
     """Normalisation of a gated input, gate first, as at the end of a Mamba-2 mixer (``norm_before_gate=False``).
 
@@ -63,16 +66,16 @@ def gated_rms_norm(
         weight_C: gain of each channel.
         group_size: channels that share a statistic; divides C.
         eps: added to the mean square, > 0.
-        implementation: "portable" or "reference".
+        implementation: "auto", "native", "portable" or "reference".
 
     Returns:
         (B, T, C) in the dtype of y; computed in fp32 for any y but fp64, and fp64 then. Differentiable.
 
     Raises:
         InputError: shapes do not fit, or the group size does not divide the channels.
-        ConfigError: no such implementation.
+        ConfigError: no such implementation, or not here.
     """
-    run = select("gated_rms_norm", GATED_IMPLEMENTATIONS, implementation)
+    run = select("gated_rms_norm", GATED_IMPLEMENTATIONS, implementation, y_BTC)
     if y_BTC.dim() != 3 or z_BTC.shape != y_BTC.shape:
         raise InputError(
             f"gated_rms_norm: y has shape {tuple(y_BTC.shape)} and z {tuple(z_BTC.shape)}; "

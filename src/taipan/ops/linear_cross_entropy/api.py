@@ -6,11 +6,12 @@ import torch
 
 from taipan.errors import InputError
 from taipan.ops.dispatch import select
-from taipan.ops.linear_cross_entropy import portable, reference
+from taipan.ops.linear_cross_entropy import native, portable, reference
 from taipan.shapes import Float0, FloatM, FloatMD, FloatVD, IntM
 
 IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM], Float0]] = {
     "reference": reference.linear_cross_entropy,
+    "native": native.linear_cross_entropy,
     "portable": portable.linear_cross_entropy,
 }
 
@@ -21,7 +22,7 @@ def linear_cross_entropy(
     target_M: IntM,
     *,
     ignore_index: int = -100,
-    implementation: str = "portable",
+    implementation: str = "auto",
 ) -> tuple[Float0, int]:
     """Sum over the tokens of ``−log softmax(hidden · weightᵀ)[target]``, and how many tokens it is the sum of (Eq. 7).
 
@@ -42,7 +43,7 @@ def linear_cross_entropy(
         InputError: shapes or dtypes that do not fit together, or a target that is no class.
         ConfigError: an unknown implementation.
     """
-    loss_sum = select("linear_cross_entropy", IMPLEMENTATIONS, implementation)
+    loss_sum = select("linear_cross_entropy", IMPLEMENTATIONS, implementation, hidden_MD)
     kept_N = _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
     if kept_N.numel() < target_M.numel():
         hidden_MD, target_M = hidden_MD.index_select(0, kept_N), target_M.index_select(0, kept_N)

@@ -7,6 +7,7 @@ its matrix units); softmax, loss and the sum of the weight's gradient are in at 
 multiplies the weight's gradient in float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,30 @@ MIN_CHUNK_ROWS = 128
 """Rows of a chunk at least: each chunk reads the whole weight and updates the whole of its gradient."""
 
 
+LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of logits (rows, V) in at least float32, which it may overwrite, and targets: summed loss, gradient of the logits."""
+
+
 def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> Float0:
     """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy``; no target is ignored here."""
+    return chunked_linear_cross_entropy(hidden_MD, weight_VD, target_M, _loss_and_gradient)
+
+
+def chunked_linear_cross_entropy(
+    hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, loss_and_gradient: LossAndGradient
+) -> Tensor:
+    """The summed loss, by whatever treats a chunk of logits."""
     if torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad):
-        return _LinearCrossEntropy.apply(hidden_MD, weight_VD, target_M)
+        return _LinearCrossEntropy.apply(hidden_MD, weight_VD, target_M, loss_and_gradient)
     return linear_cross_entropy_per_token(hidden_MD, weight_VD, target_M).sum()
+
+
+def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    target_R1 = target_R[:, None]
+    log_probability_RV = F.log_softmax(logits_RV, dim=1)
+    loss = -log_probability_RV.gather(1, target_R1).sum()
+    gradient_RV = log_probability_RV.exp_()  # softmax − one-hot
+    return loss, gradient_RV.scatter_add_(1, target_R1, gradient_RV.new_full(target_R1.shape, -1.0))
 
 
 def linear_cross_entropy_per_token(
@@ -49,18 +69,18 @@ def _chunks(hidden_MD: Tensor, weight_VD: Tensor) -> list[slice]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, loss_and_gradient: LossAndGradient
+    ) -> Tensor:
         wide = accumulation_dtype(hidden_MD.dtype)
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=wide, device=hidden_MD.device)
         grad_hidden_MD = torch.zeros_like(hidden_MD) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         for rows in _chunks(hidden_MD, weight_VD):
-            hidden_RD, target_R1 = hidden_MD[rows], target_M[rows, None]
-            log_probability_RV = F.log_softmax(hidden_RD @ weight_VD.T, dim=1, dtype=wide)
-            loss -= log_probability_RV.gather(1, target_R1).sum()
-            grad_logits_RV = log_probability_RV.exp_()  # softmax − one-hot
-            grad_logits_RV.scatter_add_(1, target_R1, grad_logits_RV.new_full(target_R1.shape, -1.0))
+            hidden_RD = hidden_MD[rows]
+            loss_of_rows, grad_logits_RV = loss_and_gradient((hidden_RD @ weight_VD.T).to(wide), target_M[rows])
+            loss += loss_of_rows
             grad_logits_RV = grad_logits_RV.to(hidden_MD.dtype)
             if grad_hidden_MD is not None:
                 torch.mm(grad_logits_RV, weight_VD, out=grad_hidden_MD[rows])
@@ -78,8 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_loss: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden_MD, grad_weight_VD = (
             None if grad is None else (grad * grad_loss).to(ctx.dtype) for grad in ctx.saved_tensors
         )
-        return grad_hidden_MD, grad_weight_VD, None
+        return grad_hidden_MD, grad_weight_VD, None, None

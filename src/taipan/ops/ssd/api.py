@@ -7,6 +7,7 @@ from torch import Tensor
 
 from taipan.errors import InputError
 from taipan.ops.dispatch import select
+from taipan.ops.ssd.native import ssd_native
 from taipan.ops.ssd.portable import ssd_portable
 from taipan.ops.ssd.reference import ssd_chunked
 from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
@@ -32,7 +33,11 @@ class Implementation(Protocol):
         ...
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {"portable": ssd_portable, "reference": ssd_chunked}
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "native": ssd_native,
+    "portable": ssd_portable,
+    "reference": ssd_chunked,
+}
 
 
 def ssd(
@@ -46,7 +51,7 @@ def ssd(
     initial_state_BHPN: FloatBHPN | None = None,
     segment_BT: IntBT | None = None,
     chunk_size: int = 64,
-    implementation: str = "portable",
+    implementation: str = "auto",
 ) -> tuple[FloatBTHP, FloatBHPN]:
     """Selective state space of Mamba-2 (Dao & Gu 2024, Eq. 2 and section 6), over a whole sequence or a piece of one.
 
@@ -65,7 +70,7 @@ def ssd(
             number of the last real one.
         chunk_size: largest number of tokens that an implementation treats by the matrix form. Speed depends on it,
             the result does not, and an implementation may take less.
-        implementation: "portable" or "reference".
+        implementation: "auto", "native", "portable" or "reference".
 
     Returns:
         y_BTHP in the dtype of x, and the state after the last token. Decays, sums and state are fp32 for any x but
@@ -73,9 +78,9 @@ def ssd(
 
     Raises:
         InputError: shapes, dtypes or chunk size do not fit.
-        ConfigError: no such implementation.
+        ConfigError: no such implementation, or not here.
     """
-    run = select("ssd", IMPLEMENTATIONS, implementation)
+    run = select("ssd", IMPLEMENTATIONS, implementation, x_BTHP)
     _validate(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT, chunk_size)
     return run(
         x_BTHP,

@@ -387,7 +387,7 @@ def _scan_backward(
     return dx_BTHP, ddt_BTH, dA_H.to(A_H.dtype), dB_BTGN, dC_BTGN, dD, dstate_BHPN
 
 
-def _step(
+def step(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
     A_H: Tensor,
@@ -397,7 +397,7 @@ def _step(
     initial_state_BHPN: Tensor,
     segment_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: the recurrence itself, in plain autograd."""
+    """One token: the recurrence itself, in plain autograd. Arguments as in `taipan.ops.ssd.ssd`."""
     accumulate = accumulation_dtype(x_BTHP.dtype)
     x_BHP, dt_BH = x_BTHP[:, 0].to(accumulate), dt_BTH[:, 0].to(accumulate)
     batch, heads, head_dim = x_BHP.shape
@@ -432,7 +432,7 @@ def ssd_portable(
     """State space duality by the chunked form. See `taipan.ops.ssd.ssd`."""
     with no_autocast(x_BTHP.device.type):
         if x_BTHP.shape[1] == 1 and initial_state_BHPN is not None:
-            return _step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
+            return step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
         chunk = min(chunk_size, _best_chunk(x_BTHP.shape[3], B_BTGN.shape[3]))
         tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):

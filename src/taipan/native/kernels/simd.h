@@ -1,0 +1,158 @@
+// Vectors of the width this machine has, in the vector extension that GCC and Clang share.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace taipan {
+
+using Index = std::ptrdiff_t;
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float Vector __attribute__((vector_size(kBytes)));
+  typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+  typedef std::int32_t Integer __attribute__((vector_size(kBytes)));
+};
+
+template <>
+struct Simd<double> {
+  typedef double Vector __attribute__((vector_size(kBytes)));
+  typedef double Unaligned __attribute__((vector_size(kBytes), aligned(8), may_alias));
+  typedef std::int64_t Integer __attribute__((vector_size(kBytes)));
+};
+
+template <class T>
+using Vector = typename Simd<T>::Vector;
+
+template <class T>
+constexpr int kLanes = kBytes / sizeof(T);
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+template <class T>
+inline Vector<T> splat(T value) {
+  return value - Vector<T>{};
+}
+
+template <class T>
+inline T sum(Vector<T> v) {
+  T total = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) total += v[lane];
+  return total;
+}
+
+inline Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// e^x to about 2 units in the last place; 0 below the smallest normal number, NaN for NaN. The float version reduces by
+// ln 2 in two parts and takes the Taylor polynomial of degree 7 on [-ln 2 / 2, ln 2 / 2].
+inline Vector<float> exponential(Vector<float> x) {
+  using V = Vector<float>;
+  using I = Simd<float>::Integer;
+  const V magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, which is then in the low bits
+  const V lowest = splat(-87.33654f), highest = splat(88.72283f);
+  V clamped = x < lowest ? lowest : x;
+  clamped = clamped > highest ? highest : clamped;
+  const V shifted = clamped * 1.44269504088896341f + magic;
+  const V n = shifted - magic;
+  const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = splat(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // Two factors, because 2^n itself is no float at the upper end.
+  const I exponent = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(magic);
+  const I half = exponent >> 1;
+  p = p * reinterpret_cast<V>((half + 127) << 23) * reinterpret_cast<V>((exponent - half + 127) << 23);
+  return x < lowest ? V{} : p;
+}
+
+inline Vector<double> exponential(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+
+template <class T>
+inline Vector<T> sigmoid(Vector<T> x) {
+  return T(1) / (exponential(-x) + T(1));
+}
+
+// Memory of one thread that stays for the next call: fresh pages cost more than the work on them.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(memory_); }
+
+  // Start over with room for `bytes`; false when there is no memory.
+  bool reserve(std::size_t bytes) {
+    used_ = 0;
+    bytes = (bytes + 63) / 64 * 64;
+    if (bytes > size_) {
+      std::free(memory_);
+      memory_ = static_cast<char*>(std::aligned_alloc(64, bytes));
+      size_ = memory_ == nullptr ? 0 : bytes;
+    }
+    return memory_ != nullptr;
+  }
+
+  // The next `count` elements, at a multiple of 64 bytes.
+  template <class T>
+  T* take(Index count) {
+    T* p = reinterpret_cast<T*>(memory_ + used_);
+    used_ += bytes<T>(count);
+    return p;
+  }
+
+  template <class T>
+  static std::size_t bytes(Index count) {
+    return (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  }
+
+ private:
+  char* memory_ = nullptr;
+  std::size_t size_ = 0;
+  std::size_t used_ = 0;
+};
+
+inline Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// Results of every exported function.
+enum Status : int { kOk = 0, kNoMemory = 1 };
+
+}  // namespace taipan

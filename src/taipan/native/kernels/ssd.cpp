@@ -1,0 +1,552 @@
+// State space duality (Dao & Gu 2024, section 6) by chunks, forward and backward.
+//
+// With s = cumsum(dt A) inside a chunk of Q tokens, x̃ = dt x, S the state at its entrance and S' at its end,
+//
+//   y  = e^s (C S) + ((C Bᵀ) ∘ L) x̃ + D x        L_ij = e^(s_i - s_j), j ≤ i
+//   S' = e^(s_Q) S + Σ_j e^(s_Q - s_j) x̃_j B_jᵀ
+//
+// and every exponent is ≤ 0, so nothing overflows however fast a head forgets. C Bᵀ is made once for the heads of a
+// group; all else is made head by head, chunk by chunk, in memory that stays in the cache: no (heads, Q, Q) matrix
+// exists. The backward computes the states again. Sums of exponents are kept in two parts, so that a slow token after
+// a fast one (large sums, small difference) loses no digits.
+#include <algorithm>
+
+#include "gemm.h"
+
+namespace taipan {
+namespace {
+
+// Sizes and strides in elements. N and P are multiples of the vector width; within a token, heads and groups lie one
+// after the other.
+struct Shape {
+  Index batch, tokens, heads, head_dim, groups, state, chunk;
+  Index x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t;
+  Index chunks() const { return (tokens + chunk - 1) / chunk; }
+  Index pitch() const { return round_up(chunk, kBytes / 4); }  // of a row of a (Q, Q) matrix
+  Index scores(Index b, Index g, Index c) const { return ((b * groups + g) * chunks() + c) * chunk * pitch(); }
+};
+
+template <class T>
+struct Arrays {
+  const T *x, *dt, *A, *B, *C, *D, *initial;  // D and initial may be null
+  const std::int32_t* document;               // running number of the document of each token, or null
+};
+
+// Documents of the tokens of a chunk.
+struct Documents {
+  const std::int32_t* number;  // of each token; null when all are of the incoming document
+  std::int32_t incoming;
+  Documents(const std::int32_t* all, const Shape& s, Index b, Index begin)
+      : number(all == nullptr ? nullptr : all + b * s.tokens + begin),
+        incoming(all == nullptr || begin == 0 ? 0 : number[-1]) {}
+  bool same(Index i, Index j) const { return number == nullptr || number[i] == number[j]; }
+  bool is_incoming(Index i) const { return number == nullptr || number[i] == incoming; }
+};
+
+// Decays of a head in a chunk.
+template <class T>
+struct Decay {
+  T *high, *low;  // s in two parts
+  T *entrance;    // from the entrance of the chunk to a token; 0 in a later document
+  T *end;         // from a token to the end; 0 in an earlier document
+  T through;
+
+  explicit Decay(Scratch& scratch, Index pitch)
+      : high(scratch.take<T>(pitch)), low(scratch.take<T>(pitch)), entrance(scratch.take<T>(pitch)),
+        end(scratch.take<T>(pitch)), through(0) {}
+
+  static std::size_t bytes(Index pitch) { return 4 * Scratch::bytes<T>(pitch); }
+
+  void compute(Index size, Index pitch, const T* dt, Index dt_t, T A, const Documents& documents) {
+    double total = 0;
+    for (Index i = 0; i < size; ++i) {
+      total += static_cast<double>(dt[i * dt_t]) * static_cast<double>(A);
+      high[i] = static_cast<T>(total);
+      low[i] = static_cast<T>(total - static_cast<double>(high[i]));
+    }
+    for (Index i = size; i < pitch; ++i) high[i] = low[i] = 0;
+    const Vector<T> last_high = splat(high[size - 1]), last_low = splat(low[size - 1]);
+    for (Index i = 0; i < pitch; i += kLanes<T>) {
+      store(entrance + i, exponential(load(high + i)));
+      store(end + i, exponential((last_high - load(high + i)) + (last_low - load(low + i))));
+    }
+    through = entrance[size - 1];
+    if (documents.number == nullptr) return;
+    for (Index i = 0; i < size; ++i) {
+      if (!documents.is_incoming(i)) entrance[i] = 0;
+      if (!documents.same(i, size - 1)) end[i] = 0;
+    }
+    if (!documents.is_incoming(size - 1)) through = 0;
+  }
+
+  // e^(s_i - s_j) for the lanes j, j + 1, …; at most 1 (and of no meaning) where j > i.
+  Vector<T> between(Index i, Index j) const {
+    const Vector<T> difference = (high[i] - load(high + j)) + (low[i] - load(low + j));
+    return exponential(difference > Vector<T>{} ? Vector<T>{} : difference);
+  }
+};
+
+template <class T>
+std::size_t scores_scratch(const Shape& s) {
+  return Scratch::bytes<T>(s.state * s.pitch());
+}
+
+// C Bᵀ of a chunk: 0 above the diagonal and between documents.
+template <class T>
+void make_scores(const Shape& s, const Arrays<T>& in, Index b, Index g, Index c, Scratch& scratch, T* scores) {
+  const Index begin = c * s.chunk, size = std::min(s.chunk, s.tokens - begin), pitch = s.pitch();
+  const T* B = in.B + b * s.B_b + begin * s.B_t + g * s.state;
+  const T* C = in.C + b * s.C_b + begin * s.C_t + g * s.state;
+  T* transposed = scratch.take<T>(s.state * pitch);
+  transpose(size, s.state, B, s.B_t, transposed, pitch);
+  const Index columns = round_up(size, kLanes<T>);
+  for (Index n = 0; n < s.state; ++n)
+    for (Index j = size; j < columns; ++j) transposed[n * pitch + j] = 0;
+  for_tiles<T>(size, columns, [&]<int R, int W>(Index i, Index j) {
+    if (j > i + R - 1) return;
+    Tile<T, R, W> tile;
+    tile.clear();
+    tile.multiply(s.state, C + i * s.C_t, s.C_t, 1, transposed + j, pitch);
+    tile.put(scores + i * pitch + j, pitch);
+  });
+  const Documents documents(in.document, s, b, begin);
+  for (Index i = 0; i < size; ++i) {
+    for (Index j = i + 1; j < pitch; ++j) scores[i * pitch + j] = 0;
+    if (documents.number != nullptr)
+      for (Index j = 0; j < i; ++j)
+        if (!documents.same(i, j)) scores[i * pitch + j] = 0;
+  }
+}
+
+template <class T>
+int all_scores(const Shape& s, const Arrays<T>& in, T* scores, int threads) {
+  const Index tasks = s.batch * s.groups * s.chunks();
+  int status = kOk;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
+  for (Index task = 0; task < tasks; ++task) {
+    Scratch& scratch = thread_scratch();
+    if (!scratch.reserve(scores_scratch<T>(s))) {
+      status = kNoMemory;
+      continue;
+    }
+    const Index c = task % s.chunks(), g = task / s.chunks() % s.groups, b = task / s.chunks() / s.groups;
+    make_scores(s, in, b, g, c, scratch, scores + s.scores(b, g, c));
+  }
+  return status;
+}
+
+// Rows one after the other: those of the whole sequence are a power of 2 or nearly apart, and would meet in few sets of
+// the cache.
+template <class T>
+const T* gather(Index size, Index width, const T* from, Index from_row, T* to) {
+  for (Index i = 0; i < size; ++i) std::memcpy(to + i * width, from + i * from_row, sizeof(T) * width);
+  return to;
+}
+
+// x̃ = dt x of a chunk, (Q, P).
+template <class T>
+void weigh(Index size, Index width, const T* x, Index x_t, const T* dt, Index dt_t, T* out) {
+  for (Index i = 0; i < size; ++i)
+    for (Index p = 0; p < width; p += kLanes<T>) store(out + i * width + p, dt[i * dt_t] * load(x + i * x_t + p));
+}
+
+template <class T>
+void scale_rows(Index size, Index width, const T* factor, T* rows) {
+  for (Index i = 0; i < size; ++i)
+    for (Index p = 0; p < width; p += kLanes<T>) store(rows + i * width + p, factor[i] * load(rows + i * width + p));
+}
+
+// (C Bᵀ) ∘ L, rows filled as far as a tile of rows reads them; L too if there is a place for it.
+template <class T>
+void make_matrix(Index size, Index pitch, const Decay<T>& decay, const T* scores, T* matrix, T* between = nullptr) {
+  for (Index i = 0; i < size; ++i) {
+    const Index width = std::min(pitch, round_up(i + kTileRows, kLanes<T>));
+    for (Index j = 0; j < width; j += kLanes<T>) {
+      const Vector<T> factor = decay.between(i, j);
+      if (between != nullptr) store(between + i * pitch + j, factor);
+      store(matrix + i * pitch + j, factor * load(scores + i * pitch + j));
+    }
+  }
+}
+
+template <class T>
+int forward(const Shape& s, const Arrays<T>& in, T* scores, T* y, T* final, int threads) {
+  const Index P = s.head_dim, N = s.state, Q = s.chunk, pitch = s.pitch();
+  int status = all_scores(s, in, scores, threads);
+  if (status != kOk) return status;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
+  for (Index task = 0; task < s.batch * s.heads; ++task) {
+    Scratch& scratch = thread_scratch();
+    if (!scratch.reserve(Scratch::bytes<T>(N * P) + Scratch::bytes<T>(Q * P) + Scratch::bytes<T>(Q * pitch) +
+                         2 * Scratch::bytes<T>(Q * N) + Decay<T>::bytes(pitch))) {
+      status = kNoMemory;
+      continue;
+    }
+    T *state = scratch.take<T>(N * P), *weighted = scratch.take<T>(Q * P), *matrix = scratch.take<T>(Q * pitch);
+    T *B_rows = scratch.take<T>(Q * N), *C_rows = scratch.take<T>(Q * N);
+    Decay<T> decay(scratch, pitch);
+    const Index b = task / s.heads, h = task % s.heads, g = h / (s.heads / s.groups);
+    const T skip = in.D == nullptr ? T(0) : in.D[h];
+    if (in.initial == nullptr)
+      std::memset(state, 0, sizeof(T) * N * P);
+    else
+      transpose(P, N, in.initial + task * P * N, N, state, P);
+    for (Index c = 0; c < s.chunks(); ++c) {
+      const Index begin = c * Q, size = std::min(Q, s.tokens - begin);
+      const T* x = in.x + b * s.x_b + begin * s.x_t + h * P;
+      const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
+      const T* B = gather(size, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B_rows);
+      const T* C = gather(size, N, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, C_rows);
+      T* out = y + ((b * s.tokens + begin) * s.heads + h) * P;
+      decay.compute(size, pitch, dt, s.dt_t, in.A[h], Documents(in.document, s, b, begin));
+      make_matrix(size, pitch, decay, scores + s.scores(b, g, c), matrix);
+      weigh(size, P, x, s.x_t, dt, s.dt_t, weighted);
+      for_tiles<T>(size, P, [&]<int R, int W>(Index i, Index p) {
+        Tile<T, R, W> tile;
+        tile.clear();
+        tile.multiply(N, C + i * N, N, 1, state + p, P);
+        tile.scale_rows(decay.entrance + i);
+        tile.multiply(i + R, matrix + i * pitch, pitch, 1, weighted + p, P);
+        for (int r = 0; r < R; ++r)
+          for (int w = 0; w < W; ++w)
+            tile.v[r][w] += skip * load(x + (i + r) * s.x_t + p + w * kLanes<T>);
+        tile.put(out + i * s.heads * P + p, s.heads * P);
+      });
+      scale_rows(size, P, decay.end, weighted);
+      for_tiles<T>(N, P, [&]<int R, int W>(Index n, Index p) {
+        Tile<T, R, W> tile;
+        tile.take(state + n * P + p, P, decay.through);
+        tile.multiply(size, B + n, 1, N, weighted + p, P);
+        tile.put(state + n * P + p, P);
+      });
+    }
+    transpose(N, P, state, P, final + task * P * N, N);
+  }
+  return status;
+}
+
+template <class T>
+struct Gradients {
+  const T *dy, *dfinal;               // contiguous; dfinal may be null
+  T *dx, *ddt, *dB, *dC, *dinitial;   // contiguous
+  double *dA, *dD;                    // (batch, heads)
+};
+
+// What the slices of heads of a group add up, each in its own memory: (slices, B, G, T, N) twice, (…, T, pitch).
+template <class T>
+struct Shared {
+  T *dB, *dC, *dscores;
+  Index slices;
+};
+
+template <class T>
+class Backward {
+ public:
+  Backward(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const Shared<T>& shared, const T* scores)
+      : s(s), in(in), out(out), shared(shared), scores(scores), P(s.head_dim), N(s.state), Q(s.chunk),
+        pitch(s.pitch()), scratch(thread_scratch()) {}
+
+  bool reserve() {
+    const std::size_t bytes = Scratch::bytes<T>(s.chunks() * P * N) + 2 * Scratch::bytes<T>(P * N) +
+                              6 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
+                              3 * Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
+                              Scratch::bytes<T>(pitch) + Scratch::bytes<double>(pitch);
+    if (!scratch.reserve(bytes)) return false;
+    states = scratch.take<T>(s.chunks() * P * N);
+    dstate = scratch.take<T>(P * N);
+    dstate_transposed = scratch.take<T>(P * N);
+    weighted = scratch.take<T>(Q * P);
+    decayed = scratch.take<T>(Q * P);
+    dweighted = scratch.take<T>(Q * P);
+    dentrance = scratch.take<T>(Q * P);
+    matrix = scratch.take<T>(Q * pitch);
+    dmatrix = scratch.take<T>(Q * pitch);
+    between = scratch.take<T>(Q * pitch);
+    x_rows = scratch.take<T>(Q * P);
+    dy_rows = scratch.take<T>(Q * P);
+    B_rows = scratch.take<T>(Q * N);
+    C_rows = scratch.take<T>(Q * N);
+    projected = scratch.take<T>(Q * N);
+    weighted_transposed = scratch.take<T>(P * pitch);
+    column = scratch.take<T>(pitch);
+    dlog = scratch.take<double>(pitch);
+    return true;
+  }
+
+  // All chunks of one head.
+  void run(Index b, Index h, Index slice) {
+    Decay<T> decay(scratch, pitch);
+    const Index g = h / (s.heads / s.groups), task = b * s.heads + h;
+    make_states(b, h, g, decay);
+    if (out.dfinal == nullptr)
+      std::memset(dstate, 0, sizeof(T) * P * N);
+    else
+      std::memcpy(dstate, out.dfinal + task * P * N, sizeof(T) * P * N);
+    out.dA[task] = out.dD[task] = 0;
+    const Index at = (slice * s.batch + b) * s.groups + g;
+    for (Index c = s.chunks() - 1; c >= 0; --c) {
+      T* dscores = shared.dscores + at * s.chunks() * Q * pitch + c * Q * pitch;
+      chunk(b, h, g, c, decay, shared.dB + at * s.tokens * N, shared.dC + at * s.tokens * N, dscores);
+    }
+    std::memcpy(out.dinitial + task * P * N, dstate, sizeof(T) * P * N);
+  }
+
+ private:
+  const Shape& s;
+  const Arrays<T>& in;
+  const Gradients<T>& out;
+  const Shared<T>& shared;
+  const T* scores;
+  const Index P, N, Q, pitch;
+  Scratch& scratch;
+  T *states, *dstate, *dstate_transposed, *weighted, *decayed, *dweighted, *dentrance, *matrix, *dmatrix, *between,
+      *x_rows, *dy_rows, *B_rows, *C_rows, *projected, *weighted_transposed, *column;
+  double* dlog;
+
+  // States (P, N) at the entrance of every chunk.
+  void make_states(Index b, Index h, Index g, Decay<T>& decay) {
+    if (in.initial == nullptr)
+      std::memset(states, 0, sizeof(T) * P * N);
+    else
+      std::memcpy(states, in.initial + (b * s.heads + h) * P * N, sizeof(T) * P * N);
+    for (Index c = 0; c + 1 < s.chunks(); ++c) {
+      const Index begin = c * Q;
+      const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
+      const T* B = gather(Q, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B_rows);
+      decay.compute(Q, pitch, dt, s.dt_t, in.A[h], Documents(in.document, s, b, begin));
+      weigh(Q, P, in.x + b * s.x_b + begin * s.x_t + h * P, s.x_t, dt, s.dt_t, weighted);
+      scale_rows(Q, P, decay.end, weighted);
+      const T* before = states + c * P * N;
+      for_tiles<T>(P, N, [&]<int R, int W>(Index p, Index n) {
+        Tile<T, R, W> tile;
+        tile.take(before + p * N + n, N, decay.through);
+        tile.multiply(Q, weighted + p, 1, P, B + n, N);
+        tile.put(states + (c + 1) * P * N + p * N + n, N);
+      });
+    }
+  }
+
+  void chunk(Index b, Index h, Index g, Index c, Decay<T>& decay, T* dB_group, T* dC_group, T* dscores) {
+    const Index begin = c * Q, size = std::min(Q, s.tokens - begin), columns = round_up(size, kLanes<T>);
+    const Index token = b * s.tokens + begin, row = s.heads * P, task = b * s.heads + h;
+    const T* x = gather(size, P, in.x + b * s.x_b + begin * s.x_t + h * P, s.x_t, x_rows);
+    const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
+    const T* B = gather(size, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B_rows);
+    const T* C = gather(size, N, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, C_rows);
+    const T* dy = gather(size, P, out.dy + token * row + h * P, row, dy_rows);
+    const T* state = states + c * P * N;
+    const T A = in.A[h], skip = in.D == nullptr ? T(0) : in.D[h];
+    decay.compute(size, pitch, dt, s.dt_t, A, Documents(in.document, s, b, begin));
+    weigh(size, P, x, P, dt, s.dt_t, weighted);
+    make_matrix(size, pitch, decay, scores + s.scores(b, g, c), matrix, between);
+
+    // dM = dy x̃ᵀ on and below the diagonal.
+    transpose(size, P, weighted, P, weighted_transposed, pitch);
+    for (Index p = 0; p < P; ++p)
+      for (Index j = size; j < columns; ++j) weighted_transposed[p * pitch + j] = 0;
+    for_tiles<T>(size, columns, [&]<int R, int W>(Index i, Index j) {
+      if (j > i + R - 1) return;
+      Tile<T, R, W> tile;
+      tile.clear();
+      tile.multiply(P, dy + i * P, P, 1, weighted_transposed + j, pitch);
+      tile.put(dmatrix + i * pitch + j, pitch);
+    });
+
+    // d(C Bᵀ) += dM ∘ L; with E = dM ∘ M below the diagonal, ds_i gets the sum of row i less that of column i.
+    for (Index j = 0; j < columns; ++j) column[j] = 0;
+    for (Index i = 0; i < size; ++i) {
+      T* values = dmatrix + i * pitch;
+      const T own = values[i];
+      for (Index j = i; j < round_up(i + 1, kLanes<T>); ++j) values[j] = 0;
+      Vector<T> total{};
+      for (Index j = 0; j < i; j += kLanes<T>) {
+        const Vector<T> value = load(values + j), effect = value * load(matrix + i * pitch + j);
+        store(dscores + i * pitch + j, load(dscores + i * pitch + j) + value * load(between + i * pitch + j));
+        store(column + j, load(column + j) + effect);
+        total += effect;
+      }
+      dscores[i * pitch + i] += own;
+      dlog[i] = sum<T>(total);
+    }
+
+    // dC from the entrance: e^s dy Sᵀ.
+    for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
+      Tile<T, R, W> tile;
+      tile.clear();
+      tile.multiply(P, dy + i * P, P, 1, state + n, N);
+      tile.put(projected + i * N + n, N);
+    });
+    add_projected(size, decay.entrance, C, dC_group + begin * N, [&](Index i, T value) { dlog[i] += value; });
+
+    // dB from the end: e^(s_Q - s) x̃ dS'ᵀ.
+    double dlast = 0;
+    for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
+      Tile<T, R, W> tile;
+      tile.clear();
+      tile.multiply(P, weighted + i * P, P, 1, dstate + n, N);
+      tile.put(projected + i * N + n, N);
+    });
+    add_projected(size, decay.end, B, dB_group + begin * N, [&](Index i, T value) {
+      dlog[i] -= value;
+      dlast += value;
+    });
+    dlast += static_cast<double>(decay.through) * dot(P * N, dstate, state);
+
+    // dx̃ = Mᵀ dy + e^(s_Q - s) B dS'.
+    transpose(P, N, dstate, N, dstate_transposed, P);
+    for_tiles<T>(size, P, [&]<int R, int W>(Index j, Index p) {
+      Tile<T, R, W> tile;
+      tile.clear();
+      tile.multiply(N, B + j * N, N, 1, dstate_transposed + p, P);
+      tile.scale_rows(decay.end + j);
+      tile.multiply(size - j, matrix + j * pitch + j, 1, pitch, dy + j * P + p, P);
+      tile.put(dweighted + j * P + p, P);
+    });
+
+    // dS = e^(s_Q) dS' + Σ_i e^(s_i) dy_i C_iᵀ.
+    for (Index i = 0; i < size; ++i)
+      for (Index p = 0; p < P; p += kLanes<T>)
+        store(dentrance + i * P + p, decay.entrance[i] * load(dy + i * P + p));
+    for_tiles<T>(P, N, [&]<int R, int W>(Index p, Index n) {
+      Tile<T, R, W> tile;
+      tile.take(dstate + p * N + n, N, decay.through);
+      tile.multiply(size, dentrance + p, 1, P, C + n, N);
+      tile.put(dstate + p * N + n, N);
+    });
+
+    // dx, dD, and from ds (summed from the end of the chunk) ddt and dA.
+    double later = dlast;
+    for (Index i = size - 1; i >= 0; --i) {
+      T* dx = out.dx + (token + i) * row + h * P;
+      Vector<T> through_x{}, through_skip{};
+      for (Index p = 0; p < P; p += kLanes<T>) {
+        const Vector<T> value = load(dweighted + i * P + p), input = load(x + i * P + p);
+        const Vector<T> gradient = load(dy + i * P + p);
+        through_x += value * input;
+        through_skip += gradient * input;
+        store(dx + p, dt[i * s.dt_t] * value + skip * gradient);
+      }
+      later += dlog[i] - static_cast<double>(column[i]);
+      // A decay that is 0 in this type has gradient 0; a difference of sums would leave their rounding, times dt.
+      const T rate = dt[i * s.dt_t] * A;
+      const double moved = rate < T(-80) && std::exp(rate) == T(0) ? 0.0 : later;
+      out.ddt[(token + i) * s.heads + h] = static_cast<T>(static_cast<double>(A) * moved + sum<T>(through_x));
+      out.dA[task] += static_cast<double>(dt[i * s.dt_t]) * moved;
+      out.dD[task] += sum<T>(through_skip);
+    }
+  }
+
+  // target_i += factor_i projected_i, and tell(i, factor_i · projected_i · with_i).
+  template <class F>
+  void add_projected(Index size, const T* factor, const T* with, T* target, F&& tell) {
+    for (Index i = 0; i < size; ++i) {
+      Vector<T> total{};
+      for (Index n = 0; n < N; n += kLanes<T>) {
+        const Vector<T> value = factor[i] * load(projected + i * N + n);
+        total += value * load(with + i * N + n);
+        store(target + i * N + n, load(target + i * N + n) + value);
+      }
+      tell(i, sum<T>(total));
+    }
+  }
+};
+
+// d(C Bᵀ) of all slices into dC and dB.
+template <class T>
+void finish(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const Shared<T>& shared, Index b, Index g,
+            Index c) {
+  const Index Q = s.chunk, N = s.state, pitch = s.pitch(), begin = c * Q, size = std::min(Q, s.tokens - begin);
+  const T* B = in.B + b * s.B_b + begin * s.B_t + g * N;
+  const T* C = in.C + b * s.C_b + begin * s.C_t + g * N;
+  const Index group = b * s.groups + g, groups = s.batch * s.groups;
+  T* dscores = shared.dscores + (group * s.chunks() + c) * Q * pitch;
+  const Documents documents(in.document, s, b, begin);
+  for (Index i = 0; i < size; ++i) {
+    T* row = dscores + i * pitch;
+    for (Index slice = 1; slice < shared.slices; ++slice) {
+      const T* other = row + slice * groups * s.chunks() * Q * pitch;
+      for (Index j = 0; j <= i; ++j) row[j] += other[j];
+    }
+    for (Index j = i + 1; j < pitch; ++j) row[j] = 0;
+    if (documents.number != nullptr)
+      for (Index j = 0; j < i; ++j)
+        if (!documents.same(i, j)) row[j] = 0;
+  }
+  const auto add = [&](const T* summed, T* target, auto&& product) {
+    for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
+      Tile<T, R, W> tile;
+      tile.take(summed + i * N + n, N, T(1));
+      for (Index slice = 1; slice < shared.slices; ++slice)
+        for (int r = 0; r < R; ++r)
+          for (int w = 0; w < W; ++w)
+            tile.v[r][w] += load(summed + slice * groups * s.tokens * N + (i + r) * N + n + w * kLanes<T>);
+      product(tile, i, n);
+      tile.put(target + i * s.groups * N + n, s.groups * N);
+    });
+  };
+  const Index from = group * s.tokens * N + begin * N, to = ((b * s.tokens + begin) * s.groups + g) * N;
+  add(shared.dC + from, out.dC + to, [&]<int R, int W>(Tile<T, R, W>& tile, Index i, Index n) {
+    tile.multiply(std::min(size, i + R), dscores + i * pitch, pitch, 1, B + n, s.B_t);
+  });
+  add(shared.dB + from, out.dB + to, [&]<int R, int W>(Tile<T, R, W>& tile, Index j, Index n) {
+    tile.multiply(size - j, dscores + j * pitch + j, 1, pitch, C + j * s.C_t + n, s.C_t);
+  });
+}
+
+template <class T>
+int backward(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const Shared<T>& shared, T* scores,
+             int threads) {
+  int status = all_scores(s, in, scores, threads);
+  if (status != kOk) return status;
+  const Index groups = s.batch * s.groups, heads = s.heads / s.groups;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
+  for (Index task = 0; task < groups * shared.slices; ++task) {
+    const Index slice = task / groups, b = task % groups / s.groups, g = task % s.groups;
+    const Index at = slice * groups + b * s.groups + g;
+    std::memset(shared.dB + at * s.tokens * s.state, 0, sizeof(T) * s.tokens * s.state);
+    std::memset(shared.dC + at * s.tokens * s.state, 0, sizeof(T) * s.tokens * s.state);
+    const Index size = s.chunks() * s.chunk * s.pitch();
+    std::memset(shared.dscores + at * size, 0, sizeof(T) * size);
+    Backward<T> work(s, in, out, shared, scores);
+    for (Index h = heads * slice / shared.slices; h < heads * (slice + 1) / shared.slices; ++h) {
+      if (!work.reserve()) {
+        status = kNoMemory;
+        break;
+      }
+      work.run(b, g * heads + h, slice);
+    }
+  }
+  if (status != kOk) return status;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (Index task = 0; task < groups * s.chunks(); ++task) {
+    const Index c = task % s.chunks(), g = task / s.chunks() % s.groups, b = task / s.chunks() / s.groups;
+    finish(s, in, out, shared, b, g, c);
+  }
+  return kOk;
+}
+
+}  // namespace
+}  // namespace taipan
+
+using Real = TAIPAN_REAL;
+
+// Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
+extern "C" int taipan_ssd_forward(const std::ptrdiff_t* sizes, const Real* x, const Real* dt, const Real* A,
+                                  const Real* B, const Real* C, const Real* D, const Real* initial,
+                                  const std::int32_t* document, Real* scores, Real* y, Real* final, int threads) {
+  taipan::Shape s;
+  std::memcpy(&s, sizes, sizeof s);
+  return taipan::forward<Real>(s, {x, dt, A, B, C, D, initial, document}, scores, y, final, threads);
+}
+
+extern "C" int taipan_ssd_backward(const std::ptrdiff_t* sizes, const Real* x, const Real* dt, const Real* A,
+                                   const Real* B, const Real* C, const Real* D, const Real* initial,
+                                   const std::int32_t* document, const Real* dy, const Real* dfinal, Real* scores,
+                                   Real* slices_dB, Real* slices_dC, Real* slices_dscores, std::ptrdiff_t slices,
+                                   Real* dx, Real* ddt, Real* dB, Real* dC, Real* dinitial, double* dA, double* dD,
+                                   int threads) {
+  taipan::Shape s;
+  std::memcpy(&s, sizes, sizeof s);
+  return taipan::backward<Real>(s, {x, dt, A, B, C, D, initial, document}, {dy, dfinal, dx, ddt, dB, dC, dinitial, dA, dD},
+                                {slices_dB, slices_dC, slices_dscores, slices}, scores, threads);
+}

@@ -1,0 +1,178 @@
+"""State space duality by the compiled kernels (native/kernels/ssd.cpp), in fp32 or fp64."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from taipan.native import call
+from taipan.ops.documents import running_documents
+from taipan.ops.precision import accumulation_dtype, no_autocast
+from taipan.ops.ssd.portable import step
+from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
+
+# Head dimension and state are padded to this, which every vector width divides.
+_MULTIPLE = 16
+
+
+def _best_chunk(head_dim: int, state_size: int) -> int:
+    """Tokens per chunk: the matrices cost Q a token, the states P · N / Q; measured on AVX2 cores with 512 KB of L2."""
+    return 32 if head_dim * state_size <= 32 * 32 else 64
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last two dimensions (head and feature) one after the other in memory."""
+    return tensor if tensor.stride()[-2:] == (tensor.shape[-1], 1) else tensor.contiguous()
+
+
+class _Call:
+    """Arguments that forward and backward share, alive as long as their addresses are used."""
+
+    def __init__(
+        self,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        A_H: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        D_H: Tensor | None,
+        initial_BHPN: Tensor | None,
+        document_BT: Tensor | None,
+        chunk: int,
+    ) -> None:
+        self.batch, self.tokens, self.heads, self.head_dim = x_BTHP.shape
+        self.groups, self.state = B_BTGN.shape[2:]
+        self.chunk = min(chunk, self.tokens)
+        self.dtype = x_BTHP.dtype
+        dt_BTH = dt_BTH if dt_BTH.stride(2) == 1 else dt_BTH.contiguous()
+        sizes = (self.batch, self.tokens, self.heads, self.head_dim, self.groups, self.state, self.chunk)
+        strides = [tensor.stride(dim) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN) for dim in (0, 1)]
+        self._sizes = (ctypes.c_ssize_t * 15)(*sizes, *strides)
+        self._tensors = [x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT]
+        chunks = -(-self.tokens // self.chunk)
+        pitch = -(-self.chunk // _MULTIPLE) * _MULTIPLE
+        self.scores_size = chunks * self.chunk * pitch
+
+    def arguments(self) -> list[Any]:
+        return [self._sizes, *self._tensors]
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype)
+
+
+def _forward(inputs: _Call) -> tuple[Tensor, Tensor]:
+    scores = inputs.new(inputs.batch * inputs.groups * inputs.scores_size)
+    y_BTHP = inputs.new(inputs.batch, inputs.tokens, inputs.heads, inputs.head_dim)
+    final_BHPN = inputs.new(inputs.batch, inputs.heads, inputs.head_dim, inputs.state)
+    call(inputs.dtype, "ssd_forward", *inputs.arguments(), scores, y_BTHP, final_BHPN)
+    return y_BTHP, final_BHPN
+
+
+def _slices(groups: int, heads: int) -> int:
+    """Parts into which the heads of a group are cut, so that all threads have work until the end."""
+    return min(heads, -(-2 * torch.get_num_threads() // groups)) if groups % torch.get_num_threads() else 1
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        A_H: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        D_H: Tensor | None,
+        initial_BHPN: Tensor | None,
+        document_BT: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT)
+        ctx.chunk = chunk
+        ctx.set_materialize_grads(False)
+        return _forward(_Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, chunk))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = cast(tuple[Any, ...], ctx.saved_tensors)
+        x_BTHP, dt_BTH, D_H, initial_BHPN = saved[0], saved[1], saved[5], saved[6]
+        dy_BTHP, dfinal_BHPN = grad_outputs
+        dy_BTHP = torch.zeros_like(x_BTHP) if dy_BTHP is None else dy_BTHP.contiguous()
+        dfinal_BHPN = None if dfinal_BHPN is None else dfinal_BHPN.contiguous()
+        inputs = _Call(*saved, ctx.chunk)
+        batch, tokens, heads, groups, state = inputs.batch, inputs.tokens, inputs.heads, inputs.groups, inputs.state
+        slices = _slices(batch * groups, heads // groups)
+        scores = inputs.new(batch * groups * inputs.scores_size)
+        shared = [inputs.new(slices * batch * groups * tokens * state) for _ in range(2)]
+        dscores = inputs.new(slices * batch * groups * inputs.scores_size)
+        dx, ddt = inputs.new(*x_BTHP.shape), inputs.new(*dt_BTH.shape)
+        dB, dC = (inputs.new(batch, tokens, groups, state) for _ in range(2))
+        dinitial = inputs.new(batch, heads, inputs.head_dim, state)
+        dA, dD = (inputs.new(batch, heads, dtype=torch.float64) for _ in range(2))
+        given = (dy_BTHP, dfinal_BHPN, scores, *shared, dscores, slices)
+        call(inputs.dtype, "ssd_backward", *inputs.arguments(), *given, dx, ddt, dB, dC, dinitial, dA, dD)
+        return (
+            dx,
+            ddt,
+            dA.sum(0).to(inputs.dtype),
+            dB,
+            dC,
+            None if D_H is None else dD.sum(0).to(inputs.dtype),
+            None if initial_BHPN is None else dinitial,
+            None,
+            None,
+        )
+
+
+_apply = cast(Callable[..., tuple[Tensor, Tensor]], _SSD.apply)
+
+
+def ssd_native(
+    x_BTHP: FloatBTHP,
+    dt_BTH: FloatBTH,
+    A_H: FloatH,
+    B_BTGN: FloatBTGN,
+    C_BTGN: FloatBTGN,
+    D_H: FloatH | None = None,
+    *,
+    initial_state_BHPN: FloatBHPN | None = None,
+    segment_BT: IntBT | None = None,
+    chunk_size: int = 64,
+) -> tuple[FloatBTHP, FloatBHPN]:
+    """State space duality by compiled kernels. See `taipan.ops.ssd.ssd`."""
+    with no_autocast("cpu"):
+        if x_BTHP.shape[1] == 1 and initial_state_BHPN is not None:
+            return step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
+        dtype = accumulation_dtype(x_BTHP.dtype)
+        head_dim, state = x_BTHP.shape[3], B_BTGN.shape[3]
+        wide, deep = -head_dim % _MULTIPLE, -state % _MULTIPLE
+        x, B, C = (
+            _rows(F.pad(tensor, (0, more)) if more else tensor).to(dtype)
+            for tensor, more in ((x_BTHP, wide), (B_BTGN, deep), (C_BTGN, deep))
+        )
+        initial = (
+            None if initial_state_BHPN is None else F.pad(initial_state_BHPN.to(dtype), (0, deep, 0, wide)).contiguous()
+        )
+        document = None if segment_BT is None else running_documents(segment_BT)
+        arguments = (
+            x,
+            dt_BTH.to(dtype),
+            A_H.to(dtype).contiguous(),
+            B,
+            C,
+            None if D_H is None else D_H.to(dtype).contiguous(),
+        )
+        chunk = min(chunk_size, _best_chunk(head_dim, state))
+        tensors = (*arguments, initial)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            y, final = _apply(*tensors, document, chunk)
+        else:
+            y, final = _forward(_Call(*tensors, document, chunk))
+        if wide or deep:
+            y, final = y[..., :head_dim], final[..., :head_dim, :state]
+        return y.to(x_BTHP.dtype), final
