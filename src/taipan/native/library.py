@@ -57,7 +57,7 @@ def native_available(tensor: Tensor) -> bool:
 
 
 def call(
-    dtype: torch.dtype, name: str, *arguments: Tensor | int | float | None | ctypes.Array[ctypes.c_ssize_t]
+    dtype: torch.dtype, name: str, *arguments: Tensor | int | float | ctypes.Array[ctypes.c_ssize_t] | None
 ) -> None:
     """Call `taipan_<name>` of the library of a dtype; the number of threads is added as the last argument.
 
@@ -76,7 +76,7 @@ def call(
         raise MemoryError(f"{name}: no memory for the work of a thread")
 
 
-def _convert(argument: Tensor | int | float | None | ctypes.Array[ctypes.c_ssize_t]) -> object:
+def _convert(argument: Tensor | int | float | ctypes.Array[ctypes.c_ssize_t] | None) -> object:
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, int):
