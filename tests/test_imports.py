@@ -8,7 +8,7 @@ import pytest
 FACE = {"jinja2", "matplotlib", "rich", "typer", "yaml"}
 HUGGING_FACE = {"transformers", "accelerate"}
 # pydantic and huggingface_hub come in with other packages; they would cost more than the model itself.
-DATA = {"datasets", "pyarrow", "pandas", "zstandard"}
+DATA = {"datasets", "pyarrow", "pandas"}
 HEAVY = FACE | HUGGING_FACE | DATA | {"huggingface_hub", "pydantic", "pytest"}
 
 REFUSING = """

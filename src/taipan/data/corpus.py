@@ -1,31 +1,16 @@
-"""Documents from the user's files, and a corpus of real text that every Python installation carries."""
+"""Documents from the user's files and data sets, and a corpus of real text that every Python installation carries."""
 
-import bz2
-import gzip
-import json
-import lzma
 import os
 import sysconfig
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, cast
 
+from taipan.data.hub import HUB_PREFIX, HubReader, SavedReader, is_saved_dataset
+from taipan.data.readers import JSON_LINES_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, FileReader, Reader, file_kind
 from taipan.errors import DataError
 from taipan.io import decode_utf8
-
-_PROSE = ".txt .text .md .markdown .rst .adoc .org .tex .bib .srt .tokens .log"
-_CODE = (
-    ".py .pyi .pyx .ipynb .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .m .mm .java .kt .scala .go .rs .swift .cs .fs .vb "
-    ".js .mjs .jsx .ts .tsx .vue .html .htm .css .scss .php .rb .pl .pm .lua .r .jl .f .f90 .f95 .sh .bash .zsh .fish "
-    ".sql .hs .ml .mli .clj .ex .exs .erl .el .lisp .scm .rkt .v .sv .vhd .vhdl .asm .s .tcl .zig .nim .dart .proto"
-)
-_MARKUP = ".json .yaml .yml .toml .ini .cfg .conf .xml .csv .tsv .cmake .mk .gradle .diff .patch .po .svg"
-TEXT_SUFFIXES = frozenset(f"{_PROSE} {_CODE} {_MARKUP}".split())
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 _VALID_PACKAGES = frozenset({"asyncio", "email", "xml"})
 # lib2to3 is gone from newer interpreters; pydoc_data is one generated file of documentation, 7 % of all the text.
@@ -42,59 +27,132 @@ class Document:
     text: str
 
 
-class Corpus:
-    """The documents of files and directories, in a fixed order; can be read as often as needed.
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where reading goes on: at record ``record`` of file number ``file``."""
 
-    A directory is walked recursively in sorted order; of its files those with a text suffix are taken, and hidden,
-    binary, non-UTF-8, unreadable and empty ones are counted in :attr:`skipped`. A file that is named explicitly is
-    taken whatever its suffix, and must be text. ``.jsonl`` files give one document per line, from the field ``text``.
-    All may be compressed (``.gz``, ``.bz2``, ``.xz``). A file that is reached twice is read once.
+    file: int = 0
+    record: int = 0
+
+
+class Corpus:
+    """The documents of files, directories and data sets, in a fixed order; can be read as often as needed.
+
+    A directory is walked recursively in sorted order; of its files those with a text suffix, ``.jsonl`` and
+    ``.parquet`` are taken, and hidden, binary, non-UTF-8, unreadable and empty ones are counted in :attr:`skipped`. A
+    file that is named explicitly is taken whatever its suffix, and must be text. JSON lines give one document per line
+    and Parquet one per row, from the text column. All may be compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``). A
+    directory that ``datasets.Dataset.save_to_disk`` wrote gives one document per row; ``hf:NAME`` or
+    ``hf:NAME:CONFIGURATION`` streams a data set of the Hugging Face hub. A file that is reached twice is read once.
 
     Args:
-        paths: files and directories.
+        paths: files, directories, ``hf:`` names.
+        text_column: field or column with the text.
+        split: which part of a Hugging Face data set that has several.
 
     Raises:
         DataError: a path does not exist, or ``paths`` is empty. While reading: an explicitly named file is empty,
-            unreadable or not UTF-8; a JSON line is malformed; compressed data is damaged; no document was found.
+            unreadable or not UTF-8; a JSON line is malformed; compressed data is damaged; the text column or an extra
+            is missing; no document was found.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
-        self.paths = tuple(Path(path) for path in paths)
+    def __init__(
+        self, paths: Sequence[str | os.PathLike[str]], *, text_column: str = "text", split: str = "train"
+    ) -> None:
+        self.paths = tuple(os.fspath(path) for path in paths)
+        self._text_column = text_column
+        self._split = split
+        self._hubs = {path: HubReader(path, text_column, split) for path in self.paths if path.startswith(HUB_PREFIX)}
+        self._readers: list[Reader] = []
+        self._current = 0
         self.skipped: Counter[str] = Counter()
-        """Number of files passed over in the last reading, by reason."""
+        """Number of files and empty records passed over in the last reading, by reason."""
         if not self.paths:
             raise DataError("no paths were given; expected at least one file or directory with text.")
         for path in self.paths:
-            if not path.exists():
+            if path not in self._hubs and not Path(path).exists():
                 raise DataError(f"{path} does not exist (looked from {Path.cwd()}); expected a file or a directory.")
 
     def __iter__(self) -> Iterator[Document]:
-        self.skipped = Counter()
-        seen: set[Path] = set()
         n_documents = 0
-        for file, explicit in self._files():
-            resolved = file.resolve()
-            if resolved in seen:
-                self.skipped["given twice"] += 1
-                continue
-            seen.add(resolved)
-            for document in self._read(file, explicit):
-                n_documents += 1
-                yield document
+        for document, _ in self.read():
+            n_documents += 1
+            yield document
         if n_documents == 0:
-            names = ", ".join(str(path) for path in self.paths)
-            raise DataError(
-                f"no text was found in {names} (passed over: {self._skipped_summary()}). "
-                "Name the files themselves if their suffix is not a usual one of text."
-            )
+            self.refuse_empty()
+
+    def refuse_empty(self) -> None:
+        """Say that no document was found.
+
+        Raises:
+            DataError: always.
+        """
+        summary = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()) if count)
+        raise DataError(
+            f"no text was found in {', '.join(self.paths)} (passed over: {summary or 'nothing'}). "
+            "Name the files themselves if their suffix is not a usual one of text."
+        )
+
+    def read(self, start: Place | None = None) -> Iterator[tuple[Document, Place]]:
+        """Yield the documents from a place on, each with the place where reading goes on after it.
+
+        Files before the place are not opened. Nothing is raised if there is no document.
+        """
+        start = start or Place()
+        self.skipped = Counter()
+        self._readers = list(self._list())
+        for number, reader in enumerate(self._readers):
+            if number < start.file:
+                continue
+            self._current = number
+            for record in reader.read(start.record if number == start.file else 0, self.skipped):
+                if record.text:
+                    yield Document(record.where, record.text), Place(number, record.number + 1)
+                else:
+                    self.skipped["empty"] += 1
 
     def texts(self) -> Iterator[str]:
         """Yield only the texts of the documents, for example to train a tokenizer."""
         return (document.text for document in self)
 
-    def _files(self) -> Iterator[tuple[Path, bool]]:
+    @property
+    def streamed(self) -> bool:
+        """Whether a part of it comes over the network, so that reading it twice is to be avoided."""
+        return bool(self._hubs)
+
+    def stamp(self) -> list[list[object]]:
+        """Plain values that change when a file is added, removed or changed."""
+        return [reader.stamp() for reader in self._list()]
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes read in the current reading, and in all; (0, 0) if that is not known."""
+        sizes = [reader.n_bytes for reader in self._readers]
+        if not sizes or not all(sizes):
+            return 0, 0
+        return sum(sizes[: self._current]) + self._readers[self._current].position, sum(sizes)
+
+    def _list(self) -> Iterator[Reader]:
+        """The files, each once."""
+        seen: set[Path] = set()
+        for path, explicit in self._paths():
+            if path in self._hubs:
+                yield self._hubs[path]
+                continue
+            resolved = Path(path).resolve()
+            if resolved in seen:
+                self.skipped["given twice"] += 1
+                continue
+            seen.add(resolved)
+            if resolved.is_dir():
+                yield SavedReader(Path(path), self._text_column, self._split)
+            else:
+                yield FileReader(Path(path), explicit=explicit, text_column=self._text_column)
+
+    def _paths(self) -> Iterator[tuple[str, bool]]:
+        """Every file, directory that is a data set, and hub name; and whether the user named it."""
+        suffixes = TEXT_SUFFIXES | JSON_LINES_SUFFIXES | {PARQUET_SUFFIX}
         for path in self.paths:
-            if not path.is_dir():
+            if path in self._hubs or not Path(path).is_dir() or is_saved_dataset(Path(path)):
                 yield path, True
                 continue
             for directory, subdirectories, names in os.walk(path):
@@ -106,65 +164,10 @@ class Corpus:
                     file = Path(directory, name)
                     if not file.is_file():
                         self.skipped["not a file"] += 1
-                    elif _kind(file) not in TEXT_SUFFIXES | {".jsonl"}:
+                    elif file_kind(file) not in suffixes:
                         self.skipped["not a text suffix"] += 1
                     else:
-                        yield file, False
-
-    def _read(self, file: Path, explicit: bool) -> Iterator[Document]:
-        try:
-            with _OPENERS.get(file.suffix.lower(), open)(file, "rb") as stream:
-                if _kind(file) == ".jsonl":
-                    yield from self._read_json_lines(file, stream, explicit)
-                else:
-                    yield from self._read_text(file, stream.read(), explicit)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            if not isinstance(error, OSError) or error.errno is None:  # from a decompressor, not from the system
-                raise DataError(f"{file} is damaged: {error}. Copy or compress it again.") from error
-            if explicit:
-                raise DataError(f"{file} cannot be read: {error.strerror}.") from error
-            self.skipped["unreadable"] += 1
-
-    def _read_text(self, file: Path, data: bytes, explicit: bool) -> Iterator[Document]:
-        if explicit:
-            if not data:
-                raise DataError(f"{file} is empty; expected text.")
-            yield Document(str(file), decode_utf8(data, str(file)))
-        elif not data:
-            self.skipped["empty"] += 1
-        elif b"\0" in data:
-            self.skipped["binary"] += 1
-        else:
-            try:
-                yield Document(str(file), decode_utf8(data, str(file)))
-            except DataError:
-                self.skipped["not UTF-8"] += 1
-
-    def _read_json_lines(self, file: Path, stream: BufferedIOBase, explicit: bool) -> Iterator[Document]:
-        n_lines = 0
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            n_lines += 1
-            where = f"{file}:{number}"
-            try:
-                record: object = json.loads(decode_utf8(line, where))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON: {error}.") from error
-            text = cast("dict[str, object]", record).get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise DataError(f'{where} has no text; expected an object with a string field "text" on every line.')
-            if text:
-                yield Document(where, text)
-            else:
-                self.skipped["empty"] += 1
-        if n_lines == 0:
-            if explicit:
-                raise DataError(f"{file} is empty; expected one JSON object per line.")
-            self.skipped["empty"] += 1
-
-    def _skipped_summary(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()) if count) or "nothing"
+                        yield str(file), False
 
 
 def stdlib_corpus() -> tuple[list[Document], list[Document]]:
@@ -200,9 +203,3 @@ def stdlib_corpus() -> tuple[list[Document], list[Document]]:
             "Use an interpreter with its library as .py files, or your own files as the corpus."
         )
     return train, valid
-
-
-def _kind(file: Path) -> str:
-    """Return the suffix that tells what a file holds, under a suffix of compression if there is one."""
-    inner = Path(file.stem) if file.suffix.lower() in _OPENERS else file
-    return inner.suffix.lower()
