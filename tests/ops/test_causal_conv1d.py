@@ -177,9 +177,9 @@ def test_what_does_not_fit_is_named() -> None:
         unchecked(x, weight, bias[:5])
     with pytest.raises(InputError, match=r"initial_columns has shape \(2, 2, 16\); expected \(2, 3, 16\)"):
         unchecked(x, weight, bias, initial_columns_BLC=initial[:, :2])
-    with pytest.raises(InputError, match=r"weight has shape \(6, 1\); expected \(channels, taps\) with 2"):
+    with pytest.raises(InputError, match=r"weight has shape \(16, 1\); expected \(channels, taps\) with 2"):
         unchecked(x, weight[:, :1], bias)
-    with pytest.raises(InputError, match=r"x has shape \(2, 0, 6\); expected .* none 0"):
+    with pytest.raises(InputError, match=r"x has shape \(2, 0, 16\); expected .* none 0"):
         unchecked(x[:, :0], weight, bias)
     with pytest.raises(InputError, match=r"segment is torch.float64; expected integer"):
         unchecked(x, weight, bias, segment_BT=x[..., 0])

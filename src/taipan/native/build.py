@@ -1,17 +1,22 @@
 """Compile the kernels into a shared library, once per machine, compiler and source.
 
 The library's name holds a key of all it was made from and the digest of its own content, so that a library of another
-version, another processor or another compiler is never found, and a damaged one is never loaded. It is written beside
-its place and renamed, so that two processes that build at once both end with a whole library.
+version, another processor or another compiler is never found, and a damaged one is never loaded. It is made in a
+directory of its own and renamed, so that two processes that build at once both end with a whole library.
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from taipan.hardware import compiler
@@ -30,29 +35,54 @@ _TARGETS = (
     (),
 )
 _SECONDS = 300
+_SYSTEMS = ("Linux", "Darwin")
+_DAY = 24 * 3600
+_UNUSED = 30 * _DAY  # a library is removed after this
+_ABANDONED = _DAY  # what a killed process was building is removed after this
+
+_log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
     """The kernels cannot be had here; the message is the reason, for `taipan doctor`."""
 
 
+@dataclass(frozen=True)
+class Built:
+    """A whole library, and the seconds it took to compile if that was done now."""
+
+    path: Path
+    seconds: float | None = None
+
+
 def cache_directory() -> Path:
-    """Where libraries are kept: `$TAIPAN_CACHE`, else the user's cache directory."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taipan"
+    """Where libraries are kept: `$TAIPAN_CACHE`, else the user's cache directory.
+
+    Raises:
+        BuildError: it is not known where that is.
+    """
+    try:
+        if own := os.environ.get(CACHE_VARIABLE):
+            return Path(own).expanduser().absolute()
+        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # The XDG specification wants a path that is not absolute to be ignored.
+        return (given if given.is_absolute() else Path.home() / ".cache") / "taipan"
+    except RuntimeError as error:
+        raise BuildError(f"no home directory to keep the kernels in: set {CACHE_VARIABLE} ({error})") from error
 
 
-def find_or_build(real: str, scratch: Path) -> Path:
-    """Path of a whole library for this machine.
+@contextmanager
+def found_or_built(real: str) -> Iterator[Built]:
+    """A whole library for this machine, to be loaded inside the context: what cannot be kept is removed at its end.
 
     Args:
         real: type of the numbers, `float` or `double`.
-        scratch: where the library goes when the cache cannot be written.
 
     Raises:
-        BuildError: no compiler, or it fails.
+        BuildError: a system without support, no compiler, or it fails.
     """
+    if platform.system() not in _SYSTEMS:
+        raise BuildError(f"the kernels can be compiled on {' and '.join(_SYSTEMS)} only, and this is another system")
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler found (g++ or clang++; CXX names another)")
@@ -60,24 +90,59 @@ def find_or_build(real: str, scratch: Path) -> Path:
     cache = cache_directory()
     for path in sorted(cache.glob(f"{prefix}-*.so")):
         if _is_whole(path):
-            return path
+            with suppress(OSError):  # of another user
+                os.utime(path)
+            yield Built(path)
+            return
+    with _workplace(cache) as place:
+        _log.info("Compiling kernels for this processor (once, about 10 s)")
+        started = time.monotonic()
+        made = _compile(cxx, real, place)
+        seconds = time.monotonic() - started
+        _remove_old(cache)
+        kept = _keep(made, cache / f"{prefix}-{_digest(made)}.so")
+        _log.debug("Compiled kernels in %.1f s: %s", seconds, kept)
+        yield Built(kept, seconds)
+
+
+@contextmanager
+def _workplace(cache: Path) -> Iterator[Path]:
+    """A new directory in the cache, or where that cannot be, among the temporary files."""
+    options = {"ignore_cleanup_errors": True}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
+        place = tempfile.TemporaryDirectory(prefix=".build-", dir=cache, **options)
     except OSError:
-        cache, place = scratch, Path(tempfile.mkdtemp(prefix=".build-", dir=scratch))
+        place = tempfile.TemporaryDirectory(prefix="taipan-build-", **options)
+    with place as path:
+        yield Path(path)
+
+
+def _keep(made: Path, target: Path) -> Path:
     try:
-        built = _compile(cxx, real, place)
-        target = cache / f"{prefix}-{_digest(built)}.so"
-        os.replace(built, target)
-        return target
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+        os.replace(made, target)
+    except OSError:
+        return made
+    return target
+
+
+def _remove_old(cache: Path) -> None:
+    """Remove libraries that nothing has used for long, and what killed processes left behind."""
+    now = time.time()
+    for pattern, age in (("kernels-*.so", _UNUSED), (".build-*", _ABANDONED)):
+        for path in cache.glob(pattern):
+            with suppress(OSError):
+                if now - path.stat().st_mtime < age:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        return path.stem.endswith(_digest(path))
+        return path.stem.endswith(f"-{_digest(path)}")
     except OSError:
         return False
 
@@ -87,9 +152,16 @@ def _digest(path: Path) -> str:
 
 
 def _key(cxx: str, real: str) -> str:
-    parts = [real, platform.machine(), _processor(), cxx, _version(cxx), repr((_COMMON, _TARGETS))]
-    parts += [path.name + path.read_text(encoding="utf-8") for path in sorted(KERNELS.iterdir()) if path.is_file()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    key = hashlib.sha256()
+    for part in (real, platform.machine(), _processor(), cxx, _version(cxx), repr((_COMMON, _TARGETS))):
+        key.update(part.encode() + b"\0")
+    for path in _sources(".cpp", ".h"):
+        key.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return key.hexdigest()[:16]
+
+
+def _sources(*suffixes: str) -> list[Path]:
+    return sorted(path for path in KERNELS.iterdir() if path.suffix in suffixes)
 
 
 def _processor() -> str:
@@ -105,39 +177,68 @@ def _processor() -> str:
 
 def _version(cxx: str) -> str:
     try:
-        return subprocess.run([cxx, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+        answer = subprocess.run([cxx, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the compiler {cxx} does not answer: {error}") from error
+    return answer.decode(errors="replace")
 
 
 def _compile(cxx: str, real: str, place: Path) -> Path:
-    sources = sorted(KERNELS.glob("*.cpp"))
     message = ""
     for target in _TARGETS:
         flags = [*_COMMON, *target, f"-DTAIPAN_REAL={real}"]
-        objects = [place / f"{source.stem}.o" for source in sources]
-        commands = [
-            [cxx, *flags, "-c", str(source), "-o", str(built)] for source, built in zip(sources, objects, strict=True)
-        ]
+        named = f'-DTAIPAN_FLAGS="{" ".join([Path(cxx).name, *_COMMON, *target])}"'
+        objects = {source: place / f"{source.stem}.o" for source in _sources(".cpp")}
         library = place / "kernels.so"
-        link = [cxx, *flags, "-shared", *(str(built) for built in objects), "-o", str(library)]
-        message = _run(commands) or _run([link])
+        commands = [[cxx, *flags, named, "-c", str(source), "-o", str(made)] for source, made in objects.items()]
+        link = [cxx, *flags, "-shared", *map(str, objects.values()), "-o", str(library)]
+        message = _run(commands, place) or _run([link], place)
         if not message:
             return library
     raise BuildError(f"{cxx} cannot compile the kernels: {message}")
 
 
-def _run(commands: Sequence[Sequence[str]]) -> str:
-    """Run commands side by side; returns what the first failing one says, or an empty string."""
+def _run(commands: Sequence[Sequence[str]], place: Path) -> str:
+    """Run commands side by side; returns what the first failing one says, or an empty string.
+
+    Their temporary files go to `place`. When this is interrupted, so are they.
+
+    Raises:
+        BuildError: they cannot be run, or take too long.
+    """
+    environment = {**os.environ, "TMPDIR": str(place)}
+    end = time.monotonic() + _SECONDS
+    running: list[subprocess.Popen[bytes]] = []
+    outputs: list[bytes] = []
     try:
-        running = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for command in commands
-        ]
-        outputs = [process.communicate(timeout=_SECONDS)[0] for process in running]
-    except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
+        for command in commands:
+            # A session of its own, because a compiler is several processes.
+            running.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+        for process in running:
+            outputs.append(process.communicate(timeout=max(0.0, end - time.monotonic()))[0])
+    except OSError as error:
+        raise BuildError(f"the compiler {commands[0][0]} cannot be run: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"the compiler {commands[0][0]} is not done after {_SECONDS} s") from error
+    finally:
+        for process in running:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
     for process, output in zip(running, outputs, strict=True):
         if process.returncode:
-            return " ".join(output.split()[:60]) or f"exit code {process.returncode}"
+            words = output.decode(errors="replace").split()
+            return " ".join(words[:60]) or f"exit code {process.returncode}"
     return ""

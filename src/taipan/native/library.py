@@ -1,18 +1,15 @@
 """The compiled kernels in this process: loaded when first asked for, never at import."""
 
-import atexit
 import ctypes
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from taipan.native.build import BuildError, find_or_build
+from taipan.errors import InputError
+from taipan.native.build import CACHE_VARIABLE, BuildError, found_or_built
 
 SWITCH = "TAIPAN_NATIVE"
 _REALS = {torch.float32: "float", torch.float64: "double"}
@@ -26,25 +23,44 @@ class NativeStatus:
     Attributes:
         library: the loaded library; None when there is none.
         reason: where it is, or why there is none.
+        flags: compiler and flags it was compiled with.
+        seconds: what compiling took, if this process did it.
     """
 
     library: ctypes.CDLL | None
     reason: str
+    flags: str = ""
+    seconds: float | None = None
+
+
+def native_status(dtype: torch.dtype = torch.float32) -> NativeStatus:
+    """Compile (once per machine) and load (once per process) the kernels of a dtype, fp32 or fp64; never raises."""
+    return _status(dtype)
 
 
 @cache
-def native_status(dtype: torch.dtype = torch.float32) -> NativeStatus:
-    """Compile (once per machine) and load the kernels of a dtype, fp32 or fp64; never raises."""
+def _status(dtype: torch.dtype) -> NativeStatus:
     if os.environ.get(SWITCH) == "0":
         return NativeStatus(None, f"{SWITCH}=0")
     try:
-        path = find_or_build(_REALS[dtype], _scratch())
-        library = ctypes.CDLL(str(path))
+        return _load(_REALS[dtype])
     except BuildError as error:
         return NativeStatus(None, str(error))
     except OSError as error:
-        return NativeStatus(None, f"the compiled kernels cannot be loaded: {error}")
-    return NativeStatus(library, str(path))
+        advice = f"{CACHE_VARIABLE} names another place for them"
+        return NativeStatus(None, f"the compiled kernels cannot be loaded: {error}; {advice}")
+
+
+def _load(real: str) -> NativeStatus:
+    with found_or_built(real) as built:
+        try:
+            library = ctypes.CDLL(str(built.path))
+        except OSError:
+            if built.path.exists():
+                raise
+            return _load(real)  # another process has just removed it, as unused for long
+        library.taipan_flags.restype = ctypes.c_char_p
+        return NativeStatus(library, str(built.path), library.taipan_flags().decode(), built.seconds)
 
 
 def native_available(tensor: Tensor) -> bool:
@@ -66,6 +82,10 @@ def call(
         name: of the function.
         arguments: tensors go as the address of their first element (None as null), int as ptrdiff_t, float as double,
             arrays as their address.
+
+    Raises:
+        InputError: a tensor is not on the CPU.
+        MemoryError: no memory for the work of a thread.
     """
     library = native_status(dtype).library
     if library is None:
@@ -74,18 +94,15 @@ def call(
     status = getattr(library, f"taipan_{name}")(*converted, ctypes.c_int(torch.get_num_threads()))
     if status == _NO_MEMORY:
         raise MemoryError(f"{name}: no memory for the work of a thread")
+    if status:
+        raise RuntimeError(f"{name}: the kernels do not do this (status {status}); the caller should have seen it")
 
 
 def _convert(argument: Tensor | int | float | ctypes.Array[ctypes.c_ssize_t] | None) -> object:
     if isinstance(argument, Tensor):
+        if not argument.is_cpu:
+            raise InputError(f"a tensor is on {argument.device}, others are on the CPU: give all on one device")
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, int):
         return ctypes.c_ssize_t(argument)
     return ctypes.c_double(argument) if isinstance(argument, float) else argument
-
-
-@cache
-def _scratch() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="taipan-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path

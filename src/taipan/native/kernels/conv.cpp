@@ -9,8 +9,6 @@
 namespace taipan {
 namespace {
 
-constexpr int kMaxTaps = 8;
-
 struct Shape {
   Index batch, tokens, channels, taps, x_b, x_t, silu;
 };
@@ -36,66 +34,100 @@ void meet(const Shape& s, const Arrays<T>& in, Index b, Index t, const T** input
   }
 }
 
-template <class T>
-inline Vector<T> taps_sum(const Shape& s, const Arrays<T>& in, const T* const* inputs, Index c) {
-  Vector<T> total = load(in.bias + c);
-  for (Index k = 0; k < s.taps; ++k)
-    if (inputs[k] != nullptr) total += load(inputs[k] + c) * load(in.weight + k * s.channels + c);
-  return total;
-}
+// The taps of one vector of channels.
+template <class T, int K>
+struct Taps {
+  Vector<T> weight[K], bias;
 
-template <class T>
+  Taps(const Shape& s, const Arrays<T>& in, Index c) : bias(load(in.bias + c)) {
+    for (int k = 0; k < K; ++k) weight[k] = load(in.weight + k * s.channels + c);
+  }
+
+  Vector<T> sum(const T* const* inputs, Index c) const {
+    Vector<T> total = bias;
+    for (int k = 0; k < K; ++k)
+      if (inputs[k] != nullptr) total += load(inputs[k] + c) * weight[k];
+    return total;
+  }
+};
+
+template <class T, int K>
 void forward(const Shape& s, const Arrays<T>& in, T* y, int threads) {
-  const Index tasks = s.batch * s.tokens;
+  constexpr Index kTokens = 32;
+  const Index parts = (s.tokens + kTokens - 1) / kTokens;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index task = 0; task < tasks; ++task) {
-    const T* inputs[kMaxTaps];
-    meet(s, in, task / s.tokens, task % s.tokens, inputs);
-    T* out = y + task * s.channels;
+  for (Index task = 0; task < s.batch * parts; ++task) {
+    const Index b = task / parts, begin = task % parts * kTokens, end = std::min(s.tokens, begin + kTokens);
+    const T* inputs[kTokens][K];
+    for (Index t = begin; t < end; ++t) meet(s, in, b, t, inputs[t - begin]);
     for (Index c = 0; c < s.channels; c += kLanes<T>) {
-      const Vector<T> total = taps_sum(s, in, inputs, c);
-      store(out + c, s.silu ? total * sigmoid<T>(total) : total);
+      const Taps<T, K> taps(s, in, c);
+      for (Index t = begin; t < end; ++t) {
+        const Vector<T> total = taps.sum(inputs[t - begin], c);
+        store(y + (b * s.tokens + t) * s.channels + c, s.silu ? total * sigmoid(total) : total);
+      }
     }
   }
 }
 
 // Gradients of x and the columns (one after the other, (B, K - 1 + T, C)), of the weight and of the bias. The latter
 // two are per row of the batch, (B, K + 1, C), bias last.
-template <class T>
+template <class T, int K>
 void backward(const Shape& s, const Arrays<T>& in, const T* dy, T* dinputs, T* dweight, int threads) {
-  constexpr Index kPiece = 8 * kLanes<T>;
-  const Index pieces = (s.channels + kPiece - 1) / kPiece, before = s.taps - 1;
+  constexpr Index kPiece = 8 * kLanes<T>, kTokens = 32;
+  const Index pieces = (s.channels + kPiece - 1) / kPiece;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index task = 0; task < s.batch * pieces; ++task) {
     const Index b = task / pieces, first = task % pieces * kPiece, last = std::min(s.channels, first + kPiece);
-    T* target = dinputs + b * (before + s.tokens) * s.channels;
-    T* own = dweight + b * (s.taps + 1) * s.channels;
-    for (Index k = 0; k <= s.taps; ++k)
-      for (Index c = first; c < last; ++c) own[k * s.channels + c] = 0;
-    // Place r is first reached by token r (or the last one) and complete when K - 1 tokens before that are done.
-    for (Index t = s.tokens - 1; t >= 0; --t) {
-      const T* inputs[kMaxTaps];
-      meet(s, in, b, t, inputs);
-      const T* gradient = dy + (b * s.tokens + t) * s.channels;
+    T* target = dinputs + b * (K - 1 + s.tokens) * s.channels;
+    T* own = dweight + b * (K + 1) * s.channels;
+    for (Index k = 0; k <= K; ++k) std::memset(own + k * s.channels + first, 0, sizeof(T) * (last - first));
+    // Inputs t - K + 1 … t - 1 have got a part of their gradient when token t is done; the rest waits here.
+    Vector<T> waiting[kPiece / kLanes<T>][K - 1] = {};
+    for (Index end = s.tokens; end > 0; end -= std::min(end, kTokens)) {
+      const Index begin = end - std::min(end, kTokens);
+      const T* inputs[kTokens][K];
+      for (Index t = begin; t < end; ++t) meet(s, in, b, t, inputs[t - begin]);
       for (Index c = first; c < last; c += kLanes<T>) {
-        Vector<T> dsum = load(gradient + c);
-        if (s.silu) {
-          const Vector<T> total = taps_sum(s, in, inputs, c), open = sigmoid<T>(total);
-          dsum *= open * (T(1) + total * (T(1) - open));
-        }
-        store(own + s.taps * s.channels + c, load(own + s.taps * s.channels + c) + dsum);
-        for (Index k = 0; k < s.taps; ++k) {
-          T* place = target + (t + k) * s.channels + c;  // of the input t - K + 1 + k
-          // The oldest tap is the first to reach its place; at the last token no place was reached before.
-          Vector<T> so_far = k == 0 || t == s.tokens - 1 ? Vector<T>{} : load(place);
-          if (inputs[k] != nullptr) {
-            so_far += dsum * load(in.weight + k * s.channels + c);
-            store(own + k * s.channels + c, load(own + k * s.channels + c) + dsum * load(inputs[k] + c));
+        const Taps<T, K> taps(s, in, c);
+        Vector<T>* rest = waiting[(c - first) / kLanes<T>];
+        Vector<T> part[K], dtaps[K] = {}, dbias{};
+        for (int k = 0; k < K - 1; ++k) part[k + 1] = rest[k];
+        for (Index t = end - 1; t >= begin; --t) {
+          const T* const* met = inputs[t - begin];
+          Vector<T> dsum = load(dy + (b * s.tokens + t) * s.channels + c);
+          if (s.silu) {
+            const Vector<T> total = taps.sum(met, c), open = sigmoid(total);
+            dsum *= open * (T(1) + total * (T(1) - open));
           }
-          store(place, so_far);
+          dbias += dsum;
+          part[0] = Vector<T>{};
+          for (int k = 0; k < K; ++k) {
+            if (met[k] == nullptr) continue;
+            part[k] += dsum * taps.weight[k];
+            dtaps[k] += dsum * load(met[k] + c);
+          }
+          store(target + (t + K - 1) * s.channels + c, part[K - 1]);
+          for (int k = K - 1; k > 0; --k) part[k] = part[k - 1];
         }
+        for (int k = 0; k < K - 1; ++k) rest[k] = part[k + 1];
+        for (int k = 0; k < K; ++k) store(own + k * s.channels + c, load(own + k * s.channels + c) + dtaps[k]);
+        store(own + K * s.channels + c, load(own + K * s.channels + c) + dbias);
       }
     }
+    for (Index c = first; c < last; c += kLanes<T>)
+      for (int k = 0; k < K - 1; ++k) store(target + k * s.channels + c, waiting[(c - first) / kLanes<T>][k]);
+  }
+}
+
+// Calls f<K>() for the number of taps.
+template <class F>
+int with_taps(Index taps, F&& f) {
+  switch (taps) {
+    case 2: f.template operator()<2>(); return kOk;
+    case 3: f.template operator()<3>(); return kOk;
+    case 4: f.template operator()<4>(); return kOk;
+    default: return kUnsupported;
   }
 }
 
@@ -109,8 +141,9 @@ extern "C" int taipan_conv_forward(const std::ptrdiff_t* sizes, const Real* x, c
                                    const Real* columns, const std::int32_t* document, Real* y, int threads) {
   taipan::Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  taipan::forward<Real>(s, {x, weight, bias, columns, document}, y, threads);
-  return taipan::kOk;
+  return taipan::with_taps(s.taps, [&]<int K>() {
+    taipan::forward<Real, K>(s, {x, weight, bias, columns, document}, y, threads);
+  });
 }
 
 extern "C" int taipan_conv_backward(const std::ptrdiff_t* sizes, const Real* x, const Real* weight, const Real* bias,
@@ -118,6 +151,7 @@ extern "C" int taipan_conv_backward(const std::ptrdiff_t* sizes, const Real* x, 
                                     Real* dweight, int threads) {
   taipan::Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  taipan::backward<Real>(s, {x, weight, bias, columns, document}, dy, dinputs, dweight, threads);
-  return taipan::kOk;
+  return taipan::with_taps(s.taps, [&]<int K>() {
+    taipan::backward<Real, K>(s, {x, weight, bias, columns, document}, dy, dinputs, dweight, threads);
+  });
 }

@@ -14,7 +14,7 @@ template <class T>
 inline Vector<T> gated(const T* y, const T* z, Index c) {
   if (z == nullptr) return load(y + c);
   const Vector<T> gate = load(z + c);
-  return load(y + c) * gate * sigmoid<T>(gate);
+  return load(y + c) * gate * sigmoid(gate);
 }
 
 template <class T>
@@ -73,7 +73,7 @@ int backward(const Shape& s, const T* y, const T* z, const T* weight, double eps
             store(dy + row * s.channels + at, du);
             continue;
           }
-          const Vector<T> gate = load(z_row + at), open = sigmoid<T>(gate);
+          const Vector<T> gate = load(z_row + at), open = sigmoid(gate);
           store(dy + row * s.channels + at, du * gate * open);
           store(dz + row * s.channels + at, du * load(y_row + at) * open * (T(1) + gate * (T(1) - open)));
         }

@@ -71,31 +71,38 @@ inline T sum(Vector<T> v) {
 
 inline Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// e^x to about 2 units in the last place; 0 below the smallest normal number, NaN for NaN. The float version reduces by
-// ln 2 in two parts and takes the Taylor polynomial of degree 7 on [-ln 2 / 2, ln 2 / 2].
-inline Vector<float> exponential(Vector<float> x) {
+// e^x for x in [-87, 88], to about 2 units in the last place; NaN for NaN. Reduces by ln 2 in two parts; the polynomial
+// is that of Cephes (Moshier 1992).
+inline Vector<float> exponential_in_range(Vector<float> x) {
   using V = Vector<float>;
   using I = Simd<float>::Integer;
   const V magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, which is then in the low bits
-  const V lowest = splat(-87.33654f), highest = splat(88.72283f);
-  V clamped = x < lowest ? lowest : x;
-  clamped = clamped > highest ? highest : clamped;
-  const V shifted = clamped * 1.44269504088896341f + magic;
+  const V shifted = x * 1.44269504088896341f + magic;
   const V n = shifted - magic;
-  const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  V p = splat(1.0f / 5040.0f);
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // Two factors, because 2^n itself is no float at the upper end.
-  const I exponent = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(magic);
-  const I half = exponent >> 1;
-  p = p * reinterpret_cast<V>((half + 127) << 23) * reinterpret_cast<V>((exponent - half + 127) << 23);
-  return x < lowest ? V{} : p;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
+}
+
+template <class T>
+inline Vector<T> at_least(T low, Vector<T> x) {
+  return splat(low) > x ? splat(low) : x;
+}
+
+template <class T>
+inline Vector<T> at_most(T high, Vector<T> x) {
+  return splat(high) < x ? splat(high) : x;
+}
+
+// e^x; 0 below the smallest normal number.
+inline Vector<float> exponential(Vector<float> x) {
+  const Vector<float> value = exponential_in_range(at_most(88.0f, at_least(-87.0f, x)));
+  return x < splat(-87.0f) ? Vector<float>{} : value;
 }
 
 inline Vector<double> exponential(Vector<double> x) {
@@ -103,10 +110,11 @@ inline Vector<double> exponential(Vector<double> x) {
   return x;
 }
 
-template <class T>
-inline Vector<T> sigmoid(Vector<T> x) {
-  return T(1) / (exponential(-x) + T(1));
+inline Vector<float> sigmoid(Vector<float> x) {
+  return 1.0f / (1.0f + exponential_in_range(at_most(87.0f, at_least(-87.0f, -x))));
 }
+
+inline Vector<double> sigmoid(Vector<double> x) { return 1.0 / (1.0 + exponential(-x)); }
 
 // Memory of one thread that stays for the next call: fresh pages cost more than the work on them.
 class Scratch {
@@ -153,6 +161,6 @@ inline Scratch& thread_scratch() {
 }
 
 // Results of every exported function.
-enum Status : int { kOk = 0, kNoMemory = 1 };
+enum Status : int { kOk = 0, kNoMemory = 1, kUnsupported = 2 };
 
 }  // namespace taipan

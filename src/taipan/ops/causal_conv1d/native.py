@@ -14,9 +14,9 @@ from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype
 from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
 
-# Channels that every vector width divides, and the most taps: what is not so goes the portable way.
+# Channels that every vector width divides, and the taps that are compiled: what is not so goes the portable way.
 _MULTIPLE = 16
-_MOST_TAPS = 8
+_TAPS = (2, 3, 4)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -84,7 +84,7 @@ def causal_conv1d_native(
     """Depthwise causal convolution by compiled kernels. See `taipan.ops.causal_conv1d.causal_conv1d`."""
     tokens, channels = x_BTC.shape[1:]
     taps = weight_CK.shape[1]
-    if (tokens == 1 and initial_columns_BLC is not None) or channels % _MULTIPLE or taps > _MOST_TAPS:
+    if (tokens == 1 and initial_columns_BLC is not None) or channels % _MULTIPLE or taps not in _TAPS:
         return causal_conv1d_portable(
             x_BTC,
             weight_CK,
