@@ -7,7 +7,7 @@ import torch
 
 from taipan.pretrained import load
 from tests.cli.conftest import Cli
-from tests.models import small_model
+from tests.models import random_tokens, small_model
 
 
 @pytest.mark.parametrize("layout", ["transformers", "state-spaces"])
@@ -41,3 +41,26 @@ def test_without_transformers_it_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused("convert", "from-mamba2", tmp_path, tmp_path / "out")
     assert "pip install 'taipan-lm[hf]'" in message
+
+
+@pytest.mark.parametrize("layout", [None, "transformers"])
+def test_upcycling_keeps_what_mamba2_computes(cli: Cli, tmp_path: Path, layout: str | None) -> None:
+    model = small_model("mamba2", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "source")
+    source = tmp_path / "source"
+    if layout is not None:
+        source = tmp_path / layout
+        assert cli("convert", "to-mamba2", tmp_path / "source", source, "--layout", layout).code == 0
+    done = cli("convert", "upcycle", source, tmp_path / "out", "--every", 2, "--window", 5)
+    assert done.code == 0, done.err
+    assert "1 new selective attention layers" in done.err
+    new = load(tmp_path / "out")
+    assert (new.config.layer_types, new.config.sliding_window) == (("mamba2", "mamba2", "selective_attention"), 5)
+    tokens = random_tokens(2, 20)
+    assert torch.equal(new(tokens).logits, model(tokens).logits)
+
+
+def test_what_cannot_be_upcycled_is_refused(refused: Callable[..., str], model_directory: Path, tmp_path: Path) -> None:
+    assert "selective_attention" in refused("convert", "upcycle", model_directory, tmp_path / "out")
+    assert "does not exist" in refused("convert", "upcycle", tmp_path / "missing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
-"""Training behaves as it did: 50 steps of every architecture, to the last bit where the machine is the one that wrote them.
+"""Training behaves as it did: 50 steps of every architecture, to the last bit on the kind of machine that wrote them.
 
-Elsewhere other kernels sum in another order. Measured with PyTorch's and MKL's lowest instruction sets in place of AVX2:
-losses move by 3e-7, gradient norms by 1e-5 of their value over these 50 steps.
+Elsewhere other kernels sum in another order. Measured with PyTorch's and MKL's lowest instruction sets in place of
+AVX2: losses move by 3e-7, gradient norms by 1e-5 of their value over these 50 steps.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""`taipan convert`: Mamba-2 checkpoints to Taipan and back."""
+"""`taipan convert`: Mamba-2 checkpoints to Taipan and back, and into a Taipan to be trained on."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -50,6 +50,51 @@ def register(app: typer.Typer) -> None:
 
         convert(source, out, cast("Any", layout))  # refuses an unknown one
         note(f"Layout {layout}: {out}")
+
+    @group.command("upcycle")
+    def upcycle(
+        source: Annotated[Path, typer.Argument(help="Mamba-2 model: a Taipan directory, or a checkpoint of others.")],
+        out: Annotated[Path, typer.Argument(help="Taipan model directory to make.")],
+        every: Annotated[int, typer.Option(min=1, help="Mamba-2 layers before each selective attention layer.")] = 6,
+        window: Annotated[int | None, typer.Option(min=1, help="Sliding window of the attention.")] = None,
+        seed: Annotated[int, typer.Option(min=0, help="Of the new weights.")] = 0,
+    ) -> None:
+        """Insert selective attention into a Mamba-2 model; at first it computes exactly what it did.
+
+        Example:
+
+            taipan convert upcycle models/mamba2-130m models/taipan-from-130m --every 6
+
+            taipan train recipe.yaml -o model.from=models/taipan-from-130m
+        """
+        from tempfile import TemporaryDirectory
+
+        from taipan.accounting import parameter_count
+        from taipan.cli.console import note, quantity
+        from taipan.training.upcycling import upcycle_directory
+
+        overrides = {} if window is None else {"sliding_window": window}
+        with TemporaryDirectory() as scratch:
+            native = source
+            if not _is_native(source):
+                _require_transformers()
+                from taipan.hf.conversion import from_mamba2 as convert
+
+                native = Path(scratch) / "native"
+                convert(source, native)
+            config = upcycle_directory(native, out, every=every, seed=seed, **overrides)
+        count = config.layer_types.count("selective_attention")
+        note(f"{quantity(parameter_count(config))} parameters, {count} new selective attention layers: {out}")
+
+
+def _is_native(directory: Path) -> bool:
+    """Whether this is a model directory of ours (or nothing at all, which loading will say)."""
+    import json
+
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == "taipan"
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def _require_transformers() -> None:
