@@ -1,7 +1,7 @@
 """Everything a decoder remembers, as a value: passed in, passed out, never written in place."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -167,6 +167,14 @@ class DecoderState:
         )
         return replace(self, layers=layers, position_B=function(self.position_B), segment_B=function(self.segment_B))
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "DecoderState":
+        """A state of the same model made of these tensors, named as `tensors()` names them."""
+        layers = tuple(
+            replace(layer, **{field.name: tensors[f"layers.{number}.{field.name}"] for field in fields(layer)})
+            for number, layer in enumerate(self.layers)
+        )
+        return replace(self, layers=layers, position_B=tensors["position_B"], segment_B=tensors["segment_B"])
+
     def fork(self) -> "DecoderState":
         """Independent copy (forward never writes into a state, so plain sharing is safe too)."""
         return self.map(lambda tensor: tensor.detach().clone())
@@ -234,11 +242,7 @@ class DecoderState:
         like = model.empty_state(rows)
         if set(like.tensors()) != set(tensors):
             raise StateError(f"{path} is damaged: its tensors are not those of this model's state. Save it again.")
-        layers = tuple(
-            replace(layer, **{field.name: tensors[f"layers.{number}.{field.name}"] for field in fields(layer)})
-            for number, layer in enumerate(like.layers)
-        )
-        return cls(layers, tensors["position_B"], tensors["segment_B"], like.architecture)
+        return like.with_tensors(tensors)
 
     def require(self, config: TaipanConfig, batch_size: int | None = None) -> None:
         """Refuse a model or batch this state does not belong to.

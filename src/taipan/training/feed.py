@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from taipan.data.consecutive import ConsecutivePieces
 from taipan.data.mixture import Mixture, MixtureSampler
 from taipan.data.readahead import ReadAhead
 from taipan.training.recipe import Recipe
@@ -19,16 +20,26 @@ class Feed:
         seed: of the order.
         device: where the batches are wanted.
         part: `(number, count)`: which of `count` equal parts of every batch.
+        pieces: with more than one, a row reads so many consecutive pieces in consecutive steps.
 
     Raises:
         DataError: the data are shorter than one context.
     """
 
     def __init__(
-        self, data: Mixture, recipe: Recipe, *, seed: int, device: torch.device, part: tuple[int, int] = (0, 1)
+        self,
+        data: Mixture,
+        recipe: Recipe,
+        *,
+        seed: int,
+        device: torch.device,
+        part: tuple[int, int] = (0, 1),
+        pieces: int = 1,
     ) -> None:
         self.bytes_per_token = data.bytes_per_token
-        self._sampler = MixtureSampler(data, recipe.data.context_length, seed)
+        windows = MixtureSampler(data, pieces * recipe.data.context_length, seed)
+        rows = recipe.training.batch_size * recipe.training.accumulation
+        self._sampler = windows if pieces == 1 else ConsecutivePieces(windows, pieces, rows)
         self._batch_size = recipe.training.batch_size
         self._part = part
         self._documents = recipe.data.packing == "documents"
