@@ -3,10 +3,15 @@
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from taipan.hardware import describe
@@ -46,6 +51,8 @@ def execute(
 ) -> list[Result]:
     """Results of all runs, in their order; those that `directory` already holds are not run again.
 
+    Runs begin in their order. Ctrl-C and SIGTERM end the worker processes too, and so does any other death of this one.
+
     Args:
         runs: what to run.
         function: a module-level function; each worker process gives it one thread.
@@ -66,7 +73,10 @@ def execute(
     if pending:
         context = multiprocessing.get_context("spawn")
         count = min(workers or describe().cores, len(pending))
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
+        with (
+            _terminated_as_interrupted(),
+            ProcessPoolExecutor(count, mp_context=context, initializer=_prepare_worker) as pool,
+        ):
             futures = {pool.submit(function, runs[number]): number for number in pending}
             try:
                 for future in as_completed(futures):
@@ -82,10 +92,36 @@ def execute(
     return [results[number] for number in range(len(runs))]
 
 
-def _one_thread() -> None:
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """While entered, SIGTERM raises KeyboardInterrupt in the main thread (elsewhere Python takes no signals)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _prepare_worker() -> None:
     import torch
 
     from taipan.hardware import tune_allocator
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     tune_allocator()
+
+
+def _end_with_parent() -> None:
+    """A killed parent can stop nobody, so each worker waits for its death."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
