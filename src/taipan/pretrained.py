@@ -50,33 +50,43 @@ def weights_of(model: TaipanLM) -> dict[str, Tensor]:
     }
 
 
-def write(model: TaipanLM, directory: Path, tokenizer: "Tokenizer | None" = None) -> None:
+def write(
+    config: TaipanConfig, weights: dict[str, Tensor], directory: Path, tokenizer: "Tokenizer | None" = None
+) -> None:
     """Write the files of a model into an existing directory, without any care for what stands there."""
-    (directory / CONFIG).write_text(json.dumps(hub_config(model.config), indent=2) + "\n", encoding="utf-8")
-    save_file(weights_of(model), directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(hub_config(config), indent=2) + "\n", encoding="utf-8")
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(directory)
 
 
-def save(model: TaipanLM, directory: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
+def save(
+    model: TaipanLM,
+    directory: str | Path,
+    tokenizer: "Tokenizer | None" = None,
+    *,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write a model directory whole or not at all; files of another kind that stand there are kept.
 
     Args:
         model: the model.
         directory: where to; replaced in one step once the new one is complete.
         tokenizer: written beside the weights. Without one, a tokenizer.json that is already there stays.
+        weights: what `weights_of` gave, of a model that this process cannot put together alone.
 
     Raises:
         CheckpointError: the directory cannot be written (for example: the disk is full); the old one stays whole.
     """
     directory = Path(directory)
-    size = sum(tensor.nbytes for tensor in weights_of(model).values())
+    weights = weights_of(model) if weights is None else weights
+    size = sum(tensor.nbytes for tensor in weights.values())
     with atomic_directory(directory, needed_bytes=size) as temporary:
         if directory.is_dir():
             for entry in directory.iterdir():
                 if entry.is_file() and entry.name not in (CONFIG, WEIGHTS):
                     shutil.copy2(entry, temporary / entry.name)
-        write(model, temporary, tokenizer)
+        write(model.config, weights, temporary, tokenizer)
 
 
 def load(

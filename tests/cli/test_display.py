@@ -33,6 +33,8 @@ def started(tmp_path: Path) -> RunInfo:
         dtype="float32",
         dtype_reason="asked for",
         implementations={},
+        processes=1,
+        strategy="alone",
     )
 
 

@@ -20,7 +20,6 @@ from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from taipan.model import TaipanLM
-from taipan.training import checkpoint
 from taipan.training.checkpoint import latest
 from taipan.training.feed import Feed
 from taipan.training.listener import RunInfo, StepInfo, TrainingListener
@@ -292,12 +291,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_leads_to_the_same_curv
     make_recipe: MakeRecipe, whole: TrainResult
 ) -> None:
     cut = train(make_recipe(**{"training.checkpoint_every": 2}), listener=Watcher(5, interrupt))
-    file = latest(cut.run).path / "trainer.pt"
-    file.write_bytes(file.read_bytes()[:-100])
+    file = latest(cut.run).path / "trainer.json"
+    file.write_bytes(file.read_bytes()[:-10])
     watcher = Watcher()
     assert_equal(whole, train(None, resume=cut.run, listener=watcher))
     (warning,) = (text for text in watcher.warnings if "gate" not in text)
-    assert "step-00000005/trainer.pt is corrupt" in warning
+    assert "step-00000005/trainer.json is corrupt" in warning
     assert "step-00000004" in warning
     assert watcher.steps[0].step == 5
 
@@ -376,12 +375,12 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
 def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_resumes_from_it(
     make_recipe: MakeRecipe, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     recipe = make_recipe(**{"training.checkpoint_every": 2})
     with monkeypatch.context() as patch:
-        watcher = Watcher(3, lambda: patch.setattr(checkpoint.torch, "save", full))
+        watcher = Watcher(3, lambda: patch.setattr(pretrained, "save_file", full))
         with pytest.raises(CheckpointError, match=r"disk is full.*step-00000004"):
             train(recipe, listener=watcher)
     assert latest(Path(recipe.output)).step == 2

@@ -128,6 +128,9 @@ def test_a_state_of_another_optimizer_or_model_is_refused() -> None:
     model = TaipanLM(CONFIG)
     adamw = build_optimizer(model, OptimizerSection(name="adamw"))
     muon = build_optimizer(model, OptimizerSection(name="muon"))
+    gradients(model, 0)
+    adamw.step()
+    muon.step()
     with pytest.raises(CheckpointError, match=r"optimizer\.name"):
         adamw.load_state_dict(muon.state_dict())
     smaller = TaipanLM(CONFIG.replace(layer_types=("mamba2",)))

@@ -36,7 +36,7 @@ def test_every_recipe_builds_its_model_and_optimizer(path: Path) -> None:
     with torch.device("meta"):
         model = TaipanLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
-    groups = build_optimizer(model, recipe.optimizer).state_dict()["optimizers"][0]["param_groups"]
+    groups = build_optimizer(model, recipe.optimizer).param_groups
     assert [group["weight_decay"] for group in groups] == [recipe.optimizer.weight_decay, 0.0]
 
 

@@ -22,7 +22,7 @@ from taipan.hf.mamba2_config import STATE_SPACES_EPS, read_config, state_spaces_
 from taipan.hf.weights import read_weights
 from taipan.io import atomic_directory
 from taipan.model import TaipanLM
-from taipan.pretrained import check_fit, load, write
+from taipan.pretrained import check_fit, load, weights_of, write
 
 LAYOUTS = ("transformers", "state-spaces")
 
@@ -67,7 +67,7 @@ def from_mamba2(source: str | Path, target: str | Path) -> TaipanConfig:
     check_fit(path, tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
     model.load_state_dict(tensors, assign=True)
     with atomic_directory(target, needed_bytes=_size(tensors)) as directory:
-        write(model, directory)
+        write(model.config, weights_of(model), directory)
         _copy_tokenizer(source, directory)
     return config
 

@@ -3,33 +3,46 @@
 ```
 RUN/recipe.yaml  metrics.jsonl
 RUN/checkpoints/step-00000100/   config.json model.safetensors tokenizer.json   a model directory like any other
-                                 trainer.pt       optimizer and counters (tensors and plain values: `weights_only`)
+                                 optimizer/*.safetensors   moments, a file per process: PyTorch's distributed checkpoint
+                                 trainer.json     counters: plain values
                                  manifest.json    the step, and the SHA-256 of every other file
 RUN/model/                       the finished model
 ```
+
+All processes of a run write together, and any number of processes can go on with it. No file holds a pickle.
 """
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from taipan import pretrained
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import CheckpointError
+from taipan.errors import CheckpointError, DataError
 from taipan.io import atomic_directory, sha256_file
 from taipan.model import TaipanLM
+from taipan.training.distributed import ALONE, World
 
-_FORMAT = "taipan-checkpoint-1"
+_FORMAT = "taipan-checkpoint-2"
 _MANIFEST = "manifest.json"
-_TRAINER = "trainer.pt"
+_TRAINER = "trainer.json"
+_OPTIMIZER = "optimizer"
 _KEEP = 2
 _NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"\.step-\d{8,}\..*")
+
+Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -41,32 +54,48 @@ class Found:
     problems: tuple[str, ...]
 
 
-def save_checkpoint(run: Path, step: int, model: TaipanLM, tokenizer: Tokenizer, trainer: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step, then remove all but the newest two.
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: TaipanLM,
+    tokenizer: Tokenizer,
+    optimizer: Mapping[str, Tensor],
+    trainer: dict[str, Any],
+    world: World = ALONE,
+) -> Path:
+    """Write the checkpoint of a step, then remove all but the newest two. All processes of a run call it at once.
 
     Args:
-        run: the run directory.
+        run: the run directory; with several processes, on a file system that all of them see.
         step: optimizer steps taken.
         model: its weights are written as they are.
         tokenizer: of the data.
-        trainer: what `load_trainer` gives back: tensors, numbers, text, lists and dictionaries.
+        optimizer: what `load_optimizer` reads back; every process gives its shards.
+        trainer: what `load_trainer` gives back: numbers, text, lists and dictionaries.
+        world: the processes.
 
     Raises:
         CheckpointError: it cannot be written (for example: the disk is full); earlier checkpoints are untouched.
+        TrainingError: another process failed to write its part.
     """
     path = run / "checkpoints" / f"step-{step:08d}"
-    weights = sum(tensor.nbytes for tensor in pretrained.weights_of(model).values())
-    with atomic_directory(path, needed_bytes=3 * weights) as temporary:
-        pretrained.write(model, temporary, tokenizer)
-        torch.save(trainer, temporary / _TRAINER)
-        files = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-        manifest = {"format": _FORMAT, "step": step, "files": files}
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for _, old in checkpoints(run)[:-_KEEP]:
-        shutil.rmtree(old)
-    for leftover in path.parent.iterdir():  # of a process that was killed while writing
-        if _UNFINISHED.fullmatch(leftover.name):
-            shutil.rmtree(leftover)
+    weights = pretrained.weights_of(model)
+    needed = sum(tensor.nbytes for tensor in weights.values())
+    with world.together(), ExitStack() as stack:
+        temporary: Path | None = None
+        with world.together():
+            if world.leads:
+                temporary = stack.enter_context(atomic_directory(path, needed_bytes=3 * needed))
+        temporary = cast(Path, world.share(temporary))
+        with world.together():
+            _write_tensors(temporary / _OPTIMIZER, optimizer, world)
+        if world.leads:
+            pretrained.write(model.config, weights, temporary, tokenizer)
+            (temporary / _TRAINER).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
+            files = {name: sha256_file(temporary / name) for name in _files(temporary)}
+            (temporary / _MANIFEST).write_bytes(_manifest(step, files))
+    if world.leads:
+        _tidy(run)
     return path
 
 
@@ -82,12 +111,13 @@ def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        CheckpointError: a file is missing, or its content is not what was written; the message names it.
+        CheckpointError: a file is missing, strange, or its content is not what was written; the message names it.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        files = cast(dict[str, str], manifest["files"])
-        known = manifest["format"] == _FORMAT
+        text = (path / _MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        step, files = cast(int, manifest["step"]), cast(dict[str, str], manifest["files"])
+        known, intact = manifest["format"] == _FORMAT, text == _manifest(step, files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / _MANIFEST} is missing or damaged ({error!r}): the checkpoint is incomplete."
@@ -96,12 +126,22 @@ def verify(path: Path) -> None:
         raise CheckpointError(
             f"{path} has the format {manifest['format']!r}, expected {_FORMAT!r}: another version wrote it."
         )
+    if not intact:
+        raise CheckpointError(f"{path / _MANIFEST} is damaged: it does not have the SHA-256 written in itself.")
+    if path.name != f"step-{step:08d}":
+        raise CheckpointError(f"{path / _MANIFEST} is of step {step}: it belongs to another checkpoint.")
+    for name in sorted(files.keys() ^ set(_files(path))):
+        if name in files:
+            raise CheckpointError(f"{path / name} is missing: the checkpoint is incomplete.")
+        if name != _MANIFEST:
+            raise CheckpointError(f"{path / name} does not belong to the checkpoint: remove it.")
     for name, digest in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete.")
-        if sha256_file(file) != digest:
-            raise CheckpointError(f"{file} is corrupt: its SHA-256 is not the one written in {_MANIFEST}.")
+        try:
+            found = sha256_file(path / name)
+        except DataError as error:
+            raise CheckpointError(f"{error} The checkpoint cannot be used.") from error
+        if found != digest:
+            raise CheckpointError(f"{path / name} is corrupt: its SHA-256 is not the one written in {_MANIFEST}.")
 
 
 def latest(run: Path) -> Found:
@@ -129,12 +169,99 @@ def latest(run: Path) -> Found:
 
 
 def load_trainer(path: Path) -> dict[str, Any]:
-    """The trainer's part of a checkpoint.
+    """The plain values of a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: they cannot be read.
     """
     try:
-        return cast(dict[str, Any], torch.load(path / _TRAINER, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a damaged file
+        return cast(dict[str, Any], json.loads((path / _TRAINER).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / _TRAINER} cannot be read ({error}): use an earlier checkpoint.") from error
+
+
+def load_optimizer(
+    path: Path, blank: Callable[[Shapes], Mapping[str, Tensor]], world: World = ALONE
+) -> Mapping[str, Tensor]:
+    """The optimizer's tensors of a checkpoint, whatever number of processes wrote it. All processes call it at once.
+
+    Args:
+        path: a checkpoint.
+        blank: gives the tensors to read into, from the names, shapes and dtypes of what was saved.
+        world: the processes.
+
+    Raises:
+        CheckpointError: they cannot be read, or do not fit.
+    """
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    directory = path / _OPTIMIZER
+    with world.together():
+        try:
+            reader = dcp.HuggingFaceStorageReader(str(directory))
+            saved = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+        except Exception as error:  # safetensors raises several kinds for a damaged file
+            raise _unreadable(directory, error) from error
+        tensors = dict(blank({name: (entry.size, entry.properties.dtype) for name, entry in saved.items()}))
+    if tensors:
+        try:
+            with _alone_is_fine():
+                dcp.load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=world.size == 1)
+        except dcp.CheckpointException as error:
+            raise _unreadable(directory, _first_failure(error)) from error
+    return tensors
+
+
+def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], world: World) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    if not tensors:  # no step was taken
+        if world.leads:
+            directory.mkdir()
+        return
+    writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    try:
+        with _alone_is_fine():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+    except dcp.CheckpointException as error:
+        # the engine tells all processes of the first failure
+        raise _first_failure(error) from error
+
+
+@contextmanager
+def _alone_is_fine() -> Generator[None]:
+    """Without the engine's warning that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _first_failure(error: Any) -> BaseException:
+    return next(iter(error.failures.values()))[0]
+
+
+def _unreadable(directory: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{directory} cannot be read ({error}): use an earlier checkpoint.")
+
+
+def _files(directory: Path) -> list[str]:
+    """All files under a directory, as relative names."""
+    names = (Path(base, name).relative_to(directory) for base, _, files in os.walk(directory) for name in files)
+    return sorted(name.as_posix() for name in names)
+
+
+def _manifest(step: int, files: Mapping[str, str]) -> bytes:
+    """The one text that a manifest of this content can be; its last field is the SHA-256 of the others."""
+    content: dict[str, Any] = {"format": _FORMAT, "step": step, "files": dict(files)}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": digest}, indent=2) + "\n").encode()
+
+
+def _tidy(run: Path) -> None:
+    """Remove all but the newest checkpoints, and what a process left that was killed while writing."""
+    for _, old in checkpoints(run)[:-_KEEP]:
+        shutil.rmtree(old)
+    for leftover in (run / "checkpoints").iterdir():
+        if _UNFINISHED.fullmatch(leftover.name):
+            shutil.rmtree(leftover)

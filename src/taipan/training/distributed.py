@@ -36,13 +36,13 @@ class World:
         rank: number of this process.
         size: how many there are.
         local_size: how many of them are on this machine.
-        device: what this process computes on.
+        device: what this process computes on; None: wherever the model is.
     """
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
 
     @property
     def leads(self) -> bool:
@@ -65,6 +65,10 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether it is true on some process."""
         return self.sum(float(flag))[0] > 0
+
+    def leading(self, value: float) -> float:
+        """The number that the leading process has."""
+        return self.sum(value if self.leads else 0.0)[0]
 
     def share(self, value: _T) -> _T:
         """The value of the process that leads; the others give anything."""
@@ -180,7 +184,8 @@ class Parallel:
     ) -> None:
         section = section or ParallelSection()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
+        kind = "cpu" if world.device is None else world.device.type
+        memory = torch.cuda.get_device_properties(world.device).total_memory if kind == "cuda" else None
         self.model = model
         self.world = world
         self.strategy = strategy_of(section, parameters, world, memory)
@@ -190,20 +195,21 @@ class Parallel:
                 f"multiple of {world.size} (it counts the windows of one forward over all processes)."
             )
         self._distributed: nn.Module = model
-        if self.strategy == "ddp":
+        if world.device is not None and self.strategy in ("alone", "ddp"):
             model.to(world.device)
+        if self.strategy == "ddp":
             if model.config.attention_capacity == 0:  # or it would wait for their gradients
                 for sal in model.sals:
                     sal.requires_grad_(False)
             self._distributed = nn.parallel.DistributedDataParallel(
                 model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
-        elif self.strategy in ("fsdp", "hsdp"):
+        elif self.strategy != "alone":
             from torch.distributed.fsdp import fully_shard
 
             # what a gate decided is handed out as views, which nobody writes into
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            mesh = self._mesh(section)
+            mesh = self._mesh(section, kind)
             for layer in model.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
@@ -218,21 +224,26 @@ class Parallel:
         Args:
             last: whether the optimizer follows.
         """
-        if self.strategy in ("fsdp", "hsdp"):
+        if self.sharded:
             cast(Any, self.model).set_requires_gradient_sync(last)
         elif self.strategy == "ddp" and not last:
             return cast(nn.parallel.DistributedDataParallel, self._distributed).no_sync()
         return nullcontext()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.strategy in ("fsdp", "hsdp")
+
     def settle(self) -> None:
         """After forwards without a backward: let go of gathered parameters."""
-        if self.strategy in ("fsdp", "hsdp"):
+        if self.sharded:
             cast(Any, self.model).reshard()
 
-    def _mesh(self, section: ParallelSection) -> Any:
+    def _mesh(self, section: ParallelSection, kind: str) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
-        size, kind = self.world.size, self.world.device.type
+        size = self.world.size
         if self.strategy == "fsdp":
             return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
         shard = section.shard_size or self.world.local_size

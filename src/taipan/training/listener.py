@@ -25,6 +25,8 @@ class RunInfo:
         step: steps already taken (above 0 when resumed).
         dtype: of the forwards, and why it was taken.
         implementations: of every op.
+        processes: how many take the steps together.
+        strategy: how the model is spread over them: `alone`, `ddp`, `fsdp`, `hsdp`.
     """
 
     recipe: Recipe
@@ -36,6 +38,8 @@ class RunInfo:
     dtype: str
     dtype_reason: str
     implementations: dict[str, str]
+    processes: int
+    strategy: str
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,10 @@ class TrainingListener:
     def warned(self, message: str) -> None:
         """Something looks wrong; training goes on."""
         _log.warning("%s", message)
+
+
+class SilentListener(TrainingListener):
+    """Of a process that another one speaks for."""
+
+    def warned(self, message: str) -> None:
+        """Nothing."""

@@ -19,12 +19,13 @@ from taipan.hardware import training_dtype
 from taipan.io import atomic_write
 from taipan.model import TaipanLM
 from taipan.training.calibration import Calibration, calibrate
-from taipan.training.checkpoint import checkpoints, latest, load_trainer, save_checkpoint
+from taipan.training.checkpoint import Found, checkpoints, latest, load_optimizer, load_trainer, save_checkpoint
 from taipan.training.diagnostics import gate_warnings
+from taipan.training.distributed import Parallel, World, joined
 from taipan.training.feed import Feed
 from taipan.training.identity import identity, require_same
 from taipan.training.interruption import StopRequest
-from taipan.training.listener import RunInfo, StepInfo, TrainingListener
+from taipan.training.listener import RunInfo, SilentListener, StepInfo, TrainingListener
 from taipan.training.metrics import IntervalMeans, Record, append_record, truncate_records
 from taipan.training.pace import Pace
 from taipan.training.recipe import Recipe
@@ -77,6 +78,10 @@ def train(
     takes the very steps the uninterrupted one would have taken, bit by bit on the same machine with as many threads
     (unless its length is given in seconds).
 
+    Started by torchrun, all its processes call this with the same arguments and take the steps together, each with its
+    part of every batch (`taipan.training.distributed`); the one of rank 0 writes and talks to the listener. A run may
+    be resumed on any number of processes.
+
     Args:
         recipe: what to do; may be None when resuming, then the run's own recipe is taken.
         resume: directory of a run to go on with. Model, data, batches, seed and kind of optimizer must be the same.
@@ -98,7 +103,9 @@ def train(
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     try:
-        return _Run(recipe, None if resume is None else Path(resume), listener, clock).complete()
+        with joined() as world:
+            listener = listener if world.leads else SilentListener()
+            return _Run(recipe, None if resume is None else Path(resume), listener, clock, world).complete()
     finally:
         torch.set_num_threads(threads)
 
@@ -107,101 +114,139 @@ class _Run:
     """Everything a run holds; `complete` is its life."""
 
     def __init__(
-        self, recipe: Recipe, resume: Path | None, listener: TrainingListener, clock: Callable[[], float]
+        self,
+        recipe: Recipe,
+        resume: Path | None,
+        listener: TrainingListener,
+        clock: Callable[[], float],
+        world: World,
     ) -> None:
         self.recipe = recipe
         self.listener = listener
-        self.clock = clock
+        self.clock = lambda: world.leading(clock())
+        self.world = world
         self.path = resume or Path(recipe.output)
-        if resume is None:
-            _require_free(self.path)
+        with world.together():
+            if resume is None:
+                _require_free(self.path)
+            self._open_data()
+            config = recipe.model.config(self.tokenizer.vocab_size, self.tokenizer.eos_id)
+            self.identity = identity(recipe, config, self.data)
         settings = recipe.training
         dtype = training_dtype(settings.dtype)
         self.dtype = dtype.dtype
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        data = Mixture.open(recipe.data.train)
-        self.tokenizer: Tokenizer = data.tokenizer()
-        self.feed = Feed(data, recipe, seed=settings.seed, device=device)
-        self.valid: Feed | None = None
-        if recipe.data.valid is not None:
-            held_out = TokenDataset.open(recipe.data.valid, tokenizer=self.tokenizer)
-            self.valid = Feed(Mixture([held_out], [1.0]), recipe, seed=0, device=device)
-        config = recipe.model.config(self.tokenizer.vocab_size, self.tokenizer.eos_id)
-        self.identity = identity(recipe, config, data)
         self.pace = Pace(recipe.total_steps, settings.seconds)
         self.means = IntervalMeans()
         self.warned: set[str] = set()
         self.saved_step: int | None = None
 
-        found = None if resume is None else latest(resume)
+        found = self._found(resume)
+        saved: dict[str, Any] | None = None
         if found is None:
             with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw once more before we do
                 model = TaipanLM(config, generator=seeded_generator(settings.seed, "init"))
-            saved = None
         else:
             for problem in found.problems:
                 listener.warned(f"{problem} Going back to {found.path}.")
-            saved = load_trainer(found.path)
-            require_same(saved["identity"], self.identity, found.path)
-            model = pretrained.load(found.path)
-        self.model = model.to(device)
+            with world.together():
+                saved = load_trainer(found.path)
+                require_same(saved["identity"], self.identity, found.path)
+                model = pretrained.load(found.path)
+        self.model = model
+        self.parallel = Parallel(model, world, recipe.parallel, batch_size=settings.batch_size)
         self.trainer = Trainer.build(
-            self.model,
+            self.parallel,
             recipe.optimizer,
             recipe.schedule,
             total_steps=recipe.total_steps,
             dtype=self.dtype,
             seed=settings.seed,
         )
-        if saved is not None:
-            self._restore(saved)
-        self.path.mkdir(parents=True, exist_ok=True)
-        truncate_records(self.path / _METRICS, self.pace.step)
-        atomic_write(self.path / _RECIPE, recipe.resolved(config).to_yaml().encode())
+        if found is not None and saved is not None:
+            self._restore(found.path, saved)
+        with world.together():
+            if world.leads:
+                self.path.mkdir(parents=True, exist_ok=True)
+                truncate_records(self.path / _METRICS, self.pace.step)
+                atomic_write(self.path / _RECIPE, recipe.resolved(config).to_yaml().encode())
         listener.started(
             RunInfo(
                 recipe=recipe,
                 config=config,
                 run=self.path,
                 parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-                train_tokens=data.n_tokens,
+                train_tokens=self.data.n_tokens,
                 step=self.pace.step,
                 dtype=self.dtype,
                 dtype_reason=dtype.reason,
                 implementations=self.model.implementations,
+                processes=world.size,
+                strategy=self.parallel.strategy,
             )
         )
+
+    def _open_data(self) -> None:
+        """The mixture and the held-out data; of every batch this process reads its part."""
+        recipe, self.valid = self.recipe, None
+        self.data = Mixture.open(recipe.data.train)
+        self.tokenizer: Tokenizer = self.data.tokenizer()
+        self.feed = self._feed(self.world.part)
+        if recipe.data.valid is not None:
+            held_out = Mixture([TokenDataset.open(recipe.data.valid, tokenizer=self.tokenizer)], [1.0])
+            self.valid = Feed(held_out, recipe, seed=0, device=self._device, part=self.world.part)
+
+    def _feed(self, part: tuple[int, int]) -> Feed:
+        return Feed(self.data, self.recipe, seed=self.recipe.training.seed, device=self._device, part=part)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.world.device or torch.device("cpu")
+
+    def _found(self, resume: Path | None) -> Found | None:
+        """The checkpoint to go on from, which one process looks for and checks."""
+        if resume is None:
+            return None
+        found: Found | None = None
+        with self.world.together():
+            if self.world.leads:
+                found = latest(resume)
+        return self.world.share(found)
 
     def complete(self) -> TrainResult:
         """Train to the end, or to an interruption."""
         pace, every = self.pace, self.recipe.training.checkpoint_every
         began = self.clock() - pace.seconds
         with StopRequest() as stop:
-            while not pace.done and stop.requested is None:
+            while not pace.done and not self._any_stops(stop):
                 step_began = self.clock()
                 progress = pace.next_progress
                 result = self._take_step(progress)
                 pace.seconds, pace.step_seconds = self.clock() - began, self.clock() - step_began
                 self._report(progress, result)
-                if every and pace.step % every == 0 and not pace.done and stop.requested is None:
+                if every and pace.step % every == 0 and not pace.done and not self._any_stops(stop):
                     self._save()
             self._save()
             if pace.done:
                 return self._finish()
         message = (
-            f"Interrupted by {stop.requested} after step {pace.step}; everything is saved. "
-            f"Go on with: taipan train --resume {self.path}"
+            f"Interrupted by {stop.requested or 'a signal to another process'} after step {pace.step}; "
+            f"everything is saved. Go on with: taipan train --resume {self.path}"
         )
         return self._result(message=message, interrupted=True)
 
+    def _any_stops(self, stop: StopRequest) -> bool:
+        """Whether some process is to stop: then all do, after the same step."""
+        return self.world.any(stop.requested is not None)
+
     def _take_step(self, progress: float) -> StepResult:
         pace, count = self.pace, self.recipe.training.accumulation
-        batches = [self.feed.batch(pace.step * count + number) for number in range(count)]
+        with self.world.together():
+            batches = [self.feed.batch(pace.step * count + number) for number in range(count)]
         try:
             result = self.trainer.step(pace.step + 1, progress, batches)
         except TrainingError as error:
             kept = "No checkpoint had been written yet."
-            if checkpoints(self.path):
+            if self.world.leads and checkpoints(self.path):
                 kept = f"The last good checkpoint is {latest(self.path).path}."
             raise TrainingError(f"{error} {kept}") from error
         pace.step += 1
@@ -234,6 +279,7 @@ class _Run:
         # at the end the finished model is evaluated, not this one
         evaluate = every is not None and pace.step % every == 0 and not pace.done
         if evaluate or pace.step % settings.log_every == 0 or pace.done:
+            validation = self._validation() if evaluate else {}
             record: Record = {
                 "kind": "train",
                 "step": pace.step,
@@ -246,7 +292,7 @@ class _Run:
                 "grad_norm": result.grad_norm,
                 "gates": [asdict(gate) for gate in result.gates],
             }
-            self._record(record | (self._validation() if evaluate else {}))
+            self._record(record | validation)
 
     def _finish(self) -> TrainResult:
         """Calibrate, evaluate, write the model."""
@@ -255,8 +301,12 @@ class _Run:
         calibration: list[Calibration] = []
         if self.recipe.training.calibrate and self.model.sals:
             self.listener.phase("calibrating the gates")
-            batches = self.feed.first(math.ceil(_CALIBRATION_TOKENS / self.recipe.tokens_per_forward))
+            # every process reads all parts: the same thresholds everywhere, without an exchange
+            count = math.ceil(_CALIBRATION_TOKENS / self.recipe.tokens_per_forward)
+            parts = [self._feed((number, self.world.size)) for number in range(self.world.size)]
+            batches = [batch for part in parts for batch in part.first(count)]
             calibration = calibrate(self.model, batches, dtype=self.dtype)
+            self.parallel.settle()
         self._record(
             {
                 "kind": "final",
@@ -268,7 +318,10 @@ class _Run:
             }
         )
         directory = self.path / _MODEL
-        self.model.save_pretrained(directory, self.tokenizer)
+        weights = pretrained.weights_of(self.model)
+        with self.world.together():
+            if self.world.leads:
+                pretrained.save(self.model, directory, self.tokenizer, weights=weights)
         self.listener.saved(directory)
         message = f"Finished after {pace.step} steps and {pace.seconds:.0f} s. The model is in {directory}."
         return self._result(message=message, model_directory=directory, calibration=tuple(calibration))
@@ -300,7 +353,8 @@ class _Run:
             return {}
         self.listener.phase("evaluating")
         batches = self.valid.first(self.recipe.training.evaluate_batches)
-        outcome = validate(self.model, batches, self.valid.bytes_per_token, dtype=self.dtype)
+        outcome = validate(self.model, batches, self.valid.bytes_per_token, dtype=self.dtype, world=self.world)
+        self.parallel.settle()
         return {
             "valid_loss": outcome.loss,
             "valid_bits_per_byte": outcome.bits_per_byte,
@@ -308,26 +362,30 @@ class _Run:
         }
 
     def _record(self, record: Record) -> None:
-        append_record(self.path / _METRICS, record)
+        with self.world.together():
+            if self.world.leads:
+                append_record(self.path / _METRICS, record)
         self.listener.recorded(record)
 
     def _save(self) -> None:
         """Write a checkpoint, unless the run was resumed from this very one."""
         if self.saved_step == self.pace.step:
             return
-        state = {
+        values = {
             "identity": self.identity,
             "pace": self.pace.state_dict(),
             "means": self.means.state_dict(),
-            "optimizer": self.trainer.optimizer.state_dict(),
         }
-        self.listener.saved(save_checkpoint(self.path, self.pace.step, self.model, self.tokenizer, state))
+        optimizer = self.trainer.optimizer.state_dict()
+        path = save_checkpoint(self.path, self.pace.step, self.model, self.tokenizer, optimizer, values, self.world)
+        self.listener.saved(path)
         self.saved_step = self.pace.step
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.pace.load_state_dict(state["pace"])
-        self.means.load_state_dict(state["means"])
-        self.trainer.optimizer.load_state_dict(state["optimizer"])
+    def _restore(self, path: Path, values: dict[str, Any]) -> None:
+        optimizer = self.trainer.optimizer
+        self.pace.load_state_dict(values["pace"])
+        self.means.load_state_dict(values["means"])
+        optimizer.load_state_dict(load_optimizer(path, optimizer.blank_state, self.world))
         self.saved_step = self.pace.step
 
 

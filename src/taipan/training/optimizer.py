@@ -1,6 +1,6 @@
 """Which parameter gets which optimizer, learning rate and decay; several optimizers behind one face."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from taipan.errors import CheckpointError
 from taipan.training.muon import Muon
 from taipan.training.recipe import OptimizerSection
 
+_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+"""What each optimizer remembers of a parameter."""
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -24,16 +26,26 @@ def decays(name: str, parameter: Tensor, decay_embeddings: bool) -> bool:
 
 
 class OptimizerSet:
-    """Optimizers over disjoint parameters, used as one. Learning rates are peaks times a common multiplier."""
+    """Optimizers over disjoint parameters, used as one. Learning rates are peaks times a common multiplier.
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    Args:
+        optimizers: AdamW or Muon.
+        names: of all parameters, by which their states are saved.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> None:
         self._optimizers = optimizers
+        self._names = names
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all optimizers, as `torch.optim` has them."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def parameters(self) -> list[Tensor]:
         """All parameters, in a fixed order."""
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        return [parameter for group in groups for parameter in group["params"]]
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def scale_learning_rate(self, multiplier: float) -> None:
         """Set every learning rate to its peak times `multiplier`."""
@@ -51,32 +63,69 @@ class OptimizerSet:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; tensors and plain values only."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor a resumed run needs, called `parameter/what`; sharded like its parameter."""
+        return {
+            f"{self._names[parameter]}/{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over moments and step counts; learning rates and decay stay as this object was built.
+    def blank_state(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+        """Tensors to read a saved state into: sharded like their parameters here, whatever wrote them.
+
+        Args:
+            saved: shape and dtype of every tensor of the `state_dict` that was saved.
 
         Raises:
             CheckpointError: the state is of other optimizers or of a model with other parameters.
         """
-        if len(state["optimizers"]) != len(self._optimizers):
-            raise CheckpointError(
-                f"The checkpoint holds the state of {len(state['optimizers'])} optimizers, but the recipe makes "
-                f"{len(self._optimizers)}: resume with the optimizer.name of the original recipe."
-            )
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-            try:
-                optimizer.load_state_dict(saved)
-            except (ValueError, KeyError) as error:
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        keys: dict[str, set[str]] = {}
+        blank: dict[str, Tensor] = {}
+        for entry, (shape, dtype) in saved.items():
+            name, _, key = entry.rpartition("/")
+            keys.setdefault(name, set()).add(key)
+            parameter = parameters.get(name)
+            if parameter is None or shape not in (parameter.shape, torch.Size()):
                 raise CheckpointError(
-                    f"The optimizer state of the checkpoint does not fit the model ({error}): "
-                    "resume with its own recipe."
-                ) from error
-            for group, settings in zip(optimizer.param_groups, own, strict=True):
-                group.update(settings)
+                    f"The optimizer state of the checkpoint does not fit the model ({entry!r} of shape {tuple(shape)}):"
+                    " resume with its own recipe."
+                )
+            like = parameter.detach()
+            blank[entry] = torch.zeros_like(like) if shape else torch.zeros((), dtype=dtype, device=like.device)
+        for optimizer in self._optimizers:
+            expected = _STATE[type(optimizer)]
+            for group in optimizer.param_groups:
+                for name in (self._names[parameter] for parameter in group["params"]):
+                    if keys.get(name, expected) != expected:
+                        raise CheckpointError(
+                            f"The checkpoint holds {', '.join(sorted(keys[name]))} for {name}, but the recipe's "
+                            f"optimizer needs {', '.join(sorted(expected))}: resume with the optimizer.name of the "
+                            "original recipe."
+                        )
+        return blank
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over moments and step counts (not copied); learning rates and decay stay as this object was built.
+
+        Raises:
+            CheckpointError: as `blank_state`.
+        """
+        self.blank_state({entry: (value.shape, value.dtype) for entry, value in state.items()})
+        owners = {
+            self._names[parameter]: (optimizer, parameter)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+        for entry, value in state.items():
+            name, _, key = entry.rpartition("/")
+            optimizer, parameter = owners[name]
+            optimizer.state[parameter][key] = value
 
 
 def build_optimizer(
@@ -110,7 +159,7 @@ def build_optimizer(
             fused=True,
         )
     )
-    return OptimizerSet(optimizers)
+    return OptimizerSet(optimizers, {parameter: name for name, parameter in parameters})
 
 
 def _decay_groups(parameters: Iterable[tuple[str, Tensor]], section: OptimizerSection) -> list[dict[str, Any]]:

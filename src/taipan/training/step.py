@@ -180,7 +180,7 @@ def train_step(
             (loss if world.size == 1 else loss * world.size).backward()
         cross_entropy += token_value
         budget += budget_value
-        gates.append(_statistics_of_all(model, gate_statistics(model, output.gates), world))
+        gates.append(statistics_of_all(model, gate_statistics(model, output.gates), world))
     (norm,) = world.sum(_clip(optimizer.parameters(), clip) / world.size)
     if not math.isfinite(norm):
         optimizer.zero_grad()
@@ -216,9 +216,7 @@ def _budget_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor
     return budget - budget.detach() * (1.0 - 1.0 / world.size)
 
 
-def _statistics_of_all(
-    model: TaipanLM, own: Sequence[GateStatistics], world: World
-) -> tuple[GateStatistics, ...]:
+def statistics_of_all(model: TaipanLM, own: Sequence[GateStatistics], world: World) -> tuple[GateStatistics, ...]:
     """The statistics of the whole batch from those of its equal parts."""
     if world.size == 1:
         return tuple(own)

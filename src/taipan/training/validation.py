@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from taipan.model import TaipanLM
+from taipan.training.distributed import ALONE, World
 from taipan.training.step import (
     Batch,
     GateStatistics,
@@ -14,6 +15,7 @@ from taipan.training.step import (
     mean_statistics,
     precision,
     predicted_tokens,
+    statistics_of_all,
 )
 
 
@@ -28,7 +30,12 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    model: TaipanLM, batches: Sequence[Batch], bytes_per_token: float, *, dtype: str = "float32"
+    model: TaipanLM,
+    batches: Sequence[Batch],
+    bytes_per_token: float,
+    *,
+    dtype: str = "float32",
+    world: World = ALONE,
 ) -> Validation:
     """Run the model as at inference (no noise, calibrated thresholds) over some batches; its mode is put back.
 
@@ -37,6 +44,7 @@ def validate(
         batches: at least one.
         bytes_per_token: mean length of a token of the held-out data in bytes of text.
         dtype: `float32`, or `bfloat16` for autocast.
+        world: the processes, each of which gives its parts of the batches; the outcome is that of the whole batches.
     """
     was_training = model.training
     model.eval()
@@ -49,7 +57,8 @@ def validate(
         predicted = predicted_tokens(batch)
         total += float(output.cross_entropy) * predicted
         count += predicted
-        gates.append(gate_statistics(model, output.gates))
+        gates.append(statistics_of_all(model, gate_statistics(model, output.gates), world))
+    total, predictions = world.sum(total, float(count))
     model.train(was_training)
-    loss = total / max(1, count)
+    loss = total / max(1.0, predictions)
     return Validation(loss, loss / math.log(2) / bytes_per_token, mean_statistics(gates))
