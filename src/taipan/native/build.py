@@ -35,7 +35,7 @@ _TARGETS = (
     (),
 )
 _SECONDS = 300
-_SYSTEMS = ("Linux", "Darwin")
+_SYSTEMS = {"Linux": "Linux", "Darwin": "macOS"}
 _DAY = 24 * 3600
 _UNUSED = 30 * _DAY  # a library is removed after this
 _ABANDONED = _DAY  # what a killed process was building is removed after this
@@ -82,7 +82,7 @@ def found_or_built(real: str) -> Iterator[Built]:
         BuildError: a system without support, no compiler, or it fails.
     """
     if platform.system() not in _SYSTEMS:
-        raise BuildError(f"the kernels can be compiled on {' and '.join(_SYSTEMS)} only, and this is another system")
+        raise BuildError(f"kernels are compiled on {' and '.join(_SYSTEMS.values())} only; this is {platform.system()}")
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler found (g++ or clang++; CXX names another)")
