@@ -15,6 +15,7 @@ from taipan.cli import (
     evaluate,
     generate,
     inspect,
+    plan,
     presets,
     quickstart,
     reproduce,
@@ -51,7 +52,20 @@ def _options(
 ) -> None: ...
 
 
-for verb in (quickstart, data, train, evaluate, generate, inspect, calibrate, convert, reproduce, presets, doctor):
+for verb in (
+    quickstart,
+    data,
+    train,
+    evaluate,
+    generate,
+    inspect,
+    calibrate,
+    convert,
+    reproduce,
+    presets,
+    plan,
+    doctor,
+):
     verb.register(app)
 
 

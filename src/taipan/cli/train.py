@@ -16,19 +16,30 @@ def register(app: typer.Typer) -> None:
             list[str] | None, typer.Option("-o", "--override", help="section.key=value, over the recipe; repeatable.")
         ] = None,
         resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
+        auto_resume: Annotated[
+            bool, typer.Option(help="Go on with the run in the recipe's output, if it has a checkpoint.")
+        ] = False,
     ) -> None:
         """Train a model. Ctrl-C saves and says how to go on; a second Ctrl-C stops at once.
+
+        Under torchrun all processes take the steps together; the recipe's `parallel` says how (docs/cluster.md).
 
         Examples:
 
             taipan train recipes/tiny.yaml -o data.train=data/notes/train -o training.steps=500
 
             taipan train --resume runs/tiny
+
+            torchrun --nproc-per-node 2 -m taipan train recipes/tiny.yaml --auto-resume
         """
+        from contextlib import nullcontext
+
         from taipan.cli.console import note
         from taipan.cli.display import TrainingDisplay
         from taipan.errors import CheckpointError, ConfigError
         from taipan.hardware import tune_allocator
+        from taipan.training.checkpoint import checkpoints
+        from taipan.training.distributed import this_process_leads
         from taipan.training.loop import train as run
         from taipan.training.recipe import Recipe
 
@@ -38,9 +49,14 @@ def register(app: typer.Typer) -> None:
             raise CheckpointError(f"{resume} is not a run to resume: it has no recipe.yaml. Name a recipe's output.")
         source = recipe if recipe is not None else resume / "recipe.yaml" if resume is not None and override else None
         chosen = None if source is None else Recipe.load(source, override or ())
+        if auto_resume and resume is None and chosen is not None and checkpoints(Path(chosen.output)):
+            resume = Path(chosen.output)
         tune_allocator()
-        with TrainingDisplay() as display:
+        leads = this_process_leads()
+        with TrainingDisplay() if leads else nullcontext() as display:
             result = run(chosen, resume=resume, listener=display)
+        if not leads:
+            raise typer.Exit(130 if result.interrupted else 0)
         note(result.message)
         if result.interrupted:
             raise typer.Exit(130)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from taipan import pretrained
@@ -81,7 +82,7 @@ def save_checkpoint(
     path = run / "checkpoints" / f"step-{step:08d}"
     weights = pretrained.weights_of(model)
     needed = sum(tensor.nbytes for tensor in weights.values())
-    with world.together(), ExitStack() as stack:
+    with world.together(), _explained(path), ExitStack() as stack:
         temporary: Path | None = None
         with world.together():
             if world.leads:
@@ -230,6 +231,18 @@ def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], world: World)
 
 
 @contextmanager
+def _explained(path: Path) -> Generator[None]:
+    """What the system or a library says about a failed write, as an error of ours."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}. Earlier checkpoints are untouched. Check the disk and the permissions, "
+            "then resume the run."
+        ) from error
+
+
+@contextmanager
 def _alone_is_fine() -> Generator[None]:
     """Without the engine's warning that there is only one process."""
     with warnings.catch_warnings():
@@ -259,9 +272,12 @@ def _manifest(step: int, files: Mapping[str, str]) -> bytes:
 
 
 def _tidy(run: Path) -> None:
-    """Remove all but the newest checkpoints, and what a process left that was killed while writing."""
+    """Remove all but the newest checkpoints, and what a process left that was killed while writing.
+
+    What cannot be removed now may be removed after the next one: no reason to stop a run that has just been saved.
+    """
     for _, old in checkpoints(run)[:-_KEEP]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     for leftover in (run / "checkpoints").iterdir():
         if _UNFINISHED.fullmatch(leftover.name):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)

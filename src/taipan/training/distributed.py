@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from taipan.errors import ConfigError, TrainingError
-from taipan.model import TaipanLM
+from taipan.layers.selective_attention import SelectiveAttention
+from taipan.model import Block, TaipanLM
 from taipan.training.recipe import ParallelSection
 
 _T = TypeVar("_T")
@@ -99,6 +100,11 @@ class World:
 
 
 ALONE = World()
+
+
+def this_process_leads() -> bool:
+    """Whether this process is, or will be once it has `joined`, the one that talks and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -199,8 +205,10 @@ class Parallel:
             model.to(world.device)
         if self.strategy == "ddp":
             if model.config.attention_capacity == 0:  # or it would wait for their gradients
-                for sal in model.sals:
-                    sal.requires_grad_(False)
+                for block in (cast(Block, layer) for layer in model.model.layers):
+                    if isinstance(block.mixer, SelectiveAttention):
+                        block.mixer.requires_grad_(False)
+                        block.norm.requires_grad_(False)
             self._distributed = nn.parallel.DistributedDataParallel(
                 model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )

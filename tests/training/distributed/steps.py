@@ -1,6 +1,5 @@
 """One step over several processes against the same step on one, in float64. Run by `launch.py` on each process."""
 
-import copy
 import dataclasses
 import json
 import sys
@@ -10,20 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import CheckpointError, ConfigError, TaipanError, TrainingError
+from taipan.errors import CheckpointError, ConfigError, TrainingError
 from taipan.model import TaipanLM
 from taipan.pretrained import weights_of
-from taipan.training import checkpoint, distributed
 from taipan.training.checkpoint import latest, load_optimizer, save_checkpoint
 from taipan.training.distributed import ALONE, Parallel, World, joined
 from taipan.training.recipe import OptimizerSection, ParallelSection, ScheduleSection
 from taipan.training.step import Batch, StepResult, part_of
 from taipan.training.trainer import Trainer
+from tests.training.distributed import runs
 
 TOLERANCE = 1e-10
 ROWS, LENGTH, STEPS, MICRO = 8, 24, 3, 2
@@ -179,14 +179,9 @@ def not_finite_on_one(world: World, strategy: str, *, backward: bool) -> None:
     results = take(mine, world, range(1))
     before = {name: tensor.clone() for name, tensor in weights_of(together).items()}
     moments = {name: distributed_whole(tensor) for name, tensor in mine.optimizer.state_dict().items()}
-    with spoilt(together, world.rank == world.size - 1, backward=backward):
-        try:
-            take(mine, world, range(1, 2))
-        except TrainingError as error:
-            assert "step 2" in str(error), error
-            assert "finite" in str(error), error
-        else:
-            raise AssertionError("the step was taken")
+    spoiling = spoilt(together, world.rank == world.size - 1, backward=backward)
+    with spoiling, pytest.raises(TrainingError, match="step 2.*finite"):
+        take(mine, world, range(1, 2))
     for name, tensor in weights_of(together).items():
         assert torch.equal(tensor, before[name]), name
     for name, tensor in mine.optimizer.state_dict().items():
@@ -266,24 +261,17 @@ def full(*_: Any) -> None:
 
 
 def refuses(world: World) -> None:
-    for section, rows in ((ParallelSection(strategy="ddp"), ROWS + 1), (ParallelSection(strategy="hsdp", shard_size=3), ROWS)):
-        try:
-            Parallel(whole_model(), world, section, batch_size=rows)
-        except ConfigError as error:
-            assert "training.batch_size is 9" in str(error) or "shard_size is 3" in str(error), error
-        else:
-            raise AssertionError(section)
+    with pytest.raises(ConfigError, match=r"training\.batch_size is 9"):
+        Parallel(whole_model(), world, STRATEGIES["ddp"], batch_size=ROWS + 1)
+    with pytest.raises(ConfigError, match="shard_size is 3"):
+        Parallel(whole_model(), world, ParallelSection(strategy="hsdp", shard_size=3), batch_size=ROWS * world.size)
 
 
 def fails_together(world: World) -> None:
-    try:
-        with world.together():
-            if world.rank == world.size - 1:
-                raise ConfigError("only here")
-    except TaipanError as error:
-        assert isinstance(error, ConfigError) == (world.rank == world.size - 1)
-    else:
-        raise AssertionError("went on")
+    expected = ConfigError if world.rank == world.size - 1 else TrainingError
+    with pytest.raises(expected), world.together():
+        if world.rank == world.size - 1:
+            raise ConfigError("only here")
 
 
 def recomputed(world: World, strategy: str) -> None:
@@ -312,8 +300,8 @@ def checks(directory: Path, world: World) -> dict[str, Callable[[], None]]:
                     world, s, **c
                 )
         for backward in (False, True):
-            every[f"finite-{strategy}-{'gradient' if backward else 'loss'}"] = (
-                lambda s=strategy, b=backward: not_finite_on_one(world, s, backward=b)
+            every[f"finite-{strategy}-{'gradient' if backward else 'loss'}"] = lambda s=strategy, b=backward: (
+                not_finite_on_one(world, s, backward=b)
             )
         every[f"recompute-{strategy}"] = lambda s=strategy: recomputed(world, s)
     pairs = [("fsdp", "alone", "adamw"), ("alone", "fsdp", "muon"), ("ddp", "hsdp", "adamw"), ("hsdp", "ddp", "muon")]
@@ -322,6 +310,7 @@ def checks(directory: Path, world: World) -> dict[str, Callable[[], None]]:
             world, directory / f"{w}-{r}", w, r, n
         )
     every["one-cannot-write"] = lambda: one_cannot_write(world, directory / "full")
+    every |= runs.checks(world, directory)
     every["refuses"] = lambda: refuses(world)
     every["together"] = lambda: fails_together(world)
     return every
@@ -332,14 +321,14 @@ def main(directory: Path, *only: str) -> None:
     outcome: dict[str, str] = {}
     with joined() as world:
         for name, check in checks(directory, world).items():
-            if only and name not in only:
+            if only and not name.startswith(only):
                 continue
-            print(f"{world.rank} {name}", flush=True)
             try:
                 check()
                 outcome[name] = "ok"
             except Exception:
                 outcome[name] = traceback.format_exc()
+            print(world.rank, name, outcome[name][-600:], flush=True)
     (directory / f"{world.rank}.json").write_text(json.dumps(outcome))
 
 

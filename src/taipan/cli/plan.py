@@ -1,0 +1,107 @@
+"""`taipan plan`: what a recipe needs of a cluster, before it is rented."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from taipan.config import TaipanConfig
+    from taipan.training.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+
+    @app.command("plan")
+    def plan(
+        recipe: Annotated[str, typer.Argument(help="YAML recipe, or the name of a preset (`taipan presets`).")],
+        gpus: Annotated[int, typer.Option(min=1, help="Processes, one per GPU.")],
+        gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of one GPU.")] = 80.0,
+        gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine; hsdp shards within it.")] = 8,
+        tflops: Annotated[float, typer.Option(help="Peak TFLOP/s of one GPU in the recipe's dtype.")] = 312.0,
+        utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak reached.")] = 0.35,
+        bandwidth: Annotated[float, typer.Option(help="GB/s of one GPU in a collective.")] = 100.0,
+        override: Annotated[
+            list[str] | None, typer.Option("-o", "--override", help="section.key=value, over the recipe; repeatable.")
+        ] = None,
+    ) -> None:
+        """Estimate memory and time of a recipe on GPUs. Nothing is run: read the numbers as estimates.
+
+        Examples:
+
+            taipan plan recipes/paper/taipan-1.3b.yaml --gpus 8
+
+            taipan plan taipan-450m --gpus 16 --gpu-memory 40 -o training.batch_size=32
+        """
+        from taipan.accounting import parameter_count
+        from taipan.cli.console import note, print_table, quantity
+        from taipan.training.distributed import Strategy
+        from taipan.training.planning import Cluster, memory, step_time
+
+        chosen = _recipe(recipe, override or [])
+        config = _config(chosen)
+        cluster = Cluster(gpus, gpus_per_node, tflops * 1e12, utilisation, bandwidth * 1e9)
+        bfloat16 = chosen.training.dtype != "float32"
+        several = gpus > gpus_per_node
+        strategies: list[Strategy] = ["ddp", "fsdp", *(["hsdp"] if several else [])] if gpus > 1 else ["alone"]
+        rows: list[list[str]] = []
+        for strategy in strategies:
+            for recompute in (False, True):
+                need = memory(chosen, config, cluster, strategy, recompute=recompute, bfloat16=bfloat16)
+                time = step_time(chosen, config, cluster, strategy, recompute=recompute)
+                parts = (need.weights, need.gradients, need.optimizer, need.gathered, need.copies, need.activations)
+                rows.append(
+                    [
+                        strategy,
+                        "yes" if recompute else "no",
+                        *(f"{part / 1e9:.2f}" for part in (*parts, need.logits, need.total)),
+                        "yes" if need.total <= 0.9 * gpu_memory * 1e9 else "no",
+                        f"{time.compute:.2f}",
+                        f"{time.communication:.2f}",
+                    ]
+                )
+        columns = ["strategy", "recompute", "weights", "gradients", "optimizer", "gathered", "bf16 copies"]
+        columns += ["activations", "logits", "total GB", "fits", "compute s", "network s"]
+        title = (
+            f"{quantity(parameter_count(config))} parameters on {gpus} GPUs of {gpu_memory:g} GB; a step is "
+            f"{quantity(chosen.tokens_per_step)} tokens, {chosen.training.batch_size // gpus} windows of "
+            f"{chosen.data.context_length} per GPU and forward, {chosen.training.accumulation} forwards"
+        )
+        print_table(title, columns, rows, text_columns=2)
+        steps = chosen.total_steps
+        if steps is not None:
+            seconds = step_time(chosen, config, cluster, strategies[0], recompute=chosen.training.recompute).compute
+            note(f"{steps:,} steps at {seconds:.2f} s: {steps * seconds / 86400:.1f} days of products alone.")
+        note(
+            f"Estimates: {utilisation:.0%} of {tflops:g} TFLOP/s is assumed, network time is what it takes if none of "
+            'it is hidden, and "fits" leaves a tenth of the memory for what is not counted.'
+        )
+
+
+def _recipe(name: str, overrides: list[str]) -> "Recipe":
+    """A recipe from its file, or one of the paper's sizes around a preset."""
+    from taipan.config import TaipanConfig
+    from taipan.training.recipe import Recipe, apply_override
+
+    if name not in TaipanConfig.presets():
+        return Recipe.load(Path(name), overrides)
+    values: dict[str, Any] = {
+        "model": {"preset": name},
+        "data": {"train": "(not read)", "context_length": 4096},
+        "training": {"tokens": 27_000_000_000, "batch_size": 8, "accumulation": 16},
+        "output": "(not written)",
+    }
+    for override in overrides:
+        apply_override(values, override)
+    return Recipe.from_dict(values)
+
+
+def _config(recipe: "Recipe") -> "TaipanConfig":
+    """The recipe's model; the vocabulary is that of its preset, as the data may not be there yet."""
+    from taipan.config import TaipanConfig
+
+    if recipe.model.preset is None:
+        return recipe.model.config(recipe.model.overrides.get("vocab_size", 256), None)
+    preset = TaipanConfig.preset(recipe.model.preset)
+    return recipe.model.config(preset.vocab_size, preset.eos_token_id)
