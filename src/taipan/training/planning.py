@@ -1,9 +1,9 @@
 """What a recipe needs of every GPU, by arithmetic: memory, communication, time. Estimates; nothing is run.
 
 Weights, gradients and moments are counted exactly. Activations count what the portable ops keep for the backward pass
-(a test compares them with what autograd keeps: within a factor of two for every kind of layer); fused kernels keep less. Not counted: PyTorch's
-context and fragmentation (some GB on a GPU), and the peak inside an op. Time is FLOPs over what you say the hardware
-reaches.
+(a test compares them with what autograd keeps: within a factor of two for every kind of layer); fused kernels keep
+less. Not counted: PyTorch's context and fragmentation (some GB on a GPU), and the peak inside an op. Time is FLOPs over
+what you say the hardware reaches.
 """
 
 from dataclasses import dataclass
