@@ -23,6 +23,7 @@ VERBS = [
     ("reproduce", "associative-recall"),
     ("presets",),
     ("doctor",),
+    ("bench",),
 ]
 START = "import sys; from taipan.cli.main import main; main(sys.argv[1:])"
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from taipan.cli import (
+    bench,
     calibrate,
     convert,
     data,
@@ -65,6 +66,7 @@ for verb in (
     presets,
     plan,
     doctor,
+    bench,
 ):
     verb.register(app)
 

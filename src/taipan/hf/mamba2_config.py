@@ -135,7 +135,12 @@ def _like(default: object, value: Any) -> Any:
 
 def transformers_config(config: TaipanConfig) -> dict[str, Any]:
     """`config.json` of transformers' `Mamba2ForCausalLM`."""
-    foreign = Mamba2Config(
+    return json.loads(mamba2_config(config).to_json_string())
+
+
+def mamba2_config(config: TaipanConfig) -> Mamba2Config:
+    """Configuration of transformers' `Mamba2ForCausalLM` of the same sizes."""
+    return Mamba2Config(
         architectures=["Mamba2ForCausalLM"],
         num_heads=config.num_mamba_heads,
         head_dim=config.mamba_head_dim,
@@ -159,7 +164,6 @@ def transformers_config(config: TaipanConfig) -> dict[str, Any]:
         chunk_size=config.chunk_size,
         tie_word_embeddings=config.tie_word_embeddings,
     )
-    return json.loads(foreign.to_json_string())
 
 
 def state_spaces_config(config: TaipanConfig) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""The floor of decoding: what must be read for a token, and how fast this machine reads."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from taipan.benchmark.timing import interleaved
+from taipan.config import TaipanConfig
+from taipan.model import TaipanLM
+from taipan.state import AttentionState, DecoderState
+
+BUFFER_BYTES = 2**28
+"""Larger than the caches of any ordinary machine."""
+
+
+class StreamingRead:
+    """One read of a large buffer by all threads, by the quickest of several reductions.
+
+    Attributes:
+        nbytes: what one call reads.
+    """
+
+    def __init__(self, nbytes: int = BUFFER_BYTES) -> None:
+        self.nbytes = nbytes
+        buffer = torch.ones(nbytes // 4)
+        matrix, vector = buffer.view(-1, 1024), torch.ones(1024)
+        integers = buffer.view(torch.int64)
+        readers: list[Callable[[], Tensor]] = [
+            buffer.sum,
+            buffer.amax,
+            integers.sum,
+            lambda: torch.mv(matrix, vector),
+            lambda: torch.dot(buffer, buffer),
+        ]
+        seconds = interleaved(dict(enumerate(readers)), 3)
+        self._read = readers[min(seconds, key=lambda number: min(seconds[number]))]
+
+    def __call__(self) -> None:
+        """Read the buffer once."""
+        self._read()
+
+
+def bytes_per_token(model: TaipanLM, state: DecoderState) -> int:
+    """Bytes that decoding one token for every row must move, at least.
+
+    Every weight is read once, of an embedding that is not the head one row; the attention of a SAL only for the share C
+    of the tokens. Recurrent states and convolution columns are read and written, keys and values read.
+
+    Args:
+        model: what decodes.
+        state: what it decodes after.
+    """
+    config = model.config
+    total = float(sum(parameter.nbytes for parameter in model.parameters()))
+    if not config.tie_word_embeddings:
+        total -= model.model.embed_tokens.weight.nbytes
+    for number, layer in enumerate(state.layers):
+        if not isinstance(layer, AttentionState):
+            total += 2 * (layer.conv_BLC.nbytes + layer.ssm_BHPN.nbytes)
+            continue
+        total += _share(config, number) * _filled_bytes(layer)
+    for sal in model.sals:
+        unread = sal.q_proj.weight.nbytes + sal.o_proj.weight.nbytes
+        if config.key_value_scope == "selected":
+            unread += sal.k_proj.weight.nbytes + sal.v_proj.weight.nbytes
+        total -= (1 - config.attention_capacity) * unread
+    return round(total)
+
+
+def _share(config: TaipanConfig, layer: int) -> float:
+    return config.attention_capacity if config.layer_types[layer] == "selective_attention" else 1.0
+
+
+def _filled_bytes(state: AttentionState) -> float:
+    slots = state.index_BW.numel()
+    filled = int((state.index_BW >= 0).sum())
+    return filled / slots * (state.key_BWGE.nbytes + state.value_BWGE.nbytes) if slots else 0.0

@@ -1,0 +1,139 @@
+"""The linear floor: the products of a model's linear layers alone, and nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from taipan.layers.attention import Attention
+from taipan.layers.mamba2 import Mamba2
+from taipan.layers.selective_attention import SelectiveAttention
+from taipan.model import Block, TaipanLM, TaipanOutput
+
+_OUTPUT_ELEMENTS = 2**26  # outputs of a product computed at once, as a head of a large vocabulary is not held whole
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer and how many rows go through it.
+
+    Attributes:
+        name: of the module.
+        weight: (outputs, inputs), in the dtype it multiplies in.
+        rows: tokens.
+    """
+
+    name: str
+    weight: Tensor
+    rows: int
+
+
+def selected_tokens(output: TaipanOutput) -> dict[int, int]:
+    """How many tokens (those included that only fill up shorter rows) each SAL has selected in a call, by layer."""
+    return {gate.layer: gate.selected_BT.shape[0] * int(gate.selected_BT.sum(1).max()) for gate in output.gates}
+
+
+def linears(
+    model: TaipanLM, dtype: torch.dtype, *, rows: int, head_rows: int, selected: Mapping[int, int]
+) -> list[Linear]:
+    """Every linear layer of the model with the rows that really go through it, in the model's mode.
+
+    Args:
+        model: whose weights are taken.
+        dtype: of the products; those of the gates are at least fp32, as in the model.
+        rows: tokens of the call, all rows of the batch together.
+        head_rows: tokens whose logits are computed.
+        selected: what `selected_tokens` says of such a call.
+    """
+    found: list[Linear] = []
+
+    def add(name: str, module: nn.Module | None, count: int, kind: torch.dtype = dtype) -> None:
+        if module is not None and count > 0:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            found.append(Linear(name, weight.detach().to(kind), count))
+
+    precise = torch.promote_types(dtype, torch.float32)
+    for number, block in enumerate(model.model.layers):
+        assert isinstance(block, Block)
+        mixer, place = block.mixer, f"layers.{number}"
+        if isinstance(mixer, Mamba2):
+            add(f"{place}.in_proj", mixer.in_proj, rows)
+            add(f"{place}.out_proj", mixer.out_proj, rows)
+        else:
+            queries = keys = rows
+            if isinstance(mixer, SelectiveAttention):
+                add(f"{place}.gate.hidden", mixer.gate.hidden, rows, precise)
+                add(f"{place}.gate.proj", mixer.gate.proj, rows, precise)
+                queries, keys = _attended(mixer, rows, selected[number])
+            assert isinstance(mixer, Attention)
+            add(f"{place}.q_proj", mixer.q_proj, queries)
+            add(f"{place}.k_proj", mixer.k_proj, keys)
+            add(f"{place}.v_proj", mixer.v_proj, keys)
+            add(f"{place}.o_proj", mixer.o_proj, queries)
+        if block.mlp is not None:
+            add(f"{place}.gate_proj", block.mlp.gate_proj, rows)
+            add(f"{place}.up_proj", block.mlp.up_proj, rows)
+            add(f"{place}.down_proj", block.mlp.down_proj, rows)
+    add("lm_head", model.lm_head, head_rows)
+    return found
+
+
+def _attended(mixer: SelectiveAttention, rows: int, selected: int) -> tuple[int, int]:
+    """Rows of the queries and of the keys of a SAL."""
+    config = mixer.config
+    if config.attention_capacity == 0:
+        return 0, 0
+    dense = config.gate_gradient == "dense" and mixer.training
+    return rows if dense else selected, rows if config.key_value_scope == "all" else selected
+
+
+class LinearFloor:
+    """The products of some linear layers on random inputs, into memory that is there already."""
+
+    def __init__(self, layers: list[Linear], *, backward: bool) -> None:
+        self._layers = layers
+        self._backward = backward
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        for layer in layers:
+            outputs, inputs = layer.weight.shape
+            sizes = {"x": layer.rows * inputs, "y": _rows_at_once(layer) * outputs}
+            if backward:
+                sizes |= {"dx": layer.rows * inputs, "dweight": outputs * inputs}
+            for name, size in sizes.items():
+                known = self._memory.get((name, layer.weight.dtype))
+                if known is None or known.numel() < size:
+                    values = torch.randn(size, generator=generator)
+                    self._memory[name, layer.weight.dtype] = values.to(layer.weight.dtype)
+
+    def __call__(self) -> None:
+        """Multiply: y = x Wᵀ, and with the backward dx = dy W and dW = dyᵀ x, the values of y standing for dy."""
+        with torch.inference_mode():
+            for layer in self._layers:
+                self._multiply(layer)
+
+    def _multiply(self, layer: Linear) -> None:
+        outputs, inputs = layer.weight.shape
+        step = _rows_at_once(layer)
+        x = self._view("x", layer, layer.rows, inputs)
+        for start in range(0, layer.rows, step):
+            part = x[start : start + step]
+            y = self._view("y", layer, len(part), outputs)
+            torch.mm(part, layer.weight.T, out=y)
+            if not self._backward:
+                continue
+            torch.mm(y, layer.weight, out=self._view("dx", layer, layer.rows, inputs)[start : start + step])
+            dweight = self._view("dweight", layer, outputs, inputs)
+            if start == 0:
+                torch.mm(y.T, part, out=dweight)
+            else:
+                torch.addmm(dweight, y.T, part, out=dweight)
+
+    def _view(self, name: str, layer: Linear, rows: int, columns: int) -> Tensor:
+        return self._memory[name, layer.weight.dtype][: rows * columns].view(rows, columns)
+
+
+def _rows_at_once(layer: Linear) -> int:
+    return min(layer.rows, max(1, _OUTPUT_ELEMENTS // layer.weight.shape[0]))

@@ -1,0 +1,89 @@
+"""The models to measure: named configurations with random weights, or model directories."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taipan.benchmark.settings import Settings, require_known
+from taipan.config import TaipanConfig
+from taipan.data.seeding import seeded_generator
+from taipan.hardware import training_dtype
+from taipan.model import TaipanLM
+
+_GROUP = ["mamba2"] * 6 + ["selective_attention"]
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "mamba2-6m": {"vocab_size": 4096, "hidden_size": 320, "layer_types": ["mamba2"] * 6},
+    "mamba2-115m": {"vocab_size": 32_000, "hidden_size": 768, "layer_types": ["mamba2"] * 24},
+    "taipan-30m": {
+        "vocab_size": 16_384,
+        "hidden_size": 384,
+        "layer_types": _GROUP * 3,
+        "intermediate_size": 1024,
+        "num_attention_heads": 6,
+    },
+}
+"""Sizes that only the benchmark needs, beside the presets and the quickstart's model."""
+QUICKSTART = "quickstart"
+
+_CALIBRATION_TOKENS = 4096
+_KEPT = ("A_log", "D", "dt_bias", "gate.threshold")  # as in `taipan.pretrained.load`
+
+
+def names() -> list[str]:
+    """Every model that has a name."""
+    return [QUICKSTART, *CONFIGURATIONS, *TaipanConfig.presets()]
+
+
+def configuration(model: str) -> TaipanConfig:
+    """The configuration of a named model or of a model directory.
+
+    Raises:
+        ConfigError: the name is unknown and no directory, or the directory's config.json is damaged.
+    """
+    if model == QUICKSTART:
+        from taipan.experiments.quickstart import quickstart_recipe
+
+        section = quickstart_recipe(Path()).model
+        return section.config(section.overrides["vocab_size"], None)
+    if model in CONFIGURATIONS:
+        return TaipanConfig.from_dict(CONFIGURATIONS[model])
+    if Path(model).is_dir():
+        return TaipanConfig.from_json_file(Path(model) / "config.json")
+    require_known("model", model, names())
+    return TaipanConfig.preset(model)
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """The dtype that the settings stand for on this machine."""
+    return torch.bfloat16 if training_dtype(settings.dtype).dtype == "bfloat16" else torch.float32
+
+
+def build(settings: Settings, dtype: torch.dtype) -> TaipanLM:
+    """The model in eval mode with parameters of a dtype.
+
+    A named model has random weights, and its gates the thresholds with which they select the share C of random tokens,
+    as those of a trained model do.
+    """
+    from taipan.pretrained import load
+
+    if settings.model not in names():
+        configuration(settings.model)
+        return load(settings.model, dtype=dtype, implementation=settings.implementation)
+    config = configuration(settings.model)
+    generator = seeded_generator(settings.seed, "weights")
+    model = TaipanLM(config, implementation=settings.implementation, generator=generator).eval()
+    if model.sals and config.attention_capacity > 0:
+        from taipan.training.calibration import calibrate
+
+        calibrate(model, [{"tokens": random_tokens(config, 1, _CALIBRATION_TOKENS, settings.seed)}])
+    for name, parameter in model.named_parameters():
+        if not name.endswith(_KEPT):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def random_tokens(config: TaipanConfig, batch: int, tokens: int, seed: int) -> Tensor:
+    """Uniform token ids, int64 (batch, tokens)."""
+    return torch.randint(config.vocab_size, (batch, tokens), generator=seeded_generator(seed, "tokens"))

@@ -1,0 +1,38 @@
+"""Other implementations, built only when they are asked for."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from taipan.config import TaipanConfig
+from taipan.errors import ConfigError
+
+NAMES = {"transformers-mamba2": "transformers Mamba-2", "transformers-llama": "transformers Llama"}
+"""What a setting of `against` may begin with, and the name of the subject."""
+
+
+def peer_names(against: str | None) -> list[str]:
+    """The subjects that a setting of `against` stands for.
+
+    Raises:
+        ConfigError: transformers is not installed.
+    """
+    if against is None:
+        return []
+    if find_spec("transformers") is None:
+        raise ConfigError("--against needs transformers, which is not installed: pip install 'taipan-lm[hf]'")
+    return [subject for name, subject in NAMES.items() if name.startswith(against)]
+
+
+def build_peer(subject: str, config: TaipanConfig, dtype: torch.dtype) -> Any:
+    """The `taipan.hf.peers.Peer` of a name in `NAMES` that is as large as a configuration of ours."""
+    from taipan.hf.peers import llama_peer, mamba2_peer
+
+    make = mamba2_peer if subject == NAMES["transformers-mamba2"] else llama_peer
+    return make(config, dtype)
+
+
+def build_peers(against: str | None, config: TaipanConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """All that a setting of `against` stands for, by name."""
+    return {subject: build_peer(subject, config, dtype) for subject in peer_names(against)}

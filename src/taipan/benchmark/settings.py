@@ -1,0 +1,74 @@
+"""What to measure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from taipan.config import suggestion
+from taipan.errors import ConfigError
+
+SUITES = ("prefill", "train", "decode", "memory", "ops")
+PEERS = ("transformers", "transformers-mamba2", "transformers-llama")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run of the benchmark.
+
+    Attributes:
+        model: a name in `taipan.benchmark.models.names()`, or a model directory.
+        tokens: lengths to prefill and to train on; the first one is what `memory` and `ops` take.
+        batch: rows.
+        dtype: `float32`, `bfloat16` (of the weights; in training of the products, over fp32 weights), or `auto` for
+            what training takes on this machine.
+        threads: of PyTorch; None leaves them as they are.
+        implementation: of the ops; in `ops`, what is measured against `portable`.
+        repeats: repetitions of everything that is timed, after a warm-up.
+        against: the other implementations to run, a name in `PEERS`, or None.
+        floor: whether to run the model's linear layers alone, too.
+        context: tokens read before decoding begins.
+        new_tokens: tokens decoded in one repetition.
+        seed: of weights and tokens.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    model: str = "quickstart"
+    tokens: tuple[int, ...] = (2048,)
+    batch: int = 1
+    dtype: str = "auto"
+    threads: int | None = None
+    implementation: str = "auto"
+    repeats: int = 5
+    against: str | None = None
+    floor: bool = False
+    context: tuple[int, ...] = (1024,)
+    new_tokens: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value but the model and the implementation, which are checked where they are known."""
+        for name in ("batch", "repeats", "new_tokens"):
+            _at_least_one(name, getattr(self, name))
+        if self.threads is not None:
+            _at_least_one("threads", self.threads)
+        for name in ("tokens", "context"):
+            for value in getattr(self, name):
+                _at_least_one(name, value)
+        if any(tokens < 2 for tokens in self.tokens):
+            raise ConfigError(f"tokens is {min(self.tokens)}, but must be at least 2: training predicts a next token.")
+        require_known("dtype", self.dtype, DTYPES)
+        if self.against is not None:
+            require_known("against", self.against, PEERS)
+
+
+def require_known(what: str, name: str, known: Sequence[str]) -> None:
+    """Raise `ConfigError` with a suggestion unless the name is known."""
+    if name not in known:
+        raise ConfigError(f"Unknown {what} {name!r}{suggestion(name, list(known))}. Known: {', '.join(known)}.")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} is {value}, but must be at least 1.")

@@ -1,0 +1,74 @@
+"""Writing token by token, greedily, as `taipan generate` does."""
+
+from functools import partial
+
+from torch import Tensor
+
+from taipan.benchmark.bandwidth import StreamingRead, bytes_per_token
+from taipan.benchmark.models import build, dtype_of, random_tokens
+from taipan.benchmark.peers import build_peers
+from taipan.benchmark.results import Comparison, Measurement, Spread, speed_ratio, time_ratio
+from taipan.benchmark.settings import Settings
+from taipan.benchmark.suites.common import TAIPAN
+from taipan.benchmark.suites.prefill import PIECE
+from taipan.benchmark.timing import Progress, Run, interleaved
+from taipan.generation import prefill, stream
+from taipan.model import TaipanLM
+from taipan.state import DecoderState
+
+FLOOR = "memory floor"
+_READ = ("streaming read", 0)
+
+
+def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
+    """Time of `new_tokens` after every length of context, which is really read.
+
+    The floor is the time to read weights and states once a token (and to write the states, at the same rate) at the
+    bandwidth of a streaming read in the same repetition.
+    """
+    dtype = dtype_of(settings)
+    model = build(settings, dtype)
+    peers = build_peers(settings.against, model.config, dtype)
+    contexts, steps = sorted(set(settings.context)), settings.new_tokens
+    first_B1 = random_tokens(model.config, settings.batch, 1, settings.seed)
+    runs: dict[tuple[str, int], Run] = {}
+    moved: dict[int, int] = {}
+    reader = StreamingRead() if settings.floor else None
+    if reader is not None:
+        runs[_READ] = reader
+    for context in contexts:
+        ids_BT = random_tokens(model.config, settings.batch, context, settings.seed)
+        state = prefill(model, ids_BT, chunk=PIECE).state
+        moved[context] = bytes_per_token(model, state)
+        runs[TAIPAN, context] = partial(_ours, model, first_B1, state, steps)
+        for name, peer in peers.items():
+            runs[name, context] = partial(peer.decode, first_B1, peer.prefill(ids_BT), steps)
+    seconds = interleaved(runs, settings.repeats, progress)
+    if reader is not None:
+        for context in contexts:
+            per_byte = steps * moved[context] / reader.nbytes
+            seconds[FLOOR, context] = tuple(value * per_byte for value in seconds[_READ])
+    found: list[Measurement] = []
+    for (subject, context), values in seconds.items():
+        if (subject, context) == _READ:
+            continue
+        comparisons: list[Comparison] = []
+        if subject == TAIPAN:
+            others = [FLOOR] if reader is not None else []
+            others += list(peers)
+            comparisons += [speed_ratio(values, seconds[other, context], other) for other in others]
+        if subject != FLOOR and context > contexts[0]:
+            comparisons.append(time_ratio(values, seconds[subject, contexts[0]], f"after {contexts[0]:,}"))
+        details = {"MB per step": moved[context] / 1e6} if subject in (TAIPAN, FLOOR) else {}
+        if subject == FLOOR and reader is not None:
+            details["GB/s read"] = reader.nbytes / Spread.of(seconds[_READ]).median / 1e9
+        work = f"{steps} tokens after {context:,}, batch {settings.batch}"
+        tokens = settings.batch * steps
+        found.append(Measurement("decode", work, subject, "seconds", values, tokens, tuple(comparisons), details))
+    return found
+
+
+def _ours(model: TaipanLM, first_B1: Tensor, state: DecoderState, steps: int) -> None:
+    """Read one token and choose the next, so many times."""
+    for _ in stream(model, first_B1, state=state, max_new_tokens=steps, eos_token_id=(), do_sample=False):
+        pass

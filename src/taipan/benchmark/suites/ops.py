@@ -1,0 +1,279 @@
+"""Every op of a model by itself, at the model's shapes: forward, and forward with backward."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taipan.benchmark.models import build, configuration, dtype_of
+from taipan.benchmark.results import Comparison, Measurement, Spread, speed_ratio, time_ratio
+from taipan.benchmark.settings import Settings
+from taipan.benchmark.timing import Progress, Run, interleaved
+from taipan.config import TaipanConfig
+from taipan.data.seeding import seeded_generator
+from taipan.layers.gating import GateSchedule
+from taipan.layout import Layout
+from taipan.ops.attention import api as attention
+from taipan.ops.causal_conv1d import api as causal_conv1d
+from taipan.ops.dispatch import AUTO, chosen
+from taipan.ops.gated_rms_norm import api as norm
+from taipan.ops.linear_cross_entropy import api as linear_cross_entropy
+from taipan.ops.ssd import api as ssd
+
+FORWARD, BOTH, SAL = "forward", "forward and backward", "selective attention layer"
+PORTABLE = "portable"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        op: its name.
+        shape: in words.
+        implementations: of the op, by name.
+        inputs: floating tensors, to which gradients flow.
+        call: op on the inputs, with the name of an implementation.
+        flops: of the matrix products of a forward; 0 where there are none.
+        nbytes: that a forward must read and write.
+    """
+
+    op: str
+    shape: str
+    implementations: Mapping[str, object]
+    inputs: tuple[Tensor, ...]
+    call: Callable[[tuple[Tensor, ...], str], Tensor]
+    flops: float
+    nbytes: int
+
+
+def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
+    """Times of the chosen implementation and of the portable one, the first compared with the second."""
+    found = [
+        row for case in cases(settings) for row in _measure(case, settings.implementation, settings.repeats, progress)
+    ]
+    return found + _layer(settings, progress)
+
+
+def _measure(case: Case, implementation: str, repeats: int, progress: Progress | None) -> list[Measurement]:
+    own = chosen(case.implementations, case.inputs[0]) if implementation == AUTO else implementation
+    names = [name for name in dict.fromkeys((own, PORTABLE)) if name in case.implementations]
+    runs: dict[tuple[str, str], Run] = {}
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in case.inputs)
+    direction = torch.randn_like(case.call(case.inputs, PORTABLE))
+    for name in names:
+        runs[FORWARD, name] = partial(_forward, case, name)
+        runs[BOTH, name] = partial(_forward_and_backward, case, name, leaves, direction)
+    seconds = interleaved(runs, repeats, progress)
+    found: list[Measurement] = []
+    for (way, name), values in seconds.items():
+        comparisons = (
+            ()
+            if name == PORTABLE or PORTABLE not in names
+            else (speed_ratio(values, seconds[way, PORTABLE], PORTABLE),)
+        )
+        details: dict[str, float] = {}
+        if way == FORWARD:
+            median = Spread.of(values).median
+            details = {"MB": case.nbytes / 1e6, "GB/s": case.nbytes / median / 1e9}
+            if case.flops:
+                details |= {"GFLOP": case.flops / 1e9, "GFLOP/s": case.flops / median / 1e9}
+        work = f"{case.op} {case.shape}, {way}"
+        found.append(Measurement("ops", work, name, "seconds", values, comparisons=comparisons, details=details))
+    return found
+
+
+def _forward(case: Case, name: str) -> None:
+    with torch.no_grad():
+        case.call(case.inputs, name)
+
+
+def _forward_and_backward(case: Case, name: str, leaves: tuple[Tensor, ...], direction: Tensor) -> None:
+    torch.autograd.grad(case.call(leaves, name), leaves, direction)
+
+
+def cases(settings: Settings) -> list[Case]:
+    """The ops of the settings' model, on inputs that lie in memory as they do in the model."""
+    config = configuration(settings.model)
+    make = _Inputs(settings, config)
+    found = [make.rms_norm(), make.linear_cross_entropy()]
+    if "mamba2" in config.layer_types:
+        found += [make.ssd(), make.causal_conv1d(), make.gated_rms_norm()]
+    if set(config.layer_types) - {"mamba2"}:
+        found.append(make.attention())
+    return found
+
+
+class _Inputs:
+    def __init__(self, settings: Settings, config: TaipanConfig) -> None:
+        self.config = config
+        self.dtype = dtype_of(settings)
+        self.batch, self.tokens = settings.batch, settings.tokens[0]
+        self.generator = seeded_generator(settings.seed, "ops")
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def _uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=self.generator)
+
+    def rms_norm(self) -> Case:
+        width = self.config.hidden_size
+        x, weight = self._normal(self.batch, self.tokens, width), self._uniform(0.5, 1.5, width).to(self.dtype)
+        return Case(
+            "rms_norm",
+            str(tuple(x.shape)),
+            norm.IMPLEMENTATIONS,
+            (x, weight),
+            lambda inputs, name: norm.rms_norm(*inputs, eps=1e-5, implementation=name),
+            flops=0.0,
+            nbytes=2 * x.nbytes,
+        )
+
+    def gated_rms_norm(self) -> Case:
+        inner = self.config.inner_size
+        y = self._normal(self.batch, self.tokens, inner)
+        # the gate is a slice of the input projection
+        z = self._normal(self.batch, self.tokens, 2 * inner)[..., :inner]
+        weight = self._uniform(0.5, 1.5, inner).to(self.dtype)
+        group = inner // self.config.n_groups
+        return Case(
+            "gated_rms_norm",
+            str(tuple(y.shape)),
+            norm.GATED_IMPLEMENTATIONS,
+            (y, z, weight),
+            lambda inputs, name: norm.gated_rms_norm(*inputs, group_size=group, eps=1e-5, implementation=name),
+            flops=0.0,
+            nbytes=3 * y.nbytes,
+        )
+
+    def causal_conv1d(self) -> Case:
+        config = self.config
+        channels, taps = config.conv_size, config.conv_kernel
+        whole = self._normal(self.batch, self.tokens, config.inner_size + channels + config.num_mamba_heads)
+        x = whole[..., config.inner_size : config.inner_size + channels]
+        weight = self._normal(channels, taps)
+        return Case(
+            "causal_conv1d",
+            f"{tuple(x.shape)}, {taps} taps",
+            causal_conv1d.IMPLEMENTATIONS,
+            (x, weight, self._normal(channels)),
+            lambda inputs, name: causal_conv1d.causal_conv1d(*inputs, implementation=name)[0],
+            flops=2.0 * taps * x.numel(),
+            nbytes=2 * x.nbytes,
+        )
+
+    def ssd(self) -> Case:
+        """dt and A of the initial distribution, x, B and C slices of the convolution's output."""
+        config, batch, tokens = self.config, self.batch, self.tokens
+        heads, groups, state, inner = config.num_mamba_heads, config.n_groups, config.state_size, config.inner_size
+        bc = groups * state
+        x, b, c = self._normal(batch, tokens, inner + 2 * bc).split([inner, bc, bc], dim=-1)
+        dt = torch.exp(self._uniform(-6.9, -2.3, batch, tokens, heads))
+        inputs = (
+            x.unflatten(2, (heads, config.mamba_head_dim)),
+            dt,
+            self._uniform(-16.0, -1.0, heads),
+            b.unflatten(2, (groups, state)),
+            c.unflatten(2, (groups, state)),
+            torch.ones(heads),
+        )
+        chunk = min(config.chunk_size, tokens)
+        return Case(
+            "ssd",
+            f"{tuple(inputs[0].shape)}, state {state}",
+            ssd.IMPLEMENTATIONS,
+            inputs,
+            lambda inputs, name: ssd.ssd(*inputs, chunk_size=config.chunk_size, implementation=name)[0],
+            flops=batch * tokens * (2.0 * chunk * (bc + inner) + 4.0 * state * inner),
+            nbytes=2 * x.nbytes + dt.nbytes + b.nbytes + c.nbytes,
+        )
+
+    def attention(self) -> Case:
+        """In a SAL a share C of the tokens asks."""
+        config, batch, tokens = self.config, self.batch, self.tokens
+        selective = "selective_attention" in config.layer_types
+        window = None if "full_attention" in config.layer_types else config.sliding_window
+        share = config.attention_capacity if selective else 1.0
+        queries = max(1, round(share * tokens))
+        order = torch.randperm(tokens, generator=self.generator)[:queries].sort().values
+        query_index = order.expand(batch, -1)
+        key_index = torch.arange(tokens).expand(batch, -1)
+        if selective and config.key_value_scope == "selected":
+            key_index = query_index
+        keys = key_index.shape[1]
+        q = self._normal(batch, queries, config.num_attention_heads, config.head_dim)
+        k, v = (self._normal(batch, keys, config.kv_heads, config.head_dim) for _ in range(2))
+        reach = tokens if window is None else window
+        met = key_index[0][None, :] <= order[:, None]
+        met &= key_index[0][None, :] > order[:, None] - reach
+
+        def call(inputs: tuple[Tensor, ...], name: str) -> Tensor:
+            q, k, v = inputs
+            return attention.windowed_attention(
+                q, k, v, query_index_BQ=query_index, key_index_BJ=key_index, window=window, implementation=name
+            )
+
+        return Case(
+            "attention",
+            f"{tuple(q.shape)} to {keys:,} keys, window {window}",
+            attention.IMPLEMENTATIONS,
+            (q, k, v),
+            call,
+            flops=4.0 * batch * config.num_attention_heads * config.head_dim * int(met.sum()),
+            nbytes=2 * q.nbytes + k.nbytes + v.nbytes,
+        )
+
+    def linear_cross_entropy(self) -> Case:
+        config = self.config
+        rows = self.batch * (self.tokens - 1)
+        hidden, weight = self._normal(rows, config.hidden_size), self._normal(config.vocab_size, config.hidden_size)
+        weight = weight * 0.02
+        target = torch.randint(config.vocab_size, (rows,), generator=self.generator)
+        return Case(
+            "linear_cross_entropy",
+            f"{tuple(hidden.shape)}, vocabulary {config.vocab_size:,}",
+            linear_cross_entropy.IMPLEMENTATIONS,
+            (hidden, weight),
+            lambda inputs, name: linear_cross_entropy.linear_cross_entropy(*inputs, target, implementation=name)[0],
+            flops=2.0 * hidden.numel() * config.vocab_size,
+            nbytes=hidden.nbytes + weight.nbytes,
+        )
+
+
+def _layer(settings: Settings, progress: Progress | None) -> list[Measurement]:
+    """The attention part of a SAL that selects the share C of the tokens, and the same with every token selected."""
+    model = build(settings, dtype_of(settings))
+    if not model.sals:
+        return []
+    sal, config = model.sals[0], model.config
+    tokens = settings.tokens[0]
+    h_BTD = torch.randn(settings.batch, tokens, config.hidden_size, generator=seeded_generator(settings.seed, "layer"))
+    x_BTD = F.rms_norm(h_BTD, (config.hidden_size,)).to(sal.q_proj.weight.dtype)
+    layout = Layout(torch.arange(tokens).expand(settings.batch, -1))
+    schedule = GateSchedule.at(config, 1.0)
+    scores = sal.gate.scores(x_BTD if config.gate_input == "normed" else h_BTD).detach()
+    margin = (scores[..., 1] - scores[..., 0]).flatten()
+    capacity = config.attention_capacity
+    thresholds = {capacity: float(margin.quantile(1 - capacity)), 1.0: float("-inf")}
+
+    def run(threshold: float) -> None:
+        sal.gate.threshold.fill_(threshold)
+        with torch.inference_mode():
+            sal.refine(h_BTD, x_BTD, None, layout, schedule)
+
+    runs: dict[float, Run] = {share: partial(run, threshold) for share, threshold in thresholds.items()}
+    seconds = interleaved(runs, settings.repeats, progress)
+    found: list[Measurement] = []
+    for share, values in seconds.items():
+        comparisons: tuple[Comparison, ...] = ()
+        if share < 1.0:
+            comparisons = (time_ratio(values, seconds[1.0], "every token selected"),)
+        work = f"{SAL}, {tokens:,} tokens, {100 * share:.0f} % selected, forward"
+        name = model.implementations["attention"]
+        name = chosen(attention.IMPLEMENTATIONS, h_BTD) if name == AUTO else name
+        found.append(Measurement("ops", work, name, "seconds", values, comparisons=comparisons))
+    return found

@@ -1,0 +1,60 @@
+"""Timing several things in turn, so that noise of the machine meets all of them."""
+
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+Run = Callable[[], object]
+Progress = Callable[[int, int], None]
+
+LEAST_SECONDS = 0.01
+"""A sample of something quicker is the mean over so many calls that they take this long."""
+
+
+def interleaved(
+    runs: Mapping[K, Run], repeats: int, progress: Progress | None = None, *, least_seconds: float = LEAST_SECONDS
+) -> dict[K, tuple[float, ...]]:
+    """Seconds of each run in every repetition.
+
+    Each is called twice to warm up (once if it is slow). In a repetition each is timed once, one after the other; every
+    repetition begins with another one.
+
+    Args:
+        runs: what to time.
+        repeats: repetitions.
+        progress: told how many of all runs are done.
+        least_seconds: runs quicker than this are called several times in a row.
+    """
+    total, done = len(runs) * (repeats + 1), 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    calls: dict[K, int] = {}
+    for name, run in runs.items():
+        seconds = _seconds(run, 1)
+        if seconds < 10 * least_seconds:  # the first call is no measure: it fills caches and may compile
+            seconds = _seconds(run, 1)
+        calls[name] = max(1, math.ceil(least_seconds / max(seconds, 1e-9)))
+        count()
+    samples: dict[K, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for repetition in range(repeats):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_seconds(runs[name], calls[name]))
+            count()
+    return {name: tuple(values) for name, values in samples.items()}
+
+
+def _seconds(run: Run, calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from taipan.benchmark.bandwidth import StreamingRead, bytes_per_token
+from taipan.state import Mamba2State
+from tests.models import random_tokens, small_model
+
+
+def test_a_recurrent_model_reads_its_weights_and_moves_its_state() -> None:
+    model = small_model("mamba2", dtype=torch.float32)
+    state = model(random_tokens(3, 5)).state
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    moved = sum(layer.conv_BLC.nbytes + layer.ssm_BHPN.nbytes for layer in state.layers)  # type: ignore[union-attr]
+    assert bytes_per_token(model, state) == weights + 2 * moved
+
+
+def test_of_an_embedding_that_is_not_the_head_nothing_counts() -> None:
+    tied = small_model("mamba2", dtype=torch.float32)
+    own = small_model("mamba2", dtype=torch.float32, tie_word_embeddings=False)
+    tokens = random_tokens(1, 5)
+    assert bytes_per_token(own, own(tokens).state) == bytes_per_token(tied, tied(tokens).state)
+
+
+def test_full_attention_reads_what_it_keeps() -> None:
+    model = small_model("transformer", dtype=torch.float32)
+    short, long = (bytes_per_token(model, model(random_tokens(2, tokens)).state) for tokens in (4, 6))
+    config = model.config
+    per_token = 2 * config.kv_heads * config.head_dim * 4
+    assert long - short == 2 * 2 * config.num_hidden_layers * per_token
+
+
+def test_selective_attention_counts_for_its_share() -> None:
+    tokens = random_tokens(1, 20)
+    counts: list[int] = []
+    for capacity in (0.25, 1.0):
+        model = small_model("taipan", dtype=torch.float32, attention_capacity=capacity)
+        counts.append(bytes_per_token(model, model(tokens).state))
+    model = small_model("taipan", dtype=torch.float32)
+    state = model(tokens).state
+    rings = sum(
+        layer.key_BWGE.nbytes + layer.value_BWGE.nbytes for layer in state.layers if not isinstance(layer, Mamba2State)
+    )
+    projections = sum(sal.q_proj.weight.nbytes + sal.o_proj.weight.nbytes for sal in model.sals)
+    assert counts[1] - counts[0] == 0.75 * (rings + projections)
+
+
+@pytest.mark.parametrize("nbytes", [2**16])
+def test_a_read_touches_the_whole_buffer(nbytes: int) -> None:
+    reader = StreamingRead(nbytes)
+    assert reader.nbytes == nbytes
+    reader()

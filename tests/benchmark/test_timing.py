@@ -1,0 +1,32 @@
+import time
+
+from taipan.benchmark.timing import interleaved
+
+
+def test_every_repetition_runs_everything_and_begins_with_another() -> None:
+    order: list[str] = []
+
+    def run(name: str) -> None:
+        order.append(name)
+        time.sleep(1e-3)
+
+    told: list[tuple[int, int]] = []
+    names = ("a", "b", "c")
+    runs = {name: lambda name=name: run(name) for name in names}
+    seconds = interleaved(runs, 4, lambda done, total: told.append((done, total)), least_seconds=1e-4)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(names, 4)
+    assert all(value >= 1e-3 for values in seconds.values() for value in values)
+    assert "".join(order[-12:]) == "abc" + "bca" + "cab" + "abc"
+    assert told == [(done, 15) for done in range(1, 16)]
+
+
+def test_quick_runs_are_the_mean_over_many_calls() -> None:
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+
+    (seconds,) = (interleaved({"quick": run}, 1, least_seconds=1e-2)["quick"],)
+    assert calls > 1000
+    assert seconds[0] < 1e-3

@@ -1,0 +1,52 @@
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from taipan.benchmark.bandwidth import StreamingRead
+from tests.cli.conftest import Cli
+
+
+@pytest.fixture(autouse=True)
+def allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taipan.hardware.tune_allocator", lambda: False)  # it cannot be undone
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taipan.benchmark.suites.decode.StreamingRead", partial(StreamingRead, 2**18))
+
+
+def test_measures_a_model_and_writes_it_down(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    sizes = ["--tokens", 8, "--tokens", 12, "--context", 4, "--new-tokens", 2, "--repeats", 2]
+    words = ["bench", "prefill", "decode", "--model", model_directory, *sizes, "--floor", "--json", file]
+    finished = cli(*words, "--dtype", "float32")
+    assert finished.code == 0, finished.err
+    for expected in ("prefill 12 tokens", "time", "× linear floor", "2 tokens after 4", "ssd ", "2 repetitions"):
+        assert expected in finished.out
+    record = json.loads(file.read_text())
+    assert record["command"].startswith("taipan bench prefill decode --model")
+    assert {row["suite"] for row in record["measurements"]} == {"prefill", "decode"}
+    assert str(file) in finished.err
+
+
+def test_memory_is_shown_as_sizes(cli: Cli, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taipan.benchmark.suites.memory._peak", lambda *arguments: 3.0 * 2**30)
+    finished = cli("bench", "memory", "--model", model_directory)
+    assert finished.out.count("3.0 GiB") == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["ops", "--model", "taipan-tny"], "did you mean 'taipan-tiny'?"),
+        (["ops", "--against", "llama.cpp"], "Known: transformers"),
+        (["ops", "--repeats", "0"], "repeats is 0"),
+    ],
+)
+def test_wrong_words_are_refused(refused: Callable[..., str], words: list[str], message: str) -> None:
+    assert message in refused("bench", *words)
