@@ -6,6 +6,7 @@ what the schedules of the gate do, the paper's own setting among them.
 """
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,48 +112,37 @@ def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, st
 
 def train(run: Run) -> Result:
     """Train one model from scratch on fresh batches and measure it; a module-level function for worker processes."""
-    import torch
-
     from taipan.data.seeding import seeded_generator
     from taipan.model import TaipanLM
     from taipan.training.calibration import calibrate
-    from taipan.training.optimizer import build_optimizer
     from taipan.training.recipe import OptimizerSection, ScheduleSection
-    from taipan.training.schedule import learning_rate_multiplier
     from taipan.training.step import Batch
+    from taipan.training.trainer import Trainer
 
     settings = run.settings
     seed, steps = int(settings["seed"]), int(settings["steps"])
     config = TaipanConfig.from_dict(settings["config"])
-    torch.manual_seed(seed)  # the gate's noise
-    model = TaipanLM(config, generator=seeded_generator(seed, "mqar-init")).train()
-    optimizer = build_optimizer(
-        model, OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1)
+    model = TaipanLM(config, generator=seeded_generator(seed, "mqar-init"))
+    trainer = Trainer.build(
+        model,
+        OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1),
+        ScheduleSection(kind="linear", warmup=0.05, final=0.02),
+        total_steps=steps,
+        dtype="float32",
+        seed=seed,
     )
-    schedule = ScheduleSection(kind="linear", warmup=0.05, final=0.02)
-    began, curve = time.monotonic(), list[dict[str, float]]()
+    began = time.monotonic()
+    recent: deque[dict[str, float]] = deque(maxlen=len(TASKS))
+    curve: list[dict[str, float]] = []
     for step in range(steps):
-        progress = step / steps
         tokens, labels = draw(seed, step)
-        model.set_progress(progress)
-        optimizer.scale_learning_rate(learning_rate_multiplier(schedule, progress, schedule.warmup))
-        out = model(tokens, labels=labels)
-        assert out.loss is not None
-        assert out.cross_entropy is not None
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            point = {
-                "step": float(step),
-                "cross_entropy": out.cross_entropy.item(),
-                "capacity": model.model.schedule.capacity,
-            }
-            for gate in out.gates:
-                point |= {"rate": gate.rate.item(), "noise_free_rate": gate.noise_free_rate.item()}
-                point |= {"alpha_mean": gate.alpha_mean.item()}
-            curve.append(point)
+        done = trainer.step(step + 1, step / steps, [{"tokens": tokens, "labels": labels}])
+        point = {"step": float(step), "cross_entropy": done.cross_entropy, "capacity": model.model.schedule.capacity}
+        for gate in done.gates:
+            point |= {"rate": gate.rate, "noise_free_rate": gate.noise_free_rate, "alpha_mean": gate.alpha_mean}
+        recent.append(point)
+        if (step + 1) % 50 == 0 or step + 1 == steps:  # the mean over one batch of every task
+            curve.append({key: mean(entry[key] for entry in recent) for key in point})
     model.set_progress(1.0)
     result = {"run": run.name, **settings, "seconds": time.monotonic() - began, "curve": curve, "tests": measure(model)}
     if model.sals and config.attention_capacity > 0:
@@ -243,17 +233,20 @@ def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int
         for scope, c in cells
     ]
     variants = _GATE_ABLATION if scale.ablation else {}
-    schedule_runs = [
+    schedule_runs = [  # all variants with one seed before the next seed: an interrupted experiment has the whole table
         declare("taipan", taipan_config(**overrides), rate, seed, scale.steps)
-        for overrides in variants.values()
         for seed in scale.seeds
+        for overrides in variants.values()
     ]
     rest = iter(run([*seed_runs, *capacity_runs, *schedule_runs]))
     comparison = {name: [best[name], *(next(rest) for _ in others)] for name in MODELS}
     capacity: dict[str, list[Result]] = {}
     for scope, _ in cells:
         capacity.setdefault(scope, []).append(next(rest))
-    schedules = {name: [next(rest) for _ in scale.seeds] for name in variants}
+    schedules: dict[str, list[Result]] = {name: [] for name in variants}
+    for _ in scale.seeds:
+        for name in variants:
+            schedules[name].append(next(rest))
     return Report(scale, sweep, comparison, capacity, schedules)
 
 

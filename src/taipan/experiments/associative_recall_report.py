@@ -11,9 +11,12 @@ from taipan.accounting import parameter_count
 from taipan.config import TaipanConfig
 from taipan.experiments.associative_recall import TASKS, Report, accuracy
 from taipan.experiments.runs import Result
+from taipan.hardware import describe
 from taipan.io import atomic_write
 
 PAIRS = [pairs for _, pairs in TASKS]
+QUERIES = mean(pairs / length for length, pairs in TASKS)
+"""Share of the positions that are queries."""
 
 
 def recurrent_state_values(config: TaipanConfig) -> int:
@@ -85,9 +88,23 @@ def schedule_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def calibrated_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the recommended setting with its threshold calibrated to C (`taipan calibrate`)."""
+    header = ["seed", "threshold", *(f"{pairs} pairs" for pairs in PAIRS), "mean"]
+    header += [f"rate, {pairs} pairs" for pairs in PAIRS] + ["mean rate"]
+    rows: list[list[str]] = []
+    for result in report.comparison["taipan"]:
+        tests = result["calibrated_tests"]
+        scores, rates = [test["accuracy"] for test in tests], [test["gates"][0]["rate"] for test in tests]
+        row = [str(result["seed"]), f"{result['thresholds'][0]:.2f}", *(f"{score:.2f}" for score in scores)]
+        rows.append([*row, f"{mean(scores):.3f}", *(f"{rate:.2f}" for rate in rates), f"{mean(rates):.3f}"])
+    return header, rows
+
+
 def sections(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of every table that was run."""
     out = [("Accuracy by number of pairs", *comparison_rows(report)), ("Learning rates", *sweep_rows(report))]
+    out.append(("With the threshold calibrated to C", *calibrated_rows(report)))
     if report.capacity:
         out.append(("Accuracy against C", *capacity_rows(report)))
     if report.schedules:
@@ -96,11 +113,16 @@ def sections(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def markdown(report: Report, command: str) -> str:
-    """All tables as Markdown, with the command that made them."""
+    """All tables as Markdown, with the command and the machine that made them."""
+    machine = describe()
     parts = [
         "# Associative recall",
-        f"`{command}`",
-        f"Steps per run: {report.scale.steps}; seeds {report.scale.seeds}.",
+        f"```bash\n{command}\n```",
+        f"{machine.cores} cores ({', '.join(machine.simd)}), torch {machine.torch_version}, float32. Steps per run: {report.scale.steps}; seeds "
+        f"{', '.join(map(str, report.scale.seeds))}, values are means over them (lowest–highest); a single value is of "
+        f"seed {report.scale.seeds[0]}. Chance is 1 / pairs; {QUERIES:.1%} of the positions are queries. Rates are of "
+        "inference (no noise, threshold 0) and of the full Gumbel noise.",
+        "![Recall by pairs; the gate over training; accuracy against C](associative_recall.svg)",
     ]
     for title, header, rows in sections(report):
         lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -144,7 +166,7 @@ def figure(report: Report) -> Any:
             axes[2].plot(
                 capacities, [accuracy(result) for result in results], marker="o", label=f"keys/values: {scope}"
             )
-        axes[2].axvline(0.125, color="grey", linewidth=0.8, linestyle=":")
+        axes[2].axvline(QUERIES, color="grey", linewidth=0.8, linestyle=":")
         axes[2].set(
             xlabel="C", ylabel="mean accuracy", ylim=(-0.03, 1.03), title="Accuracy against C (dotted: queries)"
         )
