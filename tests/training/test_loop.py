@@ -44,6 +44,7 @@ class Watcher(TrainingListener):
         self.paths: list[Path] = []
         self.warnings: list[str] = []
         self.phases: list[str] = []
+        self.samples: list[Record] = []
 
     def started(self, info: RunInfo) -> None:
         self.info = info
@@ -55,6 +56,9 @@ class Watcher(TrainingListener):
 
     def recorded(self, record: Record) -> None:
         self.records.append(record)
+
+    def sampled(self, record: Record) -> None:
+        self.samples.append(record)
 
     def saved(self, path: Path) -> None:
         self.paths.append(path)

@@ -86,6 +86,10 @@ class TrainingDisplay(TrainingListener):
         if not self._is_live and "valid_bits_per_byte" in record:
             self._print(f"step {record['step']}: held out {record['valid_bits_per_byte']:.3f} bits/byte")
 
+    def sampled(self, record: Record) -> None:
+        """Show what the model wrote, above the panel."""
+        self._print(f"step {record['step']} writes: {record['prompt']}{record['text']}")
+
     def phase(self, text: str) -> None:
         """Say what takes a while."""
         self._phase = text

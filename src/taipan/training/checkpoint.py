@@ -5,6 +5,7 @@ RUN/recipe.yaml  metrics.jsonl
 RUN/checkpoints/step-00000100/   config.json model.safetensors tokenizer.json   a model directory like any other
                                  optimizer/*.safetensors   moments, a file per process: PyTorch's distributed checkpoint
                                  trainer.json     counters: plain values
+                                 carried.safetensors  states of rows that go on, with `training.state_passing` only
                                  manifest.json    the step, and the SHA-256 of every other file
 RUN/model/                       the finished model
 ```
@@ -26,6 +27,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taipan import pretrained
@@ -39,6 +41,7 @@ _FORMAT = "taipan-checkpoint-2"
 _MANIFEST = "manifest.json"
 _TRAINER = "trainer.json"
 _OPTIMIZER = "optimizer"
+_CARRIED = "carried.safetensors"
 _KEEP = 2
 _NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"\.step-\d{8,}\..*")
@@ -63,6 +66,8 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     trainer: dict[str, Any],
     world: World = ALONE,
+    *,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of a step, then remove all but the newest two. All processes of a run call it at once.
 
@@ -74,6 +79,7 @@ def save_checkpoint(
         optimizer: what `load_optimizer` reads back; every process gives its shards.
         trainer: what `load_trainer` gives back: numbers, text, lists and dictionaries.
         world: the processes.
+        carried: what `load_carried` gives back; of the process that leads.
 
     Raises:
         CheckpointError: it cannot be written (for example: the disk is full); earlier checkpoints are untouched.
@@ -93,6 +99,8 @@ def save_checkpoint(
         if world.leads:
             pretrained.write(model.config, weights, temporary, tokenizer)
             (temporary / _TRAINER).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
+            if carried:
+                save_file(dict(carried), temporary / _CARRIED)
             files = {name: sha256_file(temporary / name) for name in _files(temporary)}
             (temporary / _MANIFEST).write_bytes(_manifest(step, files))
     if world.leads:
@@ -179,6 +187,21 @@ def load_trainer(path: Path) -> dict[str, Any]:
         return cast(dict[str, Any], json.loads((path / _TRAINER).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / _TRAINER} cannot be read ({error}): use an earlier checkpoint.") from error
+
+
+def load_carried(path: Path) -> dict[str, Tensor]:
+    """The states that were carried on from the step of a checkpoint; none if every row begins anew.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    file = path / _CARRIED
+    if not file.is_file():  # that none is missing was checked with the manifest
+        return {}
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): use an earlier checkpoint.") from error
 
 
 def load_optimizer(

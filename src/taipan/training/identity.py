@@ -28,6 +28,7 @@ def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
             "batch_size": recipe.training.batch_size,
             "accumulation": recipe.training.accumulation,
             "seed": recipe.training.seed,
+            "state_passing": recipe.training.state_passing,
         },
     }
 

@@ -79,6 +79,9 @@ class TrainingListener:
     def recorded(self, record: Record) -> None:
         """A line was written to metrics.jsonl."""
 
+    def sampled(self, record: Record) -> None:
+        """A line was written to samples.jsonl: `step`, `prompt`, `text`."""
+
     def saved(self, path: Path) -> None:
         """A checkpoint, or at the end the model, was written."""
 

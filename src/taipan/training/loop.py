@@ -11,7 +11,6 @@ import torch
 
 from taipan import pretrained
 from taipan.data.mixture import Mixture
-from taipan.data.seeding import seeded_generator
 from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError, TrainingError
@@ -19,7 +18,17 @@ from taipan.hardware import training_dtype
 from taipan.io import atomic_write
 from taipan.model import TaipanLM
 from taipan.training.calibration import Calibration, calibrate
-from taipan.training.checkpoint import Found, checkpoints, latest, load_optimizer, load_trainer, save_checkpoint
+from taipan.training.carry import Carry
+from taipan.training.checkpoint import (
+    Found,
+    checkpoints,
+    latest,
+    load_carried,
+    load_optimizer,
+    load_trainer,
+    save_checkpoint,
+)
+from taipan.training.compilation import compile_blocks
 from taipan.training.diagnostics import gate_warnings
 from taipan.training.distributed import Parallel, World, joined
 from taipan.training.feed import Feed
@@ -27,15 +36,22 @@ from taipan.training.identity import identity, require_same
 from taipan.training.interruption import StopRequest
 from taipan.training.listener import RunInfo, SilentListener, StepInfo, TrainingListener
 from taipan.training.metrics import IntervalMeans, Record, append_record, truncate_records
+from taipan.training.model_card import FILE as MODEL_CARD
+from taipan.training.model_card import model_card
 from taipan.training.pace import Pace
 from taipan.training.recipe import Recipe
+from taipan.training.run_record import RunRecord, Status, data_fingerprint
+from taipan.training.samples import sample_text
+from taipan.training.start import initial_model
 from taipan.training.step import StepResult
+from taipan.training.trackers import TrackedListener
 from taipan.training.trainer import Trainer
 from taipan.training.validation import validate
 
 _CALIBRATION_TOKENS = 65_536
 _METRICS = "metrics.jsonl"
 _RECIPE = "recipe.yaml"
+_SAMPLES = "samples.jsonl"
 _MODEL = "model"
 
 
@@ -73,7 +89,8 @@ def train(
 ) -> TrainResult:
     """Run a recipe, or go on with a run.
 
-    Writes `recipe.yaml` (resolved), `metrics.jsonl`, `checkpoints/` and, at the end, `model/` into the run directory.
+    Writes `recipe.yaml` (resolved), `run.json` (environment, commits, data, sessions), `metrics.jsonl`, `samples.jsonl`
+    if asked for, `checkpoints/` and, at the end, `model/` with a model card into the run directory.
     SIGINT and SIGTERM end it after the current step with a checkpoint; a second SIGINT ends it at once. A resumed run
     takes the very steps the uninterrupted one would have taken, bit by bit on the same machine with as many threads
     (unless its length is given in seconds).
@@ -143,16 +160,22 @@ class _Run:
         found = self._found(resume)
         saved: dict[str, Any] | None = None
         if found is None:
-            with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw once more before we do
-                model = TaipanLM(config, generator=seeded_generator(settings.seed, "init"))
+            with world.together():
+                model = initial_model(recipe, config, self.tokenizer)
         else:
             for problem in found.problems:
                 listener.warned(f"{problem} Going back to {found.path}.")
             with world.together():
                 saved = load_trainer(found.path)
                 require_same(saved["identity"], self.identity, found.path)
-                model = pretrained.load(found.path)
+                model = pretrained.load(found.path, implementation=settings.implementation)
+        model.set_recompute(settings.recompute, states=settings.state_passing is not None)
+        if settings.compile:
+            compile_blocks(model)
         self.model = model
+        self.carry: Carry | None = None
+        if settings.state_passing is not None:
+            self.carry = Carry(settings.state_passing, settings.accumulation, world)
         self.parallel = Parallel(model, world, recipe.parallel, batch_size=settings.batch_size)
         self.trainer = Trainer.build(
             self.parallel,
@@ -168,8 +191,11 @@ class _Run:
             if world.leads:
                 self.path.mkdir(parents=True, exist_ok=True)
                 truncate_records(self.path / _METRICS, self.pace.step)
+                if settings.sample_every is not None or (self.path / _SAMPLES).exists():
+                    truncate_records(self.path / _SAMPLES, self.pace.step)
                 atomic_write(self.path / _RECIPE, recipe.resolved(config).to_yaml().encode())
-        listener.started(
+                self._open_record()
+        self.listener.started(
             RunInfo(
                 recipe=recipe,
                 config=config,
@@ -185,6 +211,34 @@ class _Run:
             )
         )
 
+    def _open_record(self) -> None:
+        """Note in run.json what begins here, and open the trackers."""
+        recipe = self.recipe
+        self.record = RunRecord(self.path)
+        self.listener = self.tracked = TrackedListener(
+            self.listener, recipe.training.trackers, self.path, self.record.id, recipe, self.pace.step
+        )
+        self.record.begin(
+            step=self.pace.step,
+            model={
+                "preset": recipe.model.preset or self.record.values.get("model", {}).get("preset"),
+                "from": recipe.model.start,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            },
+            data={
+                "fingerprint": data_fingerprint(self.identity),
+                "train": recipe.data.train,
+                "valid": recipe.data.valid,
+                "tokens": self.data.n_tokens,
+            },
+            settings={
+                "dtype": self.dtype,
+                "implementations": self.model.implementations,
+                "processes": self.world.size,
+                "strategy": self.parallel.strategy,
+            },
+        )
+
     def _open_data(self) -> None:
         """The mixture and the held-out data; of every batch this process reads its part."""
         recipe, self.valid = self.recipe, None
@@ -196,7 +250,9 @@ class _Run:
             self.valid = Feed(held_out, recipe, seed=0, device=self._device, part=self.world.part)
 
     def _feed(self, part: tuple[int, int]) -> Feed:
-        return Feed(self.data, self.recipe, seed=self.recipe.training.seed, device=self._device, part=part)
+        training = self.recipe.training
+        pieces = training.state_passing or 1
+        return Feed(self.data, self.recipe, seed=training.seed, device=self._device, part=part, pieces=pieces)
 
     @property
     def _device(self) -> torch.device:
@@ -213,7 +269,21 @@ class _Run:
         return self.world.share(found)
 
     def complete(self) -> TrainResult:
-        """Train to the end, or to an interruption."""
+        """Train to the end, or to an interruption; how it ended is noted in run.json."""
+        try:
+            result = self._complete()
+        except BaseException as error:
+            self._close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", repr(error))
+            raise
+        self._close("interrupted" if result.interrupted else "finished", result.message)
+        return result
+
+    def _close(self, status: Status, message: str) -> None:
+        if self.world.leads:
+            self.tracked.close()
+            self.record.end(status, step=self.pace.step, message=message)
+
+    def _complete(self) -> TrainResult:
         pace, every = self.pace, self.recipe.training.checkpoint_every
         began = self.clock() - pace.seconds
         with StopRequest() as stop:
@@ -243,7 +313,8 @@ class _Run:
         with self.world.together():
             batches = [self.feed.batch(pace.step * count + number) for number in range(count)]
         try:
-            result = self.trainer.step(pace.step + 1, progress, batches)
+            states = None if self.carry is None else self.carry.before(pace.step)
+            result = self.trainer.step(pace.step + 1, progress, batches, states)
         except TrainingError as error:
             kept = "No checkpoint had been written yet."
             if self.world.leads and checkpoints(self.path):
@@ -293,6 +364,8 @@ class _Run:
                 "gates": [asdict(gate) for gate in result.gates],
             }
             self._record(record | validation)
+        if settings.sample_every is not None and pace.step % settings.sample_every == 0:
+            self._sample()
 
     def _finish(self) -> TrainResult:
         """Calibrate, evaluate, write the model."""
@@ -307,21 +380,23 @@ class _Run:
             batches = [batch for part in parts for batch in part.first(count)]
             calibration = calibrate(self.model, batches, dtype=self.dtype)
             self.parallel.settle()
-        self._record(
-            {
-                "kind": "final",
-                "step": pace.step,
-                "tokens": pace.tokens,
-                "seconds": round(pace.seconds, 3),
-                "calibration": [asdict(entry) for entry in calibration],
-                **self._validation(),
-            }
-        )
+        final: Record = {
+            "kind": "final",
+            "step": pace.step,
+            "tokens": pace.tokens,
+            "seconds": round(pace.seconds, 3),
+            "calibration": [asdict(entry) for entry in calibration],
+            **self._validation(),
+        }
+        self._record(final)
         directory = self.path / _MODEL
         weights = pretrained.weights_of(self.model)
         with self.world.together():
             if self.world.leads:
                 pretrained.save(self.model, directory, self.tokenizer, weights=weights)
+                licences = [manifest.licence for manifest in self.data.manifests]
+                card = model_card(self.recipe, self.model.config, self.record.values, final, calibration, licences)
+                atomic_write(directory / MODEL_CARD, card.encode())
         self.listener.saved(directory)
         message = f"Finished after {pace.step} steps and {pace.seconds:.0f} s. The model is in {directory}."
         return self._result(message=message, model_directory=directory, calibration=tuple(calibration))
@@ -361,6 +436,20 @@ class _Run:
             "valid_gates": [asdict(gate) for gate in outcome.gates],
         }
 
+    def _sample(self) -> None:
+        """Let the model write; every process does, since all may hold a part of it."""
+        settings, step = self.recipe.training, self.pace.step
+        self.listener.phase("writing a sample")
+        text = sample_text(
+            self.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed=step, dtype=self.dtype
+        )
+        self.parallel.settle()
+        record: Record = {"kind": "sample", "step": step, "prompt": settings.sample_prompt, "text": text}
+        with self.world.together():
+            if self.world.leads:
+                append_record(self.path / _SAMPLES, record)
+        self.listener.sampled(record)
+
     def _record(self, record: Record) -> None:
         with self.world.together():
             if self.world.leads:
@@ -377,7 +466,10 @@ class _Run:
             "means": self.means.state_dict(),
         }
         optimizer = self.trainer.optimizer.state_dict()
-        path = save_checkpoint(self.path, self.pace.step, self.model, self.tokenizer, optimizer, values, self.world)
+        carried = {} if self.carry is None else self.carry.tensors(self.pace.step)
+        path = save_checkpoint(
+            self.path, self.pace.step, self.model, self.tokenizer, optimizer, values, self.world, carried=carried
+        )
         self.listener.saved(path)
         self.saved_step = self.pace.step
 
@@ -386,6 +478,9 @@ class _Run:
         self.pace.load_state_dict(values["pace"])
         self.means.load_state_dict(values["means"])
         optimizer.load_state_dict(load_optimizer(path, optimizer.blank_state, self.world))
+        if self.carry is not None:
+            with self.world.together():
+                self.carry.load(load_carried(path), self.model)
         self.saved_step = self.pace.step
 
 

@@ -1,7 +1,7 @@
 """The record of a run: one JSON object a line, in step order, cut back to the checkpoint when a run is resumed.
 
 `kind` is `train` (means of the losses since the line before, gradient norm and gates of the step, and `valid_…` where
-it was evaluated) or `final` (calibration and evaluation of the finished model).
+it was evaluated) or `final` (calibration and evaluation of the finished model); in samples.jsonl it is `sample`.
 """
 
 import json
@@ -42,7 +42,7 @@ def read_records(path: Path) -> list[Record]:
 
 def truncate_records(path: Path, step: int) -> None:
     """Forget what was recorded after `step`, and the end of the run: that will happen, and be recorded, again."""
-    kept = [record for record in read_records(path) if record["kind"] == "train" and record["step"] <= step]
+    kept = [record for record in read_records(path) if record["kind"] != "final" and record["step"] <= step]
     atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 

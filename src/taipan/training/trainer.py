@@ -7,6 +7,7 @@ import torch
 
 from taipan.data.seeding import derive_seed
 from taipan.model import TaipanLM
+from taipan.state import DecoderState
 from taipan.training.distributed import Parallel
 from taipan.training.optimizer import OptimizerSet, build_optimizer
 from taipan.training.recipe import OptimizerSection, ScheduleSection
@@ -65,13 +66,20 @@ class Trainer:
             parallel=parallel,
         )
 
-    def step(self, number: int, progress: float, micro_batches: Sequence[Batch]) -> StepResult:
+    def step(
+        self,
+        number: int,
+        progress: float,
+        micro_batches: Sequence[Batch],
+        states: list[DecoderState | None] | None = None,
+    ) -> StepResult:
         """Take step `number` with all schedules at `progress` ∈ [0, 1].
 
         Args:
             number: from 1.
             progress: fraction of training.
             micro_batches: of this process: its parts of the batches.
+            states: what comes before each of them; replaced by what comes after, see `train_step`.
 
         Raises:
             TrainingError: the loss or the gradient is not finite; weights and optimizer are as they were.
@@ -89,6 +97,7 @@ class Trainer:
                 clip=self.clip,
                 dtype=self.dtype,
                 step=number,
+                states=states,
                 parallel=self.parallel,
             )
 
