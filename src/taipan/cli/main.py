@@ -20,6 +20,7 @@ from taipan.cli import (
     presets,
     quickstart,
     reproduce,
+    runs,
     train,
 )
 from taipan.errors import TaipanError
@@ -57,6 +58,7 @@ for verb in (
     quickstart,
     data,
     train,
+    runs,
     evaluate,
     generate,
     inspect,
