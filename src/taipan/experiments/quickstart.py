@@ -154,7 +154,7 @@ def _remove(directory: Path) -> None:
     """Remove what a quickstart makes, and nothing else."""
     for name in ("data/train", "data/valid", "checkpoints", "model"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in (REPORT, "results.json", "metrics.jsonl", "recipe.yaml"):
+    for name in (REPORT, "results.json", "metrics.jsonl", "recipe.yaml", "run.json"):
         (directory / name).unlink(missing_ok=True)
 
 
