@@ -45,16 +45,34 @@ def atomic_directory(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> 
             temporary.mkdir(parents=True)
         with _disk_full_explained(target, temporary, needed_bytes):
             yield temporary
-            for directory, _, names in os.walk(temporary):
-                for name in names:
-                    _sync(Path(directory, name))
-                _sync(Path(directory))
+            _sync_tree(temporary)
         with _explained(target, temporary):
             _swap(temporary, target)
             _sync(target.parent)
     finally:
         # After a swap the temporary name holds the previous content, or nothing.
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_directory(staged: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Put a directory that was written elsewhere on the same disk in the place of ``path``, as one step.
+
+    Its files are synced first. **Everything that was in** ``path`` **before is removed.**
+
+    Raises:
+        CheckpointError: ``path`` is a file or cannot be written; it and ``staged`` are untouched.
+    """
+    target, new = Path(path).resolve(), Path(staged).resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(
+            f"{path} is a file; expected a directory to write to. Move the file or name another path."
+        )
+    with _explained(target, new):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sync_tree(new)
+        _swap(new, target)
+        _sync(target.parent)
+    shutil.rmtree(new, ignore_errors=True)  # what was there before, if anything
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
@@ -150,6 +168,13 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    for directory, _, names in os.walk(path):
+        for name in names:
+            _sync(Path(directory, name))
+        _sync(Path(directory))
 
 
 def _swap(new: Path, target: Path) -> None:

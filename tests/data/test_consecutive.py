@@ -1,6 +1,5 @@
 """Consecutive pieces: joined they are the long windows, and each is a function of its number alone."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -3,12 +3,19 @@ import gzip
 import json
 import lzma
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from taipan.data.corpus import Corpus, Document, stdlib_corpus
+from taipan.data.corpus import Corpus, Document, Place, stdlib_corpus
 from taipan.errors import DataError
 
 LINES = "\n".join([json.dumps({"text": "one"}), "", json.dumps({"text": "zwei ü", "id": 2}), json.dumps({"text": ""})])
@@ -58,7 +65,14 @@ def test_a_directory_is_walked_in_order_and_what_is_passed_over_is_counted(tree:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
+        (".zst", lambda data: b"".join(pa.compress(part, "zstd", asbytes=True) for part in (data[:99], data[99:]))),
+    ],
 )
 def test_compressed_files_are_read_and_damage_is_named(
     tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
@@ -130,3 +144,173 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert sum(len(document.text.encode()) for document in valid) > 500_000
     assert all(document.text for document in (*train, *valid))
     assert stdlib_corpus() == (train, valid)
+
+
+# ---------------------------------------------------------------------- other forms, entered anywhere
+
+
+@pytest.fixture(scope="module")
+def every_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a saved data set, Parquet, JSON lines and text; the same field names everywhere."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("forms")
+    rows: dict[str, list[Any]] = {"id": list(range(7)), "body": ["p0", None, "p2", "", "p4", "p5", "p6"]}
+    (root / "sub").mkdir()
+    pq.write_table(pa.table(rows), root / "sub" / "rows.parquet", row_group_size=3)
+    lines = [json.dumps({"body": body}) for body in ("j0", "", "j2", "j3")]
+    (root / "sub" / "lines.ndjson").write_text("\n".join(["", *lines]))
+    (root / "sub" / "text.txt").write_text("t0")
+    saved = datasets.Dataset.from_dict({"body": ["s0", None, "s2"], "n": [1, 2, 3]})
+    saved.save_to_disk(str(root / "saved"))
+    datasets.DatasetDict({"train": saved, "test": saved.select([2])}).save_to_disk(str(root / "several"))
+    (root / "streamed").mkdir()
+    saved.to_parquet(str(root / "streamed" / "train.parquet"))
+    return root
+
+
+def all_of(root: Path) -> Corpus:
+    paths = [root / "sub", root / "saved", root / "several", f"hf:{root / 'streamed'}"]
+    return Corpus(paths, text_column="body")
+
+
+ALL = ["j0", "j2", "j3", "p0", "p2", "p4", "p5", "p6", "t0", "s0", "s2", "s0", "s2", "s0", "s2"]
+
+
+def test_every_form_is_read_row_by_row(every_form: Path) -> None:
+    corpus = all_of(every_form)
+    found = list(corpus)
+    assert [document.text for document in found] == ALL
+    assert found[1].source == f"{every_form / 'sub/lines.ndjson'}:4"
+    assert found[4].source == f"{every_form / 'sub/rows.parquet'}:3"
+    assert found[10].source == f"{every_form / 'saved'}:3"
+    assert found[14].source == f"hf:{every_form / 'streamed'}:3"
+    assert len({document.source for document in found[:11]}) == 11
+    assert corpus.skipped["empty"] == 1 + 2 + 1 + 1 + 1
+    assert corpus.streamed
+    assert corpus.progress() == (0, 0), "nobody knows how much a stream holds"
+    plain = Corpus([every_form / "sub", every_form / "saved"], text_column="body")
+    shares = [plain.progress() for _ in plain.read()]
+    assert shares == sorted(shares)
+    assert 0 < shares[0][0] < shares[-1][0] <= shares[-1][1]
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_reading_goes_on_from_any_place(every_form: Path, data: st.DataObject) -> None:
+    whole = list(all_of(every_form).read())
+    places = [Place(), *(place for _, place in whole)]
+    assert places == sorted(places)
+    number = data.draw(st.integers(0, len(whole)))
+    assert list(all_of(every_form).read(places[number])) == whole[number:]
+
+
+def test_data_sets_in_a_directory_are_not_taken_for_text(every_form: Path, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    for name in ("manifest.json", "documents.bin", "tokenizer.json"):
+        (tmp_path / "made" / name).write_text("{}")
+    (tmp_path / "real").mkdir()
+    for name in ("saved", "several"):
+        (tmp_path / "real" / name).mkdir()
+        for file in (every_form / name).rglob("*"):
+            target = tmp_path / "real" / name / file.relative_to(every_form / name)
+            target.mkdir() if file.is_dir() else target.write_bytes(file.read_bytes())
+    corpus = Corpus([tmp_path], text_column="body", split="test")
+    assert list(corpus.texts()) == ["s0", "s2", "s2"]
+    assert corpus.skipped["prepared data set"] == 1
+
+
+def test_a_split_is_chosen_by_name(every_form: Path) -> None:
+    assert list(Corpus([every_form / "several"], text_column="body", split="test").texts()) == ["s2"]
+    with pytest.raises(DataError, match=r"has no split 'valid'\. It has: test, train\."):
+        list(Corpus([every_form / "several"], text_column="body", split="valid"))
+    with pytest.raises(DataError, match=r"hf:.*cannot be read: .*valid"):
+        list(Corpus([f"hf:{every_form / 'streamed'}"], text_column="body", split="valid"))
+
+
+@pytest.mark.parametrize("path", ["sub/rows.parquet", "sub/lines.ndjson", "saved", "hf:streamed"])
+@pytest.mark.parametrize("column", ["text", "id", "n"])
+def test_a_column_that_is_missing_or_no_text_is_named(every_form: Path, path: str, column: str) -> None:
+    prefix, _, name = path.rpartition(":")
+    full = f"{prefix}:{every_form / name}" if prefix else every_form / name
+    with pytest.raises(DataError, match=rf"{name}.*'{column}'"):
+        list(Corpus([full], text_column=column))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "data.arrow"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "junk"])
+def test_damaged_tables_are_named(every_form: Path, tmp_path: Path, name: str, damage: str) -> None:
+    if name == "rows.parquet":
+        file = path = tmp_path / name
+        file.write_bytes((every_form / "sub" / name).read_bytes())
+    else:
+        path = tmp_path / "saved"
+        path.mkdir()
+        for entry in (every_form / "saved").iterdir():
+            (path / entry.name).write_bytes(entry.read_bytes())
+        [file] = path.glob("*.arrow")
+    data = file.read_bytes()
+    file.write_bytes({"truncated": data[: len(data) // 2], "emptied": b"", "junk": b"junk" * 99}[damage])
+    with pytest.raises(DataError, match=rf"{path.name} is damaged"):
+        list(Corpus([path], text_column="body"))
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "extra"),
+    [
+        ("pyarrow.parquet", "sub/rows.parquet", "data"),
+        ("pyarrow", "zst", "data"),
+        ("datasets", "saved", "datasets"),
+        ("datasets", "hf:streamed", "datasets"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    every_form: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, path: str, extra: str
+) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(pa.compress(b"x", "zstd", asbytes=True))
+    full = tmp_path / "a.txt.zst" if path == "zst" else every_form / path
+    full = f"hf:{every_form / 'streamed'}" if path.startswith("hf:") else full
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"not installed: pip install 'taipan-lm\[{extra}\]'"):
+        list(Corpus([full], text_column="body"))
+
+
+def test_a_stream_is_pinned_to_one_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    asked: list[Any] = []
+    info = SimpleNamespace(sha="abc123")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: asked.append(name) or info)
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    corpus = Corpus(["hf:some/corpus:en"])
+    assert corpus.stamp() == [["some/corpus", "en", "train", "abc123"]]
+    assert list(corpus.texts()) == ["one", "two"]
+    assert corpus.sources() == ("hf:some/corpus:en@abc123",)
+    options = {"split": "train", "revision": "abc123", "streaming": True}
+    assert asked == ["some/corpus", (("some/corpus", "en"), options)], "looked up once"
+    given = Corpus(["hf:some/corpus@v1"], split="dev")
+    assert given.stamp() == [["some/corpus", None, "dev", "v1"]]
+    assert given.sources() == ("hf:some/corpus@v1",)
+
+
+def test_what_changes_a_file_changes_the_stamp(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    before = Corpus([tmp_path]).stamp()
+    assert Corpus([tmp_path]).stamp() == before
+    os.utime(tmp_path / "a.txt", (1, 1))
+    touched = Corpus([tmp_path]).stamp()
+    (tmp_path / "b.txt").write_text("b")
+    assert len({json.dumps(stamp) for stamp in (before, touched, Corpus([tmp_path]).stamp())}) == 3
+
+
+def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n{"text": "x\\ud800"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .* at offset 1 .*lone surrogate"):
+        list(Corpus([tmp_path]))

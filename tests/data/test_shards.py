@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taipan.data import shards as module
+from taipan.data import encoding
+from taipan.data import tokenizer as tokenizer_module
 from taipan.data.corpus import Document
 from taipan.data.shards import PrepareProgress, TokenDataset, prepare
 from taipan.data.tokenizer import Tokenizer
@@ -23,7 +24,9 @@ def documents(texts: list[str]) -> list[Document]:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> TokenDataset:
-    return prepare(documents(["hello", "grüße", "", "x" * 30]), BYTES, tmp_path / "data", shard_tokens=10)
+    return prepare(
+        documents(["hello", "grüße", "", "abcdefghijklmnopqrstuvwxyzABCD"]), BYTES, tmp_path / "data", shard_tokens=10
+    )
 
 
 @given(texts=st.lists(st.text(max_size=12), min_size=1, max_size=8), shard_tokens=st.integers(3, 20), data=st.data())
@@ -54,7 +57,8 @@ def test_long_documents_are_encoded_in_pieces_to_the_same_tokens(
 ) -> None:
     text = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(300))
     tokenizer = Tokenizer.train_bpe([text], 300)
-    monkeypatch.setattr(module, "_BATCH_CHARS", 1000)
+    monkeypatch.setattr(tokenizer_module, "_PIECE_CHARS", 300)
+    monkeypatch.setattr(encoding, "_GROUP_CHARS", 1000)
     dataset = prepare(documents(["short", text, "a", "b"]), tokenizer, tmp_path / "data")
     assert dataset.document(1).tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
     assert dataset.document(3).tolist() == [*tokenizer.encode("b"), tokenizer.eos_id]
@@ -129,6 +133,61 @@ def test_another_tokenizer_is_refused(dataset: TokenDataset, tmp_path: Path) -> 
     other.save(dataset.path)
     with pytest.raises(DataError, match="not the tokenizer these tokens were made with"):
         TokenDataset.open(dataset.path, verify=False).tokenizer()
+
+
+def test_another_end_token_is_refused(dataset: TokenDataset) -> None:
+    config = dataset.path / "tokenizer_config.json"
+    backend = json.loads((dataset.path / "tokenizer.json").read_text())
+    assert [token["content"] for token in backend["added_tokens"]] == ["<|endoftext|>"]
+    config.write_text('{"eos_token": "a"}')
+    with pytest.raises(DataError, match=r"tokenizer_config\.json .*was changed: .*id 97, .* with 256"):
+        TokenDataset.open(dataset.path).tokenizer()
+
+
+FILES = ["manifest.json", "documents.bin", "tokenizer.json", *(f"tokens-{i:05d}.bin" for i in range(5))]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "deleted", "emptied", "swapped"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_any_file_is_refused_by_name(dataset: TokenDataset, name: str, damage: str) -> None:
+    assert {path.name for path in dataset.path.iterdir()} == {*FILES, "tokenizer_config.json"}
+    file, other = dataset.path / name, dataset.path / FILES[FILES.index(name) - 1]
+    data = file.read_bytes()
+    if damage == "deleted":
+        file.unlink()
+    elif damage == "swapped":
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    else:
+        place = len(data) // 3
+        flipped = data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+        file.write_bytes({"flipped": flipped, "truncated": data[:-2], "emptied": b""}[damage])
+    with pytest.raises(DataError) as caught:
+        TokenDataset.open(dataset.path)
+    assert name in str(caught.value) or (damage == "swapped" and other.name in str(caught.value))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_change_of_any_byte_goes_unnoticed(dataset: TokenDataset, data: st.DataObject) -> None:
+    file = dataset.path / data.draw(st.sampled_from(FILES))
+    whole = file.read_bytes()
+    place, stop = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
+    changed = whole[:place] + data.draw(st.binary(max_size=9)) + whole[stop:]
+    file.write_bytes(changed)
+    try:
+        try:
+            found = TokenDataset.open(dataset.path)
+        except DataError as error:
+            message = str(error)
+        else:  # the same bytes, or only another layout of the manifest
+            assert changed == whole or file.name == "manifest.json"
+            assert found.manifest == dataset.manifest
+            return
+        assert str(dataset.path) in message
+        assert changed != whole
+    finally:
+        file.write_bytes(whole)
 
 
 def test_what_is_not_a_data_set_is_refused(tmp_path: Path) -> None:

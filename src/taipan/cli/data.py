@@ -1,17 +1,18 @@
-"""`taipan data prepare`: text files become token shards."""
+"""`taipan data`: text, or tokens made elsewhere, become token shards; and are those of a data set whole?"""
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from taipan.errors import ConfigError, DataError
-
 if TYPE_CHECKING:
-    from taipan.data.corpus import Corpus, Document
+    from collections.abc import Callable, Iterable
+
+    from taipan.data.preparation import CorpusProgress
+    from taipan.data.shards import TokenDataset
+
+_LOG_SECONDS = 30.0
+_LICENCE_HELP = "Licence of the texts, for the manifest."
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +26,11 @@ def register(app: typer.Typer) -> None:
     @group.command("prepare")
     def prepare(
         paths: Annotated[
-            list[str], typer.Argument(help="Files and directories: UTF-8 text or .jsonl, also compressed.")
+            list[str],
+            typer.Argument(
+                help="Files and directories: UTF-8 text, .jsonl or .parquet, also compressed (.gz .bz2 .xz .zst); "
+                "a saved Hugging Face data set; `hf:NAME[:CONFIGURATION][@REVISION]` to stream one."
+            ),
         ],
         out: Annotated[Path, typer.Option(help="Data set to make; with --valid-fraction, OUT/train and OUT/valid.")],
         tokenizer: Annotated[
@@ -34,113 +39,143 @@ def register(app: typer.Typer) -> None:
         valid_fraction: Annotated[
             float, typer.Option(help="Share of the text to hold out, in whole documents where there are several.")
         ] = 0.0,
+        text_column: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
+        split: Annotated[str, typer.Option(help="Split of a Hugging Face data set that has several.")] = "train",
+        licence: Annotated[str | None, typer.Option("--license", help=_LICENCE_HELP)] = None,
+        workers: Annotated[
+            int | None, typer.Option(min=1, help="Processes that encode; all cores if not given. Changes no byte.")
+        ] = None,
         shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens per shard file.")] = 1 << 26,
     ) -> None:
-        """Encode text files to token shards for training and validation.
+        """Encode text to token shards for training and validation.
+
+        Killed half-way, the same command goes on; the result is the same.
 
         Example:
 
             taipan data prepare notes/ README.md --tokenizer bpe:4096 --valid-fraction 0.05 --out data
         """
-        from taipan.cli.console import note, print_table
+        from taipan.cli.console import note
         from taipan.cli.progress import progress_bar
         from taipan.data.corpus import Corpus
-        from taipan.data.shards import MANIFEST_FILE
-        from taipan.data.shards import prepare as write
-        from taipan.data.tokenizer import Tokenizer
+        from taipan.data.manifest import LICENCE_NOTE
+        from taipan.data.preparation import prepare_corpus
+        from taipan.hardware import usable_cores
 
-        if not 0.0 <= valid_fraction < 1.0:
-            raise ConfigError(f"--valid-fraction is {valid_fraction}, but must be a share of at least 0 and below 1.")
-        if valid_fraction and (out / MANIFEST_FILE).exists():
-            raise DataError(f"{out} is a data set: with --valid-fraction, name a directory for two of them.")
-        corpus = Corpus(paths)
+        corpus = Corpus(paths, text_column=text_column, split=split)
         note(f"reading {', '.join(paths)}")
-        split = _plan(corpus, valid_fraction)
+        with progress_bar(f"encoding to {out}", "bytes") as report:
+            made = prepare_corpus(
+                corpus,
+                out,
+                tokenizer=tokenizer,
+                valid_fraction=valid_fraction,
+                shard_tokens=shard_tokens,
+                licence=licence or LICENCE_NOTE,
+                workers=workers or usable_cores(),
+                progress=_reporter(report),
+                announce=note,
+            )
         for reason, count in sorted(corpus.skipped.items()):
             if count:
                 note(f"passed over: {count} {reason}")
-        note(f"tokenizer: {tokenizer}")
-        made = Tokenizer.from_spec(tokenizer, corpus=(document.text for document in split.train()))
-        rows: list[list[str]] = []
-        parts = [(out, split.train)]
-        if valid_fraction:
-            parts = [(out / "train", split.train), (out / "valid", split.valid)]
-        for directory, documents in parts:
-            with progress_bar(f"encoding {directory}", "bytes") as report:
-                dataset = write(
-                    documents(),
-                    made,
-                    directory,
-                    shard_tokens=shard_tokens,
-                    sources=paths,
-                    progress=lambda state, report=report: report(state.n_bytes, split.characters),
-                )
-            rows.append(
-                [
-                    str(directory),
-                    f"{dataset.n_documents:,}",
-                    f"{dataset.n_bytes:,}",
-                    f"{dataset.n_tokens:,}",
-                    f"{dataset.bytes_per_token:.2f}",
-                ]
+        _print(made)
+        valid = f" -o data.valid={made[1].path}" if len(made) > 1 else ""
+        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={made[0].path}{valid}")
+
+    @group.command("import")
+    def import_(
+        paths: Annotated[
+            list[Path], typer.Argument(help="Token files in order: nanoGPT's or llm.c's .bin, or Megatron's .idx.")
+        ],
+        tokenizer: Annotated[str, typer.Option(help="tokenizer.json that made the ids, or its directory; or `bytes`.")],
+        out: Annotated[Path, typer.Option(help="Data set to make.")],
+        licence: Annotated[str | None, typer.Option("--license", help=_LICENCE_HELP)] = None,
+        shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens per shard file.")] = 1 << 26,
+    ) -> None:
+        """Take over tokens that nanoGPT, llm.c or Megatron prepared.
+
+        Example:
+
+            taipan data import openwebtext/train.bin --tokenizer gpt2/tokenizer.json --out data/train
+        """
+        from taipan.cli.console import note
+        from taipan.cli.progress import progress_bar
+        from taipan.data.foreign import import_tokens
+        from taipan.data.manifest import LICENCE_NOTE
+        from taipan.data.tokenizer import Tokenizer
+
+        with progress_bar(f"importing to {out}", "tokens") as report:
+            made = import_tokens(
+                paths,
+                Tokenizer.from_spec(tokenizer),
+                out,
+                shard_tokens=shard_tokens,
+                licence=licence or LICENCE_NOTE,
+                progress=report,
             )
-        print_table("", ["data set", "documents", "bytes", "tokens", "bytes/token"], rows)
-        valid = f" -o data.valid={parts[1][0]}" if len(parts) > 1 else ""
-        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={parts[0][0]}{valid}")
+        _print([made])
+        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={out}")
+
+    @group.command("check")
+    def check(directories: Annotated[list[Path], typer.Argument(help="Prepared data sets.")]) -> None:
+        """Check every byte of prepared data sets against their manifests, and show what they hold.
+
+        Example:
+
+            taipan data check data/train data/valid
+        """
+        from taipan.cli.console import note
+        from taipan.data.shards import TokenDataset
+
+        checked = [TokenDataset.open(directory) for directory in directories]
+        for dataset in checked:
+            dataset.tokenizer()
+        _print(checked)
+        for dataset in checked:
+            manifest = dataset.manifest
+            note(
+                f"{dataset.path}: whole; {manifest.dtype}, {len(manifest.shards)} shards, tokenizer of "
+                f"{manifest.vocab_size:,} ids ({manifest.tokenizer_fingerprint[:12]}…), from "
+                f"{', '.join(manifest.sources) or 'unnamed sources'}. {manifest.licence}"
+            )
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Which documents are held out, and where the tail of a document is cut off to be held out."""
+def _print(made: "Iterable[TokenDataset]") -> None:
+    from taipan.cli.console import print_table
 
-    corpus: "Corpus"
-    held_out: frozenset[str]
-    cuts: dict[str, int]
-    characters: int
-
-    def train(self) -> "Iterator[Document]":
-        """The documents to train on."""
-        for document in self.corpus:
-            if document.source not in self.held_out:
-                yield replace(document, text=document.text[: self.cuts.get(document.source)])
-
-    def valid(self) -> "Iterator[Document]":
-        """The documents held out."""
-        for document in self.corpus:
-            if document.source in self.held_out:
-                yield document
-            elif document.source in self.cuts:
-                yield replace(document, text=document.text[self.cuts[document.source] :])
+    rows = [
+        [
+            str(dataset.path),
+            f"{dataset.n_documents:,}",
+            f"{dataset.n_bytes:,}",
+            f"{dataset.n_tokens:,}",
+            f"{dataset.bytes_per_token:.2f}",
+        ]
+        for dataset in made
+    ]
+    print_table("", ["data set", "documents", "bytes", "tokens", "bytes/token"], rows)
 
 
-def _plan(corpus: "Corpus", fraction: float) -> _Split:
-    """Hold out about this share of the characters.
+def _reporter(bar: "Callable[[int, int], None]") -> "Callable[[CorpusProgress], None]":
+    """Move the bar; in a pipe, where there is none, print a line from time to time."""
+    import time
 
-    Whole documents, chosen by their names alone; where all are too large for that (a corpus of one document, say) the
-    tail of the longest one, from a line break on.
+    from taipan.cli.console import console, duration, note, quantity
 
-    Raises:
-        DataError: the text is too short for that.
-    """
-    lengths: dict[str, int] = {}
-    longest, cut = "", 0
-    for document in corpus:
-        lengths[document.source] = len(document.text)
-        if len(document.text) > lengths.get(longest, 0) or not longest:
-            longest = document.source
-            begin = int(len(document.text) * (1 - fraction))
-            cut = document.text.rfind("\n", 0, begin) + 1 or begin
-    total = sum(lengths.values())
-    if not fraction:
-        return _Split(corpus, frozenset(), {}, total)
-    held_out: set[str] = set()
-    room = fraction * total
-    for source in sorted(lengths, key=lambda source: hashlib.sha256(source.encode()).digest()):
-        if lengths[source] <= room:
-            held_out.add(source)
-            room -= lengths[source]
-    if room > fraction * total / 2:  # little or nothing fitted
-        if not cut:
-            raise DataError(f"No share of {fraction} can be held out of {total} characters: name more text.")
-        return _Split(corpus, frozenset(), {longest: cut}, total)
-    return _Split(corpus, frozenset(held_out), {}, total)
+    terminal = console(err=True).is_terminal
+    began = printed = time.monotonic()
+
+    def report(state: "CorpusProgress") -> None:
+        nonlocal printed
+        bar(state.n_read or state.n_bytes, state.n_to_read)
+        now = time.monotonic()
+        if not terminal and now - printed >= _LOG_SECONDS:
+            printed = now
+            share = f"{100 * state.n_read / state.n_to_read:.1f} % read, " if state.n_to_read else ""
+            note(
+                f"{duration(now - began)}: {share}{quantity(state.n_documents)} documents, "
+                f"{quantity(state.n_tokens)} tokens"
+            )
+
+    return report

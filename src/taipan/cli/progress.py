@@ -15,4 +15,4 @@ def progress_bar(description: str, unit: str) -> Generator[Callable[[int, int], 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn())
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
         task = bar.add_task(description, total=None, count="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, count=f"{done:,} {unit}")
+        yield lambda done, total: bar.update(task, completed=done, total=total or None, count=f"{done:,} {unit}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taipan.data.hub import HUB_PREFIX, HubReader, SavedReader, is_saved_dataset
+from taipan.data.manifest import DOCUMENTS_FILE, MANIFEST_FILE
 from taipan.data.readers import JSON_LINES_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, FileReader, Reader, file_kind
 from taipan.errors import DataError
 from taipan.io import decode_utf8
@@ -39,11 +40,12 @@ class Corpus:
     """The documents of files, directories and data sets, in a fixed order; can be read as often as needed.
 
     A directory is walked recursively in sorted order; of its files those with a text suffix, ``.jsonl`` and
-    ``.parquet`` are taken, and hidden, binary, non-UTF-8, unreadable and empty ones are counted in :attr:`skipped`. A
-    file that is named explicitly is taken whatever its suffix, and must be text. JSON lines give one document per line
-    and Parquet one per row, from the text column. All may be compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``). A
-    directory that ``datasets.Dataset.save_to_disk`` wrote gives one document per row; ``hf:NAME`` or
-    ``hf:NAME:CONFIGURATION`` streams a data set of the Hugging Face hub. A file that is reached twice is read once.
+    ``.parquet`` are taken, prepared data sets are left out, and hidden, binary, non-UTF-8, unreadable and empty ones
+    are counted in :attr:`skipped`. A file that is named explicitly is taken whatever its suffix, and must be text.
+    JSON lines give one document per line and Parquet one per row, from the text column. All may be compressed
+    (``.gz``, ``.bz2``, ``.xz``, ``.zst``). A directory that ``datasets.Dataset.save_to_disk`` wrote gives one document
+    per row; ``hf:NAME`` or ``hf:NAME:CONFIGURATION`` streams a data set of the Hugging Face hub. A file that is
+    reached twice is read once.
 
     Args:
         paths: files, directories, ``hf:`` names.
@@ -124,6 +126,15 @@ class Corpus:
         """Plain values that change when a file is added, removed or changed."""
         return [reader.stamp() for reader in self._list()]
 
+    @property
+    def options(self) -> dict[str, str]:
+        """What else decides which texts are read."""
+        return {"text_column": self._text_column, "split": self._split}
+
+    def sources(self) -> tuple[str, ...]:
+        """Where the texts come from: what the user named, with the revision of what comes from the hub."""
+        return tuple(self._hubs[path].source() if path in self._hubs else path for path in self.paths)
+
     def progress(self) -> tuple[int, int]:
         """Bytes read in the current reading, and in all; (0, 0) if that is not known."""
         sizes = [reader.n_bytes for reader in self._readers]
@@ -156,6 +167,14 @@ class Corpus:
                 yield path, True
                 continue
             for directory, subdirectories, names in os.walk(path):
+                if is_saved_dataset(Path(directory)):
+                    subdirectories.clear()
+                    yield directory, False
+                    continue
+                if {MANIFEST_FILE, DOCUMENTS_FILE} <= set(names):  # what this very command has made
+                    subdirectories.clear()
+                    self.skipped["prepared data set"] += 1
+                    continue
                 self.skipped["hidden"] += sum(name.startswith(".") for name in (*subdirectories, *names))
                 subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
                 for name in sorted(names):

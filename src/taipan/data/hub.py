@@ -64,7 +64,9 @@ class SavedReader:
             data = datasets.load_from_disk(str(directory))
             _require_text(data.features, self._text_column, str(self._path))
             n_bytes, n_rows = self.n_bytes, len(data)
-            rows = data.select_columns([self._text_column]).select(range(min(start, n_rows), n_rows))
+            if start >= n_rows:
+                return
+            rows = data.select_columns([self._text_column]).select(range(start, n_rows))
             for number, row in enumerate(rows, start):
                 self.position = n_bytes * number // n_rows
                 yield Record(number, f"{self._path}:{number + 1}", row[self._text_column] or "")
@@ -103,6 +105,11 @@ class HubReader:
         """Name, configuration, split and revision."""
         return [self._repository, self._configuration, self._split, self._resolved()]
 
+    def source(self) -> str:
+        """Name with the revision that is read, for the manifest."""
+        revision = self._resolved()
+        return self._name if revision is None or "@" in self._name else f"{self._name}@{revision}"
+
     def read(self, start: int, skipped: "Counter[str]") -> Iterator[Record]:
         """Yield the rows from number ``start`` on."""
         datasets = needed("datasets", _EXTRA, self._name)
@@ -115,7 +122,7 @@ class HubReader:
             for number, row in enumerate(data.skip(start), start):
                 text = row.get(self._text_column)
                 if text is not None and not isinstance(text, str):
-                    raise DataError(f"{self._name}, row {number + 1}: the column {self._text_column!r} is no text.")
+                    raise DataError(f"{self._name}, row {number + 1}: the column {self._text_column!r} holds no text.")
                 yield Record(number, f"{self._name}:{number + 1}", text or "")
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, DataError):

@@ -164,6 +164,13 @@ class FileReader:
                     f"{where} has no text; expected an object with a string field {column!r} on every line. "
                     "--text-column names another field."
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot
+                raise DataError(
+                    f"{where}: the character {text[error.start]!r} at offset {error.start} of the field {column!r} is "
+                    "a lone surrogate, not text. Repair or remove the line."
+                ) from error
             yield Record(number, where, text)
         if n_lines == 0:
             if self._explicit:

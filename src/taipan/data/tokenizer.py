@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from taipan.errors import ConfigError, DataError, InputError
 from taipan.io import atomic_write, read_text
 
@@ -105,7 +108,7 @@ class Tokenizer:
             nonlocal characters
             for text in texts:
                 characters += len(text)
-                yield text
+                yield from _cut_at_lines(text)
 
         backend.train_from_iterator(counted(), trainer)
         if characters == 0:
@@ -144,6 +147,13 @@ class Tokenizer:
         return cls(backend, known[0])
 
     @classmethod
+    def from_json(cls, text: str, eos_token: str) -> "Tokenizer":
+        """Make the tokenizer that :meth:`to_json` wrote down."""
+        from tokenizers import Tokenizer
+
+        return cls(Tokenizer.from_str(text), eos_token)
+
+    @classmethod
     def from_spec(cls, spec: str, corpus: Iterable[str] | None = None) -> "Tokenizer":
         """Make the tokenizer that a user named: ``bytes``, ``bpe:4096`` (trained on ``corpus``), or a path.
 
@@ -169,13 +179,17 @@ class Tokenizer:
             )
         return cls.load(spec)
 
+    def to_json(self) -> str:
+        """Return the text of a ``tokenizer.json``."""
+        return self._backend.to_str(pretty=True)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json`` and a ``tokenizer_config.json`` (which names the end token) into a directory.
 
         Raises:
             CheckpointError: the directory cannot be written or the disk is full.
         """
-        atomic_write(Path(directory, TOKENIZER_FILE), self._backend.to_str(pretty=True).encode())
+        atomic_write(Path(directory, TOKENIZER_FILE), self.to_json().encode())
         # on the left, as batched generation with transformers wants it
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, "padding_side": "left"}
         atomic_write(Path(directory, _CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
@@ -205,6 +219,25 @@ class Tokenizer:
             return [list(utf8) for utf8 in data]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_arrays(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
+        """Return the token ids of several texts as arrays; for bytes this is quicker than :meth:`encode_batch`."""
+        if self._is_bytes:
+            return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
+        return [np.array(ids, dtype) for ids in self.encode_batch(texts)]
+
+    def cut(self, text: str) -> Iterator[str]:
+        """Cut a text into pieces that can be encoded apart: the lists joined are ``encode`` of the text.
+
+        The pieces of a tokenizer made here are short (some 64 thousand characters, more only where a text has no line
+        breaks); a foreign one gets the text whole.
+        """
+        if self._is_bytes:
+            yield from (text[i : i + _PIECE_CHARS] for i in range(0, len(text), _PIECE_CHARS))
+        elif self._ends_at_lines:
+            yield from _cut_at_lines(text)
+        elif text:
+            yield text
 
     def iter_encode(self, pieces: Iterable[str]) -> Iterator[list[int]]:
         """Encode a text that comes in pieces of any size, in memory that does not grow with the text.
@@ -252,6 +285,14 @@ class Tokenizer:
     def token_bytes(self, index: int) -> "bytes":
         """Return the bytes that one token stands for: b"" for a special token."""
         return self._token_bytes[index]
+
+    @cached_property
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Bytes that each id stands for; 0 for special tokens and unused ids; ``(vocab_size,)``."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for index, data in self._token_bytes.items():
+            lengths[index] = len(data)
+        return lengths
 
     @cached_property
     def is_byte_level(self) -> bool:
@@ -374,11 +415,26 @@ def _configured_eos(file: Path) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _last_line_start(text: str) -> int:
-    """Return the start of the last line that begins with something visible, or 0."""
-    end = len(text)
-    while (newline := text.rfind("\n", 0, end)) >= 0:
-        if newline + 1 < len(text) and not text[newline + 1].isspace():
+def _last_line_start(text: str, start: int = 0, stop: int | None = None) -> int:
+    """Return the start of the last line within the range that begins with something visible, or 0."""
+    stop = len(text) if stop is None else stop
+    end = stop
+    while (newline := text.rfind("\n", start, end)) >= 0:
+        if newline + 1 < stop and not text[newline + 1].isspace():
             return newline + 1
         end = newline
     return 0
+
+
+def _cut_at_lines(text: str) -> Iterator[str]:
+    """Cut a text where a line begins with something visible, which always ends a piece of ``_SPLIT``."""
+    start = 0
+    while start < len(text):
+        stop = start + _PIECE_CHARS
+        while stop < len(text):  # no such line yet: look twice as far
+            if line := _last_line_start(text, start, stop):
+                stop = line
+                break
+            stop += stop - start
+        yield text[start:stop]
+        start = stop

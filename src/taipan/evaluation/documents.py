@@ -53,7 +53,7 @@ class PreparedDocuments:
         self.n_bytes = dataset.n_bytes
         self.vocab_size = dataset.manifest.vocab_size
         self.start_token = dataset.manifest.eos_id
-        self.token_bytes = token_bytes(dataset.tokenizer())
+        self.token_bytes = dataset.tokenizer().byte_lengths
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
         """The tokens `start` to `stop` (exclusive) of a document."""
@@ -78,19 +78,8 @@ class TextDocuments:
         self.lengths = np.array([len(tokens) for tokens in self._tokens], np.int64)
         self.vocab_size = tokenizer.vocab_size
         self.start_token = tokenizer.eos_id
-        self.token_bytes = token_bytes(tokenizer)
+        self.token_bytes = tokenizer.byte_lengths
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
         """The tokens `start` to `stop` (exclusive) of a document."""
         return self._tokens[document][start:stop]
-
-
-def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes that each id of the vocabulary stands for; 0 for special tokens and unused ids."""
-    lengths = np.zeros(tokenizer.vocab_size, np.int64)
-    for index in range(tokenizer.vocab_size):
-        try:
-            lengths[index] = len(tokenizer.token_bytes(index))
-        except KeyError:  # a vocabulary may have holes
-            continue
-    return lengths

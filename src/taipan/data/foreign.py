@@ -1,0 +1,222 @@
+"""Tokens that other projects prepared: nanoGPT, llm.c and Megatron, taken over into a data set of ours.
+
+They are copied and not read in place: what they lack (the tokenizer, checksums, where documents begin, how many bytes
+of text they stand for) is what the rest of the project relies on.
+
+======== ========== ==============================================================================================
+nanoGPT  ``.bin``   uint16 ids and nothing else; the end-of-document token follows (or precedes) every document
+llm.c    ``.bin``   256 int32 of header (magic 20240520: uint16 ids, 20240801: uint32; version; number of ids), ids
+Megatron ``.idx``   ``MMIDIDX\\0\\0``, int64 version 1, uint8 type code, int64 sequences, int64 document bounds, then
+                    int32 length and int64 byte offset of every sequence, and int64 first sequence of every document;
+                    the ids are in the ``.bin`` of the same name
+======== ========== ==============================================================================================
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taipan.data.manifest import LICENCE_NOTE
+from taipan.data.shards import TokenDataset, require_replaceable
+from taipan.data.tokenizer import Tokenizer
+from taipan.data.writer import DatasetWriter
+from taipan.errors import DataError
+from taipan.io import atomic_directory
+
+_CHUNK_TOKENS = 1 << 20
+
+_LLMC_HEADER_BYTES = 1024
+_LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
+
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_HEADER = struct.Struct("<9sqbqq")
+_MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floating-point
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The ids of a file, and where its documents end if the file itself says so.
+
+    Attributes:
+        path: the file.
+        tokens: its ids, memory-mapped; 1-d.
+        bounds: first id of every document, and then the number of ids; None: documents end at the end token.
+    """
+
+    path: Path
+    tokens: NDArray[Any]
+    bounds: NDArray[np.int64] | None
+
+
+def open_tokens(path: Path) -> TokenFile:
+    """Open a token file of nanoGPT, llm.c (``.bin``) or Megatron (its ``.idx``, or its ``.bin`` with one beside it).
+
+    Raises:
+        DataError: it is missing, empty, of another format, or its size is not what its header says.
+    """
+    index = path.with_suffix(".idx")
+    if index.is_file():
+        return _open_megatron(index)
+    if path.suffix == ".idx" or not path.is_file():
+        raise DataError(f"{path} does not exist; expected a token file (.bin of nanoGPT or llm.c, .idx of Megatron).")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+    magic, version, count = struct.unpack("<iii", head) if len(head) == 12 else (0, 0, 0)
+    if magic in _LLMC_TYPES and size >= _LLMC_HEADER_BYTES:
+        dtype = np.dtype(_LLMC_TYPES[magic])
+        _require_size(path, size, _LLMC_HEADER_BYTES + count * dtype.itemsize, f"llm.c header, version {version}")
+        return TokenFile(path, _map(path, dtype, _LLMC_HEADER_BYTES, count), None)
+    if size == 0 or size % 2:
+        raise DataError(
+            f"{path} has {size:,} bytes; expected a positive even number, the uint16 ids of nanoGPT. It is truncated "
+            "or of another format."
+        )
+    return TokenFile(path, _map(path, np.dtype("<u2"), 0, size // 2), None)
+
+
+def import_tokens(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    *,
+    shard_tokens: int = 1 << 26,
+    licence: str = LICENCE_NOTE,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenDataset:
+    """Take over token files into a data set; the directory appears whole or not at all.
+
+    Every document ends with one end token in the result, whether that stood before, after or nowhere in the file;
+    documents without a token are left out. Bytes of text are counted by decoding.
+
+    Args:
+        paths: files as :func:`open_tokens` takes them, in the order of the data set.
+        tokenizer: the one that made the ids.
+        out_dir: the directory to make. A data set that is there is replaced; anything else in the way is an error.
+        shard_tokens: tokens per shard file.
+        licence: what the manifest says about the licence of the texts.
+        progress: is told how many ids are done, of how many.
+
+    Returns:
+        The opened data set.
+
+    Raises:
+        DataError: a file is not what it should be, or holds an id that the tokenizer does not have; there is no
+            document; ``out_dir`` holds something else.
+    """
+    files = [open_tokens(path) for path in paths]
+    require_replaceable(out_dir)
+    total, done = sum(len(file.tokens) for file in files), 0
+    measure = _measure(tokenizer)
+    with atomic_directory(out_dir) as directory, DatasetWriter(directory, tokenizer, shard_tokens) as writer:
+        for file in files:
+            for ids, ends in _documents(file, tokenizer):
+                writer.write(ids, measure(ids))
+                if ends:
+                    writer.end_document()
+                if progress is not None:
+                    done = min(total, done + len(ids))
+                    progress(done, total)
+        writer.finish(sources=[str(path) for path in paths], licence=licence)
+    return TokenDataset.open(out_dir, verify=False)
+
+
+def _documents(file: TokenFile, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[np.int64], bool]]:
+    """The ids of every document in pieces, without end tokens; with the last piece of each comes True."""
+    for start, stop in _bounds(file, tokenizer.eos_id):
+        for first in range(start, stop, _CHUNK_TOKENS):
+            ids = file.tokens[first : min(stop, first + _CHUNK_TOKENS)].astype(np.int64)
+            wrong = np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))
+            if len(wrong):
+                raise DataError(
+                    f"{file.path} holds the id {ids[wrong[0]]} at {first + wrong[0]:,}, and the tokenizer has "
+                    f"{tokenizer.vocab_size:,} ids. Name the tokenizer that made the file by --tokenizer."
+                )
+            yield ids, first + _CHUNK_TOKENS >= stop
+
+
+def _bounds(file: TokenFile, end: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of every document, the end tokens around it left out."""
+    tokens = file.tokens
+    if file.bounds is not None:
+        for start, stop in zip(file.bounds[:-1].tolist(), file.bounds[1:].tolist(), strict=True):
+            if start < stop and tokens[start] == end:
+                start += 1
+            if start < stop and tokens[stop - 1] == end:
+                stop -= 1
+            yield start, stop
+        return
+    start = 0
+    for first in range(0, len(tokens), _CHUNK_TOKENS):
+        for place in (first + np.flatnonzero(tokens[first : first + _CHUNK_TOKENS] == end)).tolist():
+            yield start, place
+            start = place + 1
+    yield start, len(tokens)
+
+
+def _measure(tokenizer: Tokenizer) -> Callable[[NDArray[np.int64]], int]:
+    """A function that counts the bytes of text that ids stand for."""
+    if not tokenizer.is_byte_level:
+        return lambda ids: len(tokenizer.decode(ids.tolist()).encode())
+    sizes = tokenizer.byte_lengths
+    return lambda ids: int(sizes[ids].sum())
+
+
+def _open_megatron(index: Path) -> TokenFile:
+    with index.open("rb") as file:
+        head = file.read(_MEGATRON_HEADER.size)
+    if not head.startswith(_MEGATRON_MAGIC) or len(head) < _MEGATRON_HEADER.size:
+        raise DataError(
+            f"{index} is no index of Megatron: it begins with {head[:9]!r}, expected {_MEGATRON_MAGIC!r}. "
+            "Copy it again."
+        )
+    _, version, code, n_sequences, n_bounds = _MEGATRON_HEADER.unpack(head)
+    if version != 1 or code not in _MEGATRON_TYPES:
+        raise DataError(
+            f"{index} is of version {version} with type code {code}; expected version 1 and a type of whole numbers "
+            f"({', '.join(map(str, _MEGATRON_TYPES))})."
+        )
+    dtype = np.dtype(_MEGATRON_TYPES[code])
+    size = index.stat().st_size
+    plain = _MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_bounds
+    # multimodal indices have a byte of mode for every sequence behind all that
+    if size != plain + n_sequences:
+        _require_size(index, size, plain, "header")
+    lengths = _map(index, np.dtype("<i4"), _MEGATRON_HEADER.size, n_sequences).astype(np.int64)
+    offsets = _map(index, np.dtype("<i8"), _MEGATRON_HEADER.size + 4 * n_sequences, n_sequences)
+    first_sequences = _map(index, np.dtype("<i8"), _MEGATRON_HEADER.size + 12 * n_sequences, n_bounds)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    consistent = (
+        n_bounds >= 1
+        and bool((lengths >= 0).all())
+        and bool((offsets == starts[:-1] * dtype.itemsize).all())
+        and first_sequences[0] == 0
+        and first_sequences[-1] == n_sequences
+        and bool((np.diff(first_sequences) >= 0).all())
+    )
+    if not consistent:
+        raise DataError(f"{index} is damaged: its lengths, offsets and documents contradict each other. Copy it again.")
+    data = index.with_suffix(".bin")
+    if not data.is_file():
+        raise DataError(f"{data} is missing: it holds the ids that {index} speaks of. Copy it beside.")
+    _require_size(data, data.stat().st_size, int(starts[-1]) * dtype.itemsize, f"{index.name}")
+    return TokenFile(data, _map(data, dtype, 0, int(starts[-1])), starts[first_sequences])
+
+
+def _require_size(path: Path, size: int, expected: int, says: str) -> None:
+    if size != expected:
+        raise DataError(
+            f"{path} has {size:,} bytes, expected {expected:,} by its {says}: it is truncated or damaged. "
+            "Copy it again."
+        )
+
+
+def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> NDArray[Any]:
+    if count == 0:  # an empty range cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))

@@ -1,0 +1,376 @@
+"""Preparing a corpus that is too large to begin again: in parallel, and going on where it was killed.
+
+What is under way is kept beside the data set to be made, in ``.NAME.preparing``::
+
+    journal.json    what was asked for, and the last point from which all files can be gone on with
+    held_out.npz    which documents are held out
+    tokenizer/      the tokenizer, if one was trained
+    data/           the data set so far; train/ and valid/ if documents are held out
+
+The result is bitwise the same however often the work was interrupted and however many processes did it: one process
+reads and writes, in order, and only encoding is shared. A journal whose request is not the present one (another option,
+a file that has changed) is thrown away.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taipan.data.corpus import Corpus, Document, Place
+from taipan.data.encoding import Piece, encode
+from taipan.data.manifest import LICENCE_NOTE, MANIFEST_FILE
+from taipan.data.shards import TokenDataset, require_replaceable
+from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from taipan.data.writer import DatasetWriter
+from taipan.errors import ConfigError, DataError, TaipanError
+from taipan.io import atomic_write, publish_directory
+
+_VERSION = 1
+_COMMIT_SECONDS = 15.0
+_JOURNAL = "journal.json"
+_HELD_OUT = "held_out.npz"
+_LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class CorpusProgress:
+    """How far the preparation has come: totals written so far, and bytes of the sources read, of how many (or 0)."""
+
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    n_read: int
+    n_to_read: int
+
+
+def prepare_corpus(
+    corpus: Corpus,
+    out: Path,
+    *,
+    tokenizer: str = "bytes",
+    valid_fraction: float = 0.0,
+    shard_tokens: int = 1 << 26,
+    licence: str = LICENCE_NOTE,
+    workers: int = 1,
+    progress: Callable[[CorpusProgress], None] | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> list[TokenDataset]:
+    """Encode a corpus to a data set ``out``, or to ``out/train`` and ``out/valid``; killed and called again, go on.
+
+    Held out are whole documents, chosen by their names alone. Where all are too large for the share (a corpus of one
+    document, say) it is the tail of the longest one, from a line break on. Of a streamed corpus, which is read only
+    once, a document is held out if the hash of its name says so, and the share is met only on average.
+
+    Args:
+        corpus: what to encode.
+        out: the directory to make; data sets that are there are replaced at the very end.
+        tokenizer: as :meth:`Tokenizer.from_spec`; ``bpe:SIZE`` is trained on what is not held out.
+        valid_fraction: share of the text to hold out.
+        shard_tokens: tokens per shard file.
+        licence: what the manifests say about the licence of the texts.
+        workers: processes that encode.
+        progress: is told how far it is, after every group of documents.
+        announce: is told what is going on, in a sentence.
+
+    Returns:
+        The data set, or that for training and that held out.
+
+    Raises:
+        ConfigError: an option is impossible.
+        DataError: there is no text, or too little to hold out that share; ``out`` holds something else; the corpus
+            changes while it is read; another process is preparing ``out``.
+    """
+    if not 0.0 <= valid_fraction < 1.0:
+        raise ConfigError(f"the share to hold out is {valid_fraction}; expected at least 0 and below 1.")
+    announce = announce or (lambda _: None)
+    parts = {"train": out / "train", "valid": out / "valid"} if valid_fraction else {"data": out}
+    if valid_fraction and (out / MANIFEST_FILE).exists():
+        raise DataError(f"{out} is a data set: to hold text out, name a directory for two of them.")
+    for target in parts.values():
+        require_replaceable(target)
+    made = None if tokenizer.startswith("bpe:") else Tokenizer.from_spec(tokenizer)
+    request = {
+        "version": _VERSION,
+        "corpus": corpus.stamp(),
+        "options": corpus.options,
+        "tokenizer": tokenizer if made is None else made.fingerprint,
+        "valid_fraction": valid_fraction,
+        "shard_tokens": shard_tokens,
+        "licence": licence,
+    }
+    staging = out.parent / f".{out.name}.preparing"
+    with _locked(staging, out):
+        journal = _Journal.open(staging, request)
+        if journal.n_read:
+            announce(f"going on after {journal.n_read:,} documents (kept in {staging})")
+        try:
+            split = _split(corpus, valid_fraction, journal, announce)
+            if made is None:
+                made = _trained(tokenizer, corpus, split, staging, announce)
+            if not journal.done:
+                _encode_all(corpus, split, made, journal, list(parts), shard_tokens, licence, workers, progress)
+            for name, target in parts.items():
+                if (staging / name).is_dir():  # else it was published before a crash
+                    publish_directory(staging / name, target)
+            shutil.rmtree(staging)
+        except TaipanError:
+            if not journal.n_read:  # nothing to go on with
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return [TokenDataset.open(target, verify=False) for target in parts.values()]
+
+
+class _Journal:
+    """The last point to go on from; written as one step."""
+
+    def __init__(self, staging: Path, request: dict[str, Any], state: dict[str, Any]) -> None:
+        self.staging = staging
+        self._request = request
+        self.n_read: int = state.get("n_read", 0)
+        """Documents of the corpus that are done."""
+        self.place = Place(**state.get("place", {}))
+        self.writers: list[dict[str, Any] | None] = state.get("writers", [None, None])
+        self.done: bool = state.get("done", False)
+
+    @classmethod
+    def open(cls, staging: Path, request: dict[str, Any]) -> "_Journal":
+        """Read the journal; one that is missing, damaged or of another request begins anew."""
+        state: dict[str, Any] = {}
+        try:
+            loaded: Any = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            loaded = None
+        if isinstance(loaded, dict) and cast("dict[str, Any]", loaded).get("request") == _digest(request):
+            state = cast("dict[str, Any]", loaded)
+        else:
+            for entry in staging.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != _LOCK:
+                    entry.unlink()
+        journal = cls(staging, request, state)
+        journal.save()
+        return journal
+
+    def save(self) -> None:
+        """Write it down."""
+        state = {
+            "request": _digest(self._request),
+            "n_read": self.n_read,
+            "place": asdict(self.place),
+            "writers": self.writers,
+            "done": self.done,
+        }
+        atomic_write(self.staging / _JOURNAL, json.dumps(state).encode())
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Which documents are held out, and where a single one is cut in two.
+
+    Attributes:
+        held_out: of every document whether it is held out; None: nobody has counted them.
+        cut: number of a document, and the character from which on it is held out.
+        fraction: share that is held out by hash where nobody has counted.
+    """
+
+    held_out: NDArray[np.bool_] | None
+    cut: tuple[int, int] | None
+    fraction: float
+
+    def parts(self, number: int, document: Document) -> list[tuple[int, Document]]:
+        """What becomes of a document: (0 for training or 1 for held out, document), one or two of them."""
+        if self.cut is not None and number == self.cut[0]:
+            text = document.text
+            return [(part, replace(document, text=piece)) for part, piece in enumerate(_halves(text, self.cut[1]))]
+        if self.held_out is None:
+            return [(int(_key(document.source) < self.fraction * 2.0**64), document)]
+        if number >= len(self.held_out):
+            raise _changed()
+        return [(int(self.held_out[number]), document)]
+
+    def require_complete(self, number: int) -> None:
+        """Refuse a corpus that has become shorter since it was counted."""
+        if self.held_out is not None and number != len(self.held_out):
+            raise _changed()
+
+
+def _halves(text: str, cut: int) -> tuple[str, str]:
+    return text[:cut], text[cut:]
+
+
+def _changed() -> DataError:
+    return DataError("the corpus was changed while it was read. Run the command again when nobody writes to it.")
+
+
+def _key(source: str) -> int:
+    """64 bits that depend on the name alone."""
+    return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big")
+
+
+def _digest(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _split(corpus: Corpus, fraction: float, journal: _Journal, announce: Callable[[str], None]) -> _Split:
+    """Decide what is held out, or take the decision that was written down."""
+    if not fraction or corpus.streamed:
+        return _Split(None, None, fraction)
+    file = journal.staging / _HELD_OUT
+    if not file.is_file():
+        announce("counting, to hold out whole documents")
+        held_out, cut = _plan(corpus, fraction)
+        saved = BytesIO()
+        np.savez(saved, held_out=held_out, cut=np.array(cut or (), np.int64))
+        atomic_write(file, saved.getvalue())
+    with np.load(file, allow_pickle=False) as kept:
+        cut = kept["cut"].tolist()
+        return _Split(kept["held_out"], (cut[0], cut[1]) if cut else None, fraction)
+
+
+def _plan(corpus: Corpus, fraction: float) -> tuple[NDArray[np.bool_], tuple[int, int] | None]:
+    """Hold out about this share of the characters, in whole documents if that is possible at all."""
+    keys: list[int] = []
+    lengths: list[int] = []
+    longest, cut = 0, 0
+    for document in corpus:
+        keys.append(_key(document.source))
+        lengths.append(len(document.text))
+        if len(lengths) == 1 or lengths[-1] > lengths[longest]:
+            longest = len(lengths) - 1
+            begin = int(lengths[-1] * (1 - fraction))
+            cut = document.text.rfind("\n", 0, begin) + 1 or begin
+    total = sum(lengths)
+    held_out = np.zeros(len(lengths), np.bool_)
+    room = fraction * total
+    for number in np.argsort(np.array(keys, np.uint64), kind="stable").tolist():
+        if lengths[number] <= room:
+            held_out[number] = True
+            room -= lengths[number]
+    if room <= fraction * total / 2:
+        return held_out, None
+    if not cut:  # little or nothing fitted, and nothing can be cut
+        raise DataError(f"no share of {fraction} can be held out of {total} characters: name more text.")
+    return np.zeros_like(held_out), (longest, cut)
+
+
+def _trained(spec: str, corpus: Corpus, split: _Split, staging: Path, announce: Callable[[str], None]) -> Tokenizer:
+    """Train the tokenizer on what is not held out, or take the one that was trained already."""
+    directory = staging / "tokenizer"
+    if (directory / TOKENIZER_FILE).is_file():
+        return Tokenizer.load(directory)
+    announce(f"training the tokenizer {spec}")
+    made = Tokenizer.from_spec(
+        spec,
+        corpus=(
+            document.text
+            for number, whole in enumerate(corpus)
+            for part, document in split.parts(number, whole)
+            if part == 0
+        ),
+    )
+    made.save(directory)
+    return made
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """Where a piece of text belongs: to which data set, whether it ends a document there, and the place after it."""
+
+    part: int
+    ends: bool
+    place: Place | None
+
+
+def _pieces(corpus: Corpus, split: _Split, tokenizer: Tokenizer, journal: _Journal) -> Iterator[Piece[_Tag]]:
+    number = journal.n_read
+    for whole, place in corpus.read(journal.place):
+        documents = split.parts(number, whole)
+        number += 1
+        for order, (part, document) in enumerate(documents, 1):
+            *head, last = list(tokenizer.cut(document.text)) or [""]
+            yield from (Piece(text, _Tag(part, False, None)) for text in head)
+            yield Piece(last, _Tag(part, True, place if order == len(documents) else None))
+    split.require_complete(number)
+
+
+def _encode_all(
+    corpus: Corpus,
+    split: _Split,
+    tokenizer: Tokenizer,
+    journal: _Journal,
+    names: list[str],
+    shard_tokens: int,
+    licence: str,
+    workers: int,
+    progress: Callable[[CorpusProgress], None] | None,
+) -> None:
+    """Write the data sets of the staging directory to their end."""
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(DatasetWriter(journal.staging / name, tokenizer, shard_tokens, state))
+            for name, state in zip(names, journal.writers, strict=False)
+        ]
+
+        def commit(place: Place) -> None:
+            journal.place = place
+            journal.n_read = n_read
+            journal.writers = [writer.commit() for writer in writers]
+            journal.save()
+
+        n_read = journal.n_read
+        committed = time.monotonic()
+        pieces = _pieces(corpus, split, tokenizer, journal)
+        groups = stack.enter_context(closing(encode(pieces, tokenizer, writers[0].dtype, workers=workers)))
+        for group in groups:
+            for piece in group:
+                writer = writers[piece.tag.part]
+                writer.write(piece.tokens, piece.n_bytes)
+                if piece.tag.ends:
+                    writer.end_document()
+                n_read += piece.tag.place is not None
+            place = group[-1].tag.place
+            if place is not None and time.monotonic() - committed >= _COMMIT_SECONDS:
+                commit(place)
+                committed = time.monotonic()
+            if progress is not None:
+                progress(
+                    CorpusProgress(
+                        sum(writer.n_documents for writer in writers),
+                        sum(writer.n_tokens for writer in writers),
+                        sum(writer.n_bytes for writer in writers),
+                        *corpus.progress(),
+                    )
+                )
+        if n_read == 0:
+            corpus.refuse_empty()
+        for name, writer in zip(names, writers, strict=True):
+            if writer.n_documents == 0:
+                raise DataError(f"no document fell to {name} with this share: name more text, or another share.")
+            writer.finish(sources=corpus.sources(), licence=licence)
+    journal.n_read = n_read
+    journal.done = True
+    journal.save()
+
+
+@contextmanager
+def _locked(staging: Path, out: Path) -> Generator[None]:
+    """Refuse a second process; the lock ends with the process, however it ends."""
+    staging.mkdir(parents=True, exist_ok=True)
+    with (staging / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"another process is preparing {out} at this moment. Wait for it, or stop it.") from error
+        yield
