@@ -12,9 +12,11 @@ RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
+RELIABILITY := $(addprefix tests/training/test_, checkpoint.py damage.py distributed.py kills.py non_finite.py resume.py \
+	storage_faults.py)
 
 .NOTPARALLEL:
-.PHONY: help setup quickstart test test-all check lint types floors format clean
+.PHONY: help setup quickstart test test-all stress check lint types floors format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -29,6 +31,9 @@ test: $(DEVELOPMENT) ## Run the default tier of the tests (a few minutes)
 
 test-all: $(DEVELOPMENT) ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
+
+stress: $(DEVELOPMENT) ## Kill, damage, starve and resume training, thousands of times (docs/reliability.md)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" $(RELIABILITY)
 
 check: lint types floors test ## Run everything a change must pass
 

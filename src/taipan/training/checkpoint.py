@@ -217,13 +217,15 @@ def load_optimizer(
     Raises:
         CheckpointError: they cannot be read, or do not fit.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     directory = path / _OPTIMIZER
     with world.together():
         try:
-            reader = dcp.HuggingFaceStorageReader(str(directory))
+            reader = HuggingFaceStorageReader(str(directory))
             saved = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
         except Exception as error:  # safetensors raises several kinds for a damaged file
             raise _unreadable(directory, error) from error
@@ -231,24 +233,26 @@ def load_optimizer(
     if tensors:
         try:
             with _alone_is_fine():
-                dcp.load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=world.size == 1)
-        except dcp.CheckpointException as error:
+                load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=world.size == 1)
+        except CheckpointException as error:
             raise _unreadable(directory, _first_failure(error)) from error
     return tensors
 
 
 def _write_tensors(directory: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     if not tensors:  # no step was taken
         if world.leads:
             directory.mkdir()
         return
-    writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     try:
         with _alone_is_fine():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
-    except dcp.CheckpointException as error:
+            save(dict(sorted(tensors.items())), storage_writer=writer, no_dist=world.size == 1)
+    except CheckpointException as error:
         # the engine tells all processes of the first failure
         raise _first_failure(error) from error
 
@@ -258,7 +262,7 @@ def _explained(path: Path) -> Generator[None]:
     """What the system or a library says about a failed write, as an error of ours."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DataError) as error:
         raise CheckpointError(
             f"cannot write {path}: {error}. Earlier checkpoints are untouched. Check the disk and the permissions, "
             "then resume the run."

@@ -10,7 +10,10 @@ from taipan.errors import CheckpointError
 from taipan.training.muon import Muon
 from taipan.training.recipe import OptimizerSection
 
-_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+_STATE: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    Muon: {"momentum_buffer"},
+}
 """What each optimizer remembers of a parameter."""
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
