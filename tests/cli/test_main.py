@@ -24,6 +24,8 @@ VERBS = [
     ("presets",),
     ("doctor",),
     ("bench",),
+    ("plan",),
+    ("runs",),
 ]
 START = "import sys; from taipan.cli.main import main; main(sys.argv[1:])"
 
