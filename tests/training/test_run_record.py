@@ -17,13 +17,13 @@ def git(directory: Path, *arguments: str) -> None:
 
 
 def test_sessions_add_up_under_one_id(tmp_path: Path) -> None:
-    first = RunRecord(tmp_path)
+    first = RunRecord(tmp_path, resumed=False)
     first.begin(step=0, **FACTS)
     values = read_run_record(tmp_path)
     assert values is not None
     assert values["status"] == "running"
     first.end("interrupted", step=4, message="by hand")
-    second = RunRecord(tmp_path)
+    second = RunRecord(tmp_path, resumed=True)
     second.begin(step=4, **FACTS)
     second.end("finished", step=9, message="done")
     values = read_run_record(tmp_path)
@@ -31,7 +31,7 @@ def test_sessions_add_up_under_one_id(tmp_path: Path) -> None:
     assert values == second.values
     assert (values["id"], values["status"], values["message"]) == (first.id, "finished", "done")
     assert [(session["step"], session["last_step"]) for session in values["sessions"]] == [(0, 4), (4, 9)]
-    assert RunRecord(tmp_path / "other").id != first.id
+    assert RunRecord(tmp_path, resumed=False).id != first.id  # another run in the place of this one
     environment = values["sessions"][0]["environment"]
     assert {"taipan", "python", "torch", "threads", "cpu", "cores", "memory_bytes", "simd"} <= environment.keys()
 
@@ -40,7 +40,7 @@ def test_sessions_add_up_under_one_id(tmp_path: Path) -> None:
 def test_a_damaged_record_is_begun_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / run_record.FILE).write_text(text)
     assert read_run_record(tmp_path) is None
-    RunRecord(tmp_path).begin(step=0, **FACTS)
+    RunRecord(tmp_path, resumed=True).begin(step=0, **FACTS)
     assert read_run_record(tmp_path) is not None
 
 

@@ -194,7 +194,7 @@ class _Run:
                 if settings.sample_every is not None or (self.path / _SAMPLES).exists():
                     truncate_records(self.path / _SAMPLES, self.pace.step)
                 atomic_write(self.path / _RECIPE, recipe.resolved(config).to_yaml().encode())
-                self._open_record()
+                self._open_record(resumed=found is not None)
         self.listener.started(
             RunInfo(
                 recipe=recipe,
@@ -211,10 +211,10 @@ class _Run:
             )
         )
 
-    def _open_record(self) -> None:
+    def _open_record(self, *, resumed: bool) -> None:
         """Note in run.json what begins here, and open the trackers."""
         recipe = self.recipe
-        self.record = RunRecord(self.path)
+        self.record = RunRecord(self.path, resumed=resumed)
         self.listener = self.tracked = TrackedListener(
             self.listener, recipe.training.trackers, self.path, self.record.id, recipe, self.pace.step
         )

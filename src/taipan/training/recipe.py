@@ -180,7 +180,7 @@ class TrainingSection:
         dtype: `bfloat16` is autocast over fp32 weights; `auto` takes it where the hardware is fast at it.
         recompute: keep only the residual stream between blocks and compute the rest again in the backward pass: the
             same gradients in less memory, for one forward more.
-        compile: run the blocks through torch.compile.
+        compile: run what is plain PyTorch in the blocks through torch.compile; not together with `recompute`.
         implementation: of the ops: `auto`, or the name of one (docs/architecture.md).
         log_every: steps between lines of metrics.jsonl.
         evaluate_every: steps between evaluations, or None: at the end only.
@@ -421,6 +421,11 @@ def _check_values(recipe: Recipe) -> None:
         _require(value is None or value >= 1, f"training.{name}", value, "null or at least 1")
     passing = training.state_passing
     _require(passing is None or passing >= 2, "training.state_passing", passing, "null or at least 2 pieces")
+    if training.compile and training.recompute:
+        raise ConfigError(
+            "training.compile and training.recompute are both true, but a recomputed block cannot be compiled around "
+            "its ops: switch one of them off."
+        )
     _require(training.seed >= 0, "training.seed", training.seed, "0 or more")
     shard = recipe.parallel.shard_size
     _require(shard is None or shard >= 1, "parallel.shard_size", shard, "null or at least 1")

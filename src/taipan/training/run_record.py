@@ -31,12 +31,13 @@ class RunRecord:
     """The record of one run, written at the start and the end of each session.
 
     Args:
-        run: the run directory; a record that is there is gone on with.
+        run: the run directory.
+        resumed: go on with the record that is there, if one is.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, resumed: bool) -> None:
         self._path = run / FILE
-        self._values: dict[str, Any] = read_run_record(run) or {
+        self._values: dict[str, Any] = (read_run_record(run) if resumed else None) or {
             "format": _FORMAT,
             "id": secrets.token_hex(8),
             "created": _now(),
