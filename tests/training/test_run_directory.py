@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from taipan import pretrained
-from taipan.errors import ConfigError, TrainingError
+from taipan.errors import CheckpointError, ConfigError, TrainingError
 from taipan.training.loop import TrainResult, train
 from taipan.training.metrics import read_records
 from taipan.training.model_card import FILE as MODEL_CARD
 from taipan.training.recipe import Recipe
-from taipan.training.run_record import read_run_record
+from taipan.training.run_record import RunRecord, read_run_record
 from tests.training.test_loop import Watcher, assert_equal, interrupt, metrics, weights
 
 MakeRecipe = Callable[..., Recipe]
@@ -82,6 +82,16 @@ def test_a_run_that_fails_says_so(make_recipe: MakeRecipe) -> None:
     record = record_of(Path(recipe.output))
     assert record["status"] == "failed"
     assert "finite" in record["message"]
+
+
+def test_what_went_wrong_is_told_even_if_it_cannot_be_noted(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise CheckpointError("the disk is full")
+
+    with pytest.raises(ZeroDivisionError):
+        train(make_recipe(), listener=Watcher(1, lambda: monkeypatch.setattr(RunRecord, "end", full) or 1 / 0))
 
 
 def test_the_model_card_has_the_facts_and_metadata(whole: TrainResult) -> None:

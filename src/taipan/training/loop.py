@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from taipan import pretrained
 from taipan.data.mixture import Mixture
 from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import ConfigError, TrainingError
+from taipan.errors import ConfigError, TaipanError, TrainingError
 from taipan.hardware import training_dtype
 from taipan.io import atomic_write
 from taipan.model import TaipanLM
@@ -273,7 +274,8 @@ class _Run:
         try:
             result = self._complete()
         except BaseException as error:
-            self._close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", repr(error))
+            with suppress(TaipanError, OSError):  # what went wrong is the news, not that it cannot be noted
+                self._close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", repr(error))
             raise
         self._close("interrupted" if result.interrupted else "finished", result.message)
         return result

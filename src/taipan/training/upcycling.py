@@ -43,7 +43,9 @@ def upcycled_config(config: TaipanConfig, *, every: int = 6, **overrides: Any) -
         )
     layers: list[LayerType] = []
     for number in range(1, config.num_hidden_layers + 1):
-        layers += ["mamba2", "selective_attention"] if number % every == 0 else ["mamba2"]
+        layers.append("mamba2")
+        if number % every == 0:
+            layers.append("selective_attention")
     fields: dict[str, Any] = {
         "num_attention_heads": max(1, config.hidden_size // _HEAD_DIM),
         "intermediate_size": -(-8 * config.hidden_size // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE,
