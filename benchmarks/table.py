@@ -25,84 +25,91 @@ FP32, BF16 = "--dtype float32", "--dtype bfloat16"
 
 # Name of a run → arguments of `taipan bench`. Those in bfloat16 need a machine that multiplies it.
 RUNS = {
-    "mamba2-115m-fp32": f"prefill train --model mamba2-115m {FP32} --floor --repeats 3",
-    "mamba2-115m-fp32-prefill-peers": f"prefill --model mamba2-115m {FP32} --against transformers --repeats 3",
-    "mamba2-115m-fp32-train-peers": f"train --model mamba2-115m {FP32} --against transformers --repeats 3",
-    "mamba2-115m-fp32-decode": f"decode --model mamba2-115m {FP32} --floor --against transformers",
-    "mamba2-115m-fp32-ops": f"ops --model mamba2-115m {FP32}",
+    "mamba2-115m-fp32-prefill": f"prefill --model mamba2-115m {FP32} --floor --repeats 3",
+    "mamba2-115m-fp32-train": f"train --model mamba2-115m {FP32} --floor --repeats 3",
+    "mamba2-115m-fp32-decode": f"decode --model mamba2-115m {FP32} --floor --repeats 3 --new-tokens 16",
+    "mamba2-115m-fp32-ops": f"ops --model mamba2-115m {FP32} --repeats 3",
     "mamba2-115m-fp32-memory": f"memory --model mamba2-115m {FP32}",
-    "mamba2-115m-bf16": f"prefill train decode --model mamba2-115m {BF16} --floor --against transformers --repeats 3",
+    "mamba2-115m-fp32-prefill-peers": f"prefill --model mamba2-115m {FP32} --tokens 512 --against transformers"
+    " --repeats 3",
+    "mamba2-115m-fp32-train-peers": f"train --model mamba2-115m {FP32} --tokens 512 --against transformers --repeats 3",
+    "mamba2-115m-fp32-decode-peers": f"decode --model mamba2-115m {FP32} --against transformers --new-tokens 16",
+    "mamba2-115m-bf16-prefill": f"prefill --model mamba2-115m {BF16} --floor --against transformers --repeats 3",
+    "mamba2-115m-bf16-train": f"train --model mamba2-115m {BF16} --floor --against transformers --repeats 3",
     "mamba2-115m-bf16-long": f"prefill --model mamba2-115m {BF16} --against transformers-llama --repeats 3"
     " --tokens 8192 --tokens 32768",
+    "mamba2-115m-bf16-decode": f"decode --model mamba2-115m {BF16} --floor",
     "mamba2-115m-bf16-decode-8": f"decode --model mamba2-115m {BF16} --floor --batch 8",
     "mamba2-115m-bf16-memory": f"memory --model mamba2-115m {BF16} --against transformers",
-    "taipan-190m-fp32": f"prefill train --model taipan-190m {FP32} --floor --repeats 3",
-    "taipan-190m-bf16": f"prefill train decode --model taipan-190m {BF16} --floor --against transformers --repeats 3",
+    "taipan-190m-fp32-prefill": f"prefill --model taipan-190m {FP32} --floor --repeats 3",
+    "taipan-190m-fp32-train": f"train --model taipan-190m {FP32} --floor --repeats 2",
+    "taipan-190m-bf16-prefill": f"prefill --model taipan-190m {BF16} --floor --against transformers --repeats 3",
+    "taipan-190m-bf16-train": f"train --model taipan-190m {BF16} --floor --against transformers --repeats 3",
+    "taipan-190m-bf16-decode": f"decode --model taipan-190m {BF16} --floor",
     "mamba2-6m-fp32": f"prefill train decode --model mamba2-6m {FP32} --floor",
     "mamba2-6m-bf16": f"prefill train decode --model mamba2-6m {BF16} --floor",
     "taipan-30m-fp32": f"prefill train decode --model taipan-30m {FP32} --floor",
     "taipan-30m-bf16": f"prefill train decode --model taipan-30m {BF16} --floor",
-    "quickstart-fp32": f"prefill train decode --model quickstart {FP32} --floor --tokens 512 --batch 2",
+    "quickstart-fp32": f"prefill train --model quickstart {FP32} --floor --tokens 512 --batch 2",
     "taipan-tiny-contexts": f"decode --model taipan-tiny {FP32} --context 1024 --context 1048576",
     "taipan-tiny-long": f"prefill --model taipan-tiny {FP32} --tokens 16384 --tokens 1048576 --repeats 3",
     "taipan-30m-long": f"prefill --model taipan-30m {FP32} --tokens 16384 --tokens 1048576 --repeats 1",
-    "selective-layer": f"ops --model taipan-190m {FP32} --tokens 8192 --repeats 3",
+    "selective-layer": f"ops --model taipan-30m {FP32} --tokens 8192 --repeats 3",
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: which number of which run, and what it should be (`≤ 1.5`, `≥ 20`, or nothing)."""
+    """One line: which number of which run, and what it should be (`≤ 1.5`, `≥ 20`, or nothing).
+
+    Attributes:
+        run: a name in `RUNS`.
+        model: in words.
+        work: how the work begins, or a part of it.
+        quantity, other: of the comparison.
+        target: the aim.
+    """
 
     run: str
-    text: str
+    model: str
     work: str
     quantity: str
     other: str
-    target: str
+    target: str = ""
 
 
 def rows() -> Iterator[Row]:
-    prefill, train, decode = (
-        "prefill 2,048 tokens",
-        "forward and backward, 2,048 tokens",
-        "32 tokens after 1,024, batch 1",
-    )
+    prefill, train, decode = "prefill 2,048 ", "forward and backward, 2,048 ", " tokens after "
     for model in ("mamba2-115m", "taipan-190m"):
-        run = f"{model}-fp32"
-        yield Row(run, f"{model}, prefill 2,048", prefill, "time", LINEAR, "≤ 1.5")
-        yield Row(run, f"{model}, training 2,048", train, "time", LINEAR, "≤ 1.8")
+        yield Row(f"{model}-fp32-prefill", model, prefill, "time", LINEAR, "≤ 1.5")
+        yield Row(f"{model}-fp32-train", model, train, "time", LINEAR, "≤ 1.8")
     for model in ("mamba2-115m", "taipan-190m"):
-        run = f"{model}-bf16"
-        yield Row(run, f"{model}, bf16, prefill 2,048", prefill, "time", LINEAR, "≤ 1.8")
-        yield Row(run, f"{model}, bf16, prefill 2,048", prefill, "speed", MAMBA, "≥ 20")
-        yield Row(run, f"{model}, bf16, prefill 2,048", prefill, "speed", LLAMA, "≥ 1.6")
-        yield Row(run, f"{model}, bf16, training 2,048", train, "time", LINEAR, "≤ 2.0")
-        yield Row(run, f"{model}, bf16, training 2,048", train, "speed", MAMBA, "≥ 30")
-        yield Row(run, f"{model}, bf16, training 2,048", train, "speed", LLAMA, "≥ 3.5")
-        yield Row(run, f"{model}, bf16, decode", decode, "speed", READ, "≥ 0.85")
-    long = "mamba2-115m-bf16-long"
-    yield Row(long, "mamba2-115m, bf16, prefill 8,192", "prefill 8,192 tokens", "speed", LLAMA, "≥ 2.8")
-    yield Row(long, "mamba2-115m, bf16, prefill 32,768", "prefill 32,768 tokens", "speed", LLAMA, "≥ 7")
-    for run, work in (("prefill", prefill), ("train", train)):
-        for peer in (MAMBA, LLAMA):
-            yield Row(f"mamba2-115m-fp32-{run}-peers", f"mamba2-115m, {run} 2,048", work, "speed", peer, "")
-    for other in (READ, MAMBA, LLAMA):
-        yield Row("mamba2-115m-fp32-decode", "mamba2-115m, decode", decode, "speed", other, "")
+        yield Row(f"{model}-bf16-prefill", f"{model}, bf16", prefill, "time", LINEAR, "≤ 1.8")
+        yield Row(f"{model}-bf16-prefill", f"{model}, bf16", prefill, "speed", MAMBA, "≥ 20")
+        yield Row(f"{model}-bf16-prefill", f"{model}, bf16", prefill, "speed", LLAMA, "≥ 1.6")
+        yield Row(f"{model}-bf16-train", f"{model}, bf16", train, "time", LINEAR, "≤ 2.0")
+        yield Row(f"{model}-bf16-train", f"{model}, bf16", train, "speed", MAMBA, "≥ 30")
+        yield Row(f"{model}-bf16-train", f"{model}, bf16", train, "speed", LLAMA, "≥ 3.5")
+        yield Row(f"{model}-bf16-decode", f"{model}, bf16", decode, "speed", READ, "≥ 0.85")
+    yield Row("mamba2-115m-bf16-long", "mamba2-115m, bf16", "prefill 8,192 ", "speed", LLAMA, "≥ 2.8")
+    yield Row("mamba2-115m-bf16-long", "mamba2-115m, bf16", "prefill 32,768 ", "speed", LLAMA, "≥ 7")
+    for peer in (MAMBA, LLAMA):
+        yield Row("mamba2-115m-fp32-prefill-peers", "mamba2-115m", "prefill 512 ", "speed", peer)
+        yield Row("mamba2-115m-fp32-train-peers", "mamba2-115m", "forward and backward, 512 ", "speed", peer)
+        yield Row("mamba2-115m-fp32-decode-peers", "mamba2-115m", decode, "speed", peer)
+    yield Row("mamba2-115m-fp32-decode", "mamba2-115m", decode, "speed", READ)
     for model in ("mamba2-6m", "taipan-30m"):
-        yield Row(f"{model}-bf16", f"{model}, bf16, training 2,048", train, "time", LINEAR, "≤ 3")
-        yield Row(f"{model}-fp32", f"{model}, training 2,048", train, "time", LINEAR, "")
-        yield Row(f"{model}-fp32", f"{model}, prefill 2,048", prefill, "time", LINEAR, "")
-        yield Row(f"{model}-fp32", f"{model}, decode", decode, "speed", READ, "")
-    small = "forward and backward, 512 tokens"
-    yield Row("quickstart-fp32", "quickstart, training 2 × 512", small, "time", LINEAR, "")
-    yield Row("quickstart-fp32", "quickstart, decode, batch 2", "32 tokens after 1,024, batch 2", "speed", READ, "")
-    later, million = "32 tokens after 1,048,576, batch 1", "prefill 1,048,576 tokens"
-    yield Row("taipan-tiny-contexts", "taipan-tiny, decode after 1M", later, "time", "after 1,024", "≤ 1.05")
+        yield Row(f"{model}-bf16", f"{model}, bf16", train, "time", LINEAR, "≤ 3")
+        yield Row(f"{model}-fp32", model, train, "time", LINEAR)
+        yield Row(f"{model}-fp32", model, prefill, "time", LINEAR)
+        yield Row(f"{model}-fp32", model, decode, "speed", READ)
+    yield Row("quickstart-fp32", "quickstart, 2 rows", "forward and backward, 512 ", "time", LINEAR)
+    yield Row("quickstart-fp32", "quickstart, 2 rows", "prefill 512 ", "time", LINEAR)
+    yield Row("taipan-tiny-contexts", "taipan-tiny", " tokens after 1,048,576", "time", "after 1,024", "≤ 1.05")
     for model in ("taipan-tiny", "taipan-30m"):
-        yield Row(f"{model}-long", f"{model}, prefill 1M", million, "time", "a token of 16,384", "≤ 1.05")
-    share = "selective attention layer, 8,192 tokens, 15 % selected, forward"
-    yield Row("selective-layer", "SAL, C = 0.15, 8,192 tokens", share, "time", "every token selected", "≤ 0.25")
+        yield Row(f"{model}-long", model, "prefill 1,048,576 ", "time", "a token of 16,384", "≤ 1.05")
+    share = "selective attention layer, 8,192 tokens, 15 % "
+    yield Row("selective-layer", "taipan-30m", share, "time", "every token selected", "≤ 0.25")
 
 
 def load(run: str) -> dict[str, Any] | None:
@@ -113,7 +120,7 @@ def load(run: str) -> dict[str, Any] | None:
 def compared(record: dict[str, Any], row: Row) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The measurement and its comparison that a row is about."""
     for measurement in record["measurements"]:
-        if measurement["work"] == row.work:
+        if row.work in measurement["work"]:
             for comparison in measurement["comparisons"]:
                 if (comparison["quantity"], comparison["other"]) == (row.quantity, row.other):
                     return measurement, comparison
@@ -131,34 +138,39 @@ def met(value: float, target: str) -> str:
 
 
 def table() -> Iterator[str]:
-    yield "| work | compared | aim | median (quartiles) | met | tokens/s | command, `taipan bench …` |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| model | work | compared | aim | median (quartiles) | met | tokens/s | command |"
+    yield "|---|---|---|---|---|---|---|---|"
     for row in rows():
         record = load(row.run)
         found = None if record is None else compared(record, row)
-        head = f"| {row.text} | {row.quantity} / {row.other} | {row.target} "
-        command = f"`{RUNS[row.run]}`"
-        if found is None:
-            yield f"{head}| not measured | | | {command} |"
+        if record is None or found is None:
+            head = f"| {row.model} | {row.work.strip(' ,')} | {row.quantity} / {row.other} | {row.target} "
+            yield f"{head}| not measured | | | `taipan bench {RUNS[row.run]}` |"
             continue
         measurement, comparison = found
+        head = f"| {row.model} | {measurement['work']} | {row.quantity} / {row.other} | {row.target} "
         spread = f"{comparison['median']:.2f} ({comparison['lower']:.2f} – {comparison['upper']:.2f})"
-        rate = f"{measurement['tokens_per_second'] or 0:,.0f}" if measurement["tokens_per_second"] else ""
-        yield f"{head}| {spread} | {met(comparison['median'], row.target)} | {rate} | {command} |"
+        rate = f"{measurement['tokens_per_second']:,.0f}" if measurement["tokens_per_second"] else ""
+        yield f"{head}| {spread} | {met(comparison['median'], row.target)} | {rate} | `{command(record)}` |"
     yield from other_rows()
+
+
+def command(record: dict[str, Any]) -> str:
+    """What was run, without the file it was written to."""
+    return record["command"].partition(" --json ")[0]
 
 
 def other_rows() -> Iterator[str]:
     """What is not one comparison of one run."""
-    for run, work, target, value in (
-        ("mamba2-115m-fp32-memory", "mamba2-115m, training step of 2,048", "≤ 3.0", peak_of_training),
-        ("mamba2-115m-bf16-memory", "mamba2-115m, bf16, training step of 2,048", "≤ 3.0", peak_of_training),
-        ("mamba2-115m-bf16-decode-8", "mamba2-115m, bf16, decode of 8 rows / 1 row", "≥ 4", batched_decode),
+    step, eight = "a training step, 2,048 tokens", "decode of 8 rows / of 1 row"
+    for run, model, work, what, target, value in (
+        ("mamba2-115m-fp32-memory", "mamba2-115m", step, "peak memory, GB", "≤ 3.0", peak_of_training),
+        ("mamba2-115m-bf16-memory", "mamba2-115m, bf16", step, "peak memory, GB", "≤ 3.0", peak_of_training),
+        ("mamba2-115m-bf16-decode-8", "mamba2-115m, bf16", eight, "tokens/s", "≥ 4", batched_decode),
     ):
-        what = "peak memory, GB" if value is peak_of_training else "tokens/s"
         number = value(run)
         reached = "not measured | " if number is None else f"{number:.2f} | {met(number, target)}"
-        yield f"| {work} | {what} | {target} | {reached} | | `{RUNS[run]}` |"
+        yield f"| {model} | {work} | {what} | {target} | {reached} | | `taipan bench {RUNS[run]}` |"
 
 
 def peak_of_training(run: str) -> float | None:
@@ -172,7 +184,7 @@ def batched_decode(run: str) -> float | None:
         return m["suite"] == "decode" and m["subject"] == "taipan"
 
     eight = first(load(run), ours, "tokens_per_second", 1.0)
-    one = first(load("mamba2-115m-bf16"), ours, "tokens_per_second", 1.0)
+    one = first(load("mamba2-115m-bf16-decode"), ours, "tokens_per_second", 1.0)
     return None if eight is None or one is None else eight / one
 
 

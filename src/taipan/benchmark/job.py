@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -52,9 +53,8 @@ def run(settings: Settings, job: str, subject: str) -> None:
 
 def main(arguments: list[str]) -> None:
     """Read settings (JSON), job and subject; do it; print the peak."""
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(arguments[0]).items()
-    }
+    given: dict[str, Any] = json.loads(arguments[0])
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     run(Settings(**values), arguments[1], arguments[2])
     print(hardware.peak_rss_bytes())
 

@@ -233,12 +233,17 @@ class _Inputs:
         hidden, weight = self._normal(rows, config.hidden_size), self._normal(config.vocab_size, config.hidden_size)
         weight = weight * 0.02
         target = torch.randint(config.vocab_size, (rows,), generator=self.generator)
+
+        def call(inputs: tuple[Tensor, ...], name: str) -> Tensor:
+            hidden, weight = inputs
+            return linear_cross_entropy.linear_cross_entropy(hidden, weight, target, implementation=name)[0]
+
         return Case(
             "linear_cross_entropy",
             f"{tuple(hidden.shape)}, vocabulary {config.vocab_size:,}",
             linear_cross_entropy.IMPLEMENTATIONS,
             (hidden, weight),
-            lambda inputs, name: linear_cross_entropy.linear_cross_entropy(*inputs, target, implementation=name)[0],
+            call,
             flops=2.0 * hidden.numel() * config.vocab_size,
             nbytes=hidden.nbytes + weight.nbytes,
         )
