@@ -1,11 +1,20 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
 from tests.cli.conftest import TEXT, Cli
+from tests.cli.test_main import START
 
 
 def texts(directory: Path) -> list[str]:
@@ -81,3 +90,59 @@ def test_bad_input_is_refused(refused: Callable[..., str], tmp_path: Path, text_
     latin.write_text("x")
     assert "more text" in refused("data", "prepare", latin, "--out", out, "--valid-fraction", 0.5)
     assert not out.exists()
+
+
+def test_lines_of_a_column_and_a_licence(cli: Cli, tmp_path: Path) -> None:
+    lines = [{"body": "one", "text": "no"}, {"body": "two"}]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    options = ["--text-column", "body", "--license", "MIT", "--workers", 2]
+    finished = cli("data", "prepare", tmp_path / "a.jsonl.gz", "--out", tmp_path / "out", *options)
+    assert finished.code == 0, finished.err
+    assert texts(tmp_path / "out") == ["one", "two"]
+    assert TokenDataset.open(tmp_path / "out").manifest.licence == "MIT"
+
+
+def test_killed_it_goes_on_and_says_so(cli: Cli, tmp_path: Path) -> None:
+    lines = (json.dumps({"text": f"Document {i}. " * 500}) for i in range(4000))
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    slow = (
+        "from taipan.data import encoding, preparation\nencoding._GROUP_CHARS, preparation._COMMIT_SECONDS = 9000, 0\n"
+    )
+    code = slow + START
+    command = ["data", "prepare", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.DEVNULL)
+    journal = tmp_path / ".out.preparing/journal.json"
+    while process.poll() is None and not (journal.exists() and json.loads(journal.read_text())["n_read"]):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = cli(*command)
+    assert finished.code == 0, finished.err
+    assert "going on after" in finished.err
+    assert "4,000" in finished.out
+    assert cli("data", "prepare", tmp_path / "c.jsonl", "--out", tmp_path / "again").code == 0
+    for file in (tmp_path / "again").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_tokens_of_nanogpt_are_taken_over(cli: Cli, refused: Callable[..., str], tmp_path: Path) -> None:
+    np.array([*b"one", 256, *b"two", 256], "<u2").tofile(tmp_path / "train.bin")
+    options = ["--tokenizer", "bytes", "--out", tmp_path / "out"]
+    finished = cli("data", "import", tmp_path / "train.bin", *options, "--license", "MIT")
+    assert finished.code == 0, finished.err
+    assert texts(tmp_path / "out") == ["one", "two"]
+    assert "missing.bin" in refused("data", "import", tmp_path / "missing.bin", *options)
+
+
+def test_checking_says_whole_or_names_the_file(
+    cli: Cli, refused: Callable[..., str], corpus: Path, tmp_path: Path
+) -> None:
+    assert cli("data", "prepare", corpus, "--out", tmp_path / "out", "--license", "CC0").code == 0
+    finished = cli("data", "check", tmp_path / "out")
+    assert finished.code == 0
+    assert "whole; uint16" in finished.err
+    assert "CC0" in finished.err
+    file = tmp_path / "out/tokens-00000.bin"
+    file.write_bytes(file.read_bytes().replace(b"D", b"E", 1))
+    assert "tokens-00000.bin is damaged" in refused("data", "check", tmp_path / "out")
+    assert "file, not a prepared data set" in refused("data", "check", file)
