@@ -19,7 +19,12 @@ _NEEDED = (
     "matplotlib",
     "Jinja2",
 )
-_EXTRA = {"transformers": "taipan.hf", "accelerate": "Trainer of taipan.hf"}
+_EXTRA = {
+    "transformers": ("hf", "taipan.hf"),
+    "accelerate": ("hf", "Trainer of taipan.hf"),
+    "pyarrow": ("data", "Parquet and .zst"),
+    "datasets": ("datasets", "Hugging Face data sets"),
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -88,8 +93,8 @@ def _versions() -> Iterator[tuple[str, str, str]]:
     yield "taipan-lm", _version("taipan-lm"), "this"
     for name in _NEEDED:
         yield name, _version(name), "needed"
-    for name, purpose in _EXTRA.items():
-        yield name, _version(name), f"{purpose} (pip install 'taipan-lm[hf]')"
+    for name, (extra, purpose) in _EXTRA.items():
+        yield name, _version(name), f"{purpose} (pip install 'taipan-lm[{extra}]')"
 
 
 def _version(name: str) -> str:
