@@ -1,5 +1,6 @@
 """Where and how the verbs print: tables and notes on the terminal, plain text when piped."""
 
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -36,6 +37,14 @@ def note(message: str) -> None:
     """One line about what is going on, on standard error so that results can be piped."""
     # soft_wrap: a command that is longer than the terminal is wide stays one line to copy
     console(err=True).print(message, markup=False, soft_wrap=True)
+
+
+class Notes(logging.Handler):
+    """Log records as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message of a record."""
+        note(record.getMessage())
 
 
 def quantity(number: int | float) -> str:

@@ -1,6 +1,7 @@
 """`taipan`: the verbs together, and what becomes of an error."""
 
 import errno
+import logging
 import os
 import sys
 from typing import NoReturn
@@ -23,6 +24,7 @@ from taipan.cli import (
     runs,
     train,
 )
+from taipan.cli.console import Notes
 from taipan.errors import TaipanError
 
 EXIT_UNEXPECTED = 1
@@ -72,6 +74,8 @@ for verb in (
 ):
     verb.register(app)
 
+_notes = Notes()
+
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process.
@@ -80,6 +84,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     foreseeable failure, explained in one message; 130 interrupted.
     """
     debug = os.environ.get("TAIPAN_DEBUG", "") not in ("", "0")
+    _tell_of_compiling()
     try:
         app(arguments)
     except SystemExit as end:
@@ -104,6 +109,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             EXIT_UNEXPECTED,
         )
     sys.exit(0)
+
+
+def _tell_of_compiling() -> None:
+    """The first command waits for a compiler: it says so."""
+    log = logging.getLogger("taipan.native")
+    log.setLevel(logging.INFO)
+    log.addHandler(_notes)
 
 
 def _fail(message: str, code: int) -> NoReturn:
