@@ -82,7 +82,11 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         "glibc: freed tensors are reused without page faults" if tuned else "not glibc's: no settings to change",
     )
     kernels = native_status()
-    yield "native kernels", "none" if kernels.library is None else "compiled", kernels.reason
+    made = "compiled" if kernels.seconds is None else f"compiled in {kernels.seconds:.0f} s"
+    yield "native kernels", "none" if kernels.library is None else made, kernels.reason
+    if kernels.flags:
+        name, _, flags = kernels.flags.partition(" ")
+        yield "their compiler and flags", name, flags
     for op, implementations in IMPLEMENTATIONS.items():
         choice = chosen(implementations, torch.zeros(1))
         others = [name for name in implementations if name != choice]
