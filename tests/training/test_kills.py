@@ -42,16 +42,12 @@ def ask() -> Iterator[Ask]:
     assert process.stdin is not None
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
-    seconds: list[float] = []
 
     def request(**values: Any) -> list[int]:
         stdin.write(json.dumps(values) + "\n")
         stdin.flush()
-        answer = json.loads(stdout.readline())
-        seconds.append(answer["seconds"])
-        return answer["codes"]
+        return json.loads(stdout.readline())
 
-    request.__dict__["seconds"] = seconds
     yield request
     stdin.close()
     process.wait(60)
@@ -83,11 +79,10 @@ def assert_same(run: Path, reference: Path) -> None:
 
 def test_killed_at_random_moments(ask: Ask, reference: Path, corpora: tuple[Path, Path], tmp_path: Path) -> None:
     draw, kills, runs = random.Random(0), 0, 0
-    whole: float = ask.__dict__["seconds"][-1]
     while kills < KILLS // 2:
         values, runs = recipe(corpora, tmp_path / f"run-{runs}"), runs + 1
         for _ in range(40):
-            (code,) = ask(recipe=values, after=draw.uniform(0.1, 0.9) * whole)
+            (code,) = ask(recipe=values, lines=draw.choice([0, 1, 1, 1, 2]), delay=draw.uniform(0.0, 0.3))
             kills += code == -signal.SIGKILL
             assert code in (0, -signal.SIGKILL)
             if code == 0:
@@ -121,12 +116,11 @@ def test_killed_inside_calls_of_the_system(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
 def test_asked_to_stop(number: int, ask: Ask, reference: Path, corpora: tuple[Path, Path], tmp_path: Path) -> None:
     draw, stops, runs = random.Random(number), 0, 0
-    whole: float = ask.__dict__["seconds"][0]
     while stops < SIGNALS // 2:
         values, runs = recipe(corpora, tmp_path / f"run-{runs}", checkpoint_every=None), runs + 1
         for _ in range(40):
-            (code,) = ask(recipe=values, after=draw.uniform(0.2, 0.8) * whole, signal=number)
-            assert code in (0, 130, -number, 1)  # before the loop begins, and after it has ended, a signal just ends it
+            (code,) = ask(recipe=values, lines=draw.choice([1, 2]), delay=draw.uniform(0.0, 0.1), signal=number)
+            assert code in (0, 130, -number, 1)  # after the loop has ended, a signal just ends the process
             stops += code == 130
             if code == 0:
                 break
@@ -141,11 +135,12 @@ def test_two_processes_asked_to_stop(number: int, ask: Ask, corpora: tuple[Path,
     draw, stops, runs = random.Random(number), 0, 0
     values = recipe(corpora, tmp_path / "whole", steps=12, checkpoint_every=None)
     assert ask(recipe=values, ranks=ranks()) == [0, 0]
-    whole, reference = ask.__dict__["seconds"][-1], Path(values["output"])
+    reference = Path(values["output"])
     while stops < SIGNALS // 2:
         values, runs = recipe(corpora, tmp_path / f"run-{runs}", steps=12, checkpoint_every=None), runs + 1
         for _ in range(40):
-            codes = ask(recipe=values, ranks=ranks(), after=draw.uniform(0.3, 0.8) * whole, signal=number)
+            lines, delay = draw.choice([1, 2, 3]), draw.uniform(0.0, 0.1)
+            codes = ask(recipe=values, ranks=ranks(), lines=lines, delay=delay, signal=number)
             if codes == [0, 0]:
                 break
             stops += codes == [130, 130]

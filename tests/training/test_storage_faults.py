@@ -2,9 +2,12 @@
 
 import builtins
 import errno
+import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import safetensors.torch
 from taipan import pretrained
 from taipan.errors import CheckpointError
 from taipan.training.checkpoint import checkpoints, latest, verify
+from tests.training import full_disk
+from tests.training.distributed.launch import ROOT
 from tests.training.test_checkpoint import save
 
 __all__ = ["save"]  # a fixture
@@ -108,3 +113,21 @@ def test_the_system_itself_refuses_to_write_more(limit: int, save: Callable[[int
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert_the_run_goes_on(save, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_small_disk(tmp_path: Path) -> None:
+    """A tmpfs of our own, in a namespace of our own (Linux; `unshare` must be permitted), filled up to some pages."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = f"mount -t tmpfs -o size=2m tmpfs {place} && exec {sys.executable} {full_disk.__file__} {place}"
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", command],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["full"] >= 10

@@ -1,10 +1,10 @@
 """Children that train and are killed, forked from a process that has imported everything but computed nothing.
 
-Reads one JSON request a line from standard input, answers with one line: how the child ended. A child is killed after
-some seconds, or kills itself in the n-th call of a function of `os` (inside a checkpoint, most of them are).
+Reads one JSON request a line from standard input, answers with one line: how the child ended. A child is killed some
+time after it has written so many lines of metrics, or kills itself in the n-th call of a function of `os` (inside a
+checkpoint, most of them are).
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -72,20 +72,33 @@ def end_of(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def wait(metrics: Path, lines: int, delay: float, processes: list[int]) -> None:
+    """Until a run has written so many lines more, and some seconds; or until its processes have ended."""
+
+    def count() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    before, reached = count(), None
+    while any(os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for process in processes):
+        now = time.monotonic()
+        if reached is None and count() >= before + lines:
+            reached = now
+        if reached is not None and now >= reached + delay:
+            return
+        time.sleep(0.002)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
-        began = time.monotonic()
         ranks = request.get("ranks") or [{}]
         processes = [child({**request, "environment": rank}) for rank in ranks]
-        if "after" in request:
-            time.sleep(request["after"])
+        if "lines" in request:
+            wait(Path(request["recipe"]["output"]) / "metrics.jsonl", request["lines"], request["delay"], processes)
             for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, request.get("signal", signal.SIGKILL))
-        codes = [end_of(process) for process in processes]
-        print(json.dumps({"codes": codes, "seconds": time.monotonic() - began}), flush=True)
+                os.kill(process, request.get("signal", signal.SIGKILL))
+        print(json.dumps([end_of(process) for process in processes]), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class TrainingDisplay(TrainingListener):
             f"Training {quantity(info.parameters)} parameters ({layers}) on {quantity(info.train_tokens)} tokens; "
             f"{info.dtype} ({info.dtype_reason})"
         )
+        if info.processes > 1:
+            self._print(f"On {info.processes} processes ({info.strategy}).")
         if info.step:
             self._print(f"Going on after step {info.step}.")
 
