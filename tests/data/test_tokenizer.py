@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -116,6 +117,9 @@ def test_encoding_in_pieces_is_encoding_the_whole(text: str, cuts: list[int], si
         patch.setattr(module, "_PIECE_CHARS", size)
         for tokenizer in (BYTES, BPE):
             assert [i for ids in tokenizer.iter_encode(iter(pieces)) for i in ids] == tokenizer.encode(text)
+            apart = list(tokenizer.cut(text))
+            assert "".join(apart) == text
+            assert [i for piece in apart for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 @given(text=hard_text)
@@ -230,6 +234,33 @@ def test_what_cannot_be_encoded_or_decoded_is_named(tokenizer: Tokenizer) -> Non
         StreamDecoder(tokenizer).push(-1)
     assert tokenizer.decode([tokenizer.eos_id]) == ""
     assert tokenizer.encode("") == []
+
+
+def test_a_long_text_is_cut_into_short_pieces_a_foreign_one_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE_CHARS", 40)
+    text = "def f(x):\n    return x\n" * 30
+    for tokenizer in (BYTES, BPE):
+        assert all(0 < len(piece) <= 40 for piece in tokenizer.cut(text))
+    assert list(BPE.cut("x" * 500)) == ["x" * 500], "no line begins"
+    foreign = json.loads(BPE.to_json())
+    foreign["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "x"}
+    assert list(Tokenizer.from_json(json.dumps(foreign), "<|endoftext|>").cut(text)) == [text]
+    assert [list(tokenizer.cut("")) for tokenizer in (BYTES, BPE)] == [[], []]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+def test_arrays_are_the_lists_and_json_keeps_the_tokenizer(tokenizer: Tokenizer) -> None:
+    texts = ["", "abc é", "日本 🐍\n"]
+    again = Tokenizer.from_json(tokenizer.to_json(), tokenizer.eos_token)
+    assert again.fingerprint == tokenizer.fingerprint
+    arrays = again.encode_arrays(texts, np.dtype("<u4"))
+    assert [array.tolist() for array in arrays] == tokenizer.encode_batch(texts)
+    assert {array.dtype for array in arrays} == {np.dtype("<u4")}
+    assert [int(tokenizer.byte_lengths[ids].sum()) for ids in arrays] == [len(text.encode()) for text in texts]
+    assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,)
+    assert tokenizer.byte_lengths[tokenizer.eos_id] == 0
+    with pytest.raises(InputError, match="lone surrogate"):
+        tokenizer.encode_arrays(["ab\ud800"], np.dtype("<u4"))
 
 
 def test_importing_the_module_does_not_import_the_library() -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Encoded(Generic[_Tag]):
 
 def encode(
     pieces: Iterable[Piece[_Tag]], tokenizer: Tokenizer, dtype: np.dtype[Any], *, workers: int = 1
-) -> Iterator[list[Encoded[_Tag]]]:
+) -> Generator[list[Encoded[_Tag]]]:
     """Encode pieces of text, group by group and in order.
 
     Args:

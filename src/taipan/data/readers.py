@@ -6,7 +6,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from io import BufferedIOBase, BufferedReader
@@ -43,10 +43,15 @@ class Record(NamedTuple):
 class Reader(Protocol):
     """Texts in a fixed order that can be entered at any record."""
 
-    n_bytes: int
-    """Size of what is read, for progress; 0 if it is not known."""
-    position: int
-    """How much of it has been read."""
+    @property
+    def n_bytes(self) -> int:
+        """Size of what is read, for progress; 0 if it is not known."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """How much of it has been read."""
+        ...
 
     def stamp(self) -> list[object]:
         """Plain values that change when the content does."""
@@ -106,7 +111,7 @@ class FileReader:
             skipped["unreadable"] += 1
 
     @contextmanager
-    def _open(self) -> Iterator[BufferedIOBase]:
+    def _open(self) -> Generator[BufferedIOBase]:
         """The content of the file."""
         with ExitStack() as stack:
             raw = self._raw = stack.enter_context(self.path.open("rb"))

@@ -208,22 +208,20 @@ class Tokenizer:
         Raises:
             InputError: a text holds a lone surrogate, which no UTF-8 text can.
         """
-        try:
-            data = [text.encode() for text in texts]
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"cannot encode the character {error.object[error.start]!r} at offset {error.start}: a lone surrogate "
-                "is not text. Read the text as UTF-8, without errors='surrogateescape'."
-            ) from error
+        data = _utf8(texts)
         if self._is_bytes:
             return [list(utf8) for utf8 in data]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_arrays(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
-        """Return the token ids of several texts as arrays; for bytes this is quicker than :meth:`encode_batch`."""
+        """Return the token ids of several texts as arrays; for bytes this is quicker than :meth:`encode_batch`.
+
+        Raises:
+            InputError: a text holds a lone surrogate, which no UTF-8 text can.
+        """
         if self._is_bytes:
-            return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
+            return [np.frombuffer(utf8, np.uint8).astype(dtype) for utf8 in _utf8(texts)]
         return [np.array(ids, dtype) for ids in self.encode_batch(texts)]
 
     def cut(self, text: str) -> Iterator[str]:
@@ -413,6 +411,16 @@ def _configured_eos(file: Path) -> str | None:
     if isinstance(token, dict):
         token = cast("dict[str, object]", token).get("content")
     return token if isinstance(token, str) else None
+
+
+def _utf8(texts: Sequence[str]) -> list[bytes]:
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"cannot encode the character {error.object[error.start]!r} at offset {error.start}: a lone surrogate "
+            "is not text. Read the text as UTF-8, without errors='surrogateescape'."
+        ) from error
 
 
 def _last_line_start(text: str, start: int = 0, stop: int | None = None) -> int:
