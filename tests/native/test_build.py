@@ -1,4 +1,4 @@
-"""The kernels are built once, whatever else happens: found when whole, built again when not, done without when it must be.
+"""The kernels are built once, whatever else happens: found when whole, else built again, else done without.
 
 Most tests build a substitute for the kernels, which takes a moment.
 """

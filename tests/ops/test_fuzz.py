@@ -1,0 +1,28 @@
+"""Random cases against the fp64 reference: outputs and gradients, for every implementation (see `tests.ops.fuzz`)."""
+
+import pytest
+
+from tests.ops.fuzz import OPS, worst
+
+ALLOWED = 2.0  # times what is measured
+# ssd and attention are measured by `python -m tests.ops.fuzz`: gradients in which all cancels need a magnitude first.
+NAMES = ("causal_conv1d", "gated_rms_norm", "rms_norm", "linear_cross_entropy")
+
+
+def check(op: str, implementation: str, seeds: range) -> None:
+    for name, (ratio, seed) in worst(op, implementation, seeds).items():
+        assert ratio <= ALLOWED, f"{op}, {implementation}, case {seed}: {name} is {ratio:.2f} times what is measured"
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_what_runs_is_the_reference(op: str) -> None:
+    check(op, "auto", range(25))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "implementation"), [(op, name) for op in NAMES for name in sorted(OPS[op][1].keys() - {"reference"})]
+)
+@pytest.mark.timeout(1200)
+def test_every_implementation_is_the_reference(op: str, implementation: str) -> None:
+    check(op, implementation, range(500))
