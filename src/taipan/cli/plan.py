@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
         Examples:
 
-            taipan plan recipes/paper/taipan-1.3b.yaml --gpus 8
+            taipan plan recipes/paper/taipan-1.3b.yaml --gpus 8 -o training.batch_size=32 -o training.accumulation=4
 
             taipan plan taipan-450m --gpus 16 --gpu-memory 40 -o training.batch_size=32
         """

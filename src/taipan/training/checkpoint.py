@@ -116,6 +116,14 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), entry) for entry, match in matches if match)
 
 
+def remove_unfinished(run: Path) -> None:
+    """Remove what processes left that were killed while writing a checkpoint."""
+    directory = run / "checkpoints"
+    for leftover in directory.iterdir() if directory.is_dir() else []:
+        if _UNFINISHED.fullmatch(leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
@@ -299,12 +307,10 @@ def _manifest(step: int, files: Mapping[str, str]) -> bytes:
 
 
 def _tidy(run: Path) -> None:
-    """Remove all but the newest checkpoints, and what a process left that was killed while writing.
+    """Remove all but the newest checkpoints.
 
     What cannot be removed now may be removed after the next one: no reason to stop a run that has just been saved.
     """
     for _, old in checkpoints(run)[:-_KEEP]:
         shutil.rmtree(old, ignore_errors=True)
-    for leftover in (run / "checkpoints").iterdir():
-        if _UNFINISHED.fullmatch(leftover.name):
-            shutil.rmtree(leftover, ignore_errors=True)
+    remove_unfinished(run)

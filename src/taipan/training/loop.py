@@ -27,6 +27,7 @@ from taipan.training.checkpoint import (
     load_carried,
     load_optimizer,
     load_trainer,
+    remove_unfinished,
     save_checkpoint,
 )
 from taipan.training.compilation import compile_blocks
@@ -191,6 +192,7 @@ class _Run:
         with world.together():
             if world.leads:
                 self.path.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(self.path)
                 truncate_records(self.path / _METRICS, self.pace.step)
                 if settings.sample_every is not None or (self.path / _SAMPLES).exists():
                     truncate_records(self.path / _SAMPLES, self.pace.step)
