@@ -39,6 +39,7 @@ from taipan.state import (
 
 if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
+    from taipan.generation.program import DecoderParts
 
 IMPLEMENTATIONS: dict[str, Mapping[str, object]] = {
     "ssd": ssd.IMPLEMENTATIONS,
@@ -351,6 +352,17 @@ class TaipanLM(nn.Module):
         from taipan.generation.engine import generate
 
         return generate(self, tokens_BT, attention_mask, **options)
+
+    def decoder_parts(self) -> "DecoderParts | None":
+        """What decoding packs for its native step; None where a subclass may compute something else."""
+        from taipan.generation.program import DecoderParts
+
+        plain = (type(self), type(self.model), {type(block) for block in self.model.layers})
+        if plain != (TaipanLM, TaipanDecoder, {Block}):
+            return None
+        blocks = tuple(cast(Block, block) for block in self.model.layers)
+        names = tuple(self.implementations.values())
+        return DecoderParts(self.config, names, self.model.embed_tokens, blocks, self.model.norm, self.lm_head)
 
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""

@@ -91,6 +91,8 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         choice = chosen(implementations, torch.zeros(1))
         others = [name for name in implementations if name != choice]
         yield f"op {op}", choice, f"the best that runs here; also there: {', '.join(others)}"
+    decoding = "the model's forward" if kernels.library is None else "native"
+    yield "decoding step", decoding, "one call a token; --weights bfloat16 or int8 reads less memory, less exactly"
 
 
 def _versions() -> Iterator[tuple[str, str, str]]:

@@ -34,6 +34,9 @@ def register(app: typer.Typer) -> None:
         save_state: Annotated[Path | None, typer.Option(help="Write what the model remembers at the end.")] = None,
         load_state: Annotated[Path | None, typer.Option(help="Continue from a saved state of this model.")] = None,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
+        weights: Annotated[
+            str, typer.Option(help="New tokens read bfloat16 or int8 copies of the weights: faster, less exact.")
+        ] = "auto",
     ) -> None:
         """Continue a text, streaming it to the terminal. The prompt may be of any length.
 
@@ -62,6 +65,7 @@ def register(app: typer.Typer) -> None:
             eos_token_id=() if ignore_eos else None,
             stop_strings=tuple(stop or ()),
             prefill_chunk=prefill_chunk,
+            weights=weights,
         )
         _run(model, prompt, prompt_file, settings, max_new_tokens == 0, save_state, load_state, dtype)
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, overload
 
 import torch
@@ -13,7 +12,9 @@ from taipan.data.seeding import seeded_generator
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.generation import sampling
-from taipan.generation.prefill import Reading, check_prompt, read, read_prompt
+from taipan.generation.decoding import Decoding, require_native, start_decoding
+from taipan.generation.prefill import check_prompt, read_prompt
+from taipan.generation.program import program_of
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
 from taipan.generation.stopping import StopWatch
@@ -37,15 +38,16 @@ class StepOutput:
     generated_B: BoolB
     finished_B: BoolB
     finish_reasons: tuple[FinishReason | None, ...]
-    _read: Callable[[], Reading] = dataclasses.field(repr=False)
+    _state: Callable[[], Any] = dataclasses.field(repr=False)
 
     @property
     def state(self) -> Any:
         """State after this token: row by row, what the model remembers of prompt and new tokens.
 
         Reading it computes the forward that the next step needs anyway (after the last step, one more) and copies.
+        Once a later token has been read, all of them up to this one are read again.
         """
-        return self._read().released().state
+        return self._state()
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def stream(
         raise InputError(f"stop_strings {chosen.stop_strings!r} need the tokenizer too: pass tokenizer=….")
     if isinstance(tokens, Tensor):
         check_prompt(tokens, attention_mask, vocabulary)
+    if chosen.weights != "auto" and isinstance(reason := program_of(model, chosen.weights), str):
+        require_native(reason, chosen.weights)
     return _steps(model, tokens, attention_mask, state, tokenizer, chosen)
 
 
@@ -129,9 +133,12 @@ def _steps(
         watches = [StopWatch(settings.stop_strings, tokenizer) for _ in range(rows)]
     reasons: list[FinishReason | None] = [None] * rows
     finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
+    text = _Text(lambda state: start_decoding(model, state, weights=settings.weights), reading.state)
+    logits_BV = reading.logits_BV
+    del reading
     for step in range(settings.max_new_tokens):
         generated_B = ~finished_B
-        token_B = torch.where(generated_B, choose(reading.logits_BV, seen), pad)
+        token_B = torch.where(generated_B, choose(logits_BV, seen), pad)
         if seen is not None:
             seen.scatter_(1, token_B[:, None], True)  # of a finished row nobody asks any more
         for row, token in enumerate(token_B.tolist()):
@@ -143,22 +150,45 @@ def _steps(
                 elif step + 1 == settings.max_new_tokens:
                     reasons[row] = "length"
         finished_B = torch.tensor([reason is not None for reason in reasons], device=device)
-        read_on = _reader(model, token_B, generated_B, reading.state)
-        yield StepOutput(token_B, generated_B, finished_B, tuple(reasons), read_on)
+        state_after = text.append(token_B, None if bool(generated_B.all()) else generated_B)
+        yield StepOutput(token_B, generated_B, finished_B, tuple(reasons), state_after)
         if bool(finished_B.all()):
             return
-        reading = read_on()
+        logits_BV = text.read()
 
 
-def _reader(model: RecurrentLM, token_B: IntB, generated_B: BoolB, state: Any) -> Callable[[], Reading]:
-    """Reading of one token per row, done when first asked for; rows that were finished stay what they were."""
+class _Text:
+    """The new tokens, each read when somebody asks what comes after it; rows that have finished stay what they were."""
 
-    @cache
-    def read_on() -> Reading:
-        mask = None if bool(generated_B.all()) else generated_B[:, None]
-        return read(model, token_B[:, None], mask, state)
+    def __init__(self, start: Callable[[Any], Decoding], state: Any) -> None:
+        self._start = start
+        self._before = state
+        self._decoding = start(state)
+        self._tokens: list[tuple[IntB, BoolB | None]] = []
+        self._read = 0
 
-    return read_on
+    def append(self, token_B: IntB, active_B: BoolB | None) -> Callable[[], Any]:
+        """Take a token of every row; returns what gives the state after it."""
+        self._tokens.append((token_B, active_B))
+        number = len(self._tokens)
+        return lambda: self._state_after(number)
+
+    def read(self) -> FloatBV:
+        """Read the last token; logits of what comes next."""
+        if self._read < len(self._tokens):
+            self._logits_BV = self._decoding.step(*self._tokens[self._read])
+            self._read += 1
+        return self._logits_BV
+
+    def _state_after(self, number: int) -> Any:
+        if number > self._read:
+            self.read()
+        if number == self._read:
+            return self._decoding.state
+        again = self._start(self._before)
+        for tokens in self._tokens[:number]:
+            again.step(*tokens)
+        return again.state
 
 
 class _Chooser:

@@ -7,6 +7,7 @@ from typing import Any
 from taipan.config import suggestion
 from taipan.errors import InputError
 from taipan.generation import sampling
+from taipan.generation.program import check_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class GenerationSettings:
             end token, else 0.
         stop_strings: a row ends after the token that completes one of these in its generated text; needs a tokenizer.
         prefill_chunk: tokens of the prompt read per forward call; bounds the memory, never changes the result.
+        weights: what new tokens are read with: `auto` the weights as they are; `bfloat16` or `int8` a rounded copy of
+            the matrices, faster and less exact (docs/decisions/0010). The prompt is always read with the weights as
+            they are.
 
     Raises:
         InputError: a value is impossible; the message names it and what was expected.
@@ -43,6 +47,7 @@ class GenerationSettings:
     pad_token_id: int | None = None
     stop_strings: tuple[str, ...] = ()
     prefill_chunk: int = 2048
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -51,6 +56,7 @@ class GenerationSettings:
         sampling.check_top_p(self.top_p)
         sampling.check_min_p(self.min_p)
         sampling.check_repetition_penalty(self.repetition_penalty)
+        check_weights(self.weights)
         self._require(_whole(self.max_new_tokens, 1), "max_new_tokens", "a whole number of at least 1")
         self._require(_whole(self.prefill_chunk, 1), "prefill_chunk", "a whole number of at least 1")
         self._require(self.seed is None or _whole(self.seed, 0), "seed", "a whole number of at least 0, or None")

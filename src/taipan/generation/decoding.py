@@ -1,0 +1,249 @@
+"""Reading one token of every row after another: by the native step where it runs, else by the model itself."""
+
+import ctypes
+from dataclasses import replace
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from taipan.errors import ConfigError, InputError
+from taipan.generation.prefill import read
+from taipan.generation.program import DecoderProgram, check_weights, program_of
+from taipan.generation.protocol import RecurrentLM
+from taipan.generation.sampling import greedy
+from taipan.native import call
+from taipan.native.memory import Arena
+from taipan.shapes import BoolB, FloatBV, IntB, IntBT
+from taipan.state import AttentionState, DecoderState, LayerState, Mamba2State
+
+_SPARE = 256  # a full attention's buffers grow by at least so many entries
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """A model in the middle of a text, a token of every row at a time."""
+
+    @property
+    def implementation(self) -> str:
+        """`native`, or `model` where the model's own forward reads the tokens."""
+        ...
+
+    def step(self, token_B: IntB, active_B: BoolB | None = None) -> FloatBV:
+        """Read a token of every row; logits of what comes next, fp32.
+
+        Args:
+            token_B: int64 ids, one for each row.
+            active_B: rows that get their token; the others stay what they are, their logits mean nothing. None: all.
+
+        Raises:
+            InputError: an id is out of range, or there is not one for each row.
+        """
+        ...
+
+    @property
+    def state(self) -> Any:
+        """What the model remembers now: a copy, as ordinary tensors."""
+        ...
+
+
+def start_decoding(model: RecurrentLM, state: Any, *, weights: str = "auto") -> Decoding:
+    """Begin to read token by token after a state, which itself stays what it is.
+
+    Args:
+        model: a `TaipanLM` or anything that is called like one.
+        state: what came before, of `prefill` or of another `Decoding`.
+        weights: `auto` reads the weights as they are stored; `bfloat16` and `int8` (one symmetric scale for each
+            output) a narrower copy, which needs the native step.
+
+    Raises:
+        InputError: unknown `weights`.
+        ConfigError: `weights` needs the native step, which cannot run; the message says why.
+        StateError: the state is of another model.
+    """
+    check_weights(weights)
+    program = program_of(model, weights)
+    if isinstance(program, str):
+        require_native(program, weights)
+        return ModelDecoding(model, state)
+    return NativeDecoding(program, cast(DecoderState, state))
+
+
+def require_native(reason: str, weights: str) -> None:
+    """Raise `ConfigError` if a format was asked for that the model itself cannot read."""
+    if weights != "auto":
+        raise ConfigError(
+            f"weights={weights!r} needs the native decoding step, which cannot run here: {reason}. "
+            "Use weights='auto', or load the model with another dtype."
+        )
+
+
+def decode(model: RecurrentLM, state: Any, token_B: IntB, steps: int, *, weights: str = "auto") -> tuple[IntBT, Any]:
+    """Go on from a state by the likeliest token, a number of times.
+
+    Args:
+        model: as in `start_decoding`; so are state, weights and errors.
+        state: what came before.
+        token_B: the token of each row that is read first.
+        steps: tokens to read.
+
+    Returns:
+        (B, steps) the tokens chosen after each one read, and the state after the last one read.
+    """
+    decoding = start_decoding(model, state, weights=weights)
+    chosen: list[Tensor] = []
+    for _ in range(steps):
+        token_B = greedy(decoding.step(token_B))
+        chosen.append(token_B)
+    return torch.stack(chosen, 1), decoding.state
+
+
+class ModelDecoding:
+    """Every token is a forward call of the model."""
+
+    implementation = "model"
+
+    def __init__(self, model: RecurrentLM, state: Any) -> None:
+        self._model = model
+        self._state = state
+
+    def step(self, token_B: IntB, active_B: BoolB | None = None) -> FloatBV:
+        """See `Decoding.step`."""
+        reading = read(self._model, token_B[:, None], None if active_B is None else active_B[:, None], self._state)
+        self._state = reading.state
+        return reading.logits_BV
+
+    @property
+    def state(self) -> Any:
+        """See `Decoding.state`."""
+        return self._state.fork()
+
+
+class NativeDecoding:
+    """Every token is one call of the compiled kernels, which write into buffers of this object.
+
+    Args:
+        program: the packed model.
+        state: copied into the buffers.
+
+    Raises:
+        StateError: the state is of another model.
+    """
+
+    implementation = "native"
+
+    def __init__(self, program: DecoderProgram, state: DecoderState) -> None:
+        state.require(program.config)
+        self._program = program
+        self._state = state.map(lambda tensor: tensor[:0].clone())  # its dtypes; the buffers have the values
+        arena = Arena([(tensor.shape, program.real) for tensor in state.tensors().values()])
+        self._layers = [_buffers(layer, program.real, arena) for layer in state.layers]
+        self._position_B = state.position_B.clone()
+        self._segment_B = state.segment_B.clone()
+        self._rows_B = torch.arange(state.batch_size)
+        self._growing = [number for number, kind in enumerate(program.config.layer_types) if kind == "full_attention"]
+        counts = [int(self._layers[number][3].max()) for number in self._growing]
+        self._entries = max(counts, default=0)  # no row of a full attention has more
+        self._address()
+
+    def step(self, token_B: IntB, active_B: BoolB | None = None) -> FloatBV:
+        """See `Decoding.step`."""
+        program = self._program
+        self._check(token_B)
+        rows_B = self._rows_B if active_B is None else active_B.nonzero()[:, 0]
+        if self._growing:
+            self._grow()
+        logits_BV = torch.empty(len(rows_B), program.config.vocab_size, dtype=program.real)
+        call(
+            program.real,
+            "decode",
+            program.sizes,
+            *program.constants,
+            program.layers,
+            self._words,
+            program.head,
+            program.embedding,
+            program.norm,
+            rows_B,
+            len(rows_B),
+            token_B.long().contiguous(),
+            self._position_B,
+            logits_BV,
+        )
+        logits_BV = logits_BV.float()
+        if len(rows_B) == len(self._rows_B):
+            return logits_BV
+        return logits_BV.new_zeros(len(self._rows_B), logits_BV.shape[1]).index_copy_(0, rows_B, logits_BV)
+
+    @property
+    def state(self) -> DecoderState:
+        """See `Decoding.state`."""
+        layers = tuple(
+            _layer_state(buffers, like, grown=number in self._growing)
+            for number, (buffers, like) in enumerate(zip(self._layers, self._state.layers, strict=True))
+        )
+        position_B, segment_B = self._position_B.clone(), self._segment_B.clone()
+        return replace(self._state, layers=layers, position_B=position_B, segment_B=segment_B)
+
+    def _check(self, token_B: Tensor) -> None:
+        if token_B.shape != self._rows_B.shape:
+            raise InputError(
+                f"The tokens have shape {tuple(token_B.shape)}, but the state {len(self._rows_B)} rows: give one "
+                "token for each."
+            )
+        low, high = token_B.aminmax()
+        if int(low) < 0 or int(high) >= self._program.config.vocab_size:
+            raise InputError(
+                f"Token id {int(low) if int(low) < 0 else int(high)} is out of range: this model knows ids 0 to "
+                f"{self._program.config.vocab_size - 1}."
+            )
+
+    def _grow(self) -> None:
+        """Make room for one more entry in every full attention."""
+        if self._entries >= self._layers[self._growing[0]][0].shape[2]:
+            for number in self._growing:
+                self._layers[number] = _wider(self._layers[number], max(_SPARE, self._entries // 2))
+            self._address()
+        self._entries += 1
+
+    def _address(self) -> None:
+        """Fields of `State`, of every layer."""
+        words: list[int] = []
+        for buffers in self._layers:
+            addresses = [tensor.data_ptr() for tensor in buffers]
+            slots = buffers[0].shape[2] if len(buffers) == 4 else 0
+            words += [*addresses, *[0] * (4 - len(addresses)), slots]
+        self._words = (ctypes.c_ssize_t * len(words))(*words)
+
+
+def _buffers(state: LayerState, real: torch.dtype, arena: Arena) -> list[Tensor]:
+    """What the kernel writes into: columns and recurrent state; or keys, values (B, G, W, E), indices and counts."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return arena.take(tensor.shape, real).copy_(tensor.detach())
+
+    if isinstance(state, Mamba2State):
+        return [copied(state.conv_BLC), copied(state.ssm_BHPN)]
+    heads = (copied(tensor.transpose(1, 2)) for tensor in (state.key_BWGE, state.value_BWGE))
+    return [*heads, state.index_BW.clone(), state.count_B.clone()]
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _wider(buffers: list[Tensor], more: int) -> list[Tensor]:
+    """Room for more entries, empty ones."""
+    key_BGWE, value_BGWE, index_BW, count_B = buffers
+    wider = [torch.nn.functional.pad(tensor, (0, 0, 0, more)) for tensor in (key_BGWE, value_BGWE)]
+    return [*wider, torch.nn.functional.pad(index_BW, (0, more), value=-1), count_B]
+
+
+def _layer_state(buffers: list[Tensor], like: LayerState, *, grown: bool) -> LayerState:
+    """The state that the buffers hold, in the dtypes of `like`; without the spare room of one that has grown."""
+    if isinstance(like, Mamba2State):
+        return Mamba2State(_copy(buffers[0], like.conv_BLC.dtype), _copy(buffers[1], like.ssm_BHPN.dtype))
+    key_BGWE, value_BGWE, index_BW, count_B = buffers
+    slots = int(count_B.max()) if grown else index_BW.shape[1]
+    key, value = (_copy(t.transpose(1, 2)[:, :slots], like.key_BWGE.dtype) for t in (key_BGWE, value_BGWE))
+    return AttentionState(key, value, index_BW[:, :slots].clone(), count_B.clone())

@@ -1,0 +1,312 @@
+"""A decoder packed for the native step: one call of the compiled kernels reads one token of every row.
+
+Rows of weights are read as they lie in memory: the parameters themselves, or a narrower copy of them. The kernel is
+native/kernels/decode.cpp; the words handed to it here are the fields of its structures, in order.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from taipan.config import TaipanConfig, suggestion
+from taipan.errors import InputError
+from taipan.layers.attention import Attention
+from taipan.layers.gating import Gate
+from taipan.layers.mamba2 import GatedNorm, Mamba2
+from taipan.layers.mlp import SwiGLU
+from taipan.layers.norm import RMSNorm
+from taipan.layers.selective_attention import SelectiveAttention
+from taipan.native import native_status
+from taipan.native.memory import Arena
+from taipan.ops.dispatch import AUTO
+
+WEIGHTS = ("auto", "bfloat16", "int8")
+_FORMATS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.int8: 2}
+_MAMBA2, _ATTENTION, _SELECTIVE, _CLOSED = range(4)
+_NO_MATRIX = (0, 0, 0, 0)
+
+
+@runtime_checkable
+class DecoderBlock(Protocol):
+    """A layer: pre-norm mixer and, where it has one, pre-norm MLP."""
+
+    norm: RMSNorm
+    mixer: Mamba2 | Attention
+    mlp_norm: RMSNorm | None
+    mlp: SwiGLU | None
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """What a decoder with a language model head is made of."""
+
+    config: TaipanConfig
+    implementations: Sequence[str]
+    embedding: nn.Embedding
+    blocks: Sequence[DecoderBlock]
+    norm: RMSNorm
+    head: nn.Linear
+
+
+@runtime_checkable
+class Decodable(Protocol):
+    """A model that can be packed for the native step."""
+
+    def decoder_parts(self) -> DecoderParts | None:
+        """Its parts; None where its forward is not the plain sequence of them."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Everything in it."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All its parameters."""
+        ...
+
+
+def check_weights(weights: object) -> None:
+    """Raise `InputError` unless this is a format of `program_of`."""
+    known = list(WEIGHTS)
+    if weights not in known:
+        hint = suggestion(str(weights), known)
+        raise InputError(f"weights is {weights!r}{hint}, but must be one of {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as the kernel reads it, one row after the other, with a scale for each row if it is int8."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """Fields of `Matrix`."""
+        return (self.weight.data_ptr(), 0 if self.scale is None else self.scale.data_ptr(), *self.weight.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def pack(weight: Tensor, weights: str, arena: Arena | None = None) -> Packed:
+    """A weight (rows, columns) as it is, rounded to bfloat16, or to int8 with one symmetric scale for each row.
+
+    Args:
+        weight: the weight.
+        weights: `auto`, `bfloat16` or `int8`.
+        arena: where a copy goes.
+    """
+    weight = weight.detach()
+    if weights == "auto" or (weights == "bfloat16" and weight.dtype == torch.bfloat16):
+        return Packed(weight.contiguous())
+    dtype = torch.int8 if weights == "int8" else torch.bfloat16
+    packed = torch.empty(weight.shape, dtype=dtype) if arena is None else arena.take(weight.shape, dtype)
+    if dtype == torch.bfloat16:
+        return Packed(packed.copy_(weight))
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scale = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return Packed(packed.copy_((wide / scale[:, None]).round_()), scale.float())
+
+
+class DecoderProgram:
+    """A model packed for the native step.
+
+    It stays right as long as the weights do not change: `program_of` makes a new one when they have.
+
+    Attributes:
+        config: of the model.
+        weights: the format its matrices are read in: `float32`, `float64`, `bfloat16` or `int8`.
+        real: dtype of sums, states and logits.
+        nbytes: bytes of weights that reading one token takes.
+        sizes, layers, head, embedding, norm, constants: what the kernel is called with.
+    """
+
+    def __init__(self, parts: DecoderParts, weights: str) -> None:
+        config = self.config = parts.config
+        dtype = parts.head.weight.dtype
+        self.real = torch.promote_types(dtype, torch.float32)
+        self.rounds = dtype == torch.bfloat16
+        self._weights = weights
+        self._kept: list[Tensor] = []  # addresses below point into these
+        self._arena: Arena | None = None
+        if weights == "int8" or (weights == "bfloat16" and dtype != torch.bfloat16):
+            narrow = torch.int8 if weights == "int8" else torch.bfloat16
+            linears = (linear for linear in _linears(parts) if isinstance(linear, nn.Linear))
+            self._arena = Arena([(linear.weight.shape, narrow) for linear in linears])
+        self.nbytes = 0
+        self.embedding = parts.embedding.weight.detach().contiguous()
+        self.norm = self._vector(parts.norm.weight)
+        layers = [self._layer(block, kind) for block, kind in zip(parts.blocks, config.layer_types, strict=True)]
+        self.layers = _words([word for layer in layers for word in layer])
+        packed = self._packed(parts.head)
+        self.head = _words(packed.words)
+        self.weights = str(packed.weight.dtype).removeprefix("torch.")
+        self.constants = (config.norm_eps, *map(float, config.time_step_limit))
+        mamba2 = "mamba2" in config.layer_types
+        attends = bool(set(config.layer_types) - {"mamba2"})
+        self.sizes = _words(
+            (
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.vocab_size,
+                config.intermediate_size,
+                *((config.inner_size, config.conv_size, config.conv_kernel) if mamba2 else (0, 0, 0)),
+                *((config.num_mamba_heads, config.mamba_head_dim) if mamba2 else (0, 0)),
+                *((config.n_groups, config.state_size) if mamba2 else (0, 0)),
+                *((config.num_attention_heads, config.kv_heads, config.head_dim) if attends else (0, 0, 0)),
+                config.gate_hidden_size if config.gate == "mlp" else 0,
+                _FORMATS[packed.weight.dtype],
+                _FORMATS[self.embedding.dtype],
+                int(self.rounds),
+            )
+        )
+
+    def _packed(self, linear: nn.Linear) -> Packed:
+        packed = pack(linear.weight, self._weights, self._arena)
+        self._kept += [packed.weight] if packed.scale is None else [packed.weight, packed.scale]
+        self.nbytes += packed.nbytes
+        return packed
+
+    def _matrix(self, linear: nn.Linear) -> tuple[int, ...]:
+        return self._packed(linear).words
+
+    def _vector(self, tensor: Tensor) -> int:
+        vector = tensor.detach().to(self.real).contiguous()
+        self._kept.append(vector)
+        return vector.data_ptr()
+
+    def _layer(self, block: DecoderBlock, kind: str) -> list[int]:
+        """Fields of `Layer`."""
+        mixer = block.mixer
+        words = [0, self._vector(block.norm.weight)]
+        if isinstance(mixer, Mamba2):
+            assert mixer.conv1d.bias is not None
+            words[0] = _MAMBA2
+            words += [*self._matrix(mixer.in_proj), *_NO_MATRIX, *_NO_MATRIX, *self._matrix(mixer.out_proj)]
+            taps_KC = mixer.conv1d.weight.squeeze(1).t()
+            A_H = -torch.exp(mixer.A_log.detach().to(self.real))
+            vectors = (taps_KC, mixer.conv1d.bias, mixer.dt_bias, A_H, mixer.D, mixer.norm.weight)
+            words += [self._vector(vector) for vector in vectors]
+            words += [0] * 11
+        else:
+            words += self._attention(words, mixer, kind)
+        if block.mlp is None or block.mlp_norm is None:
+            return [*words, 0, *_NO_MATRIX, *_NO_MATRIX, *_NO_MATRIX]
+        linears = (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+        matrices = [word for linear in linears for word in self._matrix(linear)]
+        return [*words, self._vector(block.mlp_norm.weight), *matrices]
+
+    def _attention(self, words: list[int], mixer: Attention, kind: str) -> list[int]:
+        config = self.config
+        selective = isinstance(mixer, SelectiveAttention)
+        closed = selective and config.attention_capacity == 0
+        words[0] = _CLOSED if closed else _SELECTIVE if selective else _ATTENTION
+        linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
+        out = [word for linear in linears for word in (_NO_MATRIX if closed else self._matrix(linear))]
+        frequency = 0
+        if mixer.rope:
+            even_E = torch.arange(0, config.head_dim, 2, dtype=self.real)
+            frequency = self._vector(1 / config.rope_theta ** (even_E / config.head_dim))
+        out += [0] * 6 + [frequency, mixer.window or 0]
+        if not selective:
+            return out + [0] * 9
+        gate = mixer.gate
+        out += [self._vector(gate.proj.weight), self._vector(gate.proj.bias)]
+        out += [0, 0] if gate.hidden is None else [self._vector(gate.hidden.weight), self._vector(gate.hidden.bias)]
+        out += [self._vector(gate.threshold), int(config.gate_input == "raw"), int(config.key_value_scope == "all")]
+        return [*out, int(config.window_unit == "selected"), int(config.refinement == "add")]
+
+
+def _words(words: Sequence[int]) -> "ctypes.Array[ctypes.c_ssize_t]":
+    return (ctypes.c_ssize_t * len(words))(*words)
+
+
+_programs: "WeakKeyDictionary[Any, tuple[Any, DecoderProgram]]" = WeakKeyDictionary()
+
+
+def program_of(model: object, weights: str = "auto") -> DecoderProgram | str:
+    """The model packed for the native step; kept until its weights change or another format is asked for.
+
+    Args:
+        model: a `TaipanLM`.
+        weights: `auto` reads the parameters as they are; `bfloat16` and `int8` a copy of their matrices.
+
+    Returns:
+        The program, or the reason why there is none: then the model itself reads the tokens.
+    """
+    parts = _parts(model)
+    if isinstance(parts, str):
+        return parts
+    identity = (weights, parts.config, *map(_identity, cast(Decodable, model).modules()))
+    kept = _programs.get(model)
+    if kept is None or kept[0] != identity:
+        kept = _programs[model] = (identity, DecoderProgram(parts, weights))
+    return kept[1]
+
+
+def _identity(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Where the tensors of a module are and how often they were written."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+
+
+def _parts(model: object) -> DecoderParts | str:
+    """The parts of a model that the native step computes as the model itself does, or what stands against it."""
+    # asked of the type, because a wrapper (compiled, with adapters) answers for what it wraps
+    if not hasattr(type(model), "decoder_parts"):
+        return f"{type(model).__name__} is not a TaipanLM"
+    parts = cast(Decodable, model).decoder_parts()
+    if parts is None:
+        return f"{type(model).__name__} has a forward of its own"
+    if not set(parts.implementations) <= {AUTO, "native"}:
+        return f"the model was built for other implementations ({', '.join(sorted(set(parts.implementations)))})"
+    for module in cast(Decodable, model).modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        if any(hooks) or "forward" in vars(module):
+            return f"a {type(module).__name__} has a hook or a forward of its own"
+    dtypes: set[torch.dtype] = set()
+    for linear in _linears(parts):
+        if type(linear) is not nn.Linear:
+            return f"a linear is a {type(linear).__name__}"
+        dtypes.add(linear.weight.dtype)
+    dtypes.add(parts.embedding.weight.dtype)
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64, torch.bfloat16}:
+        return f"the weights are {' and '.join(sorted(str(dtype) for dtype in dtypes))}"
+    for tensor in cast(Decodable, model).parameters():
+        if type(tensor) is not nn.Parameter or tensor.device.type != "cpu":
+            return f"a weight is a {type(tensor).__name__} on {tensor.device}"
+    status = native_status(torch.promote_types(dtypes.pop(), torch.float32))
+    return parts if status.library is not None else f"no native kernels: {status.reason}"
+
+
+def _linears(parts: DecoderParts) -> Iterator[nn.Module]:
+    """Everything that must be a plain linear; anything of another type than expected instead of it."""
+    yield parts.head
+    for block in parts.blocks:
+        mixer, mlp = block.mixer, block.mlp
+        if type(mixer) is Mamba2 and type(mixer.norm) is GatedNorm and type(mixer.conv1d) is nn.Conv1d:
+            yield from (mixer.in_proj, mixer.out_proj)
+        elif type(mixer) in (Attention, SelectiveAttention):
+            attention = cast(Attention, mixer)
+            yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            if isinstance(mixer, SelectiveAttention):
+                gate = mixer.gate
+                inner = (gate.proj,) if gate.hidden is None else (gate.proj, gate.hidden)
+                yield from inner if type(gate) is Gate else (gate,)
+        else:
+            yield mixer
+        if mlp is not None:
+            yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if type(mlp) is SwiGLU else (mlp,)
+        for norm in (block.norm, block.mlp_norm):
+            if norm is not None and type(norm) is not RMSNorm:
+                yield norm
+    if type(parts.norm) is not RMSNorm:
+        yield parts.norm

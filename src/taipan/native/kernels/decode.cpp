@@ -1,0 +1,804 @@
+// One token of every row through the whole decoder, in one call: the memory of weights and states is read once, and
+// states are written in place.
+//
+// Threads share every product by its rows and wait for each other between stages; what is short (norms, gates) each of
+// them computes for itself. Everything is summed in Real, whatever the weights are stored in.
+#include <algorithm>
+
+#include "simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace taipan {
+namespace {
+
+enum Format : Index { kReal = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// (rows, columns), one row after the other; scale per row for int8.
+struct Matrix {
+  const void* weight;
+  const float* scale;
+  Index rows, columns;
+};
+
+struct Sizes {
+  Index layers, hidden, vocabulary, intermediate;
+  Index inner, conv, taps, heads, head_dim, groups, state;  // of Mamba-2
+  Index query_heads, key_heads, width;                       // of attention
+  Index gate_hidden;                                         // 0: a linear gate
+  Index format, embedding_format;                            // of the matrices and of the embedding
+  Index rounds;                                              // what a state keeps is rounded to bfloat16
+};
+
+struct Constants {
+  double eps, dt_low, dt_high;
+};
+
+enum Kind : Index { kMamba2 = 0, kAttention = 1, kSelective = 2, kClosed = 3 };
+
+template <class T>
+struct Layer {
+  Index kind;
+  const T* norm;
+  Matrix first, keys, values, last;  // in_proj, -, -, out_proj; or q_proj, k_proj, v_proj, o_proj
+  const T *conv_weight, *conv_bias;  // (K, C), (C)
+  const T *dt_bias, *A, *D;          // (H); A is negative
+  const T* gated_norm;
+  const T* frequency;  // (E / 2) of the rotary embedding, or null
+  Index window;        // 0: none
+  const T *gate_weight, *gate_bias, *gate_hidden_weight, *gate_hidden_bias;
+  const T* threshold;
+  Index gate_reads_raw, keys_of_all, counts_selected, adds;
+  const T* mlp_norm;  // null: no MLP
+  Matrix gate, up, down;
+};
+
+// Of a Mamba-2 layer: columns (B, K - 1, C) and recurrent state (B, H, P, N). Of an attention layer: keys and values
+// (B, G, W, E), window coordinate (B, W) and number of entries so far (B).
+template <class T>
+struct State {
+  T *first, *second;
+  std::int64_t *index, *count;
+  Index slots;
+};
+
+// A thread of a team.
+struct Part {
+  Index number, count;
+
+  Index begin(Index n) const { return n * number / count; }
+  Index end(Index n) const { return n * (number + 1) / count; }
+};
+
+inline void wait() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// ------------------------------------------------------------------ vectors
+
+template <class T>
+inline Vector<T> load_some(const T* p, Index n) {
+  if (n >= kLanes<T>) return load(p);
+  Vector<T> v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_some(T* p, Vector<T> v, Index n) {
+  if (n >= kLanes<T>)
+    store(p, v);
+  else
+    std::memcpy(p, &v, n * sizeof(T));
+}
+
+template <class T>
+inline T sigmoid_of(T x) {
+  return T(1) / (T(1) + std::exp(-x));
+}
+
+template <class T>
+inline T to_bfloat16(T x) {
+  const float narrow = static_cast<float>(x);
+  if (narrow != narrow) return x;
+  std::uint32_t bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  float rounded;
+  std::memcpy(&rounded, &bits, sizeof rounded);
+  return rounded;
+}
+
+template <class T, class W>
+struct Widening {
+  typedef W Narrow __attribute__((vector_size(kLanes<T> * sizeof(W))));
+  typedef std::int32_t Integer __attribute__((vector_size(kLanes<T> * 4)));
+  typedef float Single __attribute__((vector_size(kLanes<T> * 4)));
+};
+
+// The conversion of the vector extension; GCC makes of it what takes three to ten times as long as it should.
+template <class T, class W>
+inline typename Widening<T, W>::Integer to_integers(const W* p) {
+  typename Widening<T, W>::Narrow narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  return __builtin_convertvector(narrow, typename Widening<T, W>::Integer);
+}
+
+#if defined(__AVX512F__)
+template <>
+inline Widening<float, std::uint16_t>::Integer to_integers<float>(const std::uint16_t* p) {
+  return reinterpret_cast<Widening<float, std::uint16_t>::Integer>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+
+template <>
+inline Widening<float, std::int8_t>::Integer to_integers<float>(const std::int8_t* p) {
+  return reinterpret_cast<Widening<float, std::int8_t>::Integer>(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#elif defined(__AVX2__)
+template <>
+inline Widening<float, std::uint16_t>::Integer to_integers<float>(const std::uint16_t* p) {
+  return reinterpret_cast<Widening<float, std::uint16_t>::Integer>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+template <>
+inline Widening<float, std::int8_t>::Integer to_integers<float>(const std::int8_t* p) {
+  return reinterpret_cast<Widening<float, std::int8_t>::Integer>(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+#endif
+
+template <class T, class W>
+inline Vector<T> widen(const W* p) {
+  if constexpr (std::is_same_v<T, W>)
+    return load(p);
+  else if constexpr (std::is_same_v<W, std::int8_t>)
+    return __builtin_convertvector(to_integers<T>(p), Vector<T>);
+  else
+    return __builtin_convertvector(reinterpret_cast<typename Widening<T, W>::Single>(to_integers<T>(p) << 16),
+                                   Vector<T>);
+}
+
+// The sum of the lanes, by halves.
+template <class T>
+inline T total_of(Vector<T> v) {
+  typedef T Half __attribute__((vector_size(kBytes / 2)));
+  Half low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  low += high;
+  if constexpr (sizeof low > 16) {
+    typedef T Quarter __attribute__((vector_size(kBytes / 4)));
+    Quarter first, second;
+    std::memcpy(&first, &low, sizeof first);
+    std::memcpy(&second, reinterpret_cast<const char*>(&low) + sizeof first, sizeof second);
+    first += second;
+    T total = 0;
+    for (std::size_t lane = 0; lane < sizeof first / sizeof(T); ++lane) total += first[lane];
+    return total;
+  }
+  T total = 0;
+  for (std::size_t lane = 0; lane < sizeof low / sizeof(T); ++lane) total += low[lane];
+  return total;
+}
+
+template <class T, class W>
+inline T widen_one(W value) {
+  if constexpr (std::is_same_v<W, std::uint16_t>) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+    float single;
+    std::memcpy(&single, &bits, sizeof single);
+    return single;
+  } else {
+    return value;
+  }
+}
+
+template <class T, class W>
+void widen_row(Index count, const W* from, T* to) {
+  Index k = 0;
+  for (; k + kLanes<T> <= count; k += kLanes<T>) store(to + k, widen<T>(from + k));
+  for (; k < count; ++k) to[k] = widen_one<T>(from[k]);
+}
+
+// ------------------------------------------------------------------ products
+
+// out(r, c) = Σ_k w(r, k) x(c, k)
+template <class T, class W, int R, int C>
+inline void dots(Index count, const W* w, Index w_row, const T* x, Index x_row, T (&out)[R][C]) {
+  Vector<T> total[R][C] = {};
+  Index k = 0;
+  for (; k + kLanes<T> <= count; k += kLanes<T>) {
+    Vector<T> left[R];
+    for (int r = 0; r < R; ++r) left[r] = widen<T>(w + r * w_row + k);
+    for (int c = 0; c < C; ++c) {
+      const Vector<T> right = load(x + c * x_row + k);
+      for (int r = 0; r < R; ++r) total[r][c] += left[r] * right;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r][c] = total_of<T>(total[r][c]);
+  for (; k < count; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) out[r][c] += widen_one<T>(w[r * w_row + k]) * x[c * x_row + k];
+}
+
+// Where a product goes: out(c, row), or added to it.
+template <class T>
+struct Target {
+  T* out;
+  Index out_row;
+  bool add;
+
+  template <int R, int C>
+  void put(const Matrix& m, Index row, Index column, const T (&value)[R][C]) const {
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) {
+        T* place = out + (column + c) * out_row + row + r;
+        const T scaled = m.scale == nullptr ? value[r][c] : value[r][c] * m.scale[row + r];
+        *place = add ? *place + scaled : scaled;
+      }
+  }
+};
+
+constexpr int kRowsOfOne = 8;   // rows at once for one vector …
+constexpr int kRowsOfMany = 3;  // … and for several, of which so many share what is loaded of a row
+constexpr int kMany = 4;
+constexpr Index kPanel = 12;
+
+template <class T, class W, int R, int C>
+inline void tile(const Matrix& m, Index row, Index column, const W* w, const T* x, Index x_row,
+                 const Target<T>& target) {
+  T value[R][C];
+  dots<T, W, R, C>(m.columns, w, m.columns, x + column * x_row, x_row, value);
+  target.put(m, row, column, value);
+}
+
+#if defined(__AVX2__)
+// Products of int8 rows with one vector that is rounded to 16 bits, which is 1 / 65534 of its largest value: exact sums
+// at half the instructions, where widening to float takes longer than memory does.
+struct Short {
+  static constexpr Index kMost = 4096;  // columns whose sum fits 32 bits
+
+  static bool fits(Index count) { return count % 16 == 0 && count <= kMost; }
+
+  // x to 16 bits; returns its unit.
+  static float round(Index count, const float* x, std::int16_t* to) {
+    float largest = 0;
+    for (Index k = 0; k < count; ++k) largest = std::max(largest, std::fabs(x[k]));
+    const float unit = largest > 0 ? largest / 32767 : 1;
+    const __m256 per_unit = _mm256_set1_ps(1 / unit);
+    for (Index k = 0; k < count; k += 16) {
+      const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), per_unit));
+      const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k + 8), per_unit));
+      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), both);
+    }
+    return unit;
+  }
+
+  template <int R>
+  static void dots(Index count, const std::int8_t* w, const std::int16_t* x, float unit, float (&out)[R][1]) {
+    __m256i total[R];
+    for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_si256();
+    for (Index k = 0; k < count; k += 16) {
+      const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+      for (int r = 0; r < R; ++r) {
+        const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * count + k));
+        total[r] = _mm256_add_epi32(total[r], _mm256_madd_epi16(_mm256_cvtepi8_epi16(narrow), right));
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      float lane[8], sum = 0;
+      _mm256_storeu_ps(lane, _mm256_cvtepi32_ps(total[r]));
+      for (const float value : lane) sum += value;
+      out[r][0] = unit * sum;
+    }
+  }
+
+  static void product(const Matrix& m, const float* x, Index row, Index end, std::int16_t* rounded,
+                      const Target<float>& target) {
+    const float unit = round(m.columns, x, rounded);
+    const auto* weight = static_cast<const std::int8_t*>(m.weight);
+    for (; row + kRowsOfOne <= end; row += kRowsOfOne) {
+      float value[kRowsOfOne][1];
+      dots<kRowsOfOne>(m.columns, weight + row * m.columns, rounded, unit, value);
+      target.put(m, row, 0, value);
+    }
+    for (; row < end; ++row) {
+      float value[1][1];
+      dots<1>(m.columns, weight + row * m.columns, rounded, unit, value);
+      target.put(m, row, 0, value);
+    }
+  }
+};
+#endif
+
+// C columns of the product for `rows` rows at w, of which the first is row number `first`.
+template <class T, int C>
+inline void tiles_of_columns(const Matrix& m, Index first, Index rows, const T* w, Index column, const T* x, Index x_row,
+                             const Target<T>& target) {
+  Index r = 0;
+  for (; r + kRowsOfMany <= rows; r += kRowsOfMany)
+    tile<T, T, kRowsOfMany, C>(m, first + r, column, w + r * m.columns, x, x_row, target);
+  for (; r < rows; ++r) tile<T, T, 1, C>(m, first + r, column, w + r * m.columns, x, x_row, target);
+}
+
+// Rows of the product that are this thread's, of `count` vectors x(c, ·); `panel` has room for kPanel rows.
+//
+// Of many vectors, kMany stay in the first cache while they meet a panel of rows, which comes from the second.
+template <class T, class W>
+void product_of(const Matrix& m, const T* x, Index x_row, Index count, Part part, T* panel, const Target<T>& target) {
+  const W* weight = static_cast<const W*>(m.weight);
+  Index row = part.begin(m.rows);
+  const Index end = part.end(m.rows);
+  if (count == 1) {
+#if defined(__AVX2__)
+    if constexpr (std::is_same_v<W, std::int8_t> && std::is_same_v<T, float>)
+      if (Short::fits(m.columns))
+        return Short::product(m, x, row, end, reinterpret_cast<std::int16_t*>(panel), target);
+#endif
+    for (; row + kRowsOfOne <= end; row += kRowsOfOne)
+      tile<T, W, kRowsOfOne, 1>(m, row, 0, weight + row * m.columns, x, x_row, target);
+    for (; row < end; ++row) tile<T, W, 1, 1>(m, row, 0, weight + row * m.columns, x, x_row, target);
+    return;
+  }
+  for (; row < end; row += kPanel) {
+    const Index rows = std::min(kPanel, end - row);
+    const T* wide;
+    if constexpr (std::is_same_v<T, W>) {
+      wide = weight + row * m.columns;
+    } else {
+      widen_row(rows * m.columns, weight + row * m.columns, panel);
+      wide = panel;
+    }
+    Index column = 0;
+    for (; column + kMany <= count; column += kMany)
+      tiles_of_columns<T, kMany>(m, row, rows, wide, column, x, x_row, target);
+    switch (count - column) {
+      case 3: tiles_of_columns<T, 3>(m, row, rows, wide, column, x, x_row, target); break;
+      case 2: tiles_of_columns<T, 2>(m, row, rows, wide, column, x, x_row, target); break;
+      case 1: tiles_of_columns<T, 1>(m, row, rows, wide, column, x, x_row, target); break;
+      default: break;
+    }
+  }
+}
+
+// ------------------------------------------------------------------ the decoder
+
+template <class T>
+class Decoder {
+ public:
+  Decoder(const Sizes& sizes, const Constants& constants, const Layer<T>* layers, const State<T>* states,
+          const std::int64_t* rows, Index count, const std::int64_t* position)
+      : s_(sizes), k_(constants), layers_(layers), states_(states), rows_(rows), count_(count), position_(position) {
+    const Index query = s_.query_heads * s_.width, key = s_.key_heads * s_.width;
+    longest_ = std::max({s_.hidden, s_.inner, s_.intermediate, query, s_.gate_hidden});
+    in_ = 2 * s_.inner + 2 * s_.groups * s_.state + s_.heads;
+    widest_ = std::max({s_.hidden, in_, 2 * s_.intermediate, query + 2 * key});
+  }
+
+  bool reserve(Scratch& scratch) {
+    const Index sizes[] = {count_ * s_.hidden, count_ * widest_, count_ * longest_, count_ * s_.heads};
+    std::size_t bytes = 0;
+    for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
+    if (!scratch.reserve(bytes)) return false;
+    h_ = scratch.take<T>(sizes[0]);
+    wide_ = scratch.take<T>(sizes[1]);
+    y_ = scratch.take<T>(sizes[2]);
+    squares_ = scratch.take<T>(sizes[3]);
+    return true;
+  }
+
+  void embed(const void* embedding, const std::int64_t* tokens) {
+    for (Index i = 0; i < count_; ++i) {
+      const Index at = tokens[rows_[i]] * s_.hidden;
+      T* h = h_ + i * s_.hidden;
+      if (s_.embedding_format == kBfloat16)
+        widen_row(s_.hidden, static_cast<const std::uint16_t*>(embedding) + at, h);
+      else
+        widen_row(s_.hidden, static_cast<const T*>(embedding) + at, h);
+    }
+  }
+
+  // What one thread needs for itself.
+  struct Own {
+    T *x, *chosen, *panel, *weight, *attended;
+    Index* asked;
+  };
+
+  bool reserve(Scratch& scratch, Own& own) const {
+    const Index shared = s_.key_heads == 0 ? 0 : s_.query_heads / s_.key_heads;
+    const Index sizes[] = {count_ * longest_, count_ * s_.hidden, kPanel * longest_, count_,
+                           shared * (2 * s_.width + 2 + kBlock)};
+    std::size_t bytes = Scratch::bytes<Index>(count_);
+    for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
+    if (!scratch.reserve(bytes)) return false;
+    own.x = scratch.take<T>(sizes[0]);
+    own.chosen = scratch.take<T>(sizes[1]);
+    own.panel = scratch.take<T>(sizes[2]);
+    own.weight = scratch.take<T>(sizes[3]);
+    own.attended = scratch.take<T>(sizes[4]);
+    own.asked = scratch.take<Index>(count_);
+    return true;
+  }
+
+  // All layers, and the logits (count, V).
+  void run(const T* norm, const Matrix& head, T* logits, Part part, const Own& own) {
+    for (Index n = 0; n < s_.layers; ++n) {
+      const Layer<T>& layer = layers_[n];
+      if (layer.kind == kMamba2)
+        mamba2(layer, states_[n], part, own);
+      else if (layer.kind != kClosed)
+        attention(layer, states_[n], part, own);
+      if (layer.mlp_norm != nullptr) mlp(layer, part, own);
+    }
+    normalise(norm, own.x);
+    product(head, own.x, s_.hidden, count_, part, own, {logits, s_.vocabulary, false});
+  }
+
+ private:
+  static constexpr Index kBlock = 64;  // keys at once
+
+  void product(const Matrix& m, const T* x, Index x_row, Index count, Part part, const Own& own,
+               const Target<T>& target) const {
+    if (s_.format == kReal)
+      product_of<T, T>(m, x, x_row, count, part, own.panel, target);
+    else if (s_.format == kBfloat16)
+      product_of<T, std::uint16_t>(m, x, x_row, count, part, own.panel, target);
+    else
+      product_of<T, std::int8_t>(m, x, x_row, count, part, own.panel, target);
+  }
+
+  void normalise(const T* weight, T* x) const {
+    for (Index i = 0; i < count_; ++i) {
+      const T* h = h_ + i * s_.hidden;
+      Vector<T> squares{};
+      for (Index c = 0; c < s_.hidden; c += kLanes<T>) {
+        const Vector<T> value = load_some(h + c, s_.hidden - c);
+        squares += value * value;
+      }
+      const T scale = scale_of(sum<T>(squares), s_.hidden);
+      for (Index c = 0; c < s_.hidden; c += kLanes<T>) {
+        const Index n = s_.hidden - c;
+        store_some(x + i * s_.hidden + c, scale * load_some(h + c, n) * load_some(weight + c, n), n);
+      }
+    }
+  }
+
+  T scale_of(T squares, Index n) const {
+    return static_cast<T>(1.0 / std::sqrt(static_cast<double>(squares) / n + k_.eps));
+  }
+
+  // ---------------------------------------------------------------- Mamba-2
+
+  void mamba2(const Layer<T>& layer, const State<T>& state, Part part, const Own& own) {
+    normalise(layer.norm, own.x);
+    product(layer.first, own.x, s_.hidden, count_, part, own, {wide_, in_, false});
+    wait();
+    convolve(layer, state, part);
+    wait();
+    for (Index task = part.begin(count_ * s_.heads); task < part.end(count_ * s_.heads); ++task)
+      recur(layer, state, task / s_.heads, task % s_.heads);
+    wait();
+    const Index size = s_.inner / s_.groups, heads = s_.heads / s_.groups;
+    for (Index i = 0; i < count_; ++i)
+      for (Index g = 0; g < s_.groups; ++g) {
+        T squares = 0;
+        for (Index head = g * heads; head < (g + 1) * heads; ++head) squares += squares_[i * s_.heads + head];
+        const T scale = scale_of(squares, size);
+        for (Index c = g * size; c < (g + 1) * size; c += kLanes<T>) {
+          const Index n = (g + 1) * size - c, at = i * s_.inner + c;
+          store_some(own.x + at, scale * load_some(y_ + at, n) * load_some(layer.gated_norm + c, n), n);
+        }
+      }
+    product(layer.last, own.x, s_.inner, count_, part, own, {h_, s_.hidden, true});
+    wait();
+  }
+
+  // Convolution with SiLU in place, and the columns moved on.
+  void convolve(const Layer<T>& layer, const State<T>& state, Part part) {
+    const Index vectors = (s_.conv + kLanes<T> - 1) / kLanes<T>, kept = s_.taps - 1;
+    for (Index i = 0; i < count_; ++i) {
+      T* columns = state.first + rows_[i] * kept * s_.conv;
+      T* x = wide_ + i * in_ + s_.inner;
+      for (Index v = part.begin(vectors); v < part.end(vectors); ++v) {
+        const Index c = v * kLanes<T>, n = s_.conv - c;
+        Vector<T> now = load_some(x + c, n);
+        if (s_.rounds)
+          for (int lane = 0; lane < kLanes<T>; ++lane) now[lane] = to_bfloat16<T>(now[lane]);
+        Vector<T> total = load_some(layer.conv_bias + c, n) + now * load_some(layer.conv_weight + kept * s_.conv + c, n);
+        for (Index k = 0; k < kept; ++k) {
+          const Vector<T> before = load_some(columns + k * s_.conv + c, n);
+          total += before * load_some(layer.conv_weight + k * s_.conv + c, n);
+          if (k > 0) store_some(columns + (k - 1) * s_.conv + c, before, n);
+        }
+        if (kept > 0) store_some(columns + (kept - 1) * s_.conv + c, now, n);
+        store_some(x + c, total * sigmoid(total), n);
+      }
+    }
+  }
+
+  // h = exp(dt A) h + dt B x and y = C h + D x of one head of one row; then u = y · silu(z) and its sum of squares.
+  void recur(const Layer<T>& layer, const State<T>& state, Index i, Index head) {
+    const Index P = s_.head_dim, N = s_.state, group = head / (s_.heads / s_.groups);
+    const T* row = wide_ + i * in_;
+    const T *z = row + head * P, *x = row + s_.inner + head * P;
+    const T *B = row + 2 * s_.inner + group * N, *C = B + s_.groups * N;
+    const T raw = row[s_.inner + s_.conv + head] + layer.dt_bias[head];
+    T dt = raw > T(20) ? raw : std::log1p(std::exp(raw));
+    dt = std::min(std::max(dt, static_cast<T>(k_.dt_low)), static_cast<T>(k_.dt_high));
+    const T decay = std::exp(dt * layer.A[head]), skip = layer.D[head];
+    T* h = state.second + (rows_[i] * s_.heads + head) * P * N;
+    T* y = y_ + i * s_.inner + head * P;
+    Index p = 0;
+    for (; p + 4 <= P; p += 4) recur_rows<4>(N, decay, dt, skip, x + p, B, C, h + p * N, y + p);
+    for (; p < P; ++p) recur_rows<1>(N, decay, dt, skip, x + p, B, C, h + p * N, y + p);
+    Vector<T> squares{};
+    for (p = 0; p < P; p += kLanes<T>) {
+      const Vector<T> gate = load_some(z + p, P - p);
+      const Vector<T> u = load_some(y + p, P - p) * gate * sigmoid(gate);
+      squares += u * u;
+      store_some(y + p, u, P - p);
+    }
+    squares_[i * s_.heads + head] = sum<T>(squares);
+  }
+
+  template <int R>
+  static void recur_rows(Index N, T decay, T dt, T skip, const T* x, const T* B, const T* C, T* h, T* y) {
+    T input[R];
+    Vector<T> total[R] = {};
+    for (int r = 0; r < R; ++r) input[r] = dt * x[r];
+    for (Index n = 0; n < N; n += kLanes<T>) {
+      const Vector<T> b = load_some(B + n, N - n), c = load_some(C + n, N - n);
+      for (int r = 0; r < R; ++r) {
+        const Vector<T> value = decay * load_some(h + r * N + n, N - n) + input[r] * b;
+        store_some(h + r * N + n, value, N - n);
+        total[r] += value * c;
+      }
+    }
+    for (int r = 0; r < R; ++r) y[r] = total_of<T>(total[r]) + skip * x[r];
+  }
+
+  // ---------------------------------------------------------------- attention
+
+  void attention(const Layer<T>& layer, const State<T>& state, Part part, const Own& own) {
+    const Index E = s_.width, query = s_.query_heads * E, key = s_.key_heads * E;
+    normalise(layer.norm, own.x);
+    Index asked = count_;
+    const T* x = own.x;
+    if (layer.kind == kSelective) {
+      asked = 0;
+      for (Index i = 0; i < count_; ++i)
+        if (opens(layer, i, own)) own.asked[asked++] = i;
+      if (asked < count_) {
+        for (Index j = 0; j < asked; ++j)
+          std::memcpy(own.chosen + j * s_.hidden, own.x + own.asked[j] * s_.hidden, sizeof(T) * s_.hidden);
+        x = own.chosen;
+      }
+    } else {
+      for (Index i = 0; i < count_; ++i) own.asked[i] = i;
+    }
+    const bool all = asked == count_ || layer.keys_of_all;
+    const Index keyed = all ? count_ : asked;
+    if (keyed == 0) return;
+    T *q = wide_, *k = q + count_ * query, *v = k + count_ * key;
+    product(layer.first, x, s_.hidden, asked, part, own, {q, query, false});
+    product(layer.keys, all ? own.x : x, s_.hidden, keyed, part, own, {k, key, false});
+    product(layer.values, all ? own.x : x, s_.hidden, keyed, part, own, {v, key, false});
+    wait();
+    for (Index task = part.begin(keyed * s_.key_heads); task < part.end(keyed * s_.key_heads); ++task) {
+      const Index j = task / s_.key_heads, g = task % s_.key_heads;
+      const Index i = all ? j : own.asked[j];
+      const Index at = std::lower_bound(own.asked, own.asked + asked, i) - own.asked;
+      const bool asks = at < asked && own.asked[at] == i;
+      remember(layer, state, i, g, k + j * key + g * E, v + j * key + g * E);
+      if (asks) attend(layer, state, i, g, q + at * query, y_ + at * query, own.attended);
+    }
+    wait();
+    if (part.number == 0)
+      for (Index j = 0; j < keyed; ++j) {
+        const Index i = all ? j : own.asked[j];
+        std::int64_t& entries = state.count[rows_[i]];
+        state.index[rows_[i] * state.slots + entries % state.slots] = coordinate(layer, state, i);
+        ++entries;
+      }
+    if (asked == 0) return;
+    if (layer.kind == kAttention) {
+      product(layer.last, y_, query, asked, part, own, {h_, s_.hidden, true});
+    } else {
+      product(layer.last, y_, query, asked, part, own, {wide_, s_.hidden, false});
+      for (Index j = 0; j < asked; ++j) {
+        const Index i = own.asked[j];
+        T* h = h_ + i * s_.hidden;
+        for (Index c = part.begin(s_.hidden); c < part.end(s_.hidden); ++c)
+          h[c] += own.weight[i] * (wide_[j * s_.hidden + c] - (layer.adds ? T(0) : h[c]));
+      }
+    }
+    wait();
+  }
+
+  // The gate of row i (Eq. 1–3): whether it selects the token; its α goes to own.weight.
+  bool opens(const Layer<T>& layer, Index i, const Own& own) const {
+    const T* x = (layer.gate_reads_raw ? h_ : own.x) + i * s_.hidden;
+    Index size = s_.hidden;
+    if (s_.gate_hidden > 0) {
+      for (Index r = 0; r < s_.gate_hidden; ++r) {
+        const T value = dot(s_.hidden, layer.gate_hidden_weight + r * s_.hidden, x) + layer.gate_hidden_bias[r];
+        own.panel[r] = value * sigmoid_of(value);
+      }
+      x = own.panel;
+      size = s_.gate_hidden;
+    }
+    const T skip = dot(size, layer.gate_weight, x) + layer.gate_bias[0];
+    const T attend = dot(size, layer.gate_weight + size, x) + layer.gate_bias[1];
+    own.weight[i] = sigmoid_of(attend - skip);
+    return attend - skip > *layer.threshold;
+  }
+
+  static T dot(Index count, const T* a, const T* b) {
+    T out[1][1];
+    dots<T, T, 1, 1>(count, a, count, b, count, out);
+    return out[0][0];
+  }
+
+  // Where the token of row i stands in the window.
+  std::int64_t coordinate(const Layer<T>& layer, const State<T>& state, Index i) const {
+    return layer.counts_selected ? state.count[rows_[i]] : position_[rows_[i]];
+  }
+
+  void rotate(const Layer<T>& layer, Index i, T* x) const {
+    const Index half = s_.width / 2;
+    for (Index e = 0; layer.frequency != nullptr && e < half; ++e) {
+      const T angle = static_cast<T>(position_[rows_[i]]) * layer.frequency[e];
+      const T cosine = std::cos(angle), sine = std::sin(angle), first = x[e], second = x[half + e];
+      x[e] = first * cosine - second * sine;
+      x[half + e] = second * cosine + first * sine;
+    }
+  }
+
+  // Key and value of one head into the slot of the oldest.
+  void remember(const Layer<T>& layer, const State<T>& state, Index i, Index g, T* key, const T* value) const {
+    const Index b = rows_[i], slot = state.count[b] % state.slots;
+    const Index at = ((b * s_.key_heads + g) * state.slots + slot) * s_.width;
+    rotate(layer, i, key);
+    for (Index e = 0; e < s_.width; ++e) {
+      state.first[at + e] = s_.rounds ? to_bfloat16<T>(key[e]) : key[e];
+      state.second[at + e] = s_.rounds ? to_bfloat16<T>(value[e]) : value[e];
+    }
+  }
+
+  // Attention of the query heads that share key/value head g, keys taken in blocks: running maximum and sum.
+  void attend(const Layer<T>& layer, const State<T>& state, Index i, Index g, T* query, T* out, T* room) const {
+    const Index E = s_.width, heads = s_.query_heads / s_.key_heads, b = rows_[i];
+    const std::int64_t here = coordinate(layer, state, i);
+    const Index entries = std::min<Index>(state.count[b] + 1, state.slots), own = state.count[b] % state.slots;
+    const T *keys = state.first + (b * s_.key_heads + g) * state.slots * E;
+    const T *values = state.second + (b * s_.key_heads + g) * state.slots * E;
+    const std::int64_t* index = state.index + b * state.slots;
+    T *q = room, *mean = q + heads * E, *largest = mean + heads * E, *total = largest + heads, *score = total + heads;
+    const T scale = T(1) / std::sqrt(static_cast<T>(E));
+    for (Index r = 0; r < heads; ++r) {
+      T* from = query + (g * heads + r) * E;
+      rotate(layer, i, from);
+      for (Index e = 0; e < E; ++e) q[r * E + e] = from[e] * scale;
+      largest[r] = -INFINITY;
+      total[r] = 0;
+    }
+    std::fill(mean, mean + heads * E, T(0));
+    for (Index begin = 0; begin < entries; begin += kBlock) {
+      const Index count = std::min(kBlock, entries - begin);
+      bool seen[kBlock], any = false;
+      for (Index j = 0; j < count; ++j) {
+        const std::int64_t at = index[begin + j];
+        seen[j] = begin + j == own || (at >= 0 && (layer.window == 0 || at > here - layer.window));
+        any |= seen[j];
+      }
+      if (!any) continue;
+      for (Index r = 0; r < heads; ++r) {
+        T* of = score + r * kBlock;
+        Index j = 0;
+        for (; j + 4 <= count; j += 4) {
+          T value[4][1];
+          dots<T, T, 4, 1>(E, keys + (begin + j) * E, E, q + r * E, E, value);
+          for (int n = 0; n < 4; ++n) of[j + n] = value[n][0];
+        }
+        for (; j < count; ++j) of[j] = dot(E, keys + (begin + j) * E, q + r * E);
+        T top = largest[r];
+        for (j = 0; j < count; ++j)
+          if (seen[j]) top = std::max(top, of[j]);
+        const T kept = std::exp(largest[r] - top);
+        T added = 0;
+        for (j = 0; j < count; ++j) added += of[j] = seen[j] ? std::exp(of[j] - top) : T(0);
+        largest[r] = top;
+        total[r] = total[r] * kept + added;
+        for (Index e = 0; e < E; e += kLanes<T>) {
+          const Index n = E - e;
+          Vector<T> mix = kept * load_some(mean + r * E + e, n);
+          for (j = 0; j < count; ++j) mix += of[j] * load_some(values + (begin + j) * E + e, n);
+          store_some(mean + r * E + e, mix, n);
+        }
+      }
+    }
+    for (Index r = 0; r < heads; ++r)
+      for (Index e = 0; e < E; ++e) out[(g * heads + r) * E + e] = mean[r * E + e] / total[r];
+  }
+
+  // ---------------------------------------------------------------- SwiGLU
+
+  void mlp(const Layer<T>& layer, Part part, const Own& own) {
+    const Index size = s_.intermediate;
+    T *gate = wide_, *up = gate + count_ * size;
+    normalise(layer.mlp_norm, own.x);
+    product(layer.gate, own.x, s_.hidden, count_, part, own, {gate, size, false});
+    product(layer.up, own.x, s_.hidden, count_, part, own, {up, size, false});
+    for (Index i = 0; i < count_; ++i)
+      for (Index c = part.begin(size); c < part.end(size); c += kLanes<T>) {
+        const Index n = part.end(size) - c, at = i * size + c;
+        const Vector<T> value = load_some(gate + at, n);
+        store_some(y_ + at, value * sigmoid(value) * load_some(up + at, n), n);
+      }
+    wait();
+    product(layer.down, y_, size, count_, part, own, {h_, s_.hidden, true});
+    wait();
+  }
+
+  const Sizes& s_;
+  const Constants& k_;
+  const Layer<T>* layers_;
+  const State<T>* states_;
+  const std::int64_t* rows_;
+  Index count_;
+  const std::int64_t* position_;
+  Index longest_, in_, widest_;
+  T *h_ = nullptr, *wide_ = nullptr, *y_ = nullptr, *squares_ = nullptr;  // by all threads: residual stream, results
+};
+
+}  // namespace
+}  // namespace taipan
+
+using Real = TAIPAN_REAL;
+
+// `rows` are the `count` of the batch that get a token; `tokens` and `position` are of the whole batch, `logits`
+// (count, V) of those rows. The words of sizes, layers, states and head are the fields of the structures above in order.
+extern "C" int taipan_decode(const std::ptrdiff_t* sizes, double eps, double dt_low, double dt_high,
+                             const std::ptrdiff_t* layers, const std::ptrdiff_t* states, const std::ptrdiff_t* head,
+                             const void* embedding, const Real* norm, const std::int64_t* rows, std::ptrdiff_t count,
+                             const std::int64_t* tokens, std::int64_t* position, Real* logits, int threads) {
+  using namespace taipan;
+  static_assert(sizeof(void*) == sizeof(Index));
+  Sizes s;
+  Matrix last;
+  std::memcpy(&s, sizes, sizeof s);
+  std::memcpy(&last, head, sizeof last);
+  const Constants constants{eps, dt_low, dt_high};
+  Decoder<Real> decoder(s, constants, reinterpret_cast<const Layer<Real>*>(layers),
+                        reinterpret_cast<const State<Real>*>(states), rows, count, position);
+  static thread_local Scratch shared;
+  if (!decoder.reserve(shared)) return kNoMemory;
+  decoder.embed(embedding, tokens);
+  bool enough = true;
+#pragma omp parallel num_threads(threads) shared(enough)
+  {
+    Part part{0, 1};
+#ifdef _OPENMP
+    part = {omp_get_thread_num(), omp_get_num_threads()};
+#endif
+    Decoder<Real>::Own own;
+    if (!decoder.reserve(thread_scratch(), own)) {
+#pragma omp atomic write
+      enough = false;
+    }
+    wait();
+    if (enough) decoder.run(norm, last, logits, part, own);
+  }
+  if (!enough) return kNoMemory;
+  for (Index i = 0; i < count; ++i) ++position[rows[i]];
+  return kOk;
+}

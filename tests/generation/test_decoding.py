@@ -1,0 +1,271 @@
+"""The native decoding step against the model's own forward, token by token."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from taipan import DecoderState, TaipanLM
+from taipan.errors import ConfigError, InputError, StateError
+from taipan.generation import decode, generate, prefill, start_decoding, stream
+from taipan.generation.decoding import ModelDecoding, NativeDecoding
+from taipan.generation.program import DecoderProgram, pack, program_of
+from taipan.hardware import compiler
+from tests.models import VARIANTS, force_gates, random_tokens, small_model
+from tests.tolerance import relative_error
+
+EVERY_LAYER_TYPE = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
+READINGS: dict[str, dict[str, Any]] = {
+    **VARIANTS,
+    "groups": {"n_groups": 2, "conv_kernel": 3, "time_step_limit": (0.01, 0.05)},
+    "closed": {"attention_capacity": 0.0},
+    "untied": {"tie_word_embeddings": False, "conv_kernel": 2, "residual_in_fp32": False},
+}
+pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+
+def ragged_state(model: TaipanLM) -> DecoderState:
+    mask = torch.ones(3, 9)
+    mask[1, :5] = mask[2, :1] = 0
+    return prefill(model, random_tokens(3, 9), mask).state
+
+
+def worst(found: DecoderState, expected: DecoderState) -> float:
+    """Largest relative error of the tensors of a state, which must agree in all else."""
+    errors = [0.0]
+    assert found.tensors().keys() == expected.tensors().keys()
+    for name, tensor in expected.tensors().items():
+        other = found.tensors()[name]
+        assert other.shape == tensor.shape, name
+        assert other.dtype == tensor.dtype, name
+        if not tensor.is_floating_point():
+            assert other.equal(tensor), name
+        elif tensor.numel():
+            errors.append(relative_error(other, tensor.double()))
+    return max(errors)
+
+
+def compare(model: TaipanLM, steps: int, weights: Any = "auto") -> tuple[float, float, NativeDecoding]:
+    """Largest errors of logits and final state over many tokens that rows take part in or not."""
+    state = ragged_state(model)
+    before = state.fork()
+    native, plain = start_decoding(model, state, weights=weights), ModelDecoding(model, state)
+    assert isinstance(native, NativeDecoding)
+    generator, error = torch.Generator().manual_seed(1), 0.0
+    for t in range(steps):
+        token_B = random_tokens(3, 1, seed=t)[:, 0]
+        active_B = torch.rand(3, generator=generator) < 0.7 if t % 3 else None
+        found, expected = native.step(token_B, active_B), plain.step(token_B, active_B)
+        assert found.isfinite().all()
+        rows = slice(None) if active_B is None else active_B
+        if expected[rows].numel():
+            error = max(error, relative_error(found[rows], expected[rows].double()))
+    assert worst(state, before) == 0.0  # it was only read
+    return error, worst(native.state, plain.state), native
+
+
+# fp32: twice the largest error that was seen over all of these, 1.7e-6 and 1.2e-6; fp64 logits are handed out as fp32
+@pytest.mark.parametrize(("dtype", "bounds"), [(torch.float64, (2e-7, 1e-13)), (torch.float32, (4e-6, 4e-6))])
+@pytest.mark.parametrize("reading", READINGS)
+def test_every_layer_type_is_the_models_own_step(reading: str, dtype: torch.dtype, bounds: tuple[float, float]) -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=dtype, **READINGS[reading])
+    logits, state, _ = compare(model, 24)  # more than three windows
+    assert logits < bounds[0]
+    assert state < bounds[1]
+
+
+@pytest.mark.parametrize("margin", [-5.0, 5.0])
+@pytest.mark.parametrize("reading", ["all-positions", "selected-selected"])
+def test_gates_all_open_or_all_closed(reading: str, margin: float) -> None:
+    model = small_model("taipan", **READINGS[reading])
+    force_gates(model, margin=margin)
+    logits, state, _ = compare(model, 16)
+    assert logits < 2e-7
+    assert state < 1e-13
+
+
+def test_full_attention_grows_beyond_its_spare_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taipan.generation.decoding._SPARE", 2)
+    logits, state, _ = compare(small_model("jamba"), 12)
+    assert logits < 2e-7
+    assert state < 1e-13
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+def test_rows_do_not_meet(rows: int) -> None:
+    model = small_model(EVERY_LAYER_TYPE)
+    tokens = random_tokens(rows, 14)
+    native = start_decoding(model, model.empty_state(rows))
+    logits = torch.stack([native.step(tokens[:, t]) for t in range(14)], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(tokens).logits.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_wide_products_with_odd_ends() -> None:
+    model = small_model("taipan", dtype=torch.float32, hidden_size=104, num_attention_heads=4, intermediate_size=75)
+    logits, state, _ = compare(model, 8)
+    assert logits < 4e-6
+    assert state < 4e-6
+
+
+def rounded(model: TaipanLM, weights: str) -> TaipanLM:
+    """The model with the matrices that the program reads, back in its own dtype."""
+    copy = TaipanLM(model.config).double().eval()
+    copy.load_state_dict(model.state_dict())
+    for name, module in copy.named_modules():
+        if isinstance(module, nn.Linear) and ".gate." not in name.replace("mlp.gate_proj", ""):
+            packed = pack(module.weight, weights)
+            scale = 1.0 if packed.scale is None else packed.scale[:, None]
+            module.weight.data.copy_(packed.weight.double() * scale)
+    return copy
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_narrow_weights_are_the_model_with_rounded_matrices(weights: Any, dtype: torch.dtype) -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=torch.float64, tie_word_embeddings=False)
+    exact = rounded(model, weights)
+    state = ragged_state(model)
+    native = start_decoding(model.to(dtype), state, weights=weights)
+    plain = ModelDecoding(exact, state)
+    bound = 2e-6 if dtype == torch.float64 else 4e-4
+    for t in range(20):
+        token_B = random_tokens(3, 1, seed=t)[:, 0]
+        assert relative_error(native.step(token_B), plain.step(token_B).double()) < bound
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_int8_products_of_one_row_and_of_many(rows: int) -> None:
+    model = small_model(EVERY_LAYER_TYPE, hidden_size=64, intermediate_size=96, tie_word_embeddings=False)
+    exact = rounded(model, "int8")
+    state = model.empty_state(rows)
+    native, plain = start_decoding(model.float(), state, weights="int8"), ModelDecoding(exact, state)
+    for t in range(12):
+        token_B = random_tokens(rows, 1, seed=t)[:, 0]
+        # one row is rounded to 16 bits on its way into a product: twice what was seen
+        assert relative_error(native.step(token_B), plain.step(token_B).double()) < 4e-4
+
+
+def test_narrow_weights_read_fewer_bytes_and_lose_little() -> None:
+    model = small_model("mamba2", dtype=torch.float32, hidden_size=64)
+    sizes = {weights: program.nbytes for weights in ("auto", "bfloat16", "int8") if (program := packed(model, weights))}
+    assert sizes["bfloat16"] * 2 == sizes["auto"]
+    assert sizes["int8"] < 0.3 * sizes["auto"]
+    for weights, bound in (("bfloat16", 0.02), ("int8", 0.04)):
+        assert 0 < compare(model, 12, weights)[0] < bound
+
+
+def packed(model: TaipanLM, weights: Any) -> DecoderProgram:
+    program = program_of(model, weights)
+    assert isinstance(program, DecoderProgram)
+    return program
+
+
+def test_a_model_in_bfloat16_is_read_where_it_is() -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=torch.bfloat16)
+    state = ragged_state(model)
+    native = start_decoding(model, state)
+    assert packed(model, "auto").weights == "bfloat16"
+    exact = small_model(EVERY_LAYER_TYPE, dtype=torch.float32)
+    exact.load_state_dict(model.state_dict())
+    plain = ModelDecoding(exact, state)
+    for t in range(8):
+        token_B = random_tokens(3, 1, seed=t)[:, 0]
+        # what the state keeps is rounded to bfloat16 here
+        assert relative_error(native.step(token_B), plain.step(token_B).double()) < 0.05
+    # so that going on from a state handed out is going on
+    again = start_decoding(model, native.state)
+    assert again.step(token_B).equal(native.step(token_B))
+
+
+def test_changed_weights_are_packed_again() -> None:
+    model = small_model("taipan", dtype=torch.float32)
+    first = packed(model, "int8")
+    assert packed(model, "int8") is first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert packed(model, "int8") is not first
+    state = ragged_state(model)
+    token_B = torch.tensor([1, 2, 3])
+    doubled = start_decoding(model, state, weights="int8").step(token_B)
+    assert relative_error(doubled, ModelDecoding(model, state).step(token_B).double()) < 0.1
+
+
+def test_what_is_not_covered_is_read_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(model: Any) -> str:
+        found = program_of(model)
+        assert isinstance(found, str)
+        assert start_decoding(model, model.empty_state(1)).implementation == "model"
+        with pytest.raises(ConfigError, match="weights='int8' needs the native decoding step.*Use weights='auto'"):
+            generate(model, torch.tensor([[1]]), weights="int8")
+        return found
+
+    class Own(TaipanLM):
+        pass
+
+    hooked, adapted = small_model("taipan"), small_model("taipan")
+    hooked.model.layers[1].register_forward_hook(lambda *_: None)
+    assert "hook" in reason(hooked)
+
+    class Adapter(nn.Linear):
+        pass
+
+    adapted.model.layers[0].mixer.out_proj.__class__ = Adapter  # pyright: ignore
+    assert "Adapter" in reason(adapted)
+    assert "portable" in reason(TaipanLM(adapted.config, implementation="portable"))
+    assert "forward of its own" in reason(Own(adapted.config))
+    mixed = small_model("taipan")
+    mixed.lm_head.to(torch.float32)
+    mixed.model.norm.float()
+    monkeypatch.setattr("taipan.generation.program.native_status", lambda _: NoLibrary())
+    assert "no compiler today" in reason(small_model("taipan"))
+
+
+class NoLibrary:
+    library = None
+    reason = "no compiler today"
+
+
+def test_generation_by_the_native_step_is_generation_by_the_model() -> None:
+    model = small_model(EVERY_LAYER_TYPE)
+    plain = TaipanLM(model.config, implementation="reference").double().eval()
+    plain.load_state_dict(model.state_dict())
+    tokens = random_tokens(3, 11)
+    for options in ({}, {"do_sample": True, "seed": 4}, {"eos_token_id": 7}):
+        found = generate(model, tokens, max_new_tokens=12, return_details=True, **options)
+        expected = generate(plain, tokens, max_new_tokens=12, return_details=True, **options)
+        assert found.sequences.equal(expected.sequences)
+        assert worst(found.state, expected.state) < 1e-11
+    _, state, chosen = decoded(model, tokens)
+    _, expected_state, expected_tokens = decoded(plain, tokens)
+    assert chosen.equal(expected_tokens)
+    assert worst(state, expected_state) < 1e-11
+
+
+def decoded(model: TaipanLM, tokens: Tensor) -> tuple[Tensor, DecoderState, Tensor]:
+    reading = prefill(model, tokens)
+    chosen, state = decode(model, reading.state, reading.logits_BV.argmax(1), 5)
+    return reading.logits_BV, state, chosen
+
+
+def test_the_state_of_any_step_can_be_had_at_any_time() -> None:
+    model = small_model(EVERY_LAYER_TYPE)
+    tokens = random_tokens(2, 5)
+    at_once = [step.state for step in stream(model, tokens, max_new_tokens=6, eos_token_id=3)]
+    steps = list(stream(model, tokens, max_new_tokens=6, eos_token_id=3))
+    for step, state in zip(steps, at_once, strict=True):
+        assert worst(step.state, state) < 1e-13
+
+
+def test_wrong_use_is_named() -> None:
+    model = small_model("taipan")
+    native = start_decoding(model, model.empty_state(2))
+    with pytest.raises(InputError, match=r"shape \(3,\).*2 rows"):
+        native.step(torch.tensor([1, 2, 3]))
+    with pytest.raises(InputError, match="Token id 61 is out of range"):
+        native.step(torch.tensor([1, 61]))
+    with pytest.raises(StateError, match="another configuration"):
+        start_decoding(model, small_model("mamba2").empty_state(2))
+    with pytest.raises(InputError, match="weights is 'int4'.*bfloat16, int8"):
+        generate(model, torch.tensor([[1]]), weights="int4")
