@@ -95,9 +95,13 @@ def test_ops_are_measured_both_ways_against_portable(directory: str) -> None:
     works = {row.work for row in found}
     for op in ("ssd", "causal_conv1d", "gated_rms_norm", "rms_norm", "attention", "linear_cross_entropy"):
         assert sum(work.startswith(f"{op} ") for work in works) == 2, op
-    for row in found:
-        if row.subject == "reference" and not row.work.startswith("selective"):
-            assert [comparison.other for comparison in row.comparisons] == ["portable"]
+    rows = {(row.subject, row.work): row for row in found}
+    for (subject, work), row in rows.items():
+        if subject == "reference" and not work.startswith("selective"):
+            (comparison,) = row.comparisons
+            assert comparison.other == "portable"
+            assert comparison.ratios == (rows["portable", work].values[0] / row.values[0],)
+            assert ("GB/s" in row.details) == work.endswith(", forward")
     share, every = (row for row in found if row.work.startswith("selective attention layer"))
     assert share.comparisons[0].ratios == (share.values[0] / every.values[0],)
 
