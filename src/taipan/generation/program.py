@@ -254,8 +254,8 @@ def program_of(model: object, weights: str = "auto") -> DecoderProgram | str:
 
 def _identity(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """Where the tensors of a module are and how often they were written."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def _parts(model: object) -> DecoderParts | str:
@@ -269,8 +269,8 @@ def _parts(model: object) -> DecoderParts | str:
     if not set(parts.implementations) <= {AUTO, "native"}:
         return f"the model was built for other implementations ({', '.join(sorted(set(parts.implementations)))})"
     for module in cast(Decodable, model).modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks)
-        if any(hooks) or "forward" in vars(module):
+        attributes = vars(module)
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
             return f"a {type(module).__name__} has a hook or a forward of its own"
     dtypes: set[torch.dtype] = set()
     for linear in _linears(parts):

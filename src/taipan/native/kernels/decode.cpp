@@ -248,6 +248,8 @@ struct Target {
 };
 
 constexpr int kRowsOfOne = 8;   // rows at once for one vector …
+constexpr int kRowsOfPairs = 2;  // … of bfloat16 …
+constexpr int kRowsOfShort = 4;  // … of int8 …
 constexpr int kRowsOfMany = 3;  // … and for several, of which so many share what is loaded of a row
 constexpr int kMany = 4;
 constexpr Index kPanel = 12;
@@ -259,6 +261,63 @@ inline void tile(const Matrix& m, Index row, Index column, const W* w, const T* 
   dots<T, W, R, C>(m.columns, w, m.columns, x + column * x_row, x_row, value);
   target.put(m, row, column, value);
 }
+
+// What follows in memory is fetched meanwhile: rows are too short for the processor to foresee the next ones.
+template <class W, int R>
+inline void fetch_next(Index count, const W* w, Index k, Index step) {
+  const char* next = reinterpret_cast<const char*>(w + R * (count + k));
+  for (Index byte = 0; byte < R * step * static_cast<Index>(sizeof(W)); byte += 64) __builtin_prefetch(next + byte);
+}
+
+// Products of bfloat16 rows with one vector that lies in pairs: of a word of two weights, the upper is a float when the
+// lower is masked out, and the lower when it is shifted up.
+struct Pairs {
+  typedef std::uint32_t Words __attribute__((vector_size(kBytes)));
+  static constexpr Index kBoth = 2 * kLanes<float>;
+
+  static bool fits(Index count) { return count % kBoth == 0; }
+
+  // Of every kBoth values of x first the even ones, then the odd ones.
+  static void part(Index count, const float* x, float* to) {
+    for (Index k = 0; k < count; k += kBoth)
+      for (Index lane = 0; lane < kLanes<float>; ++lane) {
+        to[k + lane] = x[k + 2 * lane];
+        to[k + kLanes<float> + lane] = x[k + 2 * lane + 1];
+      }
+  }
+
+  template <int R>
+  static void dots(Index count, const std::uint16_t* w, const float* x, float (&out)[R][1]) {
+    Vector<float> even[R] = {}, odd[R] = {};
+    for (Index k = 0; k < count; k += kBoth) {
+      fetch_next<std::uint16_t, R>(count, w, k, kBoth);
+      const Vector<float> first = load(x + k), second = load(x + k + kLanes<float>);
+      for (int r = 0; r < R; ++r) {
+        Words words;
+        std::memcpy(&words, w + r * count + k, sizeof words);
+        even[r] += reinterpret_cast<Vector<float>>(words << 16) * first;
+        odd[r] += reinterpret_cast<Vector<float>>(words & 0xffff0000u) * second;
+      }
+    }
+    for (int r = 0; r < R; ++r) out[r][0] = total_of<float>(even[r] + odd[r]);
+  }
+
+  static void product(const Matrix& m, const float* x, Index row, Index end, float* parted,
+                      const Target<float>& target) {
+    part(m.columns, x, parted);
+    const auto* weight = static_cast<const std::uint16_t*>(m.weight);
+    for (; row + kRowsOfPairs <= end; row += kRowsOfPairs) {
+      float value[kRowsOfPairs][1];
+      dots<kRowsOfPairs>(m.columns, weight + row * m.columns, parted, value);
+      target.put(m, row, 0, value);
+    }
+    for (; row < end; ++row) {
+      float value[1][1];
+      dots<1>(m.columns, weight + row * m.columns, parted, value);
+      target.put(m, row, 0, value);
+    }
+  }
+};
 
 #if defined(__AVX2__)
 // Products of int8 rows with one vector that is rounded to 16 bits, which is 1 / 65534 of its largest value: exact sums
@@ -288,6 +347,7 @@ struct Short {
     __m256i total[R];
     for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_si256();
     for (Index k = 0; k < count; k += 16) {
+      fetch_next<std::int8_t, R>(count, w, k, 16);
       const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
       for (int r = 0; r < R; ++r) {
         const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * count + k));
@@ -306,9 +366,9 @@ struct Short {
                       const Target<float>& target) {
     const float unit = round(m.columns, x, rounded);
     const auto* weight = static_cast<const std::int8_t*>(m.weight);
-    for (; row + kRowsOfOne <= end; row += kRowsOfOne) {
-      float value[kRowsOfOne][1];
-      dots<kRowsOfOne>(m.columns, weight + row * m.columns, rounded, unit, value);
+    for (; row + kRowsOfShort <= end; row += kRowsOfShort) {
+      float value[kRowsOfShort][1];
+      dots<kRowsOfShort>(m.columns, weight + row * m.columns, rounded, unit, value);
       target.put(m, row, 0, value);
     }
     for (; row < end; ++row) {
@@ -339,6 +399,8 @@ void product_of(const Matrix& m, const T* x, Index x_row, Index count, Part part
   Index row = part.begin(m.rows);
   const Index end = part.end(m.rows);
   if (count == 1) {
+    if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
+      if (Pairs::fits(m.columns)) return Pairs::product(m, x, row, end, panel, target);
 #if defined(__AVX2__)
     if constexpr (std::is_same_v<W, std::int8_t> && std::is_same_v<T, float>)
       if (Short::fits(m.columns))
