@@ -67,13 +67,17 @@ def test_workers_end_with_the_parent_and_finished_runs_are_kept(number: signal.S
     parent = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.PIPE)
     try:
         wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+        wait_for(lambda: any((tmp_path / "runs").glob("*.json")))
         worker = int((tmp_path / "pid").read_text())
         parent.send_signal(number)
         parent.wait(60)
         wait_for(lambda: not alive(worker))
     finally:
         parent.kill()
-        parent.communicate()
+        _, errors = parent.communicate()
+    if number != signal.SIGKILL:  # in good order, as after Ctrl-C
+        assert "KeyboardInterrupt" in errors.decode()
+        assert "leaked" not in errors.decode()
     [kept] = (tmp_path / "runs").glob("*.json")
     assert json.loads(kept.read_text()) == {"name": "short"}
 

@@ -27,17 +27,13 @@ TASKS = ((32, 4), (64, 8), (128, 16), (256, 32))
 TOKENS_PER_BATCH = 2048
 HIDDEN = 64
 
-# Keys of pairs look like queries to the gate: at the recommended weight of 10 it is cheaper to select both than to tell
-# them apart in so short a training (docs/decisions/0003).
-GATE: dict[str, Any] = {"budget_weight": 30.0, "budget_anneal": (0.1, 0.4)}
-
 _GATE_ABLATION: dict[str, dict[str, Any]] = {
     "paper: constant C, noise throughout, weight 1": dict(SETTINGS["paper"]),
     "paper, but without noise": {**SETTINGS["paper"], "gumbel_noise": 0.0, "gumbel_noise_end": 0.0},
-    "annealed C, noise throughout, weight 1": {**GATE, "gumbel_noise_end": 1.0, "budget_weight": 1.0},
-    "defaults: weight 10, annealed from 20 to 60 %": {},
-    "as here, but noise throughout": {**GATE, "gumbel_noise_end": 1.0},
-    "as here, but temperature 3": {**GATE, "gumbel_temperature": 3.0, "gumbel_temperature_end": 3.0},
+    "annealed C, noise throughout, weight 1": {"gumbel_noise_end": 1.0, "budget_weight": 1.0},
+    "recommended, but noise throughout": {"gumbel_noise_end": 1.0},
+    "recommended, but weight 30, C annealed from 10 to 40 %": {"budget_weight": 30.0, "budget_anneal": (0.1, 0.4)},
+    "recommended, but temperature 3": {"gumbel_temperature": 3.0, "gumbel_temperature_end": 3.0},
 }
 
 
@@ -97,7 +93,7 @@ def mamba2_twin_config() -> TaipanConfig:
 
 
 MODELS: dict[str, TaipanConfig] = {
-    "taipan": taipan_config(**GATE),
+    "taipan": taipan_config(),
     "taipan, C = 0": taipan_config(attention_capacity=0.0),
     "mamba2": mamba2_twin_config(),
 }
@@ -233,7 +229,7 @@ def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int
     rate = best["taipan"]["learning_rate"]
     cells = [(scope, c) for scope in ("all", "selected") for c in sorted({0.15, *scale.capacities}) if scale.capacities]
     capacity_runs = [
-        declare("taipan", taipan_config(**GATE, key_value_scope=scope, attention_capacity=c), rate, first, scale.steps)
+        declare("taipan", taipan_config(key_value_scope=scope, attention_capacity=c), rate, first, scale.steps)
         for scope, c in cells
     ]
     variants = _GATE_ABLATION if scale.ablation else {}

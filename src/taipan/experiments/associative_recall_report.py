@@ -9,7 +9,7 @@ from typing import Any
 
 from taipan.accounting import parameter_count
 from taipan.config import TaipanConfig
-from taipan.experiments.associative_recall import GATE, TASKS, Report, accuracy
+from taipan.experiments.associative_recall import TASKS, Report, accuracy
 from taipan.experiments.runs import Result
 from taipan.hardware import describe
 from taipan.io import atomic_write
@@ -81,7 +81,7 @@ def schedule_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what each way to schedule the gate reaches, and the gap between the two rates."""
     header = ["gate", "accuracy", "rate noise-free", "rate with noise", "α", "queries selected", "selected are queries"]
     rows: list[list[str]] = []
-    for name, results in {"as here": report.comparison["taipan"], **report.schedules}.items():
+    for name, results in {"recommended": report.comparison["taipan"], **report.schedules}.items():
         row = [name, _spread([accuracy(result) for result in results]), *_gate_cells(results)]
         rows.append([*row, _spread(_column(results, "selected_queries"), 2)])
     return header, rows
@@ -119,8 +119,7 @@ def markdown(report: Report, command: str) -> str:
         f"```bash\n{command}\n```",
         f"{machine.cores} cores ({', '.join(machine.simd)}), torch {machine.torch_version}, float32. "
         f"Steps per run: {report.scale.steps}; seeds {', '.join(map(str, report.scale.seeds))}, values are means over "
-        f"them (lowest–highest); a single value is of seed {report.scale.seeds[0]}. The gate of Taipan: "
-        f"{', '.join(f'{field} {value}' for field, value in GATE.items())}, else the defaults of TaipanConfig. "
+        f"them (lowest–highest); a single value is of seed {report.scale.seeds[0]}. "
         f"Chance is 1 / pairs; {QUERIES:.1%} of the positions are queries. Rates are of "
         "inference (no noise, threshold 0) and of the full Gumbel noise.",
         "![Recall by pairs; the gate over training; accuracy against C](associative_recall.svg)",
