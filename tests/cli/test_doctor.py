@@ -15,6 +15,7 @@ def test_names_what_is_in_use(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         line = next(line for line in finished.out.splitlines() if f"op {op} " in line)
         assert f" {chosen(implementations, torch.zeros(1))} " in line
     assert "native kernels" in finished.out
+    assert "decoding step" in finished.out
     assert "training dtype" in finished.out
     assert "C++ compiler" in finished.out
     assert "pip install 'taipan-lm[hf]'" in finished.out

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from taipan.data.tokenizer import Tokenizer
+from taipan.hardware import compiler
 from taipan.pretrained import load
 from taipan.state import DecoderState
 from tests.cli.conftest import Cli
@@ -40,6 +41,12 @@ def test_prints_what_the_engine_makes(cli: Cli, model_directory: Path) -> None:
     )
     assert sampled.out == expected + "\n"
     assert "16 tokens read" in sampled.err
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+def test_reads_narrow_weights_when_asked_to(cli: Cli, model_directory: Path) -> None:
+    said = cli("generate", model_directory, PROMPT, "--greedy", "--max-new-tokens", 10, "--weights", "int8")
+    assert said.out == continuation(model_directory, PROMPT, max_new_tokens=10, weights="int8") + "\n"
 
 
 def test_a_prompt_may_come_from_a_file_or_standard_input(
@@ -121,6 +128,7 @@ def test_bad_input_is_refused(refused: Callable[..., str], model_directory: Path
     said = message(model_directory, "a", "--temperature", 0)
     assert "temperature is 0" in said
     assert "top_p is 1.5" in message(model_directory, "a", "--top-p", 1.5)
+    assert "weights is 'int4'" in message(model_directory, "a", "--weights", "int4")
     said = message(model_directory, "a", "--dtype", "float31")
     assert "float31" in said
     assert "float32" in said

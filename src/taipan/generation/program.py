@@ -25,7 +25,7 @@ from taipan.native import native_status
 from taipan.native.memory import Arena
 from taipan.ops.dispatch import AUTO
 
-WEIGHTS = ("auto", "bfloat16", "int8")
+WEIGHTS: tuple[str, ...] = ("auto", "bfloat16", "int8")
 _FORMATS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.int8: 2}
 _MAMBA2, _ATTENTION, _SELECTIVE, _CLOSED = range(4)
 _NO_MATRIX = (0, 0, 0, 0)
