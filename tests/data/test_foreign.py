@@ -137,13 +137,20 @@ def test_no_flipped_bit_of_an_index_changes_the_tokens_in_silence(megatron: Path
     data = megatron.read_bytes()
     tokens = open_tokens(megatron).tokens.tolist()
     messages: list[str] = []
-    for place in range(len(data)):
-        megatron.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+    flips = [(place, bit) for place in range(len(data)) for bit in {0, place % 8}]
+    for place, bit in flips:
+        megatron.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
         try:
-            assert open_tokens(megatron).tokens.tolist() == tokens
+            found = open_tokens(megatron)
         except DataError as error:
             messages.append(str(error))
-    assert len(messages) > 0.95 * len(data)
+            continue
+        assert found.tokens.tolist() == tokens
+        assert found.bounds is not None
+        bounds = found.bounds.tolist()
+        assert (bounds[0], bounds[-1]) == (0, len(tokens)), "no token is left out"
+        assert bounds == sorted(bounds)
+    assert len(messages) > 0.95 * len(flips)
     assert all("m.idx" in message or "m.bin" in message for message in messages)
 
 
