@@ -45,9 +45,11 @@ def test_samples_are_written_shown_and_change_nothing(make_recipe: MakeRecipe, w
 
 def test_a_resumed_run_writes_the_same_samples(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     whole = train(make_recipe(**SAMPLING, output=str(tmp_path / "whole")))
-    recipe = make_recipe(**SAMPLING, **{"training.checkpoint_every": 2})
+    recipe = make_recipe(**SAMPLING, **{"training.checkpoint_every": 4})
     with pytest.raises(ZeroDivisionError):
-        train(recipe, listener=Watcher(7, lambda: 1 / 0))  # after step 6's sample, back to step 6's checkpoint
+        train(
+            recipe, listener=Watcher(7, lambda: 1 / 0)
+        )  # after the sample of step 6, back to the checkpoint of step 4
     assert len(read_records(Path(recipe.output) / "samples.jsonl")) == 2
     resumed = train(None, resume=recipe.output)
     assert read_records(resumed.run / "samples.jsonl") == read_records(whole.run / "samples.jsonl")
