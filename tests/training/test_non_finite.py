@@ -46,7 +46,7 @@ PARAMETERS = [name for name, _ in TaipanLM(CONFIG).named_parameters()]
 
 def spoil(tensor: Tensor, value: float) -> Tensor:
     """One element is replaced."""
-    spoilt = tensor.clone()
+    spoilt = tensor.clone(memory_format=torch.contiguous_format)
     spoilt.view(-1)[tensor.numel() // 2] = value
     return spoilt
 
