@@ -83,6 +83,15 @@ def test_interrupted_it_goes_on_with_the_same_curve(
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
+def test_auto_resume_begins_and_goes_on(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert cli("train", recipe, "--auto-resume").code == 130
+    finished = cli("train", recipe, "--auto-resume")
+    assert finished.code == 0, finished.err
+    assert "Going on after step 2" in finished.err
+
+
 def test_a_signal_from_outside_saves(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", START, "train", str(recipe), "-o", "training.steps=1000000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
