@@ -28,7 +28,7 @@ class GenerationSettings:
         stop_strings: a row ends after the token that completes one of these in its generated text; needs a tokenizer.
         prefill_chunk: tokens of the prompt read per forward call; bounds the memory, never changes the result.
         weights: what new tokens are read with: `auto` the weights as they are; `bfloat16` or `int8` a rounded copy of
-            the matrices, faster and less exact (docs/decisions/0010). The prompt is always read with the weights as
+            the matrices, faster and less exact (docs/decisions/0009). The prompt is always read with the weights as
             they are.
 
     Raises:
