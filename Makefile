@@ -76,6 +76,8 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	fi
 	$(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch setuptools
 	$(PIP_INSTALL) --no-build-isolation -e .
+	@echo "Compiling the kernels for this processor (without a compiler PyTorch's own operations are used)"
+	@$(BIN)/python -c 'from taipan.native import native_status; print(native_status().reason)'
 	@touch $@
 
 $(DEVELOPMENT): $(RUNTIME)
