@@ -26,7 +26,7 @@ from taipan.training.trainer import Trainer
 from tests.training.distributed import runs
 
 TOLERANCE = 1e-10
-ROWS, LENGTH, STEPS, MICRO = 8, 24, 3, 2
+ROWS, LENGTH, STEPS, MICRO = 8, 24, 2, 2
 VOCAB = 40
 CONFIG = TaipanConfig(
     vocab_size=VOCAB,
