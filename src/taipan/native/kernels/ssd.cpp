@@ -46,23 +46,28 @@ struct Documents {
 // Decays of a head in a chunk.
 template <class T>
 struct Decay {
+  double* rate;   // dt A
   T *high, *low;  // s in two parts
   T *entrance;    // from the entrance of the chunk to a token; 0 in a later document
   T *end;         // from a token to the end; 0 in an earlier document
   T through;
 
   explicit Decay(Scratch& scratch, Index pitch)
-      : high(scratch.take<T>(pitch)), low(scratch.take<T>(pitch)), entrance(scratch.take<T>(pitch)),
-        end(scratch.take<T>(pitch)), through(0) {}
+      : rate(scratch.take<double>(pitch)), high(scratch.take<T>(pitch)), low(scratch.take<T>(pitch)),
+        entrance(scratch.take<T>(pitch)), end(scratch.take<T>(pitch)), through(0) {}
 
-  static std::size_t bytes(Index pitch) { return 4 * Scratch::bytes<T>(pitch); }
+  static std::size_t bytes(Index pitch) { return Scratch::bytes<double>(pitch) + 4 * Scratch::bytes<T>(pitch); }
 
   void compute(Index size, Index pitch, const T* dt, Index dt_t, T A, const Documents& documents) {
-    double total = 0;
+    for (Index i = 0; i < size; ++i) rate[i] = static_cast<double>(dt[i * dt_t]) * static_cast<double>(A);
+    double total = 0, rest = 0;  // rest: what the sum loses by rounding (Knuth's TwoSum)
     for (Index i = 0; i < size; ++i) {
-      total += static_cast<double>(dt[i * dt_t]) * static_cast<double>(A);
+      const double before = total, added = rate[i];
+      total += added;
+      const double taken = total - before;
+      rest += (before - (total - taken)) + (added - taken);
       high[i] = static_cast<T>(total);
-      low[i] = static_cast<T>(total - static_cast<double>(high[i]));
+      low[i] = static_cast<T>((total - static_cast<double>(high[i])) + rest);
     }
     for (Index i = size; i < pitch; ++i) high[i] = low[i] = 0;
     const Vector<T> last_high = splat(high[size - 1]), last_low = splat(low[size - 1]);
@@ -250,7 +255,7 @@ class Backward {
     const std::size_t bytes = Scratch::bytes<T>(s.chunks() * P * N) + 2 * Scratch::bytes<T>(P * N) +
                               6 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
                               3 * Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
-                              Scratch::bytes<T>(pitch) + Scratch::bytes<double>(pitch);
+                              2 * Scratch::bytes<double>(pitch);
     if (!scratch.reserve(bytes)) return false;
     states = scratch.take<T>(s.chunks() * P * N);
     dstate = scratch.take<T>(P * N);
@@ -268,7 +273,7 @@ class Backward {
     C_rows = scratch.take<T>(Q * N);
     projected = scratch.take<T>(Q * N);
     weighted_transposed = scratch.take<T>(P * pitch);
-    column = scratch.take<T>(pitch);
+    column = scratch.take<double>(pitch);
     dlog = scratch.take<double>(pitch);
     return true;
   }
@@ -300,8 +305,8 @@ class Backward {
   const Index P, N, Q, pitch;
   Scratch& scratch;
   T *states, *dstate, *dstate_transposed, *weighted, *decayed, *dweighted, *dentrance, *matrix, *dmatrix, *between,
-      *x_rows, *dy_rows, *B_rows, *C_rows, *projected, *weighted_transposed, *column;
-  double* dlog;
+      *x_rows, *dy_rows, *B_rows, *C_rows, *projected, *weighted_transposed;
+  double *column, *dlog;
 
   // States (P, N) at the entrance of every chunk.
   void make_states(Index b, Index h, Index g, Decay<T>& decay) {
@@ -352,21 +357,27 @@ class Backward {
       tile.put(dmatrix + i * pitch + j, pitch);
     });
 
-    // d(C Bᵀ) += dM ∘ L; with E = dM ∘ M below the diagonal, ds_i gets the sum of row i less that of column i.
+    // d(C Bᵀ) += dM ∘ L; with E = dM ∘ M below the diagonal, ds_i gets the sum of row i less that of column i. Both in
+    // fp64: of what they add up to over the later tokens most cancels, and a token that forgets much multiplies the rest
+    // by its large dt.
     for (Index j = 0; j < columns; ++j) column[j] = 0;
     for (Index i = 0; i < size; ++i) {
       T* values = dmatrix + i * pitch;
       const T own = values[i];
       for (Index j = i; j < round_up(i + 1, kLanes<T>); ++j) values[j] = 0;
-      Vector<T> total{};
+      double total[kLanes<T>] = {};
       for (Index j = 0; j < i; j += kLanes<T>) {
         const Vector<T> value = load(values + j), effect = value * load(matrix + i * pitch + j);
         store(dscores + i * pitch + j, load(dscores + i * pitch + j) + value * load(between + i * pitch + j));
-        store(column + j, load(column + j) + effect);
-        total += effect;
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+          const double wide = static_cast<double>(effect[lane]);
+          column[j + lane] += wide;
+          total[lane] += wide;
+        }
       }
       dscores[i * pitch + i] += own;
-      dlog[i] = sum<T>(total);
+      dlog[i] = 0;
+      for (int lane = 0; lane < kLanes<T>; ++lane) dlog[i] += total[lane];
     }
 
     // dC from the entrance: e^s dy Sᵀ.
@@ -426,10 +437,9 @@ class Backward {
         through_skip += gradient * input;
         store(dx + p, dt[i * s.dt_t] * value + skip * gradient);
       }
-      later += dlog[i] - static_cast<double>(column[i]);
-      // A decay that is 0 in this type has gradient 0; a difference of sums would leave their rounding, times dt.
-      const T rate = dt[i * s.dt_t] * A;
-      const double moved = rate < T(-80) && std::exp(rate) == T(0) ? 0.0 : later;
+      later += dlog[i] - column[i];
+      // Less than a rounding passes such a decay; a difference of sums would leave their rounding, times dt.
+      const double moved = decay.rate[i] < -40 ? 0.0 : later;
       out.ddt[(token + i) * s.heads + h] = static_cast<T>(static_cast<double>(A) * moved + sum<T>(through_x));
       out.dA[task] += static_cast<double>(dt[i * s.dt_t]) * moved;
       out.dD[task] += sum<T>(through_skip);
