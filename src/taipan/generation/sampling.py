@@ -130,7 +130,7 @@ def check_repetition_penalty(value: object) -> None:
 
 def check_temperature(value: object) -> None:
     """Raise `InputError` unless the temperature is a positive number."""
-    expected = "a positive number; for the likeliest token every time use do_sample=False (on the command line --greedy)"
+    expected = "a positive number; for the likeliest token every time use do_sample=False (command line: --greedy)"
     _require(0 < _number(value) < math.inf, "temperature", value, expected)
 
 

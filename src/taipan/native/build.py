@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def cache_directory() -> Path:
 
 
 @contextmanager
-def found_or_built(real: str) -> Iterator[Built]:
+def found_or_built(real: str) -> Generator[Built]:
     """A whole library for this machine, to be loaded inside the context: what cannot be kept is removed at its end.
 
     Args:
@@ -106,14 +106,13 @@ def found_or_built(real: str) -> Iterator[Built]:
 
 
 @contextmanager
-def _workplace(cache: Path) -> Iterator[Path]:
+def _workplace(cache: Path) -> Generator[Path]:
     """A new directory in the cache, or where that cannot be, among the temporary files."""
-    options = {"ignore_cleanup_errors": True}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(prefix=".build-", dir=cache, **options)
+        place = tempfile.TemporaryDirectory(prefix=".build-", dir=cache, ignore_cleanup_errors=True)
     except OSError:
-        place = tempfile.TemporaryDirectory(prefix="taipan-build-", **options)
+        place = tempfile.TemporaryDirectory(prefix="taipan-build-", ignore_cleanup_errors=True)
     with place as path:
         yield Path(path)
 

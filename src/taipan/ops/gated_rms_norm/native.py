@@ -56,12 +56,12 @@ def _forward(y_RC: Tensor, z_RC: Tensor | None, weight_C: Tensor, group_size: in
 
 def _norm(y: Tensor, z: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
     dtype = accumulation_dtype(y.dtype)
-    rows = [None if tensor is None else _rows(tensor.to(dtype)) for tensor in (y, z)]
-    tensors = (*rows, weight_C.to(dtype).contiguous())
+    y_RC, z_RC = _rows(y.to(dtype)), None if z is None else _rows(z.to(dtype))
+    tensors = (y_RC, z_RC, weight_C.to(dtype).contiguous())
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         out = _apply(*tensors, group_size, eps)
     else:
-        out = _forward(cast(Tensor, rows[0]), rows[1], tensors[2], group_size, eps)
+        out = _forward(*tensors, group_size, eps)
     return out.view(y.shape).to(y.dtype)
 
 

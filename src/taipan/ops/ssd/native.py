@@ -100,11 +100,11 @@ class _SSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
-        x_BTHP, dt_BTH, D_H, initial_BHPN = saved[0], saved[1], saved[5], saved[6]
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT = saved
         dy_BTHP, dfinal_BHPN = grad_outputs
         dy_BTHP = torch.zeros_like(x_BTHP) if dy_BTHP is None else dy_BTHP.contiguous()
         dfinal_BHPN = None if dfinal_BHPN is None else dfinal_BHPN.contiguous()
-        inputs = _Call(*saved, ctx.chunk)
+        inputs = _Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, ctx.chunk)
         batch, tokens, heads, groups, state = inputs.batch, inputs.tokens, inputs.heads, inputs.groups, inputs.state
         slices = _slices(batch * groups, heads // groups)
         scores = inputs.new(batch * groups * inputs.scores_size)
