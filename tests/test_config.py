@@ -123,7 +123,7 @@ def test_unknown_names_get_a_suggestion() -> None:
         TaipanConfig.preset("taipan-tiny", setting="best")
     with pytest.raises(ConfigError, match="wrong type"):
         TaipanConfig.preset("taipan-tiny", norm_eps="small")
-    with pytest.raises(ConfigError, match="must be 'auto' or one of portable, reference"):
+    with pytest.raises(ConfigError, match="must be one of auto, native, portable, reference"):
         TaipanLM(small_config(), implementation="gpu")
 
 

@@ -25,6 +25,7 @@ from taipan.ops.attention import api as attention
 from taipan.ops.causal_conv1d import api as causal_conv1d
 from taipan.ops.dispatch import AUTO
 from taipan.ops.gated_rms_norm import api as gated_rms_norm
+from taipan.ops.linear_cross_entropy import api as cross_entropy
 from taipan.ops.linear_cross_entropy import linear_cross_entropy
 from taipan.ops.ssd import api as ssd
 from taipan.shapes import FloatBTD, FloatBTV, IntBT
@@ -46,8 +47,9 @@ IMPLEMENTATIONS: dict[str, Mapping[str, object]] = {
     "causal_conv1d": causal_conv1d.IMPLEMENTATIONS,
     "gated_rms_norm": gated_rms_norm.IMPLEMENTATIONS,
     "attention": attention.IMPLEMENTATIONS,
+    "linear_cross_entropy": cross_entropy.IMPLEMENTATIONS,
 }
-"""Implementations of every op of the layers, by name."""
+"""Implementations of every op of the model, by name; the plain norms take that of the gated one."""
 
 
 def resolve_implementations(implementation: str) -> dict[str, str]:
@@ -79,7 +81,7 @@ class Block(nn.Module):
         super().__init__()
         self.recompute = False
         kind = config.layer_types[layer]
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
         self.mixer: Mamba2 | Attention
         if kind == "mamba2":
             self.mixer = Mamba2(config, implementations)
@@ -91,7 +93,7 @@ class Block(nn.Module):
         self.mlp_norm: RMSNorm | None = None
         self.mlp: SwiGLU | None = None
         if config.has_mlp(layer):
-            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
@@ -147,7 +149,7 @@ class TaipanDecoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, implementations) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
         self.schedule = GateSchedule.at(config, 1.0)
         self.keeps_states = True
 
@@ -345,6 +347,7 @@ class TaipanLM(nn.Module):
             segment_ids,
             num_items_in_batch,
             logits_to_keep,
+            self.implementations["linear_cross_entropy"],
         )
 
     def generate(self, tokens_BT: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
@@ -458,6 +461,7 @@ def compute_loss(
     segment_ids: Tensor | None,
     num_items_in_batch: Tensor | int | None,
     logits_to_keep: int,
+    implementation: str = AUTO,
 ) -> TaipanOutput:
     """Cross-entropy of the next token plus the budget of Eq. 7; logits are never held whole.
 
@@ -476,7 +480,7 @@ def compute_loss(
         target = target.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], -100)
     hidden_MD, target_M = decoder.hidden_BTD[:, :-1].flatten(0, 1), target.flatten()
     if type(head) is nn.Linear:
-        total, count = linear_cross_entropy(hidden_MD, head.weight, target_M)
+        total, count = linear_cross_entropy(hidden_MD, head.weight, target_M, implementation=implementation)
     else:  # a wrapped head (an adapter, quantised) computes more than its weight says
         total = F.cross_entropy(head(hidden_MD).float(), target_M, ignore_index=-100, reduction="sum")
         count = int((target_M != -100).sum())

@@ -9,14 +9,15 @@ from taipan.ops.gated_rms_norm import rms_norm
 class RMSNorm(nn.Module):
     """x / rms(x) × weight over the last dimension, computed in at least fp32, returned in the weight's dtype."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, implementation: str = "auto") -> None:
         super().__init__()
         self.eps = eps
+        self.implementation = implementation
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` of shape (…, size)."""
-        return rms_norm(x, self.weight, eps=self.eps).to(self.weight.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, implementation=self.implementation).to(self.weight.dtype)
 
     def reset_parameters(self) -> None:
         """Weight 1."""
