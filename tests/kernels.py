@@ -12,6 +12,9 @@ from taipan.native import build, library
 
 REAL = hardware.compiler()
 needs_compiler = pytest.mark.skipif(REAL is None, reason="there is no C++ compiler")
+# Where there is a compiler, native/test_build.py goes red if the kernels cannot be had, so that this hides nothing.
+needs_kernels = pytest.mark.skipif(library.native_status().library is None, reason="there are no native kernels here")
+NATIVE = pytest.param("native", marks=needs_kernels)
 
 SOURCE = """
 extern "C" const char* taipan_flags() {{ return TAIPAN_FLAGS; }}

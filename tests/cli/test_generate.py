@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.hardware import compiler
 from taipan.pretrained import load
 from taipan.state import DecoderState
 from tests.cli.conftest import Cli
+from tests.kernels import needs_kernels
 from tests.models import small_model
 
 PROMPT = "The taipan waits"
@@ -43,7 +43,7 @@ def test_prints_what_the_engine_makes(cli: Cli, model_directory: Path) -> None:
     assert "16 tokens read" in sampled.err
 
 
-@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+@needs_kernels
 def test_reads_narrow_weights_when_asked_to(cli: Cli, model_directory: Path) -> None:
     said = cli("generate", model_directory, PROMPT, "--greedy", "--max-new-tokens", 10, "--weights", "int8")
     assert said.out == continuation(model_directory, PROMPT, max_new_tokens=10, weights="int8") + "\n"

@@ -11,7 +11,7 @@ from taipan.errors import ConfigError, InputError, StateError
 from taipan.generation import decode, generate, prefill, start_decoding, stream
 from taipan.generation.decoding import ModelDecoding, NativeDecoding
 from taipan.generation.program import DecoderProgram, pack, program_of
-from taipan.hardware import compiler
+from tests.kernels import needs_kernels
 from tests.models import VARIANTS, force_gates, random_tokens, small_model
 from tests.tolerance import relative_error
 
@@ -22,7 +22,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "closed": {"attention_capacity": 0.0},
     "untied": {"tie_word_embeddings": False, "conv_kernel": 2, "residual_in_fp32": False},
 }
-pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+pytestmark = needs_kernels
 
 
 def ragged_state(model: TaipanLM) -> DecoderState:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.causal_conv1d import causal_conv1d, portable
+from tests.kernels import NATIVE
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 CHANNELS = 16  # as the kernels want them
@@ -49,7 +50,7 @@ def everything(tensors: list[Tensor], **options: object) -> list[Tensor]:
 FAST = "portable"
 
 
-@pytest.fixture(params=["native", "portable, one tile", "portable, small tiles"], autouse=True)
+@pytest.fixture(params=[NATIVE, "portable, one tile", "portable, small tiles"], autouse=True)
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested; with small tiles, rows of a few tokens already cross their borders."""
     monkeypatch.setattr(sys.modules[__name__], "FAST", request.param.split(",")[0])

@@ -6,6 +6,7 @@ import torch
 from taipan.errors import ConfigError
 from taipan.ops.dispatch import select
 from taipan.ops.precision import accumulation_dtype
+from tests.kernels import needs_kernels
 
 
 def test_select_returns_what_was_named() -> None:
@@ -17,6 +18,7 @@ def test_select_names_what_there_is() -> None:
         select("op", {"two": 2, "one": 1}, "three", torch.zeros(1))
 
 
+@needs_kernels
 @pytest.mark.parametrize("tensor", [torch.zeros(1, device="meta"), torch.nn.Buffer(torch.zeros(1, device="meta"))])
 def test_native_is_refused_where_it_cannot_run(tensor: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match="op: the native implementation cannot run: the tensor is on meta"):

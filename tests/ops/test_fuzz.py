@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.kernels import needs_kernels
 from tests.ops.fuzz import OPS, worst
 
 ALLOWED = 2.0  # times what is measured
@@ -20,7 +21,7 @@ def check(op: str, implementation: str, seeds: range) -> None:
         assert ratio <= ALLOWED, f"{op}, {implementation}, case {seed}: {name} is {ratio:.2f} times what is measured"
 
 
-@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=needs_kernels) if op == "ssd" else op for op in NAMES])
 def test_what_runs_is_the_reference(op: str) -> None:
     check(op, "auto", range(12))
 
@@ -28,7 +29,12 @@ def test_what_runs_is_the_reference(op: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "implementation"),
-    [(op, name) for op in NAMES for name in sorted(OPS[op][1].keys() - {"reference"}) if (op, name) not in INEXACT],
+    [
+        pytest.param(op, name, marks=needs_kernels if name == "native" else ())
+        for op in NAMES
+        for name in sorted(OPS[op][1].keys() - {"reference"})
+        if (op, name) not in INEXACT
+    ],
 )
 @pytest.mark.timeout(1200)
 def test_every_implementation_is_the_reference(op: str, implementation: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.gated_rms_norm import gated_rms_norm, portable, rms_norm
+from tests.kernels import NATIVE
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 EPS = 1e-5
@@ -18,7 +19,7 @@ WIDTH = 48
 FAST = "portable"
 
 
-@pytest.fixture(params=["native", "portable, one tile", "portable, small tiles"], autouse=True)
+@pytest.fixture(params=[NATIVE, "portable, one tile", "portable, small tiles"], autouse=True)
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested."""
     monkeypatch.setattr(sys.modules[__name__], "FAST", request.param.split(",")[0])

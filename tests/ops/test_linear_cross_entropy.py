@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_per_token, portable
+from tests.kernels import NATIVE
 
 
 def problem(tokens: int, width: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +38,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens: int, classes: int
     target[torch.rand(tokens) < ignored] = -100
     expected = F.cross_entropy(hidden @ weight.T, target, reduction="sum")
     expected_gradients = torch.autograd.grad(3 * expected, (hidden, weight))
-    for implementation in ("native", "portable", "reference"):
+    for implementation in ("auto", "portable", "reference"):
         loss, count = linear_cross_entropy(hidden, weight, target, implementation=implementation)
         assert count == int((target != -100).sum())
         torch.testing.assert_close(loss, expected)
@@ -50,7 +51,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens: int, classes: int
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("implementation", ["native", "portable", "reference"])
+@pytest.mark.parametrize("implementation", [NATIVE, "portable", "reference"])
 def test_gradcheck(implementation: str) -> None:
     hidden, weight, target = problem(7, 3, 5, torch.float64)
     target[2] = -1
@@ -63,7 +64,7 @@ def test_gradcheck(implementation: str) -> None:
     assert torch.autograd.gradcheck(lambda weight: loss(hidden.detach(), weight), weight)
 
 
-@pytest.mark.parametrize("implementation", ["native", "portable", "reference"])
+@pytest.mark.parametrize("implementation", [NATIVE, "portable", "reference"])
 @pytest.mark.parametrize("target", [torch.zeros(0, dtype=torch.int64), torch.full((6,), -100)])
 def test_nothing_to_predict_is_zero_with_zero_gradients(implementation: str, target: Tensor) -> None:
     hidden, weight, _ = problem(len(target), 3, 5, torch.float32)

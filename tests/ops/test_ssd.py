@@ -16,6 +16,7 @@ from taipan.ops.ssd import portable, ssd
 from taipan.ops.ssd.native import ssd_native
 from taipan.ops.ssd.portable import ssd_portable
 from taipan.ops.ssd.reference import ssd_chunked, ssd_quadratic, ssd_recurrent
+from tests.kernels import NATIVE, needs_kernels
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 LENGTHS = [1, 2, 31, 63, 64, 65, 127, 200]
@@ -26,7 +27,9 @@ NAMES = ("y", "final state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
 FAST = [ssd_portable]  # what is tested
 
 
-@pytest.fixture(params=[ssd_native, ssd_portable], ids=["native", "portable"], autouse=True)
+@pytest.fixture(
+    params=[pytest.param(ssd_native, marks=needs_kernels), ssd_portable], ids=["native", "portable"], autouse=True
+)
 def fast(request: pytest.FixtureRequest) -> None:
     """Every test for both fast implementations."""
     FAST[:] = [request.param]
@@ -352,7 +355,7 @@ def test_unknown_implementation_lists_the_known() -> None:
         run(ssd, inputs, implementation="quick")
 
 
-@pytest.mark.parametrize("implementation", ["native", "portable", "reference"])
+@pytest.mark.parametrize("implementation", [NATIVE, "portable", "reference"])
 def test_dispatch_runs_what_was_named(implementation: str) -> None:
     inputs = make(1, 70, 2, 1)
     assert_equal_to(run(ssd, inputs, implementation=implementation), run(ssd_recurrent, inputs), 1e-12, implementation)
