@@ -1,4 +1,4 @@
-"""Documents of packed rows as the kernels want them."""
+"""Documents of packed rows, counted."""
 
 import torch
 from torch import Tensor

@@ -12,16 +12,11 @@ from torch.autograd.function import once_differentiable
 from taipan.native import call
 from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype, no_autocast
-from taipan.ops.ssd.portable import step
+from taipan.ops.ssd.portable import best_chunk, step
 from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
 
 # Head dimension and state are padded to this, which every vector width divides.
 _MULTIPLE = 16
-
-
-def _best_chunk(head_dim: int, state_size: int) -> int:
-    """Tokens per chunk: the matrices cost Q a token, the states P · N / Q; measured on AVX2 cores with 512 KB of L2."""
-    return 32 if head_dim * state_size <= 32 * 32 else 64
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -167,7 +162,7 @@ def ssd_native(
             C,
             None if D_H is None else D_H.to(dtype).contiguous(),
         )
-        chunk = min(chunk_size, _best_chunk(head_dim, state))
+        chunk = min(chunk_size, best_chunk(head_dim, state))
         tensors = (*arguments, initial)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             y, final = _apply(*tensors, document, chunk)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype, no_autocast
 from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
 
@@ -29,7 +30,7 @@ from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, Int
 _TILE_ELEMENTS = 8 * 8 * 64 * 64
 
 
-def _best_chunk(head_dim: int, state_size: int) -> int:
+def best_chunk(head_dim: int, state_size: int) -> int:
     """Tokens per chunk: the matrices cost Q a token, the states P · N / Q; measured on AVX2 cores with 512 KB of L2."""
     return 32 if head_dim * state_size <= 32 * 32 else 64
 
@@ -85,9 +86,8 @@ def _tiles(batch: int, tokens: int, heads: int, chunk: int) -> Iterator[_Tile]:
 
 def _running_segment(segment_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Number of resets up to each token, and up to the token before it."""
-    before_BT = torch.zeros_like(segment_BT)
-    before_BT[:, 1:] = segment_BT[:, :-1]
-    running_BT = (segment_BT != before_BT).cumsum(1)
+    running_BT = running_documents(segment_BT)
+    before_BT = torch.zeros_like(running_BT)
     before_BT[:, 1:] = running_BT[:, :-1]
     return running_BT, before_BT
 
@@ -433,7 +433,7 @@ def ssd_portable(
     with no_autocast(x_BTHP.device.type):
         if x_BTHP.shape[1] == 1 and initial_state_BHPN is not None:
             return step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
-        chunk = min(chunk_size, _best_chunk(x_BTHP.shape[3], B_BTGN.shape[3]))
+        chunk = min(chunk_size, best_chunk(x_BTHP.shape[3], B_BTGN.shape[3]))
         tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return _apply(*tensors, segment_BT, chunk)
