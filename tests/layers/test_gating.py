@@ -70,6 +70,8 @@ def test_threshold_moves_inference_only() -> None:
     assert torch.equal(inference.selected_BT, inference.margin_BT > 0.4)
     training = gate.train()(x, None, schedule)
     assert torch.equal(training.selected_BT, training.margin_BT > 0)
+    assert training.noise_free_rate.item() == pytest.approx((training.margin_BT > 0.4).double().mean().item(), abs=1e-6)
+    assert training.rate - training.noise_free_rate > 0.05
 
 
 def test_statistics_and_budget_leave_padding_out() -> None:
