@@ -60,6 +60,8 @@ def test_capacity_zero_equals_closed_gates_in_training_and_inference() -> None:
     assert_same(zero(tokens).logits, closed(tokens).logits)
     assert_same(zero.train()(tokens).logits, closed(tokens).logits)
     assert zero(tokens, labels=tokens).budget == 0
+    force_gates(zero, margin=3.0)
+    assert all(gate.rate == 0 for mode in (True, False) for gate in zero.train(mode)(tokens).gates)
 
 
 @pytest.mark.parametrize("stack", [("sliding_attention",), ("mamba2", "selective_attention")])
