@@ -2,6 +2,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import signal
 import stat
 import sys
 from collections.abc import Callable
@@ -154,6 +155,70 @@ def test_atomic_write_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match="needs at least 7 bytes"):
         io.atomic_write(target, b"newest!")
     assert listing(tmp_path) == {"deep/file": b"new"}
+
+
+def killed(write: Callable[[], None]) -> None:
+    """Write in a process that is killed in the first fsync."""
+    child = os.fork()
+    if child == 0:
+        try:
+            io.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            write()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_directory() -> None:
+        with io.atomic_directory(tmp_path / "model") as temporary:
+            (temporary / "weights").write_bytes(b"half")
+
+    alike = [".file.tmp", "file.0123456789ab.tmp", ".file.0123456789AB.tmp", ".file.0123456789ab.tmp.gz", ".tmp"]
+    for name in alike:
+        (tmp_path / name).write_bytes(b"mine")
+    killed(lambda: io.atomic_write(tmp_path / "file", b"half"))
+    killed(write_directory)
+    left = sorted(set(os.listdir(tmp_path)) - set(alike))
+    assert [name.split(".")[1] for name in left] == ["file", "model"]
+
+    fsync = os.fsync
+
+    def looking(descriptor: int) -> None:  # another process starts here while this one is writing
+        io.remove_abandoned(tmp_path)
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io.os, "fsync", looking)
+        io.atomic_write(tmp_path / "new", b"new")
+        write_directory()
+    assert listing(tmp_path) == {**dict.fromkeys(alike, b"mine"), "new": b"new", "model/weights": b"half"}
+    io.remove_abandoned(tmp_path / "missing")
+
+
+def test_a_directory_that_is_written_again_takes_away_only_what_was_left_of_it(tmp_path: Path) -> None:
+    names = [".model.0123456789ab.tmp", ".model.2.0123456789ab.tmp", ".other.0123456789ab.tmp"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with io.atomic_directory(tmp_path / "model"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [*names[1:], "model"]
+
+
+def test_without_locks_files_are_written_and_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(io.fcntl, "flock", none)
+    left = tmp_path / ".file.0123456789ab.tmp"
+    left.write_bytes(b"half")
+    io.atomic_write(tmp_path / "file", b"new")
+    with io.atomic_directory(tmp_path / "model") as temporary:
+        (temporary / "weights").write_bytes(b"new")
+    io.remove_abandoned(tmp_path)
+    assert listing(tmp_path) == {left.name: b"half", "file": b"new", "model/weights": b"new"}
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from taipan.errors import CheckpointError, DataError, TaipanError
@@ -17,6 +19,7 @@ _CHUNK_BYTES = 1 << 20
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
 @contextmanager
@@ -25,7 +28,8 @@ def atomic_directory(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> 
 
     Yields an empty temporary directory beside ``path``. When the block ends well its files are synced to disk and it
     takes the place of ``path``; **everything that was in ``path`` before is removed**. When anything fails inside the
-    block (a full disk, an exception, Ctrl-C) the temporary directory is removed and ``path`` is not touched.
+    block (a full disk, an exception, Ctrl-C) the temporary directory is removed and ``path`` is not touched. What a
+    killed process left of an earlier attempt at ``path`` is removed first.
 
     Args:
         path: the directory to make or replace. Missing parents are made; a symbolic link is followed.
@@ -39,19 +43,20 @@ def atomic_directory(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> 
         raise CheckpointError(
             f"{path} is a file; expected a directory to write to. Move the file or name another path."
         )
+    remove_abandoned(target.parent, target.name)
     temporary = _temporary_sibling(target)
-    try:
+    with ExitStack() as stack:
+        # After a swap the temporary name holds the previous content, or nothing.
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         with _explained(target, temporary):
             temporary.mkdir(parents=True)
+            _lock(stack.enter_context(_opened(temporary)))
         with _disk_full_explained(target, temporary, needed_bytes):
             yield temporary
             _sync_tree(temporary)
         with _explained(target, temporary):
             _swap(temporary, target)
             _sync(target.parent)
-    finally:
-        # After a swap the temporary name holds the previous content, or nothing.
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish_directory(staged: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
@@ -89,14 +94,43 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         with _explained(target, temporary), _disk_full_explained(target, temporary, len(data)):
             target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
+                _lock(file.fileno())
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+                os.replace(temporary, target)
             _sync(target.parent)
     finally:
         with suppress(OSError):  # normally it is gone: it has become the target
             temporary.unlink()
+
+
+def remove_abandoned(directory: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove what processes left in a directory that were killed while writing into it with the functions above.
+
+    Only names that these functions give (``.NAME.<12 hexadecimal digits>.tmp``) are looked at, and only what no living
+    process holds: a writer holds a lock on its temporary file that ends with it. Where the file system has no locks,
+    nothing is removed. Subdirectories are not searched; what cannot be removed stays.
+
+    Args:
+        directory: where to look; it may be missing.
+        name: of the file or directory that was to be written; None for any.
+    """
+    try:
+        entries = sorted(os.listdir(directory))
+    except OSError:
+        return
+    for entry in entries:
+        match = _TEMPORARY.fullmatch(entry)
+        if match is None or name not in (None, match[1]):
+            continue
+        path = Path(directory, entry)
+        with suppress(OSError), _opened(path) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -156,6 +190,22 @@ def _unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:
 def _temporary_sibling(target: Path) -> Path:
     # Not tempfile.mkdtemp: that makes 0700, and what is swapped into place must have the user's usual permissions.
     return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[int]:
+    """A descriptor to lock; NFS locks a file only for those who may write."""
+    descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Say that somebody is at work on a file, until it is closed or its process ends; not every file system can."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sync(path: Path) -> None:

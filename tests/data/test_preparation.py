@@ -236,6 +236,17 @@ def test_what_was_begun_for_something_else_is_thrown_away(corpus_dir: Path, tmp_
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+def test_files_that_a_killed_process_was_writing_are_not_published(
+    corpus_dir: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        prepare_corpus(Corpus([corpus_dir]), tmp_path / "out", **OPTIONS, progress=dying(20))
+    for name in (".journal.json", "train/.tokenizer.json", "valid/.tokenizer_config.json"):
+        (staging(tmp_path / "out") / f"{name}.0123456789ab.tmp").write_bytes(b"half")
+    prepare_corpus(Corpus([corpus_dir]), tmp_path / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == whole
+
+
 def test_unfinished_work_that_was_damaged_is_refused_by_name(corpus_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         prepare_corpus(Corpus([corpus_dir]), tmp_path / "out", **OPTIONS, progress=dying(20))

@@ -9,11 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taipan.data import encoding
+from taipan.data import manifest as manifest_module
 from taipan.data import tokenizer as tokenizer_module
 from taipan.data.corpus import Document
+from taipan.data.mixture import Mixture
 from taipan.data.shards import PrepareProgress, TokenDataset, prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError
+from taipan.io import sha256_file
 
 BYTES = Tokenizer.bytes()
 
@@ -93,6 +96,28 @@ def test_one_flipped_bit_in_any_file_is_refused_by_name(dataset: TokenDataset, n
     file.write_bytes(data)
     with pytest.raises(DataError, match=f"{name} is damaged"):
         TokenDataset.open(dataset.path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_processes_that_share_the_checksums_read_every_file_once(
+    dataset: TokenDataset, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(manifest_module, "sha256_file", lambda file: (read.append(file.name), sha256_file(file))[1])
+    shares: list[int] = []
+    for number in range(count):
+        before = len(read)
+        TokenDataset.open(dataset.path, part=(number, count))
+        shares.append(len(read) - before)
+    assert sorted(read) == sorted(
+        file.name for file in dataset.path.iterdir() if file.name not in ("manifest.json", "tokenizer_config.json")
+    )
+    assert max(shares) - min(shares) <= 1
+    once = sorted(read)
+    read.clear()
+    for number in range(count):
+        Mixture.open({str(dataset.path): 1.0, f"{dataset.path}/": 1.0}, part=(number, count))
+    assert sorted(read) == sorted(once * 2)
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -74,7 +74,7 @@ def reference(ask: Ask, corpora: tuple[Path, Path], tmp_path_factory: pytest.Tem
 def assert_same(run: Path, reference: Path) -> None:
     assert metrics(run) == metrics(reference)
     assert files(run) == files(reference)
-    assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert not list(run.rglob(".*")), "what was left by killed processes is gone"
 
 
 def test_killed_at_random_moments(ask: Ask, reference: Path, corpora: tuple[Path, Path], tmp_path: Path) -> None:

@@ -55,6 +55,24 @@ def test_a_resumed_run_writes_the_same_samples(make_recipe: MakeRecipe, tmp_path
     assert read_records(resumed.run / "samples.jsonl") == read_records(whole.run / "samples.jsonl")
 
 
+def test_a_start_removes_what_killed_writers_left_in_the_run(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(**{"training.steps": 2, "training.checkpoint_every": 1})
+    run = Path(recipe.output)
+    left = [".recipe.yaml", ".run.json", "model/.README.md", ".model", "checkpoints/.step-00000001"]
+
+    def leave() -> None:
+        for name in left:
+            path = run / f"{name}.0123456789ab.tmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir() if name in left[3:] else path.write_bytes(b"half")
+
+    train(recipe)
+    leave()
+    (run / ".mine").write_bytes(b"mine")
+    train(None, resume=run)
+    assert list(run.rglob(".*")) == [run / ".mine"]
+
+
 def test_an_empty_prompt_begins_a_document(make_recipe: MakeRecipe) -> None:
     changes = {**SAMPLING, "training.sample_prompt": "", "training.steps": 3}
     assert len(read_records(train(make_recipe(**changes)).run / "samples.jsonl")) == 1

@@ -53,12 +53,14 @@ class Mixture:
                 )
 
     @classmethod
-    def open(cls, source: str | Path | Mapping[str, float], *, verify: bool = True) -> "Mixture":
+    def open(
+        cls, source: str | Path | Mapping[str, float], *, verify: bool = True, part: tuple[int, int] = (0, 1)
+    ) -> "Mixture":
         """Open what a recipe names: one data set, or several with weights.
 
         Args:
             source: a directory, or directories with their weights.
-            verify: as for :meth:`TokenDataset.open`.
+            verify, part: as for :meth:`TokenDataset.open`.
 
         Raises:
             ConfigError: there is no data set, or a weight is impossible.
@@ -68,7 +70,12 @@ class Mixture:
         if not weights:
             raise ConfigError("No data set was named: give a directory, or several with weights {directory: weight}.")
         _whole(tuple(weights.values()))  # before hours of checksums
-        return cls([TokenDataset.open(path, verify=verify) for path in weights], tuple(weights.values()))
+        number, count = part
+        datasets = [  # turn by turn, or of many small data sets the first part would be everything
+            TokenDataset.open(path, verify=verify, part=((number + turn) % count, count))
+            for turn, path in enumerate(weights)
+        ]
+        return cls(datasets, tuple(weights.values()))
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:

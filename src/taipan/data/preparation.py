@@ -34,7 +34,7 @@ from taipan.data.shards import TokenDataset, require_replaceable
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from taipan.data.writer import DatasetWriter
 from taipan.errors import ConfigError, DataError, TaipanError
-from taipan.io import atomic_write, publish_directory
+from taipan.io import atomic_write, publish_directory, remove_abandoned
 
 _VERSION = 1
 _COMMIT_SECONDS = 15.0
@@ -111,6 +111,8 @@ def prepare_corpus(
     }
     staging = out.parent / f".{out.name}.preparing"
     with _locked(staging, out):
+        for directory in (staging, *(entry for entry in staging.iterdir() if entry.is_dir())):
+            remove_abandoned(directory)  # or it would be part of what is published
         journal = _Journal.open(staging, request)
         if journal.n_read:
             announce(f"going on after {journal.n_read:,} documents (kept in {staging})")

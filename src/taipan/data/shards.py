@@ -116,13 +116,20 @@ class TokenDataset:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, verify: bool = True, tokenizer: Tokenizer | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        part: tuple[int, int] = (0, 1),
+        tokenizer: Tokenizer | None = None,
     ) -> "TokenDataset":
         """Open a data set that :func:`prepare` made.
 
         Args:
             path: its directory.
             verify: check the SHA-256 of every file. Sizes, and the manifest's own checksum, are always checked.
+            part: `(number, count)`: of the files, check only the SHA-256 of this one of `count` parts, because other
+                processes check the others.
             tokenizer: the tokenizer of the model that will read it, to be refused if it is another one.
 
         Raises:
@@ -138,11 +145,14 @@ class TokenDataset:
                 "Prepare the data again with the tokenizer of the model."
             )
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        documents_bytes = (manifest.n_documents + 1) * 16
-        check_file(directory / DOCUMENTS_FILE, documents_bytes, manifest.documents_sha256, verify)
-        check_file(directory / TOKENIZER_FILE, None, manifest.tokenizer_sha256, verify)
-        for shard in manifest.shards:
-            check_file(directory / shard.file, shard.n_tokens * dtype.itemsize, shard.sha256, verify)
+        files = [
+            (DOCUMENTS_FILE, (manifest.n_documents + 1) * 16, manifest.documents_sha256),
+            (TOKENIZER_FILE, None, manifest.tokenizer_sha256),
+            *((shard.file, shard.n_tokens * dtype.itemsize, shard.sha256) for shard in manifest.shards),
+        ]
+        number, count = part
+        for place, (name, n_bytes, sha256) in enumerate(files):
+            check_file(directory / name, n_bytes, sha256, verify and place % count == number)
         documents = np.memmap(directory / DOCUMENTS_FILE, "<u8", mode="r", shape=(manifest.n_documents + 1, 2))
         shards = [np.memmap(directory / shard.file, dtype, mode="r") for shard in manifest.shards]
         return cls(directory, manifest, shards, documents)

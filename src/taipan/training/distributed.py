@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from taipan.errors import ConfigError, TrainingError
+from taipan import errors
+from taipan.errors import ConfigError, TaipanError, TrainingError
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.model import Block, TaipanLM
 from taipan.training.recipe import ParallelSection
@@ -38,12 +39,14 @@ class World:
         size: how many there are.
         local_size: how many of them are on this machine.
         device: what this process computes on; None: wherever the model is.
+        local_rank: number of this process among those of its machine; None if nobody said.
     """
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
     device: torch.device | None = None
+    local_rank: int | None = None
 
     @property
     def leads(self) -> bool:
@@ -54,6 +57,13 @@ class World:
     def part(self) -> tuple[int, int]:
         """(number, count) of this process's part of a batch."""
         return self.rank, self.size
+
+    @property
+    def local_part(self) -> tuple[int, int]:
+        """(number, count) of this process's part of what the processes of a machine share; all of it if in doubt."""
+        if self.local_rank is None or self.local_rank >= self.local_size:
+            return 0, 1
+        return self.local_rank, self.local_size
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all processes, in float64. What is not finite on one is not finite on all."""
@@ -86,17 +96,35 @@ class World:
         The block may hold no exchange between processes that an error in it could leave undone.
 
         Raises:
-            TrainingError: the block failed on another process (which raises its own error).
+            TaipanError: the block failed on another process: with an error of ours, then this is of the same kind and
+                says the same; or with any other, then it is a TrainingError.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        if self.any(failure is not None) and failure is None:
-            raise TrainingError(f"Process {self.rank} stopped because another one failed: see the message of that one.")
-        if failure is not None:
-            raise failure
+        if self.any(failure is not None):
+            told = self._all_say(None if failure is None else (type(failure).__name__, str(failure)))
+            if failure is not None:
+                raise failure
+            raise next(_of_another(*said, number) for number, said in enumerate(told) if said is not None)
+
+    def _all_say(self, value: _T) -> list[_T]:
+        """What each process gives, in their order."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+
+def _of_another(kind: str, message: str, number: int) -> TaipanError:
+    """The error of another process, as this one raises it."""
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, TaipanError):
+        return known(f"{message} (Process {number} found it; all stop.)")
+    return TrainingError(f"Process {number} stopped with {kind}: {message}. All stop.")
 
 
 ALONE = World()
@@ -118,9 +146,11 @@ def joined() -> Generator[World]:
         ConfigError: more processes than GPUs on a machine that has some.
     """
     size, local_size = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = _device(int(os.environ.get("LOCAL_RANK", "0")), local_size)
+    said = os.environ.get("LOCAL_RANK")
+    local_rank = None if said is None else int(said)
+    device = _device(local_rank or 0, local_size)
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), local_size, device)
+        yield World(dist.get_rank(), dist.get_world_size(), local_size, device, local_rank)
     elif size == 1:
         yield World(device=device)
     else:
@@ -128,7 +158,7 @@ def joined() -> Generator[World]:
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
         )
         try:
-            yield World(dist.get_rank(), size, local_size, device)
+            yield World(dist.get_rank(), size, local_size, device, local_rank)
         finally:
             dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError, TaipanError, TrainingError
 from taipan.hardware import training_dtype
-from taipan.io import atomic_write
+from taipan.io import atomic_write, remove_abandoned
 from taipan.model import TaipanLM
 from taipan.training.calibration import Calibration, calibrate
 from taipan.training.carry import Carry
@@ -193,6 +193,8 @@ class _Run:
             if world.leads:
                 self.path.mkdir(parents=True, exist_ok=True)
                 remove_unfinished(self.path)
+                for directory in (self.path, self.path / _MODEL):
+                    remove_abandoned(directory)
                 truncate_records(self.path / _METRICS, self.pace.step)
                 if settings.sample_every is not None or (self.path / _SAMPLES).exists():
                     truncate_records(self.path / _SAMPLES, self.pace.step)
@@ -245,11 +247,12 @@ class _Run:
     def _open_data(self) -> None:
         """The mixture and the held-out data; of every batch this process reads its part."""
         recipe, self.valid = self.recipe, None
-        self.data = Mixture.open(recipe.data.train)
+        part = self.world.local_part  # of the checksums: every file is read once on each machine
+        self.data = Mixture.open(recipe.data.train, part=part)
         self.tokenizer: Tokenizer = self.data.tokenizer()
         self.feed = self._feed(self.world.part)
         if recipe.data.valid is not None:
-            held_out = Mixture([TokenDataset.open(recipe.data.valid, tokenizer=self.tokenizer)], [1.0])
+            held_out = Mixture([TokenDataset.open(recipe.data.valid, part=part, tokenizer=self.tokenizer)], [1.0])
             self.valid = Feed(held_out, recipe, seed=0, device=self._device, part=self.world.part)
 
     def _feed(self, part: tuple[int, int]) -> Feed:

@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 
 from taipan.config import TaipanConfig
+from taipan.data import manifest
+from taipan.data.corpus import Document
+from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import CheckpointError, ConfigError, TrainingError
+from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
+from taipan.io import sha256_file
 from taipan.model import TaipanLM
 from taipan.pretrained import weights_of
 from taipan.training.checkpoint import latest, load_optimizer, save_checkpoint
 from taipan.training.distributed import ALONE, Parallel, World, joined
-from taipan.training.recipe import OptimizerSection, ParallelSection, ScheduleSection
+from taipan.training.loop import train
+from taipan.training.recipe import OptimizerSection, ParallelSection, Recipe, ScheduleSection
 from taipan.training.step import Batch, StepResult, part_of
 from taipan.training.trainer import Trainer
 from tests.training.distributed import runs
@@ -268,10 +273,47 @@ def refuses(world: World) -> None:
 
 
 def fails_together(world: World) -> None:
-    expected = ConfigError if world.rank == world.size - 1 else TrainingError
-    with pytest.raises(expected), world.together():
-        if world.rank == world.size - 1:
-            raise ConfigError("only here")
+    last = world.size - 1
+    for error, seen in ((ConfigError("only here"), ConfigError), (ZeroDivisionError("only here"), TrainingError)):
+        with pytest.raises(type(error) if world.rank == last else seen, match="only here") as caught, world.together():
+            if world.rank == last:
+                raise error
+        assert (f"Process {last}" in str(caught.value)) == (world.rank != last)
+
+
+def damaged_data(world: World, directory: Path, name: str, finder: int) -> None:
+    """Each file is read by one process of the machine, and what that one finds all say."""
+    values = json.loads((directory / "recipe.json").read_text())
+    data = directory / f"damaged-{name}"
+    if world.leads:
+        prepare([Document("d", "a taipan waits " * 80)], Tokenizer.bytes(), data, shard_tokens=512)
+        content = bytearray((data / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (data / name).write_bytes(content)
+    world.any(False)  # wait
+    values["data"]["train"], values["output"] = str(data), str(directory / "never")
+    read: list[str] = []
+
+    def counted(file: Path) -> str:
+        read.append(file.name)
+        return sha256_file(file)
+
+    with patched(manifest, "sha256_file", counted), pytest.raises(DataError) as caught:
+        train(Recipe.from_dict(values))
+    assert f"{data / name} is damaged" in str(caught.value)
+    assert (f"(Process {finder} found it" in str(caught.value)) == (world.rank != finder)
+    assert (name in read) == (world.rank == finder)
+    assert not (directory / "never").exists()
+
+
+@contextmanager
+def patched(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def recomputed(world: World, strategy: str) -> None:
@@ -311,6 +353,8 @@ def checks(directory: Path, world: World) -> dict[str, Callable[[], None]]:
         )
     every["one-cannot-write"] = lambda: one_cannot_write(world, directory / "full")
     every |= runs.checks(world, directory)
+    for name, finder in (("tokens-00000.bin", 0), ("tokens-00001.bin", 1)):
+        every[f"damaged-{name}"] = lambda n=name, f=finder: damaged_data(world, directory, n, f)
     every["refuses"] = lambda: refuses(world)
     every["together"] = lambda: fails_together(world)
     return every
