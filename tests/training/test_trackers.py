@@ -1,5 +1,7 @@
 """Trackers get every number; without their package they are refused by name, and when they fail the run goes on."""
 
+import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,29 +39,61 @@ class Heard(TrainingListener):
         self.calls.append(message)
 
 
+def signatures(name: str) -> dict[str, inspect.Signature]:
+    """What the package takes: as it says itself where it is installed, else as wandb 0.31 and trackio 0.43 said."""
+    if importlib.util.find_spec(name) is not None:
+        module: Any = importlib.import_module(name)
+        run: Any = module.Run
+        functions = {"init": module.init, "finish": module.finish, "Run.log": run.log, "Run.finish": run.finish}
+    elif name == "wandb":
+        functions: dict[str, Any] = {
+            "init": lambda entity=None, project=None, dir=None, id=None, name=None, config=None, resume=None: None,
+            "finish": lambda exit_code=None: None,
+            "Run.log": lambda self, data, step=None, commit=None: None,
+            "Run.finish": lambda self, exit_code=None: None,
+        }
+    else:
+        functions = {
+            "init": lambda project, name=None, group=None, config=None, resume="never": None,
+            "finish": lambda: None,
+            "Run.log": lambda self, metrics, step=None: None,
+            "Run.finish": lambda self: None,
+        }
+    return {name: inspect.signature(function) for name, function in functions.items()}
+
+
+SIGNATURES = {name: signatures(name) for name in ("wandb", "trackio")}
+
+
 class FakeRun:
-    """What `wandb.init` and `trackio.init` return."""
+    """What `init` returns; takes what the real one takes."""
 
-    def __init__(self, options: dict[str, Any], broken: bool) -> None:
-        self.options, self.broken = options, broken
+    def __init__(self, package: str, options: dict[str, Any], broken: bool) -> None:
+        self.package, self.options, self.broken = package, options, broken
         self.logged: list[tuple[dict[str, Any], int]] = []
-        self.finished = False
+        self.finished = 0
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def log(self, *arguments: Any, **options: Any) -> None:
+        _, values, step, *_ = SIGNATURES[self.package]["Run.log"].bind(self, *arguments, **options).arguments.values()
         if self.broken:
             raise ConnectionError("no network")
         self.logged.append((values, step))
 
     def finish(self) -> None:
-        self.finished = True
+        self.finished += 1
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[FakeRun]]:
     def make(name: str, broken: bool = False) -> list[FakeRun]:
         runs: list[FakeRun] = []
+
+        def init(*arguments: Any, **options: Any) -> FakeRun:
+            runs.append(FakeRun(name, SIGNATURES[name]["init"].bind(*arguments, **options).arguments, broken))
+            return runs[-1]
+
         module: Any = ModuleType(name)
-        module.init = lambda **options: runs.append(FakeRun(options, broken)) or runs[-1]
+        module.init, module.finish = init, lambda: runs[-1].finish()
         monkeypatch.setitem(sys.modules, name, module)
         return runs
 
@@ -83,7 +117,7 @@ def test_numbers_and_samples_arrive_and_a_resumed_run_is_the_same_run(
     assert heard.calls == [RECORD, SAMPLE] * 2
     first, second = runs
     assert first.logged == second.logged == [(NUMBERS, 7), ({"sample": "The end"}, 7)]
-    assert first.finished
+    assert first.finished == second.finished == 1
     assert first.options == second.options
     assert "abc123" in (first.options["id"] if name == "wandb" else first.options["name"])
     assert first.options["resume"] == "allow"

@@ -90,8 +90,10 @@ class Trackio:
     name = "trackio"
 
     def __init__(self, run: Path, run_id: str, recipe: Recipe, step: int) -> None:
-        module = _load("trackio", self.name)
-        self._run = module.init(project=_PROJECT, name=f"{run.name}-{run_id}", resume="allow", config=recipe.to_dict())
+        self._module = _load("trackio", self.name)
+        self._run = self._module.init(
+            project=_PROJECT, name=f"{run.name}-{run_id}", resume="allow", config=recipe.to_dict()
+        )
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Take the numbers of one line of metrics."""
@@ -103,7 +105,7 @@ class Trackio:
 
     def close(self) -> None:
         """Write out what is left."""
-        self._run.finish()
+        self._module.finish()  # a run that is only finished itself would be finished again at exit
 
 
 _KINDS: dict[str, Callable[[Path, str, Recipe, int], Tracker]] = {
