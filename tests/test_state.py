@@ -15,10 +15,10 @@ from tests.models import STACKS, VARIANTS, random_tokens, small_model
 from tests.test_model_splits import assert_same_state
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(("stack", "capacity"), [*((stack, 0.15) for stack in STACKS), ("taipan", 0.0)])
 @torch.no_grad()
-def test_size_is_what_accounting_says_and_constant(stack: str) -> None:
-    model = small_model(stack, dtype=torch.float32)
+def test_size_is_what_accounting_says_and_constant(stack: str, capacity: float) -> None:
+    model = small_model(stack, dtype=torch.float32, attention_capacity=capacity)
     state = None
     for length in (1, 5, 30, 200):
         state = model(random_tokens(2, length), state=state).state
