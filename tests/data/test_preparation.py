@@ -28,7 +28,7 @@ from taipan.data import tokenizer as tokenizer_module
 from taipan.data.corpus import Corpus
 from taipan.data.preparation import CorpusProgress, prepare_corpus
 from taipan.data.shards import TokenDataset
-from taipan.data.tokenizer import Tokenizer
+from taipan.data.tokenizer import END_OF_TEXT, Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError
 from taipan.io import sha256_file
 
@@ -234,6 +234,16 @@ def test_what_was_begun_for_something_else_is_thrown_away(corpus_dir: Path, tmp_
     assert not any(text.startswith("going on") for text in said)
     prepare_corpus(Corpus([corpus]), tmp_path / "fresh", **options)
     assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_the_name_of_the_end_in_a_text_ends_no_document(tmp_path: Path, tokenizer: str) -> None:
+    texts = [f"{END_OF_TEXT}{words(i, 6)}{END_OF_TEXT}\n{END_OF_TEXT * i}" for i in range(5)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (dataset,) = prepare_corpus(Corpus([tmp_path / "c.jsonl"]), tmp_path / "out", tokenizer=tokenizer)
+    tokens = dataset.read(0, dataset.n_tokens)
+    assert (tokens == dataset.manifest.eos_id).sum() == dataset.n_documents == len(texts)
+    assert [dataset.tokenizer().decode(dataset.document(i)[:-1].tolist()) for i in range(len(texts))] == texts
 
 
 def test_files_that_a_killed_process_was_writing_are_not_published(

@@ -65,6 +65,42 @@ def test_round_trip_is_exact(tokenizer: Tokenizer, text: str) -> None:
     assert b"".join(tokenizer.token_bytes(index) for index in ids) == text.encode()
 
 
+def knowing_its_end(kind: str) -> Tokenizer:
+    """A foreign tokenizer whose model or whose added words know the name of its end as text."""
+    models, letters = tokenizers.models, {"<": 0, "/": 1, "s": 2, ">": 3, "a": 4, " ": 5}
+    if kind == "unigram":
+        words = [("?", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in letters)]
+        backend = tokenizers.Tokenizer(models.Unigram(words, unk_id=0))
+    elif kind == "whole words":
+        backend = tokenizers.Tokenizer(models.BPE(vocab={**letters, "</s>": 6}, merges=[], ignore_merges=True))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
+    else:
+        backend = tokenizers.Tokenizer(models.BPE(vocab=letters, merges=[]))
+        backend.add_tokens([tokenizers.AddedToken("</s>", special=False, lstrip=kind == "added with spaces")])
+    if not kind.startswith("added"):
+        backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, "</s>")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "whole words", "added", "added with spaces"])
+@pytest.mark.parametrize("text", ["</s>", "a</s>a", "</s></s>", "a </s> a  </s>", "</</s>s>"])
+def test_no_text_ends_a_document_of_a_foreign_tokenizer_either(kind: str, text: str) -> None:
+    tokenizer = knowing_its_end(kind)
+    assert tokenizer._backend.encode("</s>", add_special_tokens=False).ids == [tokenizer.eos_id]  # pyright: ignore
+    ids = tokenizer.encode(text)
+    assert tokenizer.eos_id not in ids
+    assert "".join(tokenizer._backend.id_to_token(index) or "" for index in ids) == text  # pyright: ignore
+
+
+def test_an_end_of_one_character_is_refused_in_a_text() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "\x03": 1}, merges=[]))
+    backend.add_special_tokens(["\x03"])
+    tokenizer = Tokenizer(backend, "\x03")
+    assert tokenizer.encode("aa") == [0, 0]
+    with pytest.raises(InputError, match=r"encodes '\\x03' as '\\x03', its end-of-document token"):
+        tokenizer.encode("a\x03")
+
+
 @given(text=hard_text)
 @settings(max_examples=100, deadline=None)
 def test_the_id_of_a_byte_is_its_value(text: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,7 +46,8 @@ class Tokenizer:
     """Encodes any text to token ids; for the tokenizers made here, decoding gives exactly the text back.
 
     Text is only text: the name of a special token inside it is encoded letter by letter, so no document can end
-    itself. The end-of-document token is added by whoever joins documents (:attr:`eos_id`).
+    itself. The end-of-document token is added by whoever joins documents (:attr:`eos_id`). A foreign tokenizer whose
+    vocabulary has the name of its end as a word of text gets such a text in two pieces, cut within the name.
 
     Args:
         backend: the tokenizer of the ``tokenizers`` library; padding and truncation are switched off.
@@ -191,7 +193,12 @@ class Tokenizer:
         """
         atomic_write(Path(directory, TOKENIZER_FILE), self.to_json().encode())
         # on the left, as batched generation with transformers wants it
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token, "padding_side": "left"}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos_token,
+            "padding_side": "left",
+            "split_special_tokens": True,  # there, too, text is only text
+        }
         atomic_write(Path(directory, _CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
 
     def encode(self, text: str) -> list[int]:
@@ -206,13 +213,15 @@ class Tokenizer:
         """Return the token ids of several texts; byte-pair encoding runs on all cores.
 
         Raises:
-            InputError: a text holds a lone surrogate, which no UTF-8 text can.
+            InputError: a text holds a lone surrogate, which no UTF-8 text can; or a character that a foreign tokenizer
+                takes for the end of a document.
         """
         data = _utf8(texts)
         if self._is_bytes:
             return [list(utf8) for utf8 in data]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        found = [encoding.ids for encoding in encodings]
+        return [self._without_end(text) if self.eos_id in ids else ids for text, ids in zip(texts, found, strict=True)]
 
     def encode_arrays(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
         """Return the token ids of several texts as arrays; for bytes this is quicker than :meth:`encode_batch`.
@@ -303,6 +312,20 @@ class Tokenizer:
         """SHA-256 of the tokenizer's canonical JSON: equal for tokenizers that encode equally by construction."""
         canonical = json.dumps(self._json, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _without_end(self, text: str) -> list[int]:
+        """The ids of a text in which the backend sees the end of a document: cut wherever it sees one."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ends = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == self.eos_id]
+        if not ends:
+            return encoding.ids
+        cuts = [0, *((start + stop) // 2 for start, stop in ends), len(text)]
+        if any(start >= stop for start, stop in pairwise(cuts)):
+            raise InputError(
+                f"the tokenizer encodes {text[slice(*ends[0])]!r} as {self.eos_token!r}, its end-of-document token: "
+                "remove it from the text, or use another tokenizer."
+            )
+        return [index for start, stop in pairwise(cuts) for index in self._without_end(text[start:stop])]
 
     @property
     def _json(self) -> dict[str, Any]:
