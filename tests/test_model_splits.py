@@ -144,6 +144,16 @@ def test_packed_and_padded_rows_together(options: dict) -> None:
         assert_same(out.logits[row, begin:end], model(tokens[row : row + 1, begin:end]).logits[0])
 
 
+@torch.no_grad()
+def test_the_first_segment_ids_continue_the_document_of_a_state_without_any() -> None:
+    model, tokens = small_model("taipan"), random_tokens(1, 15)
+    ids = torch.tensor([[7] * 4 + [8] * 5])
+    before = model(tokens[:, :6]).state
+    out = model(tokens[:, 6:], state=before, segment_ids=ids)
+    assert_same(out.logits[:, :4], model(tokens[:, :10]).logits[:, 6:])
+    assert_same(out.logits[:, 4:], model(tokens[:, 10:]).logits)
+
+
 @pytest.mark.parametrize("stack", ["taipan", "jamba", "samba"])
 @torch.no_grad()
 def test_fp32_splits_stay_within_1e5_of_the_fp64_oracle(stack: str) -> None:
