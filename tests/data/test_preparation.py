@@ -166,9 +166,14 @@ def test_the_number_of_workers_changes_nothing(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def test_a_process_that_is_killed_leaves_no_children_and_no_damage(tmp_path: Path, n_kills: int) -> None:
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": words(i, 60)}) + "\n" for i in range(8_000)))
+@pytest.mark.parametrize(
+    ("n_kills", "n_documents"),
+    [(2, 2_000), pytest.param(20, 8_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+)
+def test_a_process_that_is_killed_leaves_no_children_and_no_damage(
+    tmp_path: Path, n_kills: int, n_documents: int
+) -> None:
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": words(i, 60)}) + "\n" for i in range(n_documents)))
     code = (
         "import sys\nfrom pathlib import Path\nfrom taipan.data import preparation, encoding\n"
         "from taipan.data.corpus import Corpus\n"

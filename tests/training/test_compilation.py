@@ -1,5 +1,6 @@
 """torch.compile: the same training to rounding, or a refusal that says why."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from taipan import pretrained
 from taipan.errors import ConfigError
 from taipan.training import compilation
 from taipan.training.compilation import compile_blocks
+from taipan.training.loop import train
+from taipan.training.metrics import read_records
 from taipan.training.recipe import Recipe
 from tests.models import small_model
+from tests.training.conftest import tiny_values
+from tests.training.distributed import compiled
+from tests.training.distributed.launch import outcomes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -51,6 +58,29 @@ def test_a_compiled_model_trains_the_same() -> None:
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_compiled_blocks_on_two_processes_train_as_plain_ones_on_one(
+    tmp_path: Path, corpora: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    values = tiny_values(corpora, tmp_path / "plain")
+    values["training"] |= {"steps": 4, "evaluate_every": 2, "log_every": 1, "sample_every": 2, "sample_tokens": 4}
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    for outcome in outcomes(2, Path(compiled.__file__), tmp_path, timeout=3500):
+        assert list(outcome) == [*compiled.KINDS, "run"]
+        for name, found in outcome.items():
+            assert found == "ok", (name, found)
+    plain = train(Recipe.from_dict(values))
+
+    def curve(run: Path) -> list[float]:
+        return [line[key] for line in read_records(run / "metrics.jsonl") for key in line if key.endswith("loss")]
+
+    assert curve(tmp_path / "compiled") == pytest.approx(curve(plain.run), rel=1e-4)
+    resumed = pretrained.load(tmp_path / "compiled" / "model")  # names and shapes of a plain model
+    assert resumed.state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
