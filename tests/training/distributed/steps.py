@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ CONFIG = TaipanConfig(
     vocab_size=VOCAB,
     hidden_size=16,
     intermediate_size=24,
-    layer_types=("mamba2", "selective_attention", "mamba2", "selective_attention"),
+    layer_types=("selective_attention", "mamba2", "selective_attention"),
     mamba_head_dim=8,
     state_size=4,
     sliding_window=8,
@@ -107,14 +108,22 @@ def assert_same_weights(mine: TaipanLM, reference: TaipanLM) -> None:
         assert (tensor - expected[name]).abs().max() < TOLERANCE, name
 
 
-def compare(world: World, strategy: str, *, name: str = "adamw", make: Make = batch, **options: Any) -> None:
+def compare(
+    world: World, strategy: str, *, name: str = "adamw", make: Make = batch, at: float | None = None, **options: Any
+) -> None:
     """The same steps on this process alone and on all together."""
-    at = options.pop("at", None)
-    alone, together = whole_model(**options), whole_model(**options)
-    reference = take(trainer(ALONE, ParallelSection(), alone, name), ALONE, make=make, at=at)
+    reference, alone = taken_alone(name, make, at, **options)
+    together = whole_model(**options)
     mine = take(trainer(world, STRATEGIES[strategy], together, name), world, make=make, at=at)
     assert_same(mine, reference)
     assert_same_weights(together, alone)
+
+
+@cache
+def taken_alone(name: str, make: Make, at: float | None, **options: Any) -> tuple[list[StepResult], TaipanLM]:
+    """The steps on this process alone, once for all strategies, and the model after them."""
+    model = whole_model(**options)
+    return take(trainer(ALONE, ParallelSection(), model, name), ALONE, make=make, at=at), model
 
 
 # ---------------------------------------------------------------------- a process that is unlike the others
@@ -178,8 +187,8 @@ def spoilt(model: TaipanLM, here: bool, *, backward: bool) -> Iterator[None]:
 
 def not_finite_on_one(world: World, strategy: str, *, backward: bool) -> None:
     """Both stop at that step, nothing has moved, and both can go on as if nothing had been."""
-    alone, together = whole_model(), whole_model()
-    reference = take(trainer(ALONE, ParallelSection(), alone), ALONE)
+    together = whole_model()
+    reference, _ = taken_alone("adamw", batch, None)
     mine = trainer(world, STRATEGIES[strategy], together)
     results = take(mine, world, range(1))
     before = {name: tensor.clone() for name, tensor in weights_of(together).items()}
@@ -205,8 +214,7 @@ def distributed_whole(tensor: Tensor) -> Tensor:
 
 def resumes(world: World, directory: Path, writes: str, reads: str, name: str) -> None:
     """Saved by one arrangement of processes after a step, read by another: the next steps are the same."""
-    alone = whole_model()
-    reference = take(trainer(ALONE, ParallelSection(), alone, name), ALONE)
+    reference, alone = taken_alone(name, batch, None)
 
     def start(strategy: str, model: TaipanLM) -> tuple[Trainer, World]:
         team = ALONE if strategy == "alone" else world
@@ -316,11 +324,8 @@ def patched(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def recomputed(world: World, strategy: str) -> None:
-    def switch_on(model: TaipanLM) -> None:
-        model.set_recompute(True)
-
-    compare(world, strategy, change=switch_on)
+def recompute(model: TaipanLM) -> None:
+    model.set_recompute(True)
 
 
 def checks(directory: Path, world: World) -> dict[str, Callable[[], None]]:
@@ -345,7 +350,7 @@ def checks(directory: Path, world: World) -> dict[str, Callable[[], None]]:
             every[f"finite-{strategy}-{'gradient' if backward else 'loss'}"] = lambda s=strategy, b=backward: (
                 not_finite_on_one(world, s, backward=b)
             )
-        every[f"recompute-{strategy}"] = lambda s=strategy: recomputed(world, s)
+        every[f"recompute-{strategy}"] = lambda s=strategy: compare(world, s, change=recompute)
     pairs = [("fsdp", "alone", "adamw"), ("alone", "fsdp", "muon"), ("ddp", "hsdp", "adamw"), ("hsdp", "ddp", "muon")]
     for writes, reads, name in pairs:
         every[f"resume-{writes}-{reads}-{name}"] = lambda w=writes, r=reads, n=name: resumes(
