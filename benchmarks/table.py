@@ -50,7 +50,7 @@ RUNS = {
     "mamba2-6m-bf16": f"prefill train decode --model mamba2-6m {BF16} --floor",
     "taipan-30m-fp32": f"prefill train decode --model taipan-30m {FP32} --floor",
     "taipan-30m-bf16": f"prefill train decode --model taipan-30m {BF16} --floor",
-    "quickstart-fp32": f"prefill train --model quickstart {FP32} --floor --tokens 512 --batch 2",
+    "quickstart-fp32": f"prefill train --model quickstart {FP32} --floor --tokens 512 --batch 4",
     "taipan-tiny-contexts": f"decode --model taipan-tiny {FP32} --context 1024 --context 1048576",
     "taipan-tiny-long": f"prefill --model taipan-tiny {FP32} --tokens 16384 --tokens 1048576 --repeats 3",
     "taipan-30m-long": f"prefill --model taipan-30m {FP32} --tokens 16384 --tokens 1048576 --repeats 1",
@@ -103,8 +103,8 @@ def rows() -> Iterator[Row]:
         yield Row(f"{model}-fp32", model, train, "time", LINEAR)
         yield Row(f"{model}-fp32", model, prefill, "time", LINEAR)
         yield Row(f"{model}-fp32", model, decode, "speed", READ)
-    yield Row("quickstart-fp32", "quickstart, 2 rows", "forward and backward, 512 ", "time", LINEAR)
-    yield Row("quickstart-fp32", "quickstart, 2 rows", "prefill 512 ", "time", LINEAR)
+    yield Row("quickstart-fp32", "quickstart, 4 rows", "forward and backward, 512 ", "time", LINEAR)
+    yield Row("quickstart-fp32", "quickstart, 4 rows", "prefill 512 ", "time", LINEAR)
     yield Row("taipan-tiny-contexts", "taipan-tiny", " tokens after 1,048,576", "time", "after 1,024", "≤ 1.05")
     for model in ("taipan-tiny", "taipan-30m"):
         yield Row(f"{model}-long", model, "prefill 1,048,576 ", "time", "a token of 16,384", "≤ 1.05")
