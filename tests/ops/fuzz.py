@@ -404,7 +404,7 @@ def main() -> None:
     """Print the worst ratios."""
     count, names = int(sys.argv[1]), sys.argv[2:] or list(OPS)
     for op in names:
-        for implementation in sorted(OPS[op][1].keys() - {"reference"}):
+        for implementation in sorted(OPS[op][1].keys() - {"cuda", "reference"}):
             found = worst(op, implementation, range(count))
             line = ", ".join(f"{name} {ratio:.2f} ({seed})" for name, (ratio, seed) in sorted(found.items()))
             print(f"{op}, {implementation}: {line}", flush=True)

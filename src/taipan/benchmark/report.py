@@ -122,7 +122,7 @@ def implementations(implementation: str, dtype: torch.dtype) -> dict[str, str]:
         "rms_norm": gated_rms_norm.IMPLEMENTATIONS,
         "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
     }
-    return {op: chosen(names, example) if asked.get(op, AUTO) == AUTO else asked[op] for op, names in known.items()}
+    return {op: chosen(op, names, example) if asked.get(op, AUTO) == AUTO else asked[op] for op, names in known.items()}
 
 
 def _told(progress: Callable[[str, int, int], None] | None, suite: str) -> Progress | None:

@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
         batch: Annotated[int, typer.Option(help="Rows.")] = 1,
         dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what training takes here.")] = "auto",
         threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; as they are if not given.")] = None,
-        implementation: Annotated[str, typer.Option(help="Of the ops: auto, native, portable or reference.")] = "auto",
+        implementation: Annotated[
+            str, typer.Option(help="Of the ops: auto, cuda, native, portable, reference.")
+        ] = "auto",
         repeats: Annotated[int, typer.Option(help="Repetitions after a warm-up.")] = 5,
         against: Annotated[
             str | None, typer.Option(help="transformers, transformers-mamba2 or transformers-llama, in the same run.")

@@ -24,6 +24,8 @@ _EXTRA = {
     "accelerate": ("hf", "Trainer of taipan.hf"),
     "pyarrow": ("data", "Parquet and .zst"),
     "datasets": ("datasets", "Hugging Face data sets"),
+    "mamba-ssm": ("gpu", "SSD and norms on a GPU"),
+    "causal-conv1d": ("gpu", "convolution on a GPU"),
 }
 
 
@@ -68,6 +70,7 @@ def _choices() -> Iterator[tuple[str, str, str]]:
     from taipan import hardware
     from taipan.model import IMPLEMENTATIONS
     from taipan.native import native_status
+    from taipan.ops.cuda import cuda_status
     from taipan.ops.dispatch import chosen
 
     dtype = hardware.training_dtype("auto")
@@ -88,9 +91,12 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         name, _, flags = kernels.flags.partition(" ")
         yield "their compiler and flags", name, flags
     for op, implementations in IMPLEMENTATIONS.items():
-        choice = chosen(implementations, torch.zeros(1))
-        others = [name for name in implementations if name != choice]
+        choice = chosen(op, implementations, torch.zeros(1))
+        others = [name for name in implementations if name not in (choice, "cuda")]
         yield f"op {op}", choice, f"the best that runs here; also there: {', '.join(others)}"
+    for op in IMPLEMENTATIONS:
+        status = cuda_status(op)
+        yield f"op {op} on a GPU", "cuda" if status.available else "portable", status.reason
     decoding = "the model's forward" if kernels.library is None else "native"
     yield "decoding step", decoding, "one call a token; --weights bfloat16 or int8 reads less memory, less exactly"
 

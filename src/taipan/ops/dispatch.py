@@ -7,15 +7,21 @@ from torch import Tensor
 
 from taipan.errors import ConfigError
 from taipan.native import native_available, native_status
+from taipan.ops.cuda import cuda_status
 
 F = TypeVar("F")
 
 AUTO = "auto"
 
 
-def chosen(implementations: Mapping[str, F], tensor: Tensor) -> str:
-    """Name of the implementation that ``auto`` stands for: native for tensors on a CPU that has it, else portable."""
-    return "native" if "native" in implementations and native_available(tensor) else "portable"
+def chosen(op: str, implementations: Mapping[str, F], tensor: Tensor) -> str:
+    """Name of the implementation of ``op`` that ``auto`` stands for.
+
+    For tensors on a CPU native where it can run, on a CUDA device cuda where its kernel is there; else portable.
+    """
+    if "native" in implementations and native_available(tensor):
+        return "native"
+    return "cuda" if "cuda" in implementations and tensor.is_cuda and cuda_status(op).available else "portable"
 
 
 def select(op: str, implementations: Mapping[str, F], name: str, tensor: Tensor) -> F:
@@ -25,11 +31,15 @@ def select(op: str, implementations: Mapping[str, F], name: str, tensor: Tensor)
         ConfigError: there is none of this name, or it cannot run here.
     """
     if name == AUTO:
-        return implementations[chosen(implementations, tensor)]
+        return implementations[chosen(op, implementations, tensor)]
     if name not in implementations:
         known = ", ".join(repr(known) for known in sorted({*implementations, AUTO}))
         raise ConfigError(f"{op}: unknown implementation {name!r}; expected one of {known}")
+    why = ""
     if name == "native" and not native_available(tensor):
         why = native_status().reason if native_status().library is None else f"the tensor is on {tensor.device}"
-        raise ConfigError(f"{op}: the native implementation cannot run: {why}. Use 'auto' or 'portable'")
+    if name == "cuda" and not (tensor.is_cuda and cuda_status(op).available):
+        why = f"the tensor is on {tensor.device}" if cuda_status(op).available else cuda_status(op).reason
+    if why:
+        raise ConfigError(f"{op}: the {name} implementation cannot run: {why}. Use 'auto' or 'portable'")
     return implementations[name]

@@ -59,7 +59,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
 
 
 def _measure(case: Case, implementation: str, repeats: int, progress: Progress | None) -> list[Measurement]:
-    own = chosen(case.implementations, case.inputs[0]) if implementation == AUTO else implementation
+    own = chosen(case.op, case.implementations, case.inputs[0]) if implementation == AUTO else implementation
     names = [name for name in dict.fromkeys((own, PORTABLE)) if name in case.implementations]
     runs: dict[tuple[str, str], Run] = {}
     leaves = tuple(tensor.detach().requires_grad_() for tensor in case.inputs)
@@ -279,6 +279,6 @@ def _layer(settings: Settings, progress: Progress | None) -> list[Measurement]:
             comparisons = (time_ratio(values, seconds[1.0], "every token selected"),)
         work = f"{SAL}, {tokens:,} tokens, {100 * share:.0f} % selected, forward"
         name = model.implementations["attention"]
-        name = chosen(attention.IMPLEMENTATIONS, h_BTD) if name == AUTO else name
+        name = chosen("attention", attention.IMPLEMENTATIONS, h_BTD) if name == AUTO else name
         found.append(Measurement("ops", work, name, "seconds", values, comparisons=comparisons))
     return found

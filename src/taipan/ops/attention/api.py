@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from taipan.errors import ConfigError, InputError
-from taipan.ops.attention import portable, reference
+from taipan.ops.attention import cuda, portable, reference
 from taipan.ops.dispatch import select
 from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
 
@@ -30,6 +30,7 @@ class WindowedAttention(Protocol):
 
 
 IMPLEMENTATIONS: Mapping[str, WindowedAttention] = {
+    "cuda": cuda.windowed_attention,
     "reference": reference.windowed_attention,
     "portable": portable.windowed_attention,
 }
@@ -78,7 +79,7 @@ def windowed_attention(
     _validate(q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, query_segment_BQ, key_segment_BJ)
     if window is not None and window < 1:
         raise ConfigError(f"windowed_attention: window is {window}; give at least 1, or None for no limit.")
-    attend = select("windowed_attention", IMPLEMENTATIONS, implementation, q_BQHE)
+    attend = select("attention", IMPLEMENTATIONS, implementation, q_BQHE)
     return attend(q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
 
 

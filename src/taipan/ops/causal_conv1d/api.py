@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
+from taipan.ops.causal_conv1d.cuda import causal_conv1d_cuda
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable
 from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
@@ -12,6 +13,7 @@ from taipan.ops.dispatch import select
 from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cuda": causal_conv1d_cuda,
     "native": causal_conv1d_native,
     "portable": causal_conv1d_portable,
     "reference": causal_conv1d_reference,
@@ -42,7 +44,7 @@ def causal_conv1d(
             across a change of number. Padded tokens repeat the number of the last real one.
         length_B: integer number of real tokens at the left of each row, 0 … T, or None when all are real.
         activation: "silu" or None.
-        implementation: "auto", "native", "portable" or "reference".
+        implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
         y_BTC in the dtype of x (sums are fp32 for any x but fp64, and fp64 then), and the last K - 1 real inputs of

@@ -6,17 +6,20 @@ from torch import Tensor
 
 from taipan.errors import InputError
 from taipan.ops.dispatch import select
+from taipan.ops.gated_rms_norm.cuda import gated_rms_norm_cuda, rms_norm_cuda
 from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 GATED_IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "cuda": gated_rms_norm_cuda,
     "native": gated_rms_norm_native,
     "portable": gated_rms_norm_portable,
     "reference": gated_rms_norm_reference,
 }
 IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "cuda": rms_norm_cuda,
     "native": rms_norm_native,
     "portable": rms_norm_portable,
     "reference": rms_norm_reference,
@@ -32,7 +35,7 @@ def rms_norm(x: FloatXD, weight: FloatD, *, eps: float, implementation: str = "a
         x: any leading dimensions, then D; fp64, fp32, fp16 or bf16.
         weight: gain of each of the D features.
         eps: added to the mean square, > 0.
-        implementation: "auto", "native", "portable" or "reference".
+        implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
         The normed x in its own dtype; statistics are fp32 for any x but fp64, and fp64 then. Differentiable.
@@ -66,7 +69,7 @@ def gated_rms_norm(
         weight_C: gain of each channel.
         group_size: channels that share a statistic; divides C.
         eps: added to the mean square, > 0.
-        implementation: "auto", "native", "portable" or "reference".
+        implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
         (B, T, C) in the dtype of y; computed in fp32 for any y but fp64, and fp64 then. Differentiable.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from taipan.errors import InputError
 from taipan.ops.dispatch import select
+from taipan.ops.ssd.cuda import ssd_cuda
 from taipan.ops.ssd.native import ssd_native
 from taipan.ops.ssd.portable import ssd_portable
 from taipan.ops.ssd.reference import ssd_chunked
@@ -34,6 +35,7 @@ class Implementation(Protocol):
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "cuda": ssd_cuda,
     "native": ssd_native,
     "portable": ssd_portable,
     "reference": ssd_chunked,
@@ -70,7 +72,7 @@ def ssd(
             number of the last real one.
         chunk_size: largest number of tokens that an implementation treats by the matrix form. Speed depends on it,
             the result does not, and an implementation may take less.
-        implementation: "auto", "native", "portable" or "reference".
+        implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
         y_BTHP in the dtype of x, and the state after the last token. Decays, sums and state are fp32 for any x but

@@ -1,0 +1,117 @@
+"""CUDA kernels of other packages: which op takes which, whether they can run here, and limits that they share.
+
+None of them is imported before a CUDA tensor asks for it. What was checked of their call sites, and how: docs/gpu.md.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from taipan.ops.precision import no_autocast
+
+INSTALL = "pip install --no-build-isolation 'taipan-lm[gpu]' (docs/gpu.md)"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of another package.
+
+    Attributes:
+        package: the name it is imported by.
+        module: where the function is.
+        function: its name.
+    """
+
+    package: str
+    module: str
+    function: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import it (once per process)."""
+        return cast(Callable[..., Any], getattr(import_module(self.module), self.function))
+
+    def __call__(self, *arguments: object, **options: object) -> Any:
+        """Call it; products keep the dtype they are given."""
+        with no_autocast("cuda"):
+            return self.load()(*arguments, **options)
+
+
+SCAN = Kernel("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+NORM = Kernel("mamba_ssm", "mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn")
+CONVOLUTION = Kernel("causal_conv1d", "causal_conv1d", "causal_conv1d_fn")
+ATTENTION = Kernel("torch", "torch.nn.attention.varlen", "varlen_attn")
+KERNELS = {
+    "ssd": SCAN,
+    "causal_conv1d": CONVOLUTION,
+    "gated_rms_norm": NORM,
+    "rms_norm": NORM,
+    "attention": ATTENTION,
+}
+"""What the `cuda` implementation of an op calls."""
+
+
+@dataclass(frozen=True)
+class CudaStatus:
+    """Whether the `cuda` implementation of an op can run here, and why or why not."""
+
+    available: bool
+    reason: str
+
+
+@cache
+def cuda_status(op: str) -> CudaStatus:
+    """Look for the kernel of an op; it is imported only where there is a CUDA device. Never raises."""
+    if op not in KERNELS:
+        return CudaStatus(False, "no kernel of another package is used for it")
+    kernel = KERNELS[op]
+    if find_spec(kernel.package) is None:
+        return CudaStatus(False, f"{kernel.package} is not installed: {INSTALL}")
+    if not torch.cuda.is_available():
+        return CudaStatus(False, f"{kernel.function} of {kernel.package} is there, but no CUDA device")
+    if kernel is ATTENTION and not torch.backends.cuda.is_flash_attention_available():
+        return CudaStatus(False, "this build of PyTorch has no Flash Attention")
+    try:
+        kernel.load()
+    except Exception as error:  # of other people's compiled code: whatever it is, the portable implementation runs
+        return CudaStatus(False, f"{kernel.module} cannot be imported: {type(error).__name__}: {error}")
+    return CudaStatus(True, f"{kernel.function} of {kernel.package}")
+
+
+_WIDTHS = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_ELEMENTS = 2**31
+_MOST_BLOCKS = 65535
+
+
+def can_compute(dtype: torch.dtype) -> bool:
+    """Whether the kernels take it: they compute in fp32 and hold no fp64."""
+    return dtype in _WIDTHS
+
+
+def can_index(*tensors: Tensor, elements: int = 0, blocks: int = 1) -> bool:
+    """Whether offsets into the tensors fit the kernels' 32 bits, and so many blocks the second dimension of a grid.
+
+    Args:
+        tensors: read and written as they lie in memory.
+        elements: of the largest tensor that a kernel allocates itself.
+        blocks: of the largest second or third dimension of a grid.
+    """
+    ends = (sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors)
+    return max(elements, *ends) < _MOST_ELEMENTS and blocks <= _MOST_BLOCKS
+
+
+def can_multiply(dtype: torch.dtype) -> bool:
+    """Whether Triton's products of this dtype lose nothing that was not given away.
+
+    It multiplies fp32 in TF32 (10 bits) unless TRITON_F32_DEFAULT=ieee; that is right only for those who have allowed
+    it for PyTorch's own products, by `torch.set_float32_matmul_precision`.
+    """
+    if dtype != torch.float32:
+        return True
+    return torch.get_float32_matmul_precision() != "highest" or os.environ.get("TRITON_F32_DEFAULT") == "ieee"

@@ -1,0 +1,167 @@
+"""The Triton kernels of mamba-ssm themselves, run on the CPU by Triton's interpreter, against our references in fp64.
+
+Needs triton and the Python files of mamba-ssm, no GPU (docs/gpu.md says how to get them), and the variable from the
+beginning, for Triton reads it when it is imported: `TRITON_INTERPRET=1 python -m pytest -m triton`.
+What runs is the whole call: our call site, the package's own wrapper, its kernels forward and backward. Replaced are
+the package's `__init__` files, which import compiled code, and what the wrappers ask of the CUDA device.
+"""
+
+import inspect
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from taipan.ops.cuda import NORM, SCAN, Kernel
+from taipan.ops.gated_rms_norm.api import gated_rms_norm, rms_norm
+from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
+from taipan.ops.ssd.api import ssd
+from taipan.ops.ssd.reference import ssd_chunked, ssd_recurrent
+from tests.ops.fuzz import Case, Draw, results
+from tests.ops.kernels import allow_reduced_precision, run_on_cpu
+from tests.tolerance import assert_as_exact_as
+
+MISSING = [name for name in ("triton", "mamba_ssm") if find_spec(name) is None]
+if os.environ.get("TRITON_INTERPRET") != "1":
+    MISSING.append("TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)} (docs/gpu.md)"),
+    pytest.mark.timeout(1800),
+]
+
+
+called: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    """Import the kernels under the interpreter, each with one configuration: there is nothing to tune on."""
+    with pytest.MonkeyPatch.context() as patch, allow_reduced_precision():
+        patch.setenv("MAMBA_DETERMINISTIC", "1")
+        found = find_spec("mamba_ssm")
+        assert found is not None
+        assert found.submodule_search_locations is not None
+        root = found.submodule_search_locations[0]
+        for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
+            module = ModuleType(name)
+            module.__path__ = [root + name.removeprefix("mamba_ssm").replace(".", "/")]
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(torch.cuda, "device", lambda index: nullcontext())
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
+        with pytest.warns(UserWarning, match="Deterministic mode"):
+            SCAN.load()
+        NORM.load()
+        load = Kernel.load
+
+        def counted(kernel: Kernel) -> Any:
+            called[kernel.function] += 1
+            return load(kernel)
+
+        patch.setattr(Kernel, "load", counted)
+        patch.setenv("MAMBA_DETERMINISTIC", "0")  # sums by atomic additions, as they are by default
+        run_on_cpu(patch)
+        yield
+
+
+def check(case: Case, others: list[dict[str, Tensor]], dtype: torch.dtype) -> None:
+    """Within twice what references lose in this dtype."""
+    called.clear()
+    actual = results(case, lambda tensors: case.run(tensors, "cuda"), case.inputs)
+    assert called, "the kernel was declined"
+    exact = results(case, case.reference, {name: tensor.double() for name, tensor in case.inputs.items()})
+    for name, truth in exact.items():
+        assert_as_exact_as(actual[name], [other[name] for other in others], truth, dtype, f"{case.about}: {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter multiplies the bits of bfloat16
+@pytest.mark.parametrize(
+    ("tokens", "groups", "state", "packed", "initial", "skip"),
+    [
+        (37, 1, 16, False, False, True),
+        (50, 2, 24, True, True, True),
+        (16, 2, 8, True, False, False),
+        (1, 1, 16, False, False, True),
+    ],
+)
+def test_ssd(tokens: int, groups: int, state: int, packed: bool, initial: bool, skip: bool, dtype: torch.dtype) -> None:
+    draw = Draw(tokens)
+    heads, head_dim, chunk = 2 * groups, 8, 16
+    dt = 2 * draw.uniform(1, tokens, heads)
+    dt[:, :, 0] *= 20  # a head that forgets at once
+    dt[:, :, 1] *= 0.02  # and one that would remember another document
+    dt[:, tokens - tokens // 8 :] = 0  # padding
+    inputs = {
+        "x": draw.normal(1, tokens, heads, head_dim + 2)[..., 1:-1].to(dtype),
+        "dt": dt.float(),
+        "A": -(draw.uniform(heads) * 4 + 0.05).float(),
+        "B": draw.normal(1, tokens, groups, state).to(dtype),
+        "C": draw.normal(1, tokens, groups, state).to(dtype),
+    }
+    if skip:
+        inputs["D"] = draw.normal(heads).float()
+    if initial:
+        inputs["initial"] = draw.normal(1, heads, head_dim, state).float()
+    segment = torch.tensor([0] * 5 + [2] * 9 + [0] * (tokens - 14))[None] if packed else None
+
+    def call(function, tensors, **options):
+        positional = [tensors.get(name) for name in ("x", "dt", "A", "B", "C", "D")]
+        return function(*positional, initial_state_BHPN=tensors.get("initial"), segment_BT=segment, **options)
+
+    wanted = set(inputs)
+    if dtype != torch.float32 and "state_dtype" not in inspect.signature(SCAN.load()).parameters:
+        wanted.discard("initial")  # else the kernel is declined
+    case = Case(
+        lambda tensors, name: call(ssd, tensors, chunk_size=chunk, implementation=name),
+        lambda tensors: call(ssd_recurrent, tensors),
+        inputs,
+        wanted,
+        [0, 1],
+        f"{tokens} tokens, {groups} groups",
+    )
+    others = [
+        results(case, case.reference, inputs),
+        results(case, lambda tensors: call(ssd_chunked, tensors, chunk_size=chunk), inputs),
+    ]
+    check(case, others, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "group_size", "groups"), [(7, 16, 3), (5, 33, 1), (1, 24, 2)])
+def test_gated_rms_norm(tokens: int, group_size: int, groups: int, dtype: torch.dtype) -> None:
+    draw, channels = Draw(tokens), group_size * groups
+    inputs = {
+        "y": draw.normal(2, tokens, channels + 3)[..., 2:-1].to(dtype),
+        "z": draw.normal(2, tokens, channels).to(dtype),
+        "weight": draw.normal(channels).to(dtype),
+    }
+    options = {"group_size": group_size, "eps": 1e-5}
+    case = Case(
+        lambda tensors, name: (gated_rms_norm(*tensors.values(), **options, implementation=name),),
+        lambda tensors: (gated_rms_norm_reference(*tensors.values(), **options),),
+        inputs,
+        set(inputs),
+        about=f"{tokens} tokens, {groups} groups of {group_size}",
+    )
+    check(case, [results(case, case.reference, inputs)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(dtype: torch.dtype) -> None:
+    draw = Draw(0)
+    inputs = {"x": draw.normal(3, 2, 20).to(dtype), "weight": draw.normal(20).to(dtype)}
+    case = Case(
+        lambda tensors, name: (rms_norm(*tensors.values(), eps=1e-5, implementation=name),),
+        lambda tensors: (rms_norm_reference(*tensors.values(), eps=1e-5),),
+        inputs,
+        set(inputs),
+    )
+    check(case, [results(case, case.reference, inputs)], dtype)
