@@ -223,8 +223,9 @@ def make(names: list[str]) -> None:
             print(f"{name}: left out, this machine does not multiply bfloat16", flush=True)
             continue
         print(f"{name}: taipan bench {RUNS[name]}", flush=True)
-        arguments = [*RUNS[name].split(), "--json", str(RESULTS / f"{name}.json")]
-        subprocess.run([sys.executable, "-m", "taipan", "bench", *arguments], check=True)
+        # from the root, so that the command in the result is everybody's
+        arguments = [*RUNS[name].split(), "--json", f"benchmarks/results/{name}.json"]
+        subprocess.run([sys.executable, "-m", "taipan", "bench", *arguments], check=True, cwd=HERE.parent)
 
 
 def main() -> None:
