@@ -178,7 +178,7 @@ def test_arguments_are_not_written_to() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     x, weight, bias, initial = make(2, 9)
-    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'cuda', 'native', 'portable', 'reference'"):
         run([x, weight, bias], implementation="quick")
     with pytest.raises(ConfigError, match="activation 'relu'; expected 'silu' or None"):
         run([x, weight, bias], activation="relu")

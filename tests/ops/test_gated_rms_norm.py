@@ -134,9 +134,9 @@ def test_autocast_does_not_reach_inside(op: Callable[..., Tensor]) -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     y, z, weight = make()
-    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'cuda', 'native', 'portable', 'reference'"):
         gated([y, z, weight], implementation="quick")
-    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'cuda', 'native', 'portable', 'reference'"):
         plain([y, z, weight], implementation="quick")
     with pytest.raises(InputError, match="group_size is 5; expected a divisor of the 48 channels"):
         gated([y, z, weight], 5)

@@ -351,7 +351,7 @@ def test_autocast_does_not_reach_inside() -> None:
 
 def test_unknown_implementation_lists_the_known() -> None:
     inputs = make(1, 4, 2, 1)
-    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'native', 'portable', 'reference'"):
+    with pytest.raises(ConfigError, match="'quick'; expected one of 'auto', 'cuda', 'native', 'portable', 'reference'"):
         run(ssd, inputs, implementation="quick")
 
 
