@@ -110,7 +110,7 @@ def test_padding_changes_nothing(stack: str, options: dict, lengths: list[int], 
     cuts=st.sets(st.integers(1, 18), min_size=1, max_size=3),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=9, deadline=None)
+@settings(max_examples=5, deadline=None)
 @torch.no_grad()
 def test_packed_documents_are_separate_documents(
     stack: str, options: dict, lengths: list[int], cuts: set[int], seed: int
