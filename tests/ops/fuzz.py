@@ -2,18 +2,21 @@
 
 The truth is the reference in fp64. What an implementation is allowed to lose is measured on the same case:
 
-* what the reference loses in the dtype under test,
+* what the reference loses in the dtype under test; fp64 is also the truth's own dtype, whose loss cannot be seen, so
+  there it is that of fp32 in the proportion of their roundings;
 * how far the truth moves when every input moves by a rounding of the dtype in which the op accumulates: what cancels in
   the formula moves far, for whatever sums it;
 * a rounding of the dtype of the result; of a gradient, which is a sum over tokens in whatever order, as many as the
-  root of their number.
+  root of their number;
+* a rounding at the size of the terms, where a gradient is what is left of terms that each are rounded: the other points
+  do not see it where they cancel exactly, however the inputs are moved (see `magnitudes_of_attention`).
 
 `python -m tests.ops.fuzz 500` prints the largest errors in units of their sum; the tests allow 2.
 """
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taipan.ops import attention, causal_conv1d, gated_rms_norm, linear_cross_entropy, ssd
+from taipan.ops.attention.codes import window_codes
 from taipan.ops.gated_rms_norm import api as norms
 from taipan.ops.precision import accumulation_dtype
 from taipan.ops.ssd.reference import ssd_recurrent
@@ -42,6 +46,7 @@ class Case:
         wanted: inputs whose gradient is asked for; none: run without autograd.
         used: numbers of the outputs from which the gradients come.
         about: for the message of a failure.
+        magnitudes: of the inputs and the directions of the outputs, in fp64: sizes of the terms of some gradients.
     """
 
     run: Callable[[Tensors, str], tuple[Tensor, ...]]
@@ -50,6 +55,13 @@ class Case:
     wanted: set[str]
     used: list[int] = field(default_factory=lambda: [0])
     about: str = ""
+    magnitudes: Callable[[Tensors, list[Tensor]], dict[str, Tensor]] | None = None
+
+
+def directions_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """One random direction of each output, the same whatever the dtype."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs]
 
 
 def results(case: Case, run: Callable[[Tensors], tuple[Tensor, ...]], inputs: Tensors) -> dict[str, Tensor]:
@@ -58,8 +70,7 @@ def results(case: Case, run: Callable[[Tensors], tuple[Tensor, ...]], inputs: Te
     with torch.set_grad_enabled(bool(case.wanted)):
         outputs = run(leaves)
     found = {f"output {number}": out.detach() for number, out in enumerate(outputs)}
-    generator = torch.Generator().manual_seed(7)
-    directions = [torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs]
+    directions = directions_of(outputs)
     through = [number for number in case.used if outputs[number].requires_grad]
     wanted = sorted(case.wanted)
     if not through:  # outputs that depend on nothing that is asked for
@@ -83,6 +94,10 @@ def ratios(case: Case, implementation: str) -> dict[str, float]:
     near = results(case, case.reference, case.inputs)
     moved = [results(case, case.reference, nudged(case.inputs, precise, seed)) for seed in range(_NUDGES)]
     assert actual.keys() == exact.keys()
+    lost = {name: relative_error(near[name], truth) for name, truth in exact.items() if truth.numel()}
+    if in_fp64(case):
+        lost = lost_in_fp64(case)
+    terms_of = case_magnitudes(case, precise)
     found: dict[str, float] = {}
     gradients = {f"d{name}" for name in case.wanted}
     for name, truth in exact.items():
@@ -92,10 +107,35 @@ def ratios(case: Case, implementation: str) -> dict[str, float]:
         if truth.numel() == 0:
             continue
         terms = max(tensor.shape[:-1].numel() for tensor in case.inputs.values()) if name in gradients else 1
-        measured = relative_error(near[name], truth) + torch.finfo(near[name].dtype).eps * terms**0.5
+        rounding = torch.finfo(near[name].dtype).eps
+        measured = lost[name] + rounding * terms**0.5
+        if name in terms_of:
+            measured += rounding * relative_error(truth + terms_of[name], truth)  # largest term over the scale
         measured += max(relative_error(other[name], truth) for other in moved)
         found[name] = relative_error(actual[name], truth) / measured
     return found
+
+
+def in_fp64(case: Case) -> bool:
+    return all(tensor.dtype == torch.float64 for tensor in case.inputs.values())
+
+
+def lost_in_fp64(case: Case) -> dict[str, float]:
+    """What the reference loses in fp64, from what it loses in fp32."""
+    narrow = {name: tensor.float() for name, tensor in case.inputs.items()}
+    near = results(case, case.reference, narrow)
+    exact = results(case, case.reference, {name: tensor.double() for name, tensor in narrow.items()})
+    proportion = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {name: proportion * relative_error(near[name], truth) for name, truth in exact.items() if truth.numel()}
+
+
+def case_magnitudes(case: Case, precise: Tensors) -> dict[str, Tensor]:
+    """By the name of the result, where the case knows them."""
+    if case.magnitudes is None or not case.wanted:
+        return {}
+    with torch.no_grad():
+        found = case.magnitudes(precise, directions_of(case.reference(precise)))
+    return {f"d{name}": size for name, size in found.items()}
 
 
 def nudged(inputs: Tensors, precise: Tensors, seed: int) -> dict[str, Tensor]:
@@ -320,6 +360,24 @@ def of_cross_entropy(draw: Draw) -> Case:
     return Case(run, reference, inputs, draw.wanted(sorted(inputs)), about=about)
 
 
+def magnitudes_of_attention(tensors: Tensors, direction: Tensor, admissible_BQJ: Tensor) -> dict[str, Tensor]:
+    """Of the gradients of q and k, the size of the terms whose difference they are.
+
+    With p the weights of a query and g the gradient of its output, that of its scores is p_j (g·v_j - Σ_k p_k g·v_k).
+    Each of the two is rounded at the size of its products, Σ_e |g_e v_e|. One key, or one that outweighs the others,
+    leaves nothing of the difference, and no change of the inputs brings anything back.
+    """
+    q, k, v = (tensors[name] for name in "qkv")
+    shared = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
+    score = torch.einsum("bqhe,bjhe->bhqj", q, k) / q.shape[3] ** 0.5
+    p = score.masked_fill(~admissible_BQJ[:, None], -torch.inf).softmax(-1).nan_to_num()
+    product = torch.einsum("bqhe,bjhe->bhqj", direction.abs(), v.abs())
+    terms = p * (product + (p * product).sum(-1, keepdim=True)) / q.shape[3] ** 0.5
+    of_k = torch.einsum("bhqj,bqhe->bjhe", terms, q.abs())
+    return {"q": torch.einsum("bhqj,bjhe->bqhe", terms, k.abs()), "k": of_k.unflatten(2, (-1, shared)).sum(3)}
+
+
 def of_attention(draw: Draw) -> Case:
     batch, groups, shared = draw.number(1, 2, 3), draw.number(1, 1, 2), draw.number(1, 2, 3)
     width, dtype = draw.number(1, 4, 7, 16, 17, 32, 64), draw.random.choice(DTYPES)
@@ -367,8 +425,15 @@ def of_attention(draw: Draw) -> Case:
         )
         return (out,)
 
+    segments = (query_segment, key_segment) if packed else (None, None)
+    admissible = window_codes(query_index, key_index, window, *segments).admissible()
+
+    def magnitudes(tensors: Tensors, directions: list[Tensor]) -> dict[str, Tensor]:
+        return magnitudes_of_attention(tensors, directions[0], admissible)
+
     about = f"window {window}, {'packed' if packed else 'one document'}, stride {stride}, size {size}"
-    return Case(run, lambda tensors: run(tensors, "reference"), inputs, draw.wanted(sorted(inputs)), about=about)
+    wanted = draw.wanted(sorted(inputs))
+    return Case(run, lambda tensors: run(tensors, "reference"), inputs, wanted, [0], about, magnitudes)
 
 
 OPS: Mapping[str, tuple[Callable[[Draw], Case], Mapping[str, object]]] = {
@@ -387,7 +452,7 @@ def describe(case: Case) -> str:
 
 
 def worst(op: str, implementation: str, seeds: range) -> dict[str, tuple[float, int]]:
-    """Largest ratio of each result, and the seed of its case."""
+    """Largest ratio of each result, those in fp64 by themselves, and the seed of its case."""
     found: dict[str, tuple[float, int]] = {}
     for seed in seeds:
         case = OPS[op][0](Draw(seed))
@@ -395,7 +460,8 @@ def worst(op: str, implementation: str, seeds: range) -> dict[str, tuple[float, 
             measured = ratios(case, implementation)
         except Exception as error:
             raise AssertionError(f"{op}, {implementation}, case {seed}: {error}\n{describe(case)}") from error
-        for name, ratio in measured.items():
+        for result, ratio in measured.items():
+            name = f"{result} in fp64" if in_fp64(case) else result
             found[name] = max(found.get(name, (0.0, 0)), (ratio, seed))
     return found
 

@@ -30,6 +30,10 @@ from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, Int
 _TILE_ELEMENTS = 8 * 8 * 64 * 64
 
 
+# Exponent of a decay beyond which less is left than a rounding, of fp64 too.
+_NOTHING_PASSES = -40.0
+
+
 def best_chunk(head_dim: int, state_size: int) -> int:
     """Tokens per chunk: the matrices cost Q a token, the states P · N / Q; measured on AVX2 cores with 512 KB of L2."""
     return 32 if head_dim * state_size <= 32 * 32 else 64
@@ -102,20 +106,32 @@ class _Decay(NamedTuple):
     mask_nQQ: Tensor | None
 
 
+def _sums_in_two_parts(rate_nHQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Running sums in fp64, to about twice its digits: of multiples of a step, which are exact, and of the rests."""
+    longest = rate_nHQ.abs().amax(-1, keepdim=True) * rate_nHQ.shape[-1]
+    _, exponent = torch.frexp(longest.clamp_min(torch.finfo(torch.float64).tiny))
+    step = torch.ldexp(torch.ones_like(longest), (exponent - 52).clamp_min(-1000))
+    multiple_nHQ = (rate_nHQ / step).round_().mul_(step)
+    return multiple_nHQ.cumsum(-1), (rate_nHQ - multiple_nHQ).cumsum(-1)
+
+
 def _decay(dt_nQH: Tensor, A_H: Tensor, segment_nQ: Tensor | None, before_nQ: Tensor | None) -> _Decay:
     # Powers of 2, because exp2 is about twice as fast as exp on the CPU. The sums are fp64 and differences of them are
     # taken in two parts, so that a slow token after a fast one (large sums, small difference) loses no digits.
     rate_nHQ = (dt_nQH.double() * (A_H.double() * math.log2(math.e))).transpose(1, 2)
-    log_nHQ = rate_nHQ.cumsum(-1)
-    high_nHQ = log_nHQ.to(A_H.dtype)
-    inside_nHQQ = high_nHQ[..., :, None] - high_nHQ[..., None, :]
-    if A_H.dtype != torch.float64:
+    if A_H.dtype == torch.float64:
+        high_nHQ, low_nHQ = _sums_in_two_parts(rate_nHQ)
+        entrance_nHQ = (high_nHQ + low_nHQ).exp2_()
+    else:
+        log_nHQ = rate_nHQ.cumsum(-1)
+        high_nHQ = log_nHQ.to(A_H.dtype)
         low_nHQ = (log_nHQ - high_nHQ).to(A_H.dtype)
-        inside_nHQQ.add_(low_nHQ[..., :, None]).sub_(low_nHQ[..., None, :])
+        entrance_nHQ = high_nHQ.exp2()
+    inside_nHQQ = high_nHQ[..., :, None] - high_nHQ[..., None, :]
+    inside_nHQQ.add_(low_nHQ[..., :, None]).sub_(low_nHQ[..., None, :])
     # Above the diagonal the difference is positive; the clamp keeps it finite until C Bᵀ, which is 0 there, meets it.
     inside_nHQQ.clamp_max_(0).exp2_()
-    entrance_nHQ = high_nHQ.exp2()
-    end_nHQ = (log_nHQ[..., -1:] - log_nHQ).to(A_H.dtype).exp2_()
+    end_nHQ = (high_nHQ[..., -1:] - high_nHQ).add_(low_nHQ[..., -1:] - low_nHQ).exp2_()
     through_nH = entrance_nHQ[..., -1]
     mask_nQQ = None
     if segment_nQ is not None and before_nQ is not None:
@@ -302,10 +318,12 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state.
 
-    With s_i the exponent of token i, the past of y_i is proportional to e^(s_i) and what token j adds to a later one
-    to e^(-s_j), so ds_t = dy_t · past_t - dt_t x_t · dfuture_t, where dfuture_t is the gradient that dt_t x_t gets from
-    later tokens and from the state; the end of the chunk adds dS' · S'. No gradient of the (Q, Q) decays is needed, and
-    where a head forgets at once both terms are 0 rather than equal.
+    With s_i the exponent of token i, the past of y_i is proportional to e^(s_i) and what token j adds to a later one of
+    the chunk to e^(-s_j), so ds_t = dy_t · past_t - dt_t x_t · dinside_t, where dinside_t is the gradient that dt_t x_t
+    gets from those later ones; and dt_t A, of which s is the running sum, gets the ds of token t and after. What passes
+    token t to the state at the end adds to it: the state at the entrance, and the tokens before t. (All that is in the
+    state, less what tokens from t on added, is the same, but where a head forgets nothing is left of the difference but
+    its rounding.) No gradient of the (Q, Q) decays is needed, and where a head forgets at once both terms are 0.
     """
     accumulate = past_BTHP.dtype
     batch, tokens, heads, head_dim = x_BTHP.shape
@@ -346,7 +364,7 @@ def _scan_backward(
             torch.addcmul(dentrance[0], through[0], dend[0], out=dstate_BHPN[tile.row])
         dend_by_group = _state_by_group(dend, groups)
         entrance = _state_by_group(tile.states(states, 0), groups)
-        dlast_nH = torch.linalg.vecdot(dend.flatten(2), tile.states(states, 1).flatten(2))
+        dthrough_nH = decay.through_nH * torch.linalg.vecdot(dend.flatten(2), tile.states(states, 0).flatten(2))
 
         # The matrix form: gradients of C Bᵀ and of dt x, the latter without the diagonal.
         heads_dy = _heads_first(dy)
@@ -368,20 +386,22 @@ def _scan_backward(
         tile.tokens(dB_BTGN).copy_(_by_token(dB, groups))
         tile.tokens(dC_BTGN).copy_(_by_token(dC, groups))
         dadded = _by_token(torch.bmm(B, dend_by_group.transpose(1, 2)), groups).reshape(-1, size, heads, head_dim)
-        dfuture = torch.addcmul(dinside.transpose(1, 2), dadded, decay.end_nQH[..., None])
+        dinside, dadded = dinside.transpose(1, 2), dadded.mul_(decay.end_nQH[..., None])
 
         # Gradients of x, D, dt and A.
         diagonal = diagonal.repeat_interleave(heads // groups, dim=2)
         ditself = torch.linalg.vecdot(dy, x)
         dD_H += ditself.sum((0, 1))
-        ddt = torch.linalg.vecdot(x, dfuture)
+        ddt, dkept = torch.linalg.vecdot(x, dinside), torch.linalg.vecdot(x, dadded)
         dlog = torch.linalg.vecdot(dy, tile.tokens(past_BTHP)).addcmul_(dt, ddt, value=-1)
-        dlog[:, -1] += dlast_nH
-        # A decay that is 0 in this dtype has gradient 0; a difference of sums would leave their rounding, times dt.
-        dlog = dlog.flip(1).cumsum(1).flip(1).mul_((dt * A).exp_().sign_())
+        # Less than a rounding passes such a decay; a difference of sums would leave their rounding, times dt.
+        dlog = dlog.flip(1).cumsum(1).flip(1).add_(dthrough_nH[:, None])
+        dlog[:, 1:] += (dt * dkept).cumsum(1)[:, :-1]
+        dlog.mul_(dt * A > _NOTHING_PASSES)
+        ddt += dkept
         dA_H += (dt * dlog).sum((0, 1))
         tile.tokens(ddt_BTH).copy_(ddt.addcmul_(dlog, A).addcmul_(diagonal, ditself))
-        dx = dfuture.mul_(dt[..., None]).addcmul_(dy, torch.addcmul(D, dt, diagonal)[..., None])
+        dx = (dinside + dadded).mul_(dt[..., None]).addcmul_(dy, torch.addcmul(D, dt, diagonal)[..., None])
         tile.tokens(dx_BTHP).copy_(dx)
     dD = None if D_H is None else dD_H.to(D_H.dtype)
     return dx_BTHP, ddt_BTH, dA_H.to(A_H.dtype), dB_BTGN, dC_BTGN, dD, dstate_BHPN
