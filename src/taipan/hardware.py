@@ -98,6 +98,14 @@ def training_dtype(requested: str = "auto") -> DtypeChoice:
     return DtypeChoice("float32", f"no CUDA device and no {' or '.join(_FAST_BFLOAT16)}: bfloat16 would be emulated")
 
 
+def emulates_bfloat16() -> bool:
+    """Whether PyTorch multiplies bfloat16 matrices value by value here: x86 without AVX-512."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("architecture") == "x86_64" and not capabilities.get("avx512_f")
+
+
 def usable_cores() -> int:
     """How many cores this process may use: CPU affinity and, in a container, the CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

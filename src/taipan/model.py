@@ -16,6 +16,7 @@ from taipan.config import TaipanConfig
 from taipan.errors import ConfigError, InputError, StateError
 from taipan.layers.attention import Attention
 from taipan.layers.gating import GateOutput, GateSchedule
+from taipan.layers.linear import Linear
 from taipan.layers.mamba2 import Mamba2
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
@@ -296,7 +297,7 @@ class TaipanLM(nn.Module):
         self.config = config
         self.implementations = resolve_implementations(implementation)
         self.model = TaipanDecoder(config, self.implementations)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if self.lm_head.weight.device.type != "meta":
@@ -479,7 +480,7 @@ def compute_loss(
     if segment_ids is not None:
         target = target.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], -100)
     hidden_MD, target_M = decoder.hidden_BTD[:, :-1].flatten(0, 1), target.flatten()
-    if type(head) is nn.Linear:
+    if type(head) is Linear:
         total, count = linear_cross_entropy(hidden_MD, head.weight, target_M, implementation=implementation)
     else:  # a wrapped head (an adapter, quantised) computes more than its weight says
         total = F.cross_entropy(head(hidden_MD).float(), target_M, ignore_index=-100, reduction="sum")

@@ -5,6 +5,7 @@ from torch import Generator, Tensor, nn
 
 from taipan.config import TaipanConfig
 from taipan.layers.init import linear_
+from taipan.layers.linear import Linear
 from taipan.layout import Layout
 from taipan.ops.attention import windowed_attention
 from taipan.ops.rope import rotate
@@ -29,10 +30,10 @@ class Attention(nn.Module):
         self.window = window
         self.rope = rope
         hidden, head_dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = Linear(hidden, config.kv_heads * head_dim, bias=False)
+        self.v_proj = Linear(hidden, config.kv_heads * head_dim, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * head_dim, hidden, bias=False)
 
     def forward(self, x_BTD: FloatBTD, state: AttentionState | None, layout: Layout) -> tuple[FloatBTD, StateBuilder]:
         """Attention of every token to every token before it (in the window).

@@ -1,8 +1,13 @@
-"""The dtype in which an op accumulates."""
+"""The dtypes in which an op multiplies and accumulates."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+
+from taipan.hardware import emulates_bfloat16
+
+_EMULATED = {torch.bfloat16} if emulates_bfloat16() else set[torch.dtype]()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -13,3 +18,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """Inside, products keep the dtype they are given; where autocast is off already, nothing is entered."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def emulates(dtype: torch.dtype, device: str) -> bool:
+    """Whether products of this dtype are emulated on this kind of device, far slower than those of fp32."""
+    return device == "cpu" and dtype in _EMULATED
+
+
+def multipliable(tensor: Tensor) -> Tensor:
+    """The tensor, widened to fp32 (which loses nothing) where products of its dtype would be emulated."""
+    return tensor.float() if emulates(tensor.dtype, tensor.device.type) else tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taipan.ops.attention.codes import Codes, window_codes
-from taipan.ops.precision import accumulation_dtype
+from taipan.ops.precision import accumulation_dtype, emulates
 from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ, IntBU
 
 
@@ -34,6 +34,10 @@ def windowed_attention(
             return windowed_attention(
                 q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ
             )
+    if emulates(q_BQHE.dtype, q_BQHE.device.type):
+        q, k, v = q_BQHE.float(), k_BJGE.float(), v_BJGE.float()
+        out_BQHE = windowed_attention(q, k, v, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
+        return out_BQHE.to(q_BQHE.dtype)
     codes = _merge_equal_rows(window_codes(query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ))
     queries, keys = query_index_BQ.shape[1], key_index_BJ.shape[1]
     size = block_size(window)

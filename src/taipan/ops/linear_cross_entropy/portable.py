@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from taipan.ops.precision import accumulation_dtype
+from taipan.ops.precision import accumulation_dtype, multipliable
 from taipan.shapes import Float0, FloatM, FloatMD, FloatVD, IntM
 
 CHUNK_ELEMENTS = 2**21
@@ -56,8 +56,9 @@ def linear_cross_entropy_per_token(
     """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
     dtype = accumulation_dtype(hidden_MD.dtype)
     loss_M = torch.empty(target_M.shape, dtype=dtype, device=hidden_MD.device)
+    factor_VD = multipliable(weight_VD)
     for rows in _chunks(hidden_MD, weight_VD):
-        logits_RV = (hidden_MD[rows] @ weight_VD.T).to(dtype)
+        logits_RV = (multipliable(hidden_MD[rows]) @ factor_VD.T).to(hidden_MD.dtype).to(dtype)
         loss_M[rows] = F.cross_entropy(logits_RV, target_M[rows], reduction="none", ignore_index=ignore_index)
     return loss_M
 
@@ -77,16 +78,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden_MD.device)
         grad_hidden_MD = torch.zeros_like(hidden_MD) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        factor_VD = multipliable(weight_VD)
         for rows in _chunks(hidden_MD, weight_VD):
-            hidden_RD = hidden_MD[rows]
-            loss_of_rows, grad_logits_RV = loss_and_gradient((hidden_RD @ weight_VD.T).to(wide), target_M[rows])
+            hidden_RD = multipliable(hidden_MD[rows])
+            logits_RV = (hidden_RD @ factor_VD.T).to(hidden_MD.dtype)
+            loss_of_rows, grad_logits_RV = loss_and_gradient(logits_RV.to(wide), target_M[rows])
             loss += loss_of_rows
-            grad_logits_RV = grad_logits_RV.to(hidden_MD.dtype)
+            grad_logits_RV = multipliable(grad_logits_RV.to(hidden_MD.dtype))
             if grad_hidden_MD is not None:
-                torch.mm(grad_logits_RV, weight_VD, out=grad_hidden_MD[rows])
+                grad_hidden_MD[rows] = grad_logits_RV @ factor_VD
             if grad_weight_VD is None:
                 continue
-            if wide == weight_VD.dtype:
+            if wide == factor_VD.dtype:
                 grad_weight_VD.addmm_(grad_logits_RV.T, hidden_RD)
             else:
                 grad_weight_VD += grad_logits_RV.T @ hidden_RD

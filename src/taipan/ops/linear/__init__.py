@@ -1,0 +1,5 @@
+"""Linear maps."""
+
+from taipan.ops.linear.linear import linear
+
+__all__ = ["linear"]

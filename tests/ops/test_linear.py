@@ -1,0 +1,131 @@
+"""Linear maps where bfloat16 is emulated: one rounding from the exact product, whatever the processor."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taipan.ops import attention, linear_cross_entropy, precision
+from taipan.ops.linear import linear
+from taipan.ops.linear.linear import MIN_ROWS
+
+ROUNDING = 2.0**-8  # half a unit in the last place of bfloat16, relative
+
+
+@pytest.fixture
+def emulating(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_EMULATED", {torch.bfloat16})
+
+
+@pytest.fixture
+def multiplying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_EMULATED", set())
+
+
+def operands(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias = torch.randn(2, rows, 40), torch.randn(24, 40), torch.randn(24)
+    return tuple(tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias))  # pyright: ignore
+
+
+def kind(out: Tensor) -> str:
+    assert out.grad_fn is not None
+    return out.grad_fn.name()
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """What autocast makes of a tensor, in fp64."""
+    return tensor.detach().bfloat16().double().requires_grad_()
+
+
+@pytest.mark.usefixtures("emulating")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_result_is_rounded_once(dtype: torch.dtype) -> None:
+    """In bfloat16, and in fp32 under autocast, where gradients come back in fp32 and are not rounded at all."""
+    given = operands(MIN_ROWS, dtype)
+    exact = [rounded(tensor) for tensor in given]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        out = linear(*given)
+        assert kind(out) == "_WidenedBackward"
+    assert out.dtype == torch.bfloat16
+    truth = F.linear(*exact)
+    direction = torch.randn(out.shape).bfloat16()
+    found = torch.autograd.grad(out, given, direction)
+    wanted = torch.autograd.grad(truth, exact, direction.double())
+    torch.testing.assert_close(out.double(), truth, rtol=ROUNDING, atol=1e-5)
+    for gradient, expected, tensor in zip(found, wanted, given, strict=True):
+        assert gradient.dtype == tensor.dtype
+        bound = ROUNDING if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(gradient.double(), expected, rtol=bound, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(MIN_ROWS // 2 - 1, torch.bfloat16), (0, torch.bfloat16), (30, torch.float32)]
+)
+@pytest.mark.usefixtures("emulating")
+def test_else_it_is_torchs(rows: int, dtype: torch.dtype) -> None:
+    given = operands(rows, dtype)
+    out = linear(*given)
+    assert "Widened" not in kind(out)
+    assert out.equal(F.linear(*given))
+
+
+@pytest.mark.usefixtures("multiplying")
+def test_where_the_processor_multiplies_it_is_torchs() -> None:
+    given = operands(30, torch.bfloat16)
+    out = linear(*given)
+    assert "Widened" not in kind(out)
+
+
+@pytest.mark.usefixtures("emulating")
+def test_a_weight_of_another_kind_keeps_its_own_product() -> None:
+    class Wrapped(Tensor):
+        pass
+
+    x, weight, _ = operands(30, torch.bfloat16)
+    out = linear(x, weight.detach().as_subclass(Wrapped))
+    assert type(out) is Wrapped
+
+
+@pytest.mark.usefixtures("emulating")
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight, bias = operands(30, torch.bfloat16)
+    linear(x.detach(), weight, bias.detach()).sum().backward()
+    assert (x.grad, bias.grad) == (None, None)
+    assert weight.grad is not None
+
+
+@pytest.mark.usefixtures("emulating")
+def test_the_head_rounds_its_logits_like_the_processor() -> None:
+    """Loss and gradients of the widened head are those of the fp64 head within roundings of the logits' gradients."""
+    hidden = torch.randn(50, 32).bfloat16().requires_grad_()
+    weight = torch.randn(70, 32).bfloat16().requires_grad_()
+    target = torch.randint(70, (50,))
+    total, _ = linear_cross_entropy.linear_cross_entropy(hidden, weight, target, implementation="portable")
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    truth = F.cross_entropy(F.linear(*exact), target, reduction="sum")
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), truth, rtol=1e-2, atol=0)
+    for found, wanted in zip(
+        torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(truth, exact), strict=True
+    ):
+        assert found.dtype == torch.bfloat16
+        assert (found - wanted).norm() < 2 * ROUNDING * wanted.norm()
+
+
+@pytest.mark.usefixtures("emulating")
+def test_attention_is_rounded_once() -> None:
+    q, k, v = (torch.randn(1, 20, 2, 16).bfloat16().requires_grad_() for _ in range(3))
+    index = torch.arange(20)[None]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return attention.windowed_attention(
+            *tensors, query_index_BQ=index, key_index_BJ=index, window=7, implementation="portable"
+        )
+
+    out = run(q, k, v)
+    truth = run(q.double(), k.double(), v.double())
+    torch.testing.assert_close(out.double(), truth, rtol=ROUNDING, atol=1e-6)
+    direction = torch.randn(out.shape).bfloat16()
+    wanted = torch.autograd.grad(truth, (q, k, v), direction.double())
+    for found, expected in zip(torch.autograd.grad(out, (q, k, v), direction), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2 * ROUNDING, atol=1e-6)
