@@ -20,6 +20,8 @@ _TAPS = (2, 3, 4)
 
 
 class _CausalConv1d(torch.autograd.Function):
+    """Of x in any dtype, kept for backward as it comes; the other tensors are in the dtype that accumulates."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -38,19 +40,26 @@ class _CausalConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
-        x_BTC, weight_KC, columns_BLC = saved[0], saved[1], saved[3]
+        narrow_BTC, weight_KC, columns_BLC = saved[0], saved[1], saved[3]
+        x_BTC = _widened(narrow_BTC, weight_KC)
         batch, tokens, channels = x_BTC.shape
         taps = len(weight_KC)
         dinputs_BLC = torch.empty(batch, taps - 1 + tokens, channels, dtype=x_BTC.dtype)
         dweight = torch.empty(batch, taps + 1, channels, dtype=x_BTC.dtype)
         sizes = _sizes(x_BTC, taps, ctx.silu)
-        call(x_BTC.dtype, "conv_backward", sizes, *saved, grad_outputs[0].contiguous(), dinputs_BLC, dweight)
+        dy_BTC = grad_outputs[0].to(x_BTC.dtype).contiguous()
+        call(x_BTC.dtype, "conv_backward", sizes, x_BTC, *saved[1:], dy_BTC, dinputs_BLC, dweight)
         dweight = dweight.sum(0)
         dcolumns = None if columns_BLC is None else dinputs_BLC[:, : taps - 1]
-        return dinputs_BLC[:, taps - 1 :], dweight[:taps], dweight[taps], dcolumns, None, None
+        return dinputs_BLC[:, taps - 1 :].to(narrow_BTC.dtype), dweight[:taps], dweight[taps], dcolumns, None, None
 
 
 _apply = cast(Callable[..., Tensor], _CausalConv1d.apply)
+
+
+def _widened(x_BTC: Tensor, weight_KC: Tensor) -> Tensor:
+    x_BTC = x_BTC.to(weight_KC.dtype)
+    return x_BTC if x_BTC.stride(2) == 1 else x_BTC.contiguous()
 
 
 def _sizes(x_BTC: Tensor, taps: int, silu: bool) -> "ctypes.Array[ctypes.c_ssize_t]":
@@ -65,10 +74,11 @@ def _forward(
     document_BT: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    y_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
-    sizes = _sizes(x_BTC, len(weight_KC), silu)
-    call(x_BTC.dtype, "conv_forward", sizes, x_BTC, weight_KC, bias_C, columns_BLC, document_BT, y_BTC)
-    return y_BTC
+    wide_BTC = _widened(x_BTC, weight_KC)
+    y_BTC = torch.empty(wide_BTC.shape, dtype=wide_BTC.dtype)
+    sizes = _sizes(wide_BTC, len(weight_KC), silu)
+    call(wide_BTC.dtype, "conv_forward", sizes, wide_BTC, weight_KC, bias_C, columns_BLC, document_BT, y_BTC)
+    return y_BTC.to(x_BTC.dtype)
 
 
 def causal_conv1d_native(
@@ -95,14 +105,12 @@ def causal_conv1d_native(
             activation=activation,
         )
     dtype = accumulation_dtype(x_BTC.dtype)
-    x = x_BTC.to(dtype)
-    x = x if x.stride(2) == 1 else x.contiguous()
     columns = None if initial_columns_BLC is None else initial_columns_BLC.to(dtype).contiguous()
-    tensors = (x, weight_CK.t().to(dtype).contiguous(), bias_C.to(dtype).contiguous(), columns)
+    tensors = (x_BTC, weight_CK.t().to(dtype).contiguous(), bias_C.to(dtype).contiguous(), columns)
     document = None if segment_BT is None else running_documents(segment_BT)
     silu = activation == "silu"
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         y_BTC = _apply(*tensors, document, silu)
     else:
         y_BTC = _forward(*tensors, document, silu)
-    return y_BTC.to(x_BTC.dtype), final_columns(x_BTC, initial_columns_BLC, segment_BT, length_B, taps)
+    return y_BTC, final_columns(x_BTC, initial_columns_BLC, segment_BT, length_B, taps)

@@ -18,7 +18,7 @@ _MULTIPLE = 16
 
 
 class _Norm(torch.autograd.Function):
-    """Of y, or of y · silu(z), in groups; on (rows, C)."""
+    """Of y, or of y · silu(z), in groups; on (rows, C). What is kept for backward stays as narrow as it comes."""
 
     @staticmethod
     def forward(ctx: Any, y_RC: Tensor, z_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
@@ -30,14 +30,15 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y_RC, z_RC, weight_C = cast(tuple[Any, ...], ctx.saved_tensors)
-        dtype = y_RC.dtype
+        dtype, narrow = weight_C.dtype, y_RC.dtype
+        y_RC, z_RC = y_RC.to(dtype), None if z_RC is None else z_RC.to(dtype)
         dy = torch.empty(y_RC.shape, dtype=dtype)
         dz = None if z_RC is None else torch.empty(y_RC.shape, dtype=dtype)
         dweight = torch.empty(torch.get_num_threads(), len(weight_C), dtype=dtype)
         sizes = _sizes(y_RC, z_RC, ctx.group_size)
-        dout = grad_outputs[0].contiguous()
+        dout = grad_outputs[0].to(dtype).contiguous()
         call(dtype, "norm_backward", sizes, y_RC, z_RC, weight_C, float(ctx.eps), dout, dy, dz, dweight)
-        return dy, dz, dweight.sum(0), None, None
+        return dy.to(narrow), None if dz is None else dz.to(narrow), dweight.sum(0), None, None
 
 
 _apply = cast(Callable[..., Tensor], _Norm.apply)
@@ -49,20 +50,21 @@ def _sizes(y_RC: Tensor, z_RC: Tensor | None, group_size: int) -> "ctypes.Array[
 
 
 def _forward(y_RC: Tensor, z_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
-    out = torch.empty(y_RC.shape, dtype=y_RC.dtype)
-    call(y_RC.dtype, "norm_forward", _sizes(y_RC, z_RC, group_size), y_RC, z_RC, weight_C, float(eps), out)
-    return out
+    dtype, narrow = weight_C.dtype, y_RC.dtype
+    y_RC, z_RC = y_RC.to(dtype), None if z_RC is None else z_RC.to(dtype)
+    out = torch.empty(y_RC.shape, dtype=dtype)
+    call(dtype, "norm_forward", _sizes(y_RC, z_RC, group_size), y_RC, z_RC, weight_C, float(eps), out)
+    return out.to(narrow)
 
 
 def _norm(y: Tensor, z: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
-    dtype = accumulation_dtype(y.dtype)
-    y_RC, z_RC = _rows(y.to(dtype)), None if z is None else _rows(z.to(dtype))
-    tensors = (y_RC, z_RC, weight_C.to(dtype).contiguous())
+    weight_C = weight_C.to(accumulation_dtype(y.dtype)).contiguous()
+    tensors = (_rows(y), None if z is None else _rows(z.to(y.dtype)), weight_C)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         out = _apply(*tensors, group_size, eps)
     else:
         out = _forward(*tensors, group_size, eps)
-    return out.view(y.shape).to(y.dtype)
+    return out.view(y.shape)
 
 
 def _rows(tensor: Tensor) -> Tensor:

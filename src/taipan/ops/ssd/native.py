@@ -42,7 +42,8 @@ class _Call:
         self.batch, self.tokens, self.heads, self.head_dim = x_BTHP.shape
         self.groups, self.state = B_BTGN.shape[2:]
         self.chunk = min(chunk, self.tokens)
-        self.dtype = x_BTHP.dtype
+        self.dtype = dt_BTH.dtype
+        x_BTHP, B_BTGN, C_BTGN = (_rows(tensor.to(self.dtype)) for tensor in (x_BTHP, B_BTGN, C_BTGN))
         dt_BTH = dt_BTH if dt_BTH.stride(2) == 1 else dt_BTH.contiguous()
         sizes = (self.batch, self.tokens, self.heads, self.head_dim, self.groups, self.state, self.chunk)
         strides = [tensor.stride(dim) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN) for dim in (0, 1)]
@@ -73,6 +74,8 @@ def _slices(groups: int, heads: int) -> int:
 
 
 class _SSD(torch.autograd.Function):
+    """Of x, B and C in any dtype, kept for backward as they come; the others are in the dtype that accumulates."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -89,7 +92,9 @@ class _SSD(torch.autograd.Function):
         ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
-        return _forward(_Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, chunk))
+        inputs = _Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, chunk)
+        y_BTHP, final_BHPN = _forward(inputs)
+        return y_BTHP.to(x_BTHP.dtype), final_BHPN
 
     @staticmethod
     @once_differentiable
@@ -97,9 +102,9 @@ class _SSD(torch.autograd.Function):
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT = saved
         dy_BTHP, dfinal_BHPN = grad_outputs
-        dy_BTHP = torch.zeros_like(x_BTHP) if dy_BTHP is None else dy_BTHP.contiguous()
         dfinal_BHPN = None if dfinal_BHPN is None else dfinal_BHPN.contiguous()
         inputs = _Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, ctx.chunk)
+        dy_BTHP = inputs.new(*x_BTHP.shape).zero_() if dy_BTHP is None else dy_BTHP.to(inputs.dtype).contiguous()
         batch, tokens, heads, groups, state = inputs.batch, inputs.tokens, inputs.heads, inputs.groups, inputs.state
         slices = _slices(batch * groups, heads // groups)
         scores = inputs.new(batch * groups * inputs.scores_size)
@@ -112,11 +117,11 @@ class _SSD(torch.autograd.Function):
         given = (dy_BTHP, dfinal_BHPN, scores, *shared, dscores, slices)
         call(inputs.dtype, "ssd_backward", *inputs.arguments(), *given, dx, ddt, dB, dC, dinitial, dA, dD)
         return (
-            dx,
+            dx.to(x_BTHP.dtype),
             ddt,
             dA.sum(0).to(inputs.dtype),
-            dB,
-            dC,
+            dB.to(B_BTGN.dtype),
+            dC.to(C_BTGN.dtype),
             None if D_H is None else dD.sum(0).to(inputs.dtype),
             None if initial_BHPN is None else dinitial,
             None,
@@ -147,7 +152,7 @@ def ssd_native(
         head_dim, state = x_BTHP.shape[3], B_BTGN.shape[3]
         wide, deep = -head_dim % _MULTIPLE, -state % _MULTIPLE
         x, B, C = (
-            _rows(F.pad(tensor, (0, more)) if more else tensor).to(dtype)
+            F.pad(tensor, (0, more)) if more else tensor
             for tensor, more in ((x_BTHP, wide), (B_BTGN, deep), (C_BTGN, deep))
         )
         initial = (
@@ -168,6 +173,7 @@ def ssd_native(
             y, final = _apply(*tensors, document, chunk)
         else:
             y, final = _forward(_Call(*tensors, document, chunk))
+            y = y.to(x.dtype)
         if wide or deep:
             y, final = y[..., :head_dim], final[..., :head_dim, :state]
-        return y.to(x_BTHP.dtype), final
+        return y, final
