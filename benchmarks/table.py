@@ -23,7 +23,8 @@ MAMBA, LLAMA = "transformers Mamba-2", "transformers Llama"
 LINEAR, READ = "linear floor", "memory floor"
 FP32, BF16 = "--dtype float32", "--dtype bfloat16"
 
-# Name of a run → arguments of `taipan bench`. Those in bfloat16, but for decoding, need a machine that multiplies it.
+# Name of a run → arguments of `taipan bench`. In bfloat16 the floors and the peers take minutes a call on a machine
+# that does not multiply it; those runs have one repetition.
 RUNS = {
     "mamba2-115m-fp32-prefill": f"prefill --model mamba2-115m {FP32} --floor --repeats 3",
     "mamba2-115m-fp32-train": f"train --model mamba2-115m {FP32} --floor --repeats 3",
@@ -32,24 +33,28 @@ RUNS = {
     "mamba2-115m-fp32-memory": f"memory --model mamba2-115m {FP32}",
     "mamba2-115m-fp32-prefill-peers": f"prefill --model mamba2-115m {FP32} --tokens 512 --against transformers"
     " --repeats 3",
-    "mamba2-115m-fp32-train-peers": f"train --model mamba2-115m {FP32} --tokens 512 --against transformers --repeats 3",
+    "mamba2-115m-fp32-train-peers": f"train --model mamba2-115m {FP32} --tokens 512 --against transformers --repeats 2",
     "mamba2-115m-fp32-decode-peers": f"decode --model mamba2-115m {FP32} --against transformers --new-tokens 16",
-    "mamba2-115m-bf16-prefill": f"prefill --model mamba2-115m {BF16} --floor --against transformers --repeats 3",
-    "mamba2-115m-bf16-train": f"train --model mamba2-115m {BF16} --floor --against transformers --repeats 3",
-    "mamba2-115m-bf16-long": f"prefill --model mamba2-115m {BF16} --against transformers-llama --repeats 3"
-    " --tokens 8192 --tokens 32768",
+    "mamba2-115m-bf16-prefill": f"prefill --model mamba2-115m {BF16} --floor --against transformers --repeats 1",
+    "mamba2-115m-bf16-train": f"train --model mamba2-115m {BF16} --floor --against transformers --repeats 1",
+    "mamba2-115m-bf16-8k": f"prefill --model mamba2-115m {BF16} --against transformers-llama --repeats 1 --tokens 8192",
+    "mamba2-115m-bf16-32k": f"prefill --model mamba2-115m {BF16} --against transformers-llama --repeats 1"
+    " --tokens 32768",
+    "mamba2-115m-fp32-8k": f"prefill --model mamba2-115m {FP32} --against transformers-llama --repeats 1 --tokens 8192",
+    "mamba2-115m-fp32-32k": f"prefill --model mamba2-115m {FP32} --against transformers-llama --repeats 1"
+    " --tokens 32768",
     "mamba2-115m-bf16-decode": f"decode --model mamba2-115m {BF16} --floor",
     "mamba2-115m-bf16-decode-8": f"decode --model mamba2-115m {BF16} --floor --batch 8",
     "mamba2-115m-bf16-memory": f"memory --model mamba2-115m {BF16} --against transformers",
     "taipan-190m-fp32-prefill": f"prefill --model taipan-190m {FP32} --floor --repeats 3",
     "taipan-190m-fp32-train": f"train --model taipan-190m {FP32} --floor --repeats 2",
-    "taipan-190m-bf16-prefill": f"prefill --model taipan-190m {BF16} --floor --against transformers --repeats 3",
-    "taipan-190m-bf16-train": f"train --model taipan-190m {BF16} --floor --against transformers --repeats 3",
+    "taipan-190m-bf16-prefill": f"prefill --model taipan-190m {BF16} --floor --against transformers --repeats 1",
+    "taipan-190m-bf16-train": f"train --model taipan-190m {BF16} --floor --against transformers --repeats 1",
     "taipan-190m-bf16-decode": f"decode --model taipan-190m {BF16} --floor",
     "mamba2-6m-fp32": f"prefill train decode --model mamba2-6m {FP32} --floor",
-    "mamba2-6m-bf16": f"prefill train decode --model mamba2-6m {BF16} --floor",
+    "mamba2-6m-bf16": f"prefill train decode --model mamba2-6m {BF16} --floor --repeats 3",
     "taipan-30m-fp32": f"prefill train decode --model taipan-30m {FP32} --floor",
-    "taipan-30m-bf16": f"prefill train decode --model taipan-30m {BF16} --floor",
+    "taipan-30m-bf16": f"prefill train decode --model taipan-30m {BF16} --floor --repeats 1",
     "quickstart-fp32": f"prefill train --model quickstart {FP32} --floor --tokens 512 --batch 4",
     "taipan-tiny-contexts": f"decode --model taipan-tiny {FP32} --context 1024 --context 1048576",
     "taipan-tiny-long": f"prefill --model taipan-tiny {FP32} --tokens 16384 --tokens 1048576 --repeats 3",
@@ -91,8 +96,9 @@ def rows() -> Iterator[Row]:
         yield Row(f"{model}-bf16-train", f"{model}, bf16", train, "speed", MAMBA, "≥ 30")
         yield Row(f"{model}-bf16-train", f"{model}, bf16", train, "speed", LLAMA, "≥ 3.5")
         yield Row(f"{model}-bf16-decode", f"{model}, bf16", decode, "speed", READ, "≥ 0.85")
-    yield Row("mamba2-115m-bf16-long", "mamba2-115m, bf16", "prefill 8,192 ", "speed", LLAMA, "≥ 2.8")
-    yield Row("mamba2-115m-bf16-long", "mamba2-115m, bf16", "prefill 32,768 ", "speed", LLAMA, "≥ 7")
+    for dtype, model in (("bf16", "mamba2-115m, bf16"), ("fp32", "mamba2-115m")):
+        yield Row(f"mamba2-115m-{dtype}-8k", model, "prefill 8,192 ", "speed", LLAMA, "≥ 2.8")
+        yield Row(f"mamba2-115m-{dtype}-32k", model, "prefill 32,768 ", "speed", LLAMA, "≥ 7")
     for peer in (MAMBA, LLAMA):
         yield Row("mamba2-115m-fp32-prefill-peers", "mamba2-115m", "prefill 512 ", "speed", peer)
         yield Row("mamba2-115m-fp32-train-peers", "mamba2-115m", "forward and backward, 512 ", "speed", peer)

@@ -30,3 +30,12 @@ def test_quick_runs_are_the_mean_over_many_calls() -> None:
     (seconds,) = (interleaved({"quick": run}, 1, least_seconds=1e-2)["quick"],)
     assert calls > 1000
     assert seconds[0] < 1e-3
+
+
+def test_what_is_very_slow_is_not_called_to_warm_up() -> None:
+    called: list[str] = []
+    runs = {"quick": lambda: called.append("quick"), "slow": lambda: (called.append("slow"), time.sleep(0.02))}
+    samples = interleaved(runs, 2, least_seconds=0, long_seconds=0.01)
+    assert called.count("slow") == 2
+    assert called.count("quick") == 3
+    assert {name: len(values) for name, values in samples.items()} == {"quick": 2, "slow": 2}

@@ -12,21 +12,29 @@ Progress = Callable[[int, int], None]
 
 LEAST_SECONDS = 0.01
 """A sample of something quicker is the mean over so many calls that they take this long."""
+LONG_SECONDS = 60.0
+"""What takes longer than this has nothing to warm up: its first call is its first sample."""
 
 
 def interleaved(
-    runs: Mapping[K, Run], repeats: int, progress: Progress | None = None, *, least_seconds: float = LEAST_SECONDS
+    runs: Mapping[K, Run],
+    repeats: int,
+    progress: Progress | None = None,
+    *,
+    least_seconds: float = LEAST_SECONDS,
+    long_seconds: float = LONG_SECONDS,
 ) -> dict[K, tuple[float, ...]]:
     """Seconds of each run in every repetition.
 
-    Each is called twice to warm up (once if it is slow). In a repetition each is timed once, one after the other; every
-    repetition begins with another one.
+    Each is called twice to warm up (once if it is slow; if it is very slow, that call is its first repetition). In a
+    repetition each is timed once, one after the other; every repetition begins with another one.
 
     Args:
         runs: what to time.
         repeats: repetitions.
         progress: told how many of all runs are done.
         least_seconds: runs quicker than this are called several times in a row.
+        long_seconds: runs that take longer than this are not warmed up.
     """
     total, done = len(runs) * (repeats + 1), 0
 
@@ -37,18 +45,21 @@ def interleaved(
             progress(done, total)
 
     calls: dict[K, int] = {}
+    samples: dict[K, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         seconds = _seconds(run, 1)
         if seconds < 10 * least_seconds:  # the first call is no measure: it fills caches and may compile
             seconds = _seconds(run, 1)
         calls[name] = max(1, math.ceil(least_seconds / max(seconds, 1e-9)))
+        if seconds > long_seconds:
+            samples[name].append(seconds)
         count()
-    samples: dict[K, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for repetition in range(repeats):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(_seconds(runs[name], calls[name]))
+            if len(samples[name]) <= repetition:
+                samples[name].append(_seconds(runs[name], calls[name]))
             count()
     return {name: tuple(values) for name, values in samples.items()}
 

@@ -255,7 +255,7 @@ class Backward {
     const std::size_t bytes = Scratch::bytes<T>(s.chunks() * P * N) + 2 * Scratch::bytes<T>(P * N) +
                               6 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
                               3 * Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
-                              2 * Scratch::bytes<double>(pitch);
+                              3 * Scratch::bytes<double>(pitch);
     if (!scratch.reserve(bytes)) return false;
     states = scratch.take<T>(s.chunks() * P * N);
     dstate = scratch.take<T>(P * N);
@@ -275,6 +275,7 @@ class Backward {
     weighted_transposed = scratch.take<T>(P * pitch);
     column = scratch.take<double>(pitch);
     dlog = scratch.take<double>(pitch);
+    kept = scratch.take<double>(pitch);
     return true;
   }
 
@@ -306,7 +307,7 @@ class Backward {
   Scratch& scratch;
   T *states, *dstate, *dstate_transposed, *weighted, *decayed, *dweighted, *dentrance, *matrix, *dmatrix, *between,
       *x_rows, *dy_rows, *B_rows, *C_rows, *projected, *weighted_transposed;
-  double *column, *dlog;
+  double *column, *dlog, *kept;
 
   // States (P, N) at the entrance of every chunk.
   void make_states(Index b, Index h, Index g, Decay<T>& decay) {
@@ -390,18 +391,19 @@ class Backward {
     add_projected(size, decay.entrance, C, dC_group + begin * N, [&](Index i, T value) { dlog[i] += value; });
 
     // dB from the end: e^(s_Q - s) x̃ dS'ᵀ.
-    double dlast = 0;
     for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
       Tile<T, R, W> tile;
       tile.clear();
       tile.multiply(P, weighted + i * P, P, 1, dstate + n, N);
       tile.put(projected + i * N + n, N);
     });
+    // What token i passes to the state at the end: the state at the entrance and the tokens before i. (All that is in
+    // the state less what i and later tokens added is the same, but of little the difference would leave its rounding.)
+    double passed = static_cast<double>(decay.through) * dot(P * N, dstate, state);
     add_projected(size, decay.end, B, dB_group + begin * N, [&](Index i, T value) {
-      dlog[i] -= value;
-      dlast += value;
+      kept[i] = passed;
+      passed += value;
     });
-    dlast += static_cast<double>(decay.through) * dot(P * N, dstate, state);
 
     // dx̃ = Mᵀ dy + e^(s_Q - s) B dS'.
     transpose(P, N, dstate, N, dstate_transposed, P);
@@ -426,7 +428,7 @@ class Backward {
     });
 
     // dx, dD, and from ds (summed from the end of the chunk) ddt and dA.
-    double later = dlast;
+    double later = 0;
     for (Index i = size - 1; i >= 0; --i) {
       T* dx = out.dx + (token + i) * row + h * P;
       Vector<T> through_x{}, through_skip{};
@@ -439,7 +441,7 @@ class Backward {
       }
       later += dlog[i] - column[i];
       // Less than a rounding passes such a decay; a difference of sums would leave their rounding, times dt.
-      const double moved = decay.rate[i] < -40 ? 0.0 : later;
+      const double moved = decay.rate[i] < -40 ? 0.0 : later + kept[i];
       out.ddt[(token + i) * s.heads + h] = static_cast<T>(static_cast<double>(A) * moved + sum<T>(through_x));
       out.dA[task] += static_cast<double>(dt[i * s.dt_t]) * moved;
       out.dD[task] += sum<T>(through_skip);
