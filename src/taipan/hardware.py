@@ -74,8 +74,8 @@ def describe() -> Hardware:
 def training_dtype(requested: str = "auto") -> DtypeChoice:
     """The dtype to train in.
 
-    "auto" takes bfloat16 only where hardware multiplies it (CUDA with bfloat16, AMX, AVX512-BF16): elsewhere PyTorch
-    emulates it, many times slower than float32. A dtype named by the user is taken as it is.
+    "auto" takes bfloat16 only where hardware multiplies it (CUDA with bfloat16, AMX, AVX512-BF16): elsewhere it is
+    emulated or widened, slower than float32. A dtype named by the user is taken as it is.
 
     Raises:
         ConfigError: ``requested`` is none of "auto", "float32", "bfloat16".
@@ -95,7 +95,7 @@ def training_dtype(requested: str = "auto") -> DtypeChoice:
     for name in _FAST_BFLOAT16:
         if capabilities.get(name):
             return DtypeChoice("bfloat16", f"this CPU has {name}")
-    return DtypeChoice("float32", f"no CUDA device and no {' or '.join(_FAST_BFLOAT16)}: bfloat16 would be emulated")
+    return DtypeChoice("float32", f"no CUDA device and no {' or '.join(_FAST_BFLOAT16)}: float32 is quicker")
 
 
 def emulates_bfloat16() -> bool:
