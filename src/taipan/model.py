@@ -16,7 +16,7 @@ from taipan.config import TaipanConfig
 from taipan.errors import ConfigError, InputError, StateError
 from taipan.layers.attention import Attention
 from taipan.layers.gating import GateOutput, GateSchedule
-from taipan.layers.linear import Linear
+from taipan.layers.linear import Linear, is_plain
 from taipan.layers.mamba2 import Mamba2
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
@@ -480,9 +480,9 @@ def compute_loss(
     if segment_ids is not None:
         target = target.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], -100)
     hidden_MD, target_M = decoder.hidden_BTD[:, :-1].flatten(0, 1), target.flatten()
-    if type(head) is Linear:
+    if is_plain(head):
         total, count = linear_cross_entropy(hidden_MD, head.weight, target_M, implementation=implementation)
-    else:  # a wrapped head (an adapter, quantised) computes more than its weight says
+    else:
         total = F.cross_entropy(head(hidden_MD).float(), target_M, ignore_index=-100, reduction="sum")
         count = int((target_M != -100).sum())
     cross_entropy = total / torch.as_tensor(count, device=total.device).clamp_min(1)

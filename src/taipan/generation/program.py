@@ -17,7 +17,7 @@ from taipan.config import TaipanConfig, suggestion
 from taipan.errors import InputError
 from taipan.layers.attention import Attention
 from taipan.layers.gating import Gate
-from taipan.layers.linear import Linear
+from taipan.layers.linear import is_plain
 from taipan.layers.mamba2 import GatedNorm, Mamba2
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
@@ -275,7 +275,7 @@ def _parts(model: object) -> DecoderParts | str:
             return f"a {type(module).__name__} has a hook or a forward of its own"
     dtypes: set[torch.dtype] = set()
     for linear in _linears(parts):
-        if type(linear) is not nn.Linear and type(linear) is not Linear:
+        if not is_plain(linear):
             return f"a linear is a {type(linear).__name__}"
         dtypes.add(linear.weight.dtype)
     dtypes.add(parts.embedding.weight.dtype)

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from taipan.config import TaipanConfig
 from taipan.layers.init import linear_
+from taipan.layers.linear import is_plain
 from taipan.layout import masked_mean
 from taipan.ops.gumbel import expected_rate, gumbel_select
 from taipan.shapes import BoolBT, FloatBT, FloatBT2
@@ -182,6 +183,6 @@ class Gate(nn.Module):
 
 def precise_linear(linear: nn.Module, x: Tensor) -> Tensor:
     """A linear in its input's precision; a wrapped one (an adapter) computes more than its weight says, so call it."""
-    if type(linear) is nn.Linear:
+    if is_plain(linear):
         return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
     return linear(x.to(cast(Tensor, linear.weight).dtype)).to(x.dtype)
