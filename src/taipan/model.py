@@ -297,7 +297,7 @@ class TaipanLM(nn.Module):
         self.config = config
         self.implementations = resolve_implementations(implementation)
         self.model = TaipanDecoder(config, self.implementations)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if self.lm_head.weight.device.type != "meta":

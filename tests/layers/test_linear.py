@@ -13,15 +13,17 @@ class Adapter(nn.Linear):
     """Computes more than its weight says."""
 
 
-@pytest.mark.parametrize(("kind", "plain"), [(nn.Linear, True), (Linear, True), (Adapter, False)])
-def test_the_head_makes_no_logits_for_the_loss_if_it_is_plain(kind: type[nn.Linear], *, plain: bool) -> None:
+@pytest.mark.parametrize(
+    ("head", "plain"),
+    [(nn.Linear(128, 256, bias=False), True), (Linear(128, 256), True), (Adapter(128, 256, bias=False), False)],
+)
+def test_the_head_makes_no_logits_for_the_loss_if_it_is_plain(head: nn.Linear, *, plain: bool) -> None:
     """Also where another library put a new head, as for a new vocabulary; a wrapped one must be called."""
     model = TaipanLM(TaipanConfig.preset("taipan-tiny")).eval()
     tokens = torch.randint(0, 256, (1, 20))
     expected = model(tokens, labels=tokens).loss
-    weight = model.lm_head.weight
-    model.lm_head = kind(weight.shape[1], weight.shape[0], bias=False)
-    model.lm_head.weight = weight
+    head.weight = model.lm_head.weight
+    model.lm_head = head
     calls: list[int] = []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     loss = model(tokens, labels=tokens).loss

@@ -22,9 +22,9 @@ def multiplying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_EMULATED", set())
 
 
-def operands(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = torch.randn(2, rows, 40), torch.randn(24, 40), torch.randn(24)
-    return tuple(tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias))  # pyright: ignore
+def operands(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, weight = torch.randn(2, rows, 40), torch.randn(24, 40)
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
 
 
 def kind(out: Tensor) -> str:
@@ -81,17 +81,29 @@ def test_a_weight_of_another_kind_keeps_its_own_product() -> None:
     class Wrapped(Tensor):
         pass
 
-    x, weight, _ = operands(30, torch.bfloat16)
+    x, weight = operands(30, torch.bfloat16)
     out = linear(x, weight.detach().as_subclass(Wrapped))
     assert type(out) is Wrapped
 
 
 @pytest.mark.usefixtures("emulating")
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    x, weight, bias = operands(30, torch.bfloat16)
-    linear(x.detach(), weight, bias.detach()).sum().backward()
-    assert (x.grad, bias.grad) == (None, None)
+    x, weight = operands(30, torch.bfloat16)
+    linear(x.detach(), weight).sum().backward()
+    assert x.grad is None
     assert weight.grad is not None
+
+
+@pytest.mark.usefixtures("emulating")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes_that_do_not_fit_are_refused_as_by_torch(*, autocast: bool) -> None:
+    """Not rounded in silence: float32 against a bfloat16 weight, and fp64 under autocast, which leaves it alone."""
+    x, weight = operands(30, torch.bfloat16)
+    wrong = x.double() if autocast else x.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for run in (F.linear, linear):
+            with pytest.raises(RuntimeError, match="dtype"):
+                run(wrong, weight)
 
 
 @pytest.mark.usefixtures("emulating")

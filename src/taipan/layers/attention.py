@@ -30,10 +30,10 @@ class Attention(nn.Module):
         self.window = window
         self.rope = rope
         hidden, head_dim = config.hidden_size, config.head_dim
-        self.q_proj = Linear(hidden, config.num_attention_heads * head_dim, bias=False)
-        self.k_proj = Linear(hidden, config.kv_heads * head_dim, bias=False)
-        self.v_proj = Linear(hidden, config.kv_heads * head_dim, bias=False)
-        self.o_proj = Linear(config.num_attention_heads * head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * head_dim)
+        self.k_proj = Linear(hidden, config.kv_heads * head_dim)
+        self.v_proj = Linear(hidden, config.kv_heads * head_dim)
+        self.o_proj = Linear(config.num_attention_heads * head_dim, hidden)
 
     def forward(self, x_BTD: FloatBTD, state: AttentionState | None, layout: Layout) -> tuple[FloatBTD, StateBuilder]:
         """Attention of every token to every token before it (in the window).

@@ -8,11 +8,14 @@ from taipan.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, in bfloat16 quick on processors without it, too (`taipan.ops.linear`)."""
+    """``nn.Linear`` without a bias, in bfloat16 quick on processors without it, too (`taipan.ops.linear`)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (…, K) to (…, N)."""
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

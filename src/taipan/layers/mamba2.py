@@ -35,13 +35,13 @@ class Mamba2(nn.Module):
         self.config = config
         self.implementations = implementations
         heads, inner = config.num_mamba_heads, config.inner_size
-        self.in_proj = Linear(config.hidden_size, inner + config.conv_size + heads, bias=False)
+        self.in_proj = Linear(config.hidden_size, inner + config.conv_size + heads)
         self.conv1d = nn.Conv1d(config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size)
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = GatedNorm(inner)
-        self.out_proj = Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(inner, config.hidden_size)
 
     def forward(self, x_BTD: FloatBTD, state: Mamba2State | None, layout: Layout) -> tuple[FloatBTD, StateBuilder]:
         """Mix over time.
