@@ -5,7 +5,7 @@ import torch
 
 from taipan.ops.dispatch import chosen
 from tests.kernels import needs_kernels
-from tests.ops.fuzz import OPS, worst
+from tests.ops.fuzz import OPS, Draw, ratios, worst
 
 ALLOWED = 2.0  # times what is measured
 NAMES = ("ssd", "causal_conv1d", "gated_rms_norm", "rms_norm", "linear_cross_entropy", "attention")
@@ -40,3 +40,10 @@ def test_what_runs_is_the_reference(op: str) -> None:
 @pytest.mark.timeout(1200)
 def test_every_implementation_is_the_reference(op: str, implementation: str) -> None:
     check(op, implementation, range(500))
+
+
+@pytest.mark.parametrize("implementation", ["portable", pytest.param("native", marks=needs_kernels)])
+def test_little_that_is_left_is_no_difference_of_much(implementation: str) -> None:
+    """Case 105 forgets at once: of A's gradient, through the final state alone, 8e-11 is left, and it is exact."""
+    case = OPS["ssd"][0](Draw(105))
+    assert ratios(case, implementation)["dA"] <= ALLOWED

@@ -1,5 +1,7 @@
 """Linear maps where bfloat16 is emulated: one rounding from the exact product, whatever the processor."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,12 +80,19 @@ def test_where_the_processor_multiplies_it_is_torchs() -> None:
 
 @pytest.mark.usefixtures("emulating")
 def test_a_weight_of_another_kind_keeps_its_own_product() -> None:
+    asked: list[object] = []
+
     class Wrapped(Tensor):
-        pass
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
 
     x, weight = operands(30, torch.bfloat16)
-    out = linear(x, weight.detach().as_subclass(Wrapped))
-    assert type(out) is Wrapped
+    wrapped = weight.detach().as_subclass(Wrapped)
+    asked.clear()
+    linear(x, wrapped)
+    assert F.linear in asked
 
 
 @pytest.mark.usefixtures("emulating")

@@ -1,0 +1,44 @@
+"""What the compiled ops keep for backward is as narrow as what they were given, not its widened copy."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from taipan.ops.causal_conv1d.native import causal_conv1d_native
+from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native
+from taipan.ops.ssd.native import ssd_native
+from tests.kernels import needs_kernels
+
+TOKENS = 96
+
+
+def narrow(*shape: int) -> Tensor:
+    return torch.randn(1, TOKENS, *shape).bfloat16().requires_grad_()
+
+
+RUNS: dict[str, Callable[[], object]] = {
+    "causal_conv1d": lambda: causal_conv1d_native(narrow(64), torch.randn(64, 4), torch.randn(64)),
+    "gated_rms_norm": lambda: gated_rms_norm_native(narrow(64), narrow(64), torch.ones(64), group_size=64, eps=1e-5),
+    "rms_norm": lambda: rms_norm_native(narrow(64), torch.ones(64), eps=1e-5),
+    "ssd": lambda: ssd_native(
+        narrow(2, 32), torch.rand(1, TOKENS, 2), -torch.rand(2), narrow(1, 32), narrow(1, 32), torch.randn(2)
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", RUNS)
+def test_nothing_of_the_tokens_is_kept_wide(op: str) -> None:
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        RUNS[op]()
+    of_tokens = [tensor for tensor in kept if tensor.numel() >= TOKENS * 32]
+    assert of_tokens
+    assert {tensor.dtype for tensor in of_tokens} == {torch.bfloat16}
