@@ -1,18 +1,15 @@
-"""What every test gets: a seed, live shapes, poisoned uninitialised memory, one thread per worker, no network."""
+"""What every test gets: a seed, poisoned uninitialised memory, one thread per worker, no network."""
 
 import os
 import socket
 from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch.utils import deterministic
 
 SEED = 20241024
-# Long runs of functions whose shapes the other tests check: checking takes half of their time.
-SHAPES_UNCHECKED = {"benchmark", "cli", "experiments", "hf", "training"}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
@@ -25,14 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(SEED)
-
-
-@pytest.fixture(autouse=True)
-def live_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Annotated shapes are checked at every call (`--jaxtyping-packages`), but in `SHAPES_UNCHECKED`."""
-    jaxtyping.config.update("jaxtyping_disable", request.path.parent.name in SHAPES_UNCHECKED)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)
