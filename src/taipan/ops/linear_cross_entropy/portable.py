@@ -2,9 +2,9 @@
 
 The gradient of the loss wrt the logits is known as soon as the loss is, so forward computes those of hidden and weight
 at once and nothing is computed twice. The three products stay in the dtype of the inputs (which keeps bfloat16 on
-its matrix units; without any it is widened and the logits are rounded as they would be); softmax, loss and the sum of the weight's gradient are in at least float32. PyTorch's own
-``F.linear_cross_entropy`` (2.13) is as fast in float32, but returns a bfloat16 loss for bfloat16 inputs and, on CPU,
-multiplies the weight's gradient in float32.
+its matrix units; without any it is widened, and logits are rounded as they would be); softmax, loss and the sum of the
+weight's gradient are in at least float32. PyTorch's own ``F.linear_cross_entropy`` (2.13) is as fast in float32, but
+returns a bfloat16 loss for bfloat16 inputs and, on CPU, multiplies the weight's gradient in float32.
 """
 
 from collections.abc import Callable
