@@ -1,16 +1,30 @@
-"""What every test gets: a seed, poisoned uninitialised memory, one thread per worker, no network."""
+"""What every test gets: live shapes, a seed, poisoned uninitialised memory, one thread per worker, no network."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from torch.utils import deterministic
 
+SOURCE = Path(__file__).parents[1] / "src"
 SEED = 20241024
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
+
+
+def annotated() -> Iterator[str]:
+    """The modules that annotate shapes: to check the others, too, takes a minute and proves nothing."""
+    for file in sorted(SOURCE.rglob("*.py")):
+        if re.search(r"^from (taipan\.shapes|jaxtyping) import", file.read_text(encoding="utf-8"), re.MULTILINE):
+            yield ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+
+
+install_import_hook(list(annotated()), "beartype.beartype")  # of what is imported from here on: nothing of taipan yet
 
 
 def pytest_configure(config: pytest.Config) -> None:

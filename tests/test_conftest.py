@@ -1,8 +1,6 @@
 """The guards of conftest.py guard."""
 
-import re
 import socket
-from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -10,8 +8,6 @@ import torch
 
 from taipan.ops.gated_rms_norm.reference import rms_norm_reference
 from tests.conftest import SEED
-
-PACKAGE = Path(__file__).parents[1] / "src" / "taipan"
 
 
 def test_uninitialised_memory_is_poisoned() -> None:
@@ -47,12 +43,3 @@ def test_this_machine_is_within_reach() -> None:
 def test_shapes_are_checked_live() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         rms_norm_reference(torch.ones(2, 3), torch.ones(4), eps=1e-5)
-
-
-def test_they_are_checked_wherever_they_are_annotated(pytestconfig: pytest.Config) -> None:
-    *checked, _ = pytestconfig.getoption("--jaxtyping-packages").split(",")
-    for file in PACKAGE.rglob("*.py"):
-        module = ".".join(("taipan", *file.relative_to(PACKAGE).with_suffix("").parts))
-        annotated = re.search(r"^from (taipan\.shapes|jaxtyping) import", file.read_text("utf-8"), re.MULTILINE)
-        if annotated and module != "taipan.shapes":
-            assert any(f"{module}.".startswith(f"{package}.") for package in checked), f"{module} is not checked"
