@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from taipan import TaipanConfig, TaipanLM
 
 FACE = {"jinja2", "matplotlib", "rich", "typer", "yaml"}
 HUGGING_FACE = {"transformers", "accelerate"}
@@ -44,6 +47,14 @@ def test_the_command_line_answers_without_torch() -> None:
 
 def test_the_model_needs_neither_transformers_nor_the_face() -> None:
     result = run_without(HEAVY, "import taipan, taipan.config, taipan.model; taipan.TaipanLM")
+    assert result.returncode == 0, result.stderr
+
+
+def test_loading_a_model_does_not_import_the_compiler_of_torch(tmp_path: Path) -> None:
+    """It takes as long as PyTorch itself, and every command that reads a model would wait for it."""
+    TaipanLM(TaipanConfig.preset("taipan-tiny", vocab_size=256)).save_pretrained(tmp_path)
+    code = f"import sys; from taipan import TaipanLM; TaipanLM.from_pretrained({str(tmp_path)!r}); "
+    result = run_without(set(), code + "assert 'torch._dynamo' not in sys.modules")
     assert result.returncode == 0, result.stderr
 
 

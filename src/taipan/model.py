@@ -148,7 +148,9 @@ class TaipanDecoder(nn.Module):
     def __init__(self, config: TaipanConfig, implementations: dict[str, str]) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not initialised twice; and on meta (loading) its normal values would take two seconds to import torch._dynamo.
+        empty_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer, implementations) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
         self.schedule = GateSchedule.at(config, 1.0)
