@@ -5,11 +5,7 @@
 // them computes for itself. Everything is summed in Real, whatever the weights are stored in.
 #include <algorithm>
 
-#include "simd.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "narrow.h"
 
 namespace taipan {
 namespace {
@@ -101,70 +97,6 @@ inline T sigmoid_of(T x) {
   return T(1) / (T(1) + std::exp(-x));
 }
 
-template <class T>
-inline T to_bfloat16(T x) {
-  const float narrow = static_cast<float>(x);
-  if (narrow != narrow) return x;
-  std::uint32_t bits;
-  std::memcpy(&bits, &narrow, sizeof bits);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
-  float rounded;
-  std::memcpy(&rounded, &bits, sizeof rounded);
-  return rounded;
-}
-
-template <class T, class W>
-struct Widening {
-  typedef W Narrow __attribute__((vector_size(kLanes<T> * sizeof(W))));
-  typedef std::int32_t Integer __attribute__((vector_size(kLanes<T> * 4)));
-  typedef float Single __attribute__((vector_size(kLanes<T> * 4)));
-};
-
-// The conversion of the vector extension; GCC makes of it what takes three to ten times as long as it should.
-template <class T, class W>
-inline typename Widening<T, W>::Integer to_integers(const W* p) {
-  typename Widening<T, W>::Narrow narrow;
-  std::memcpy(&narrow, p, sizeof narrow);
-  return __builtin_convertvector(narrow, typename Widening<T, W>::Integer);
-}
-
-#if defined(__AVX512F__)
-template <>
-inline Widening<float, std::uint16_t>::Integer to_integers<float>(const std::uint16_t* p) {
-  return reinterpret_cast<Widening<float, std::uint16_t>::Integer>(
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-}
-
-template <>
-inline Widening<float, std::int8_t>::Integer to_integers<float>(const std::int8_t* p) {
-  return reinterpret_cast<Widening<float, std::int8_t>::Integer>(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-#elif defined(__AVX2__)
-template <>
-inline Widening<float, std::uint16_t>::Integer to_integers<float>(const std::uint16_t* p) {
-  return reinterpret_cast<Widening<float, std::uint16_t>::Integer>(
-      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-
-template <>
-inline Widening<float, std::int8_t>::Integer to_integers<float>(const std::int8_t* p) {
-  return reinterpret_cast<Widening<float, std::int8_t>::Integer>(
-      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-#endif
-
-template <class T, class W>
-inline Vector<T> widen(const W* p) {
-  if constexpr (std::is_same_v<T, W>)
-    return load(p);
-  else if constexpr (std::is_same_v<W, std::int8_t>)
-    return __builtin_convertvector(to_integers<T>(p), Vector<T>);
-  else
-    return __builtin_convertvector(reinterpret_cast<typename Widening<T, W>::Single>(to_integers<T>(p) << 16),
-                                   Vector<T>);
-}
-
 // The sum of the lanes, by halves.
 template <class T>
 inline T total_of(Vector<T> v) {
@@ -189,18 +121,6 @@ inline T total_of(Vector<T> v) {
 }
 
 template <class T, class W>
-inline T widen_one(W value) {
-  if constexpr (std::is_same_v<W, std::uint16_t>) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
-    float single;
-    std::memcpy(&single, &bits, sizeof single);
-    return single;
-  } else {
-    return value;
-  }
-}
-
-template <class T, class W>
 void widen_row(Index count, const W* from, T* to) {
   Index k = 0;
   for (; k + kLanes<T> <= count; k += kLanes<T>) store(to + k, widen<T>(from + k));
@@ -209,12 +129,20 @@ void widen_row(Index count, const W* from, T* to) {
 
 // ------------------------------------------------------------------ products
 
-// out(r, c) = Σ_k w(r, k) x(c, k)
-template <class T, class W, int R, int C>
+// What follows in memory is fetched meanwhile: rows are too short for the processor to foresee the next ones.
+template <class W, int R>
+inline void fetch_next(Index count, const W* w, Index k, Index step) {
+  const char* next = reinterpret_cast<const char*>(w + R * (count + k));
+  for (Index byte = 0; byte < R * step * static_cast<Index>(sizeof(W)); byte += 64) __builtin_prefetch(next + byte);
+}
+
+// out(r, c) = Σ_k w(r, k) x(c, k); Fetch: the next R rows follow in memory.
+template <class T, class W, int R, int C, bool Fetch = false>
 inline void dots(Index count, const W* w, Index w_row, const T* x, Index x_row, T (&out)[R][C]) {
   Vector<T> total[R][C] = {};
   Index k = 0;
   for (; k + kLanes<T> <= count; k += kLanes<T>) {
+    if constexpr (Fetch) fetch_next<W, R>(count, w, k, kLanes<T>);
     Vector<T> left[R];
     for (int r = 0; r < R; ++r) left[r] = widen<T>(w + r * w_row + k);
     for (int c = 0; c < C; ++c) {
@@ -247,85 +175,93 @@ struct Target {
   }
 };
 
+constexpr int kMany = 4;        // vectors at once
+constexpr Index kPanel = 12;    // rows that meet all of many vectors before the next ones are read
 constexpr int kRowsOfOne = 8;   // rows at once for one vector …
-constexpr int kRowsOfPairs = 2;  // … of bfloat16 …
-constexpr int kRowsOfShort = 4;  // … of int8 …
-constexpr int kRowsOfMany = 3;  // … and for several, of which so many share what is loaded of a row
-constexpr int kMany = 4;
-constexpr Index kPanel = 12;
+constexpr int kRowsOfMany = 3;  // … and for several
 
-template <class T, class W, int R, int C>
-inline void tile(const Matrix& m, Index row, Index column, const W* w, const T* x, Index x_row,
-                 const Target<T>& target) {
-  T value[R][C];
-  dots<T, W, R, C>(m.columns, w, m.columns, x + column * x_row, x_row, value);
-  target.put(m, row, column, value);
-}
+// How rows of W meet vectors of T: any length, each weight widened where it is used.
+template <class T, class W>
+struct Plain {
+  static constexpr int kOne = kRowsOfOne, kSeveral = kRowsOfMany;
+  const W* weight;
+  Index columns;
+  const T* x;
+  Index x_row;
 
-// What follows in memory is fetched meanwhile: rows are too short for the processor to foresee the next ones.
-template <class W, int R>
-inline void fetch_next(Index count, const W* w, Index k, Index step) {
-  const char* next = reinterpret_cast<const char*>(w + R * (count + k));
-  for (Index byte = 0; byte < R * step * static_cast<Index>(sizeof(W)); byte += 64) __builtin_prefetch(next + byte);
-}
+  template <int R, int C, bool Fetch>
+  void dots(Index row, Index column, T (&out)[R][C]) const {
+    // For one vector fetching costs more than it brings: nothing else keeps the processor from reading ahead.
+    taipan::dots<T, W, R, C, Fetch && (C > 1)>(columns, weight + row * columns, columns, x + column * x_row, x_row, out);
+  }
+};
 
-// Products of bfloat16 rows with one vector that lies in pairs: of a word of two weights, the upper is a float when the
-// lower is masked out, and the lower when it is shifted up.
+// Rows of bfloat16 meet vectors that lie in pairs: of a word of two weights, the upper is a float when the lower is
+// masked out, and the lower when it is shifted up.
 struct Pairs {
   typedef std::uint32_t Words __attribute__((vector_size(kBytes)));
   static constexpr Index kBoth = 2 * kLanes<float>;
+  static constexpr int kOne = 2, kSeveral = 2;
+  const std::uint16_t* weight;
+  Index columns;
+  float* x;
 
-  static bool fits(Index count) { return count % kBoth == 0; }
+  static bool fits(Index columns) { return columns % kBoth == 0; }
 
-  // Of every kBoth values of x first the even ones, then the odd ones.
-  static void part(Index count, const float* x, float* to) {
-    for (Index k = 0; k < count; k += kBoth)
-      for (Index lane = 0; lane < kLanes<float>; ++lane) {
-        to[k + lane] = x[k + 2 * lane];
-        to[k + kLanes<float> + lane] = x[k + 2 * lane + 1];
-      }
+  // Of every kBoth values first the even ones, then the odd ones.
+  Pairs(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
+      : weight(static_cast<const std::uint16_t*>(weight)), columns(columns), x(room) {
+    for (Index c = 0; c < count; ++c)
+      for (Index k = 0; k < columns; k += kBoth)
+        for (Index lane = 0; lane < kLanes<float>; ++lane) {
+          x[c * columns + k + lane] = from[c * from_row + k + 2 * lane];
+          x[c * columns + k + kLanes<float> + lane] = from[c * from_row + k + 2 * lane + 1];
+        }
   }
 
-  template <int R>
-  static void dots(Index count, const std::uint16_t* w, const float* x, float (&out)[R][1]) {
-    Vector<float> even[R] = {}, odd[R] = {};
-    for (Index k = 0; k < count; k += kBoth) {
-      fetch_next<std::uint16_t, R>(count, w, k, kBoth);
-      const Vector<float> first = load(x + k), second = load(x + k + kLanes<float>);
+  template <int R, int C, bool Fetch>
+  void dots(Index row, Index column, float (&out)[R][C]) const {
+    const std::uint16_t* w = weight + row * columns;
+    const float* of = x + column * columns;
+    Vector<float> total[R][C] = {};
+    for (Index k = 0; k < columns; k += kBoth) {
+      if constexpr (Fetch) fetch_next<std::uint16_t, R>(columns, w, k, kBoth);
+      Vector<float> even[R], odd[R];
       for (int r = 0; r < R; ++r) {
         Words words;
-        std::memcpy(&words, w + r * count + k, sizeof words);
-        even[r] += reinterpret_cast<Vector<float>>(words << 16) * first;
-        odd[r] += reinterpret_cast<Vector<float>>(words & 0xffff0000u) * second;
+        std::memcpy(&words, w + r * columns + k, sizeof words);
+        even[r] = reinterpret_cast<Vector<float>>(words << 16);
+        odd[r] = reinterpret_cast<Vector<float>>(words & 0xffff0000u);
+      }
+      for (int c = 0; c < C; ++c) {
+        const Vector<float> first = load(of + c * columns + k), second = load(of + c * columns + k + kLanes<float>);
+        for (int r = 0; r < R; ++r) total[r][c] += even[r] * first;
+        for (int r = 0; r < R; ++r) total[r][c] += odd[r] * second;
       }
     }
-    for (int r = 0; r < R; ++r) out[r][0] = total_of<float>(even[r] + odd[r]);
-  }
-
-  static void product(const Matrix& m, const float* x, Index row, Index end, float* parted,
-                      const Target<float>& target) {
-    part(m.columns, x, parted);
-    const auto* weight = static_cast<const std::uint16_t*>(m.weight);
-    for (; row + kRowsOfPairs <= end; row += kRowsOfPairs) {
-      float value[kRowsOfPairs][1];
-      dots<kRowsOfPairs>(m.columns, weight + row * m.columns, parted, value);
-      target.put(m, row, 0, value);
-    }
-    for (; row < end; ++row) {
-      float value[1][1];
-      dots<1>(m.columns, weight + row * m.columns, parted, value);
-      target.put(m, row, 0, value);
-    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) out[r][c] = total_of<float>(total[r][c]);
   }
 };
 
 #if defined(__AVX2__)
-// Products of int8 rows with one vector that is rounded to 16 bits, which is 1 / 65534 of its largest value: exact sums
-// at half the instructions, where widening to float takes longer than memory does.
+// Rows of int8 meet vectors that are rounded to 16 bits, which is 1 / 65534 of their largest value: exact sums at half
+// the instructions, where widening to float takes longer than memory does.
 struct Short {
   static constexpr Index kMost = 4096;  // columns whose sum fits 32 bits
+  static constexpr int kOne = 4, kSeveral = 2;
+  const std::int8_t* weight;
+  Index columns;
+  std::int16_t* x;
+  float* unit;  // of each vector
 
-  static bool fits(Index count) { return count % 16 == 0 && count <= kMost; }
+  static bool fits(Index columns) { return columns % 16 == 0 && columns <= kMost; }
+
+  Short(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
+      : weight(static_cast<const std::int8_t*>(weight)), columns(columns),
+        x(reinterpret_cast<std::int16_t*>(room + round_up(count, 16))), unit(room) {
+    for (Index c = 0; c < count; ++c) unit[c] = round(columns, from + c * from_row, x + c * columns);
+  }
 
   // x to 16 bits; returns its unit.
   static float round(Index count, const float* x, std::int16_t* to) {
@@ -342,94 +278,89 @@ struct Short {
     return unit;
   }
 
-  template <int R>
-  static void dots(Index count, const std::int8_t* w, const std::int16_t* x, float unit, float (&out)[R][1]) {
-    __m256i total[R];
-    for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_si256();
-    for (Index k = 0; k < count; k += 16) {
-      fetch_next<std::int8_t, R>(count, w, k, 16);
-      const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
-      for (int r = 0; r < R; ++r) {
-        const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * count + k));
-        total[r] = _mm256_add_epi32(total[r], _mm256_madd_epi16(_mm256_cvtepi8_epi16(narrow), right));
+  template <int R, int C, bool Fetch>
+  void dots(Index row, Index column, float (&out)[R][C]) const {
+    const std::int8_t* w = weight + row * columns;
+    const std::int16_t* of = x + column * columns;
+    __m256i total[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) total[r][c] = _mm256_setzero_si256();
+    for (Index k = 0; k < columns; k += 16) {
+      if constexpr (Fetch) fetch_next<std::int8_t, R>(columns, w, k, 16);
+      __m256i left[R];
+      for (int r = 0; r < R; ++r)
+        left[r] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * columns + k)));
+      for (int c = 0; c < C; ++c) {
+        const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of + c * columns + k));
+        for (int r = 0; r < R; ++r)
+          total[r][c] = _mm256_add_epi32(total[r][c], _mm256_madd_epi16(left[r], right));
       }
     }
-    for (int r = 0; r < R; ++r) {
-      float lane[8], sum = 0;
-      _mm256_storeu_ps(lane, _mm256_cvtepi32_ps(total[r]));
-      for (const float value : lane) sum += value;
-      out[r][0] = unit * sum;
-    }
-  }
-
-  static void product(const Matrix& m, const float* x, Index row, Index end, std::int16_t* rounded,
-                      const Target<float>& target) {
-    const float unit = round(m.columns, x, rounded);
-    const auto* weight = static_cast<const std::int8_t*>(m.weight);
-    for (; row + kRowsOfShort <= end; row += kRowsOfShort) {
-      float value[kRowsOfShort][1];
-      dots<kRowsOfShort>(m.columns, weight + row * m.columns, rounded, unit, value);
-      target.put(m, row, 0, value);
-    }
-    for (; row < end; ++row) {
-      float value[1][1];
-      dots<1>(m.columns, weight + row * m.columns, rounded, unit, value);
-      target.put(m, row, 0, value);
-    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) {
+        float lane[8], sum = 0;
+        _mm256_storeu_ps(lane, _mm256_cvtepi32_ps(total[r][c]));
+        for (const float value : lane) sum += value;
+        out[r][c] = unit[column + c] * sum;
+      }
   }
 };
 #endif
 
-// C columns of the product for `rows` rows at w, of which the first is row number `first`.
-template <class T, int C>
-inline void tiles_of_columns(const Matrix& m, Index first, Index rows, const T* w, Index column, const T* x, Index x_row,
-                             const Target<T>& target) {
-  Index r = 0;
-  for (; r + kRowsOfMany <= rows; r += kRowsOfMany)
-    tile<T, T, kRowsOfMany, C>(m, first + r, column, w + r * m.columns, x, x_row, target);
-  for (; r < rows; ++r) tile<T, T, 1, C>(m, first + r, column, w + r * m.columns, x, x_row, target);
+// Rows [row, end) of the product with C vectors.
+template <int R, int C, bool Fetch, class T, class Rows>
+inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, Index column, const Target<T>& target) {
+  for (; row + R <= end; row += R) {
+    T value[R][C];
+    rows.template dots<R, C, Fetch>(row, column, value);
+    target.put(m, row, column, value);
+  }
+  for (; row < end; ++row) {
+    T value[1][C];
+    rows.template dots<1, C, Fetch>(row, column, value);
+    target.put(m, row, column, value);
+  }
 }
 
-// Rows of the product that are this thread's, of `count` vectors x(c, ·); `panel` has room for kPanel rows.
-//
-// Of many vectors, kMany stay in the first cache while they meet a panel of rows, which comes from the second.
-template <class T, class W>
-void product_of(const Matrix& m, const T* x, Index x_row, Index count, Part part, T* panel, const Target<T>& target) {
-  const W* weight = static_cast<const W*>(m.weight);
-  Index row = part.begin(m.rows);
-  const Index end = part.end(m.rows);
-  if (count == 1) {
-    if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
-      if (Pairs::fits(m.columns)) return Pairs::product(m, x, row, end, panel, target);
-#if defined(__AVX2__)
-    if constexpr (std::is_same_v<W, std::int8_t> && std::is_same_v<T, float>)
-      if (Short::fits(m.columns))
-        return Short::product(m, x, row, end, reinterpret_cast<std::int16_t*>(panel), target);
-#endif
-    for (; row + kRowsOfOne <= end; row += kRowsOfOne)
-      tile<T, W, kRowsOfOne, 1>(m, row, 0, weight + row * m.columns, x, x_row, target);
-    for (; row < end; ++row) tile<T, W, 1, 1>(m, row, 0, weight + row * m.columns, x, x_row, target);
-    return;
-  }
+// Rows [row, end) of the product with `count` vectors. Of many, kMany stay in the first cache while they meet a panel of
+// rows, which the next ones find in the second.
+template <class T, class Rows>
+void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index count, const Target<T>& target) {
+  if (count == 1) return rows_with<Rows::kOne, 1, true>(rows, m, row, end, 0, target);
+  constexpr int R = Rows::kSeveral;
   for (; row < end; row += kPanel) {
-    const Index rows = std::min(kPanel, end - row);
-    const T* wide;
-    if constexpr (std::is_same_v<T, W>) {
-      wide = weight + row * m.columns;
-    } else {
-      widen_row(rows * m.columns, weight + row * m.columns, panel);
-      wide = panel;
-    }
+    const Index until = std::min(row + kPanel, end);
     Index column = 0;
-    for (; column + kMany <= count; column += kMany)
-      tiles_of_columns<T, kMany>(m, row, rows, wide, column, x, x_row, target);
+    if (count >= kMany) {
+      rows_with<R, kMany, true>(rows, m, row, until, 0, target);
+      for (column = kMany; column + kMany <= count; column += kMany)
+        rows_with<R, kMany, false>(rows, m, row, until, column, target);
+    }
     switch (count - column) {
-      case 3: tiles_of_columns<T, 3>(m, row, rows, wide, column, x, x_row, target); break;
-      case 2: tiles_of_columns<T, 2>(m, row, rows, wide, column, x, x_row, target); break;
-      case 1: tiles_of_columns<T, 1>(m, row, rows, wide, column, x, x_row, target); break;
+      case 3: rows_with<R, 3, false>(rows, m, row, until, column, target); break;
+      case 2: rows_with<R, 2, false>(rows, m, row, until, column, target); break;
+      case 1: rows_with<R, 1, false>(rows, m, row, until, column, target); break;
       default: break;
     }
   }
+}
+
+// Floats that the vectors of a product take once more, as its rows want them.
+inline Index room_of(Index count, Index columns) { return count * columns + round_up(count, 16); }
+
+// Rows of the product that are this thread's, of `count` vectors x(c, ·); `room` has what room_of says.
+template <class T, class W>
+void product_of(const Matrix& m, const T* x, Index x_row, Index count, Part part, T* room, const Target<T>& target) {
+  const Index row = part.begin(m.rows), end = part.end(m.rows);
+  if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
+    if (Pairs::fits(m.columns))
+      return product_of(Pairs(m.weight, m.columns, x, x_row, count, room), m, row, end, count, target);
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<W, std::int8_t> && std::is_same_v<T, float>)
+    if (Short::fits(m.columns))
+      return product_of(Short(m.weight, m.columns, x, x_row, count, room), m, row, end, count, target);
+#endif
+  product_of(Plain<T, W>{static_cast<const W*>(m.weight), m.columns, x, x_row}, m, row, end, count, target);
 }
 
 // ------------------------------------------------------------------ the decoder
@@ -471,20 +402,20 @@ class Decoder {
 
   // What one thread needs for itself.
   struct Own {
-    T *x, *chosen, *panel, *weight, *attended;
+    T *x, *chosen, *room, *weight, *attended;
     Index* asked;
   };
 
   bool reserve(Scratch& scratch, Own& own) const {
     const Index shared = s_.key_heads == 0 ? 0 : s_.query_heads / s_.key_heads;
-    const Index sizes[] = {count_ * longest_, count_ * s_.hidden, kPanel * longest_, count_,
+    const Index sizes[] = {count_ * longest_, count_ * s_.hidden, room_of(count_, longest_), count_,
                            shared * (2 * s_.width + 2 + kBlock)};
     std::size_t bytes = Scratch::bytes<Index>(count_);
     for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
     if (!scratch.reserve(bytes)) return false;
     own.x = scratch.take<T>(sizes[0]);
     own.chosen = scratch.take<T>(sizes[1]);
-    own.panel = scratch.take<T>(sizes[2]);
+    own.room = scratch.take<T>(sizes[2]);
     own.weight = scratch.take<T>(sizes[3]);
     own.attended = scratch.take<T>(sizes[4]);
     own.asked = scratch.take<Index>(count_);
@@ -511,11 +442,11 @@ class Decoder {
   void product(const Matrix& m, const T* x, Index x_row, Index count, Part part, const Own& own,
                const Target<T>& target) const {
     if (s_.format == kReal)
-      product_of<T, T>(m, x, x_row, count, part, own.panel, target);
+      product_of<T, T>(m, x, x_row, count, part, own.room, target);
     else if (s_.format == kBfloat16)
-      product_of<T, std::uint16_t>(m, x, x_row, count, part, own.panel, target);
+      product_of<T, std::uint16_t>(m, x, x_row, count, part, own.room, target);
     else
-      product_of<T, std::int8_t>(m, x, x_row, count, part, own.panel, target);
+      product_of<T, std::int8_t>(m, x, x_row, count, part, own.room, target);
   }
 
   void normalise(const T* weight, T* x) const {
@@ -693,9 +624,9 @@ class Decoder {
     if (s_.gate_hidden > 0) {
       for (Index r = 0; r < s_.gate_hidden; ++r) {
         const T value = dot(s_.hidden, layer.gate_hidden_weight + r * s_.hidden, x) + layer.gate_hidden_bias[r];
-        own.panel[r] = value * sigmoid_of(value);
+        own.room[r] = value * sigmoid_of(value);
       }
-      x = own.panel;
+      x = own.room;
       size = s_.gate_hidden;
     }
     const T skip = dot(size, layer.gate_weight, x) + layer.gate_bias[0];

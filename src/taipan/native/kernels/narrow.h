@@ -1,0 +1,127 @@
+// Numbers that are narrower in memory than in the registers: bfloat16 (as the upper half of a float, in 16 bits) and
+// int8. Widening loses nothing; narrowing to bfloat16 rounds to nearest, ties to even, as PyTorch does.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace taipan {
+
+using Bfloat16 = std::uint16_t;
+
+template <class T, class W>
+struct Widening {
+  typedef W Narrow __attribute__((vector_size(kLanes<T> * sizeof(W))));
+  typedef std::int32_t Integer __attribute__((vector_size(kLanes<T> * 4)));
+  typedef float Single __attribute__((vector_size(kLanes<T> * 4)));
+};
+
+// The conversion of the vector extension; GCC makes of it what takes three to ten times as long as it should.
+template <class T, class W>
+inline typename Widening<T, W>::Integer to_integers(const W* p) {
+  typename Widening<T, W>::Narrow narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  return __builtin_convertvector(narrow, typename Widening<T, W>::Integer);
+}
+
+#if defined(__AVX512F__)
+template <>
+inline Widening<float, Bfloat16>::Integer to_integers<float>(const Bfloat16* p) {
+  return reinterpret_cast<Widening<float, Bfloat16>::Integer>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+
+template <>
+inline Widening<float, std::int8_t>::Integer to_integers<float>(const std::int8_t* p) {
+  return reinterpret_cast<Widening<float, std::int8_t>::Integer>(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#elif defined(__AVX2__)
+template <>
+inline Widening<float, Bfloat16>::Integer to_integers<float>(const Bfloat16* p) {
+  return reinterpret_cast<Widening<float, Bfloat16>::Integer>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+template <>
+inline Widening<float, std::int8_t>::Integer to_integers<float>(const std::int8_t* p) {
+  return reinterpret_cast<Widening<float, std::int8_t>::Integer>(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+#endif
+
+// A vector of T from W in memory.
+template <class T, class W>
+inline Vector<T> widen(const W* p) {
+  if constexpr (std::is_same_v<T, W>)
+    return load(p);
+  else if constexpr (std::is_same_v<W, std::int8_t>)
+    return __builtin_convertvector(to_integers<T>(p), Vector<T>);
+  else
+    return __builtin_convertvector(reinterpret_cast<typename Widening<T, W>::Single>(to_integers<T>(p) << 16),
+                                   Vector<T>);
+}
+
+template <class T, class W>
+inline T widen_one(W value) {
+  if constexpr (std::is_same_v<W, Bfloat16>) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+    float single;
+    std::memcpy(&single, &bits, sizeof single);
+    return single;
+  } else {
+    return value;
+  }
+}
+
+// The upper 16 bits are the bfloat16; NaN stays NaN.
+inline std::uint32_t rounded_bits(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return x != x ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1);
+}
+
+// x, rounded to bfloat16.
+template <class T>
+inline T to_bfloat16(T x) {
+  const std::uint32_t bits = rounded_bits(static_cast<float>(x)) & 0xffff0000u;
+  float rounded;
+  std::memcpy(&rounded, &bits, sizeof rounded);
+  return rounded;
+}
+
+// A vector of T to W in memory.
+template <class T>
+inline void narrow(T* p, Vector<T> v) {
+  store(p, v);
+}
+
+inline void narrow(Bfloat16* p, Vector<float> v) {
+  typedef std::uint32_t Bits __attribute__((vector_size(kBytes)));
+  const Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = v != v ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded >> 16)));
+#elif defined(__AVX2__)
+  const __m256i upper = reinterpret_cast<__m256i>(rounded >> 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+#else
+  const auto short_ = __builtin_convertvector(rounded >> 16, typename Widening<float, Bfloat16>::Narrow);
+  std::memcpy(p, &short_, sizeof short_);
+#endif
+}
+
+// Calls f<X>() for what the wide tensors of a call are in memory: Real itself, or bfloat16 where Real is float.
+template <class Real, class F>
+inline int with_element(Index narrow, F&& f) {
+  if constexpr (std::is_same_v<Real, float>)
+    if (narrow) return f.template operator()<Bfloat16>();
+  return f.template operator()<Real>();
+}
+
+}  // namespace taipan
