@@ -15,6 +15,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the compiled kernels read and write for tensors of a dtype: bf16 as it is, all else as it accumulates."""
+    return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
+
+
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """Inside, products keep the dtype they are given; where autocast is off already, nothing is entered."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,113 +1,160 @@
-// Depthwise causal convolution over time with SiLU, forward and backward, each in one pass over memory.
+// Depthwise causal convolution over time with SiLU, forward and backward, each in one pass over memory: a vector of
+// channels walks over the tokens and keeps the inputs its taps meet.
 //
-// The backward takes a piece of the channels through all tokens, so that neighbouring tokens find their inputs in
-// the cache, and walks from the last token to the first.
+// The backward takes a piece of the channels through all tokens, and walks from the last token to the first.
 #include <algorithm>
 
-#include "gemm.h"
+#include "narrow.h"
 
 namespace taipan {
 namespace {
 
 struct Shape {
-  Index batch, tokens, channels, taps, x_b, x_t, silu;
+  Index batch, tokens, channels, taps, x_b, x_t, silu, narrow;
 };
 
-template <class T>
+// X is what the tokens are in memory.
+template <class T, class X>
 struct Arrays {
-  const T *x, *weight, *bias, *columns;  // weight (K, C); columns (B, K - 1, C) or null for zeros
-  const std::int32_t* document;          // (B, T): number of the document, 0 that of the columns; or null
+  const X* x;
+  const T *weight, *bias, *columns;  // weight (K, C); columns (B, K - 1, C) or null for zeros
+  const std::int32_t* document;      // (B, T): running number of the document, 0 that of the columns; or null
 };
 
-// Inputs that the taps of one token meet, oldest first; null where a tap counts for nothing.
-template <class T>
-void meet(const Shape& s, const Arrays<T>& in, Index b, Index t, const T** inputs) {
-  for (Index k = 0; k < s.taps; ++k) {
-    const Index from = t - s.taps + 1 + k;
-    const std::int32_t* document = in.document == nullptr ? nullptr : in.document + b * s.tokens;
-    if (from >= 0)
-      inputs[k] = document == nullptr || document[from] == document[t] ? in.x + b * s.x_b + from * s.x_t : nullptr;
-    else if (in.columns == nullptr || (document != nullptr && document[t] != 0))
-      inputs[k] = nullptr;
-    else
-      inputs[k] = in.columns + (b * (s.taps - 1) + from + s.taps - 1) * s.channels;
-  }
-}
+constexpr Index kTokens = 32;  // at once: so many rows of all channels stay in the second cache
 
-// The taps of one vector of channels.
-template <class T, int K>
-struct Taps {
-  Vector<T> weight[K], bias;
+// The taps of one vector of channels of one row, and the inputs they meet.
+template <class T, class X, int K>
+class Taps {
+ public:
+  Vector<T> weight[K], input[K];  // oldest first; those beyond reach count for nothing
 
-  Taps(const Shape& s, const Arrays<T>& in, Index c) : bias(load(in.bias + c)) {
+  Taps(const Shape& s, const Arrays<T, X>& in, Index b, Index c)
+      : bias_(load(in.bias + c)), x_(in.x + b * s.x_b + c), x_t_(s.x_t), channels_(s.channels),
+        columns_(in.columns == nullptr ? nullptr : in.columns + (b + 1) * (K - 1) * s.channels + c) {
     for (int k = 0; k < K; ++k) weight[k] = load(in.weight + k * s.channels + c);
   }
 
-  Vector<T> sum(const T* const* inputs, Index c) const {
-    Vector<T> total = bias;
+  // Of token t, or of the columns before the first.
+  Vector<T> at(Index t) const {
+    if (t >= 0) return widen<T>(x_ + t * x_t_);
+    return columns_ == nullptr ? Vector<T>{} : load(columns_ + t * channels_);
+  }
+
+  // Be where `advance(t)` goes on.
+  void stand_before(Index t) {
+    for (int k = 1; k < K; ++k) input[k] = at(t - K + k);
+  }
+
+  // Be where `go_back(t - 1)` goes on.
+  void stand_at(Index t) {
+    for (int k = 0; k + 1 < K; ++k) input[k] = at(t - K + 1 + k);
+  }
+
+  // Inputs of token t, of which those of t - 1 are here.
+  void advance(Index t) {
+    for (int k = 0; k + 1 < K; ++k) input[k] = input[k + 1];
+    input[K - 1] = at(t);
+  }
+
+  // Inputs of token t, of which those of t + 1 are here.
+  void go_back(Index t) {
+    for (int k = K - 1; k > 0; --k) input[k] = input[k - 1];
+    input[0] = at(t - K + 1);
+  }
+
+  Vector<T> sum(Index reach) const {
+    Vector<T> total = bias_;
     for (int k = 0; k < K; ++k)
-      if (inputs[k] != nullptr) total += load(inputs[k] + c) * weight[k];
+      if (k >= K - 1 - reach) total += input[k] * weight[k];
     return total;
   }
+
+ private:
+  Vector<T> bias_;
+  const X* x_;
+  Index x_t_, channels_;
+  const T* columns_;  // behind the last
 };
 
-template <class T, int K>
-void forward(const Shape& s, const Arrays<T>& in, T* y, int threads) {
-  constexpr Index kTokens = 32;
+// How many inputs before token t are of its document.
+template <class T, class X>
+Index reach_of(const Shape& s, const Arrays<T, X>& in, Index b, Index t) {
+  const std::int32_t* document = in.document == nullptr ? nullptr : in.document + b * s.tokens;
+  Index reach = 0;
+  for (; reach < s.taps - 1; ++reach) {
+    const Index from = t - 1 - reach;
+    if (from >= 0 ? document != nullptr && document[from] != document[t]
+                  : in.columns == nullptr || (document != nullptr && document[t] != 0))
+      break;
+  }
+  return reach;
+}
+
+template <class T, class X, int K>
+void forward(const Shape& s, const Arrays<T, X>& in, X* y, int threads) {
   const Index parts = (s.tokens + kTokens - 1) / kTokens;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index task = 0; task < s.batch * parts; ++task) {
     const Index b = task / parts, begin = task % parts * kTokens, end = std::min(s.tokens, begin + kTokens);
-    const T* inputs[kTokens][K];
-    for (Index t = begin; t < end; ++t) meet(s, in, b, t, inputs[t - begin]);
+    Index reach[kTokens];
+    for (Index t = begin; t < end; ++t) reach[t - begin] = reach_of(s, in, b, t);
     for (Index c = 0; c < s.channels; c += kLanes<T>) {
-      const Taps<T, K> taps(s, in, c);
+      Taps<T, X, K> taps(s, in, b, c);
+      taps.stand_before(begin);
       for (Index t = begin; t < end; ++t) {
-        const Vector<T> total = taps.sum(inputs[t - begin], c);
-        store(y + (b * s.tokens + t) * s.channels + c, s.silu ? total * sigmoid(total) : total);
+        taps.advance(t);
+        const Vector<T> total = taps.sum(reach[t - begin]);
+        narrow(y + (b * s.tokens + t) * s.channels + c, s.silu ? total * sigmoid(total) : total);
       }
     }
   }
 }
 
-// Gradients of x and the columns (one after the other, (B, K - 1 + T, C)), of the weight and of the bias. The latter
-// two are per row of the batch, (B, K + 1, C), bias last.
-template <class T, int K>
-void backward(const Shape& s, const Arrays<T>& in, const T* dy, T* dinputs, T* dweight, int threads) {
-  constexpr Index kPiece = 8 * kLanes<T>, kTokens = 32;
+template <class T, class X>
+struct Gradients {
+  const X* dy;          // (B, T, C)
+  X* dx;                // (B, T, C)
+  T *dcolumns, *dtaps;  // (B, K - 1, C); of weight and bias by row of the batch, (B, K + 1, C), bias last
+};
+
+template <class T, class X, int K>
+void backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, int threads) {
+  constexpr Index kPiece = 8 * kLanes<T>;
   const Index pieces = (s.channels + kPiece - 1) / kPiece;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index task = 0; task < s.batch * pieces; ++task) {
     const Index b = task / pieces, first = task % pieces * kPiece, last = std::min(s.channels, first + kPiece);
-    T* target = dinputs + b * (K - 1 + s.tokens) * s.channels;
-    T* own = dweight + b * (K + 1) * s.channels;
+    T *dcolumns = out.dcolumns + b * (K - 1) * s.channels, *own = out.dtaps + b * (K + 1) * s.channels;
     for (Index k = 0; k <= K; ++k) std::memset(own + k * s.channels + first, 0, sizeof(T) * (last - first));
     // Inputs t - K + 1 … t - 1 have got a part of their gradient when token t is done; the rest waits here.
     Vector<T> waiting[kPiece / kLanes<T>][K - 1] = {};
     for (Index end = s.tokens; end > 0; end -= std::min(end, kTokens)) {
       const Index begin = end - std::min(end, kTokens);
-      const T* inputs[kTokens][K];
-      for (Index t = begin; t < end; ++t) meet(s, in, b, t, inputs[t - begin]);
+      Index reach[kTokens];
+      for (Index t = begin; t < end; ++t) reach[t - begin] = reach_of(s, in, b, t);
       for (Index c = first; c < last; c += kLanes<T>) {
-        const Taps<T, K> taps(s, in, c);
+        Taps<T, X, K> taps(s, in, b, c);
         Vector<T>* rest = waiting[(c - first) / kLanes<T>];
         Vector<T> part[K], dtaps[K] = {}, dbias{};
         for (int k = 0; k < K - 1; ++k) part[k + 1] = rest[k];
+        taps.stand_at(end);
         for (Index t = end - 1; t >= begin; --t) {
-          const T* const* met = inputs[t - begin];
-          Vector<T> dsum = load(dy + (b * s.tokens + t) * s.channels + c);
+          taps.go_back(t);
+          const Index at = (b * s.tokens + t) * s.channels + c, reached = reach[t - begin];
+          Vector<T> dsum = widen<T>(out.dy + at);
           if (s.silu) {
-            const Vector<T> total = taps.sum(met, c), open = sigmoid(total);
+            const Vector<T> total = taps.sum(reached), open = sigmoid(total);
             dsum *= open * (T(1) + total * (T(1) - open));
           }
           dbias += dsum;
           part[0] = Vector<T>{};
           for (int k = 0; k < K; ++k) {
-            if (met[k] == nullptr) continue;
+            if (k < K - 1 - reached) continue;
             part[k] += dsum * taps.weight[k];
-            dtaps[k] += dsum * load(met[k] + c);
+            dtaps[k] += dsum * taps.input[k];
           }
-          store(target + (t + K - 1) * s.channels + c, part[K - 1]);
+          narrow(out.dx + at, part[K - 1]);
           for (int k = K - 1; k > 0; --k) part[k] = part[k - 1];
         }
         for (int k = 0; k < K - 1; ++k) rest[k] = part[k + 1];
@@ -116,7 +163,7 @@ void backward(const Shape& s, const Arrays<T>& in, const T* dy, T* dinputs, T* d
       }
     }
     for (Index c = first; c < last; c += kLanes<T>)
-      for (int k = 0; k < K - 1; ++k) store(target + k * s.channels + c, waiting[(c - first) / kLanes<T>][k]);
+      for (int k = 0; k < K - 1; ++k) store(dcolumns + k * s.channels + c, waiting[(c - first) / kLanes<T>][k]);
   }
 }
 
@@ -137,21 +184,30 @@ int with_taps(Index taps, F&& f) {
 using Real = TAIPAN_REAL;
 
 // Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
-extern "C" int taipan_conv_forward(const std::ptrdiff_t* sizes, const Real* x, const Real* weight, const Real* bias,
-                                   const Real* columns, const std::int32_t* document, Real* y, int threads) {
-  taipan::Shape s;
+extern "C" int taipan_conv_forward(const std::ptrdiff_t* sizes, const void* x, const Real* weight, const Real* bias,
+                                   const Real* columns, const std::int32_t* document, void* y, int threads) {
+  using namespace taipan;
+  Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  return taipan::with_taps(s.taps, [&]<int K>() {
-    taipan::forward<Real, K>(s, {x, weight, bias, columns, document}, y, threads);
+  return with_element<Real>(s.narrow, [&]<class X>() {
+    return with_taps(s.taps, [&]<int K>() {
+      const Arrays<Real, X> in{static_cast<const X*>(x), weight, bias, columns, document};
+      forward<Real, X, K>(s, in, static_cast<X*>(y), threads);
+    });
   });
 }
 
-extern "C" int taipan_conv_backward(const std::ptrdiff_t* sizes, const Real* x, const Real* weight, const Real* bias,
-                                    const Real* columns, const std::int32_t* document, const Real* dy, Real* dinputs,
-                                    Real* dweight, int threads) {
-  taipan::Shape s;
+extern "C" int taipan_conv_backward(const std::ptrdiff_t* sizes, const void* x, const Real* weight, const Real* bias,
+                                    const Real* columns, const std::int32_t* document, const void* dy, void* dx,
+                                    Real* dcolumns, Real* dtaps, int threads) {
+  using namespace taipan;
+  Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  return taipan::with_taps(s.taps, [&]<int K>() {
-    taipan::backward<Real, K>(s, {x, weight, bias, columns, document}, dy, dinputs, dweight, threads);
+  return with_element<Real>(s.narrow, [&]<class X>() {
+    return with_taps(s.taps, [&]<int K>() {
+      const Arrays<Real, X> in{static_cast<const X*>(x), weight, bias, columns, document};
+      const Gradients<Real, X> out{static_cast<const X*>(dy), static_cast<X*>(dx), dcolumns, dtaps};
+      backward<Real, X, K>(s, in, out, threads);
+    });
   });
 }

@@ -1,81 +1,102 @@
 // RMSNorm, of u = y · silu(z) or of y alone, forward and backward, each in one pass over memory.
 #include <algorithm>
 
-#include "gemm.h"
+#include "narrow.h"
 
 namespace taipan {
 namespace {
 
 struct Shape {
-  Index rows, channels, group, y_row, z_row;
+  Index rows, channels, group, y_row, z_row, narrow;
 };
 
+// X is what the rows are in memory.
+template <class T, class X>
+inline Vector<T> gated(const X* y, const X* z, Index c) {
+  if (z == nullptr) return widen<T>(y + c);
+  const Vector<T> gate = widen<T>(z + c);
+  return widen<T>(y + c) * gate * sigmoid(gate);
+}
+
+// Room for u of a group.
 template <class T>
-inline Vector<T> gated(const T* y, const T* z, Index c) {
-  if (z == nullptr) return load(y + c);
-  const Vector<T> gate = load(z + c);
-  return load(y + c) * gate * sigmoid(gate);
+T* group_scratch(const Shape& s) {
+  Scratch& scratch = thread_scratch();
+  return scratch.reserve(Scratch::bytes<T>(s.group)) ? scratch.take<T>(s.group) : nullptr;
 }
 
 template <class T>
-void forward(const Shape& s, const T* y, const T* z, const T* weight, double eps, T* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index row = 0; row < s.rows; ++row) {
-    const T *y_row = y + row * s.y_row, *z_row = z == nullptr ? nullptr : z + row * s.z_row;
-    T* out_row = out + row * s.channels;
-    for (Index begin = 0; begin < s.channels; begin += s.group) {
-      Vector<T> squares{};
-      for (Index c = begin; c < begin + s.group; c += kLanes<T>) {
-        const Vector<T> u = gated(y_row, z_row, c);
-        squares += u * u;
-        store(out_row + c, u);
+T scale_of(const Shape& s, double eps, Vector<T> squares) {
+  return static_cast<T>(1.0 / std::sqrt(static_cast<double>(sum<T>(squares)) / s.group + eps));
+}
+
+template <class T, class X>
+int forward(const Shape& s, const X* y, const X* z, const T* weight, double eps, X* out, int threads) {
+  int status = kOk;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
+  for (Index part = 0; part < threads; ++part) {
+    T* u = group_scratch<T>(s);
+    if (u == nullptr) {
+      status = kNoMemory;
+      continue;
+    }
+    for (Index row = s.rows * part / threads; row < s.rows * (part + 1) / threads; ++row) {
+      const X *y_row = y + row * s.y_row, *z_row = z == nullptr ? nullptr : z + row * s.z_row;
+      X* out_row = out + row * s.channels;
+      for (Index begin = 0; begin < s.channels; begin += s.group) {
+        Vector<T> squares{};
+        for (Index c = 0; c < s.group; c += kLanes<T>) {
+          const Vector<T> value = gated<T>(y_row, z_row, begin + c);
+          squares += value * value;
+          store(u + c, value);
+        }
+        const T scale = scale_of<T>(s, eps, squares);
+        for (Index c = 0; c < s.group; c += kLanes<T>)
+          narrow(out_row + begin + c, scale * load(u + c) * load(weight + begin + c));
       }
-      const T scale = static_cast<T>(1.0 / std::sqrt(static_cast<double>(sum<T>(squares)) / s.group + eps));
-      for (Index c = begin; c < begin + s.group; c += kLanes<T>)
-        store(out_row + c, scale * load(out_row + c) * load(weight + c));
     }
   }
+  return status;
 }
 
 // With n = u · scale and g = dout · weight: du = scale (g - n mean(g n)). dweight is per thread, (threads, C).
-template <class T>
-int backward(const Shape& s, const T* y, const T* z, const T* weight, double eps, const T* dout, T* dy, T* dz,
+template <class T, class X>
+int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps, const X* dout, X* dy, X* dz,
              T* dweight, int threads) {
   int status = kOk;
   std::memset(dweight, 0, sizeof(T) * threads * s.channels);
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
   for (Index part = 0; part < threads; ++part) {
-    Scratch& scratch = thread_scratch();
-    if (!scratch.reserve(Scratch::bytes<T>(s.group))) {
+    T *u = group_scratch<T>(s), *own = dweight + part * s.channels;
+    if (u == nullptr) {
       status = kNoMemory;
       continue;
     }
-    T *u = scratch.take<T>(s.group), *own = dweight + part * s.channels;
     for (Index row = s.rows * part / threads; row < s.rows * (part + 1) / threads; ++row) {
-      const T *y_row = y + row * s.y_row, *z_row = z == nullptr ? nullptr : z + row * s.z_row;
-      const T* gradient = dout + row * s.channels;
+      const X *y_row = y + row * s.y_row, *z_row = z == nullptr ? nullptr : z + row * s.z_row;
+      const X* gradient = dout + row * s.channels;
       for (Index begin = 0; begin < s.channels; begin += s.group) {
         Vector<T> squares{}, products{};
         for (Index c = 0; c < s.group; c += kLanes<T>) {
-          const Vector<T> value = gated(y_row, z_row, begin + c);
+          const Vector<T> value = gated<T>(y_row, z_row, begin + c);
           squares += value * value;
-          products += value * load(gradient + begin + c) * load(weight + begin + c);
+          products += value * widen<T>(gradient + begin + c) * load(weight + begin + c);
           store(u + c, value);
         }
-        const T scale = static_cast<T>(1.0 / std::sqrt(static_cast<double>(sum<T>(squares)) / s.group + eps));
+        const T scale = scale_of<T>(s, eps, squares);
         const T mean = sum<T>(products) * scale * scale / s.group;
         for (Index c = 0; c < s.group; c += kLanes<T>) {
           const Index at = begin + c;
-          const Vector<T> value = load(u + c), d = load(gradient + at);
+          const Vector<T> value = load(u + c), d = widen<T>(gradient + at);
           store(own + at, load(own + at) + d * value * scale);
           const Vector<T> du = scale * (d * load(weight + at) - value * mean);
           if (z == nullptr) {
-            store(dy + row * s.channels + at, du);
+            narrow(dy + row * s.channels + at, du);
             continue;
           }
-          const Vector<T> gate = load(z_row + at), open = sigmoid(gate);
-          store(dy + row * s.channels + at, du * gate * open);
-          store(dz + row * s.channels + at, du * load(y_row + at) * open * (T(1) + gate * (T(1) - open)));
+          const Vector<T> gate = widen<T>(z_row + at), open = sigmoid(gate);
+          narrow(dy + row * s.channels + at, du * gate * open);
+          narrow(dz + row * s.channels + at, du * widen<T>(y_row + at) * open * (T(1) + gate * (T(1) - open)));
         }
       }
     }
@@ -89,17 +110,24 @@ int backward(const Shape& s, const T* y, const T* z, const T* weight, double eps
 using Real = TAIPAN_REAL;
 
 // Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
-extern "C" int taipan_norm_forward(const std::ptrdiff_t* sizes, const Real* y, const Real* z, const Real* weight,
-                                   double eps, Real* out, int threads) {
-  taipan::Shape s;
+extern "C" int taipan_norm_forward(const std::ptrdiff_t* sizes, const void* y, const void* z, const Real* weight,
+                                   double eps, void* out, int threads) {
+  using namespace taipan;
+  Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  taipan::forward<Real>(s, y, z, weight, eps, out, threads);
-  return taipan::kOk;
+  return with_element<Real>(s.narrow, [&]<class X>() {
+    return forward<Real, X>(s, static_cast<const X*>(y), static_cast<const X*>(z), weight, eps, static_cast<X*>(out),
+                            threads);
+  });
 }
 
-extern "C" int taipan_norm_backward(const std::ptrdiff_t* sizes, const Real* y, const Real* z, const Real* weight,
-                                    double eps, const Real* dout, Real* dy, Real* dz, Real* dweight, int threads) {
-  taipan::Shape s;
+extern "C" int taipan_norm_backward(const std::ptrdiff_t* sizes, const void* y, const void* z, const Real* weight,
+                                    double eps, const void* dout, void* dy, void* dz, Real* dweight, int threads) {
+  using namespace taipan;
+  Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  return taipan::backward<Real>(s, y, z, weight, eps, dout, dy, dz, dweight, threads);
+  return with_element<Real>(s.narrow, [&]<class X>() {
+    return backward<Real, X>(s, static_cast<const X*>(y), static_cast<const X*>(z), weight, eps,
+                             static_cast<const X*>(dout), static_cast<X*>(dy), static_cast<X*>(dz), dweight, threads);
+  });
 }

@@ -1,4 +1,4 @@
-"""The causal convolution by the compiled kernels (native/kernels/conv.cpp), in fp32 or fp64."""
+"""The causal convolution by the compiled kernels (native/kernels/conv.cpp): sums in fp32 or fp64, bfloat16 as it lies."""
 
 import ctypes
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from taipan.native import call
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable, final_columns
 from taipan.ops.documents import running_documents
-from taipan.ops.precision import accumulation_dtype
+from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
 
 # Channels that every vector width divides, and the taps that are compiled: what is not so goes the portable way.
@@ -40,30 +40,32 @@ class _CausalConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
-        narrow_BTC, weight_KC, columns_BLC = saved[0], saved[1], saved[3]
-        x_BTC = _widened(narrow_BTC, weight_KC)
+        given_BTC, weight_KC, columns_BLC = saved[0], saved[1], saved[3]
+        x_BTC = _readable(given_BTC)
         batch, tokens, channels = x_BTC.shape
         taps = len(weight_KC)
-        dinputs_BLC = torch.empty(batch, taps - 1 + tokens, channels, dtype=x_BTC.dtype)
-        dweight = torch.empty(batch, taps + 1, channels, dtype=x_BTC.dtype)
+        dx_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
+        dcolumns_BLC = torch.empty(batch, taps - 1, channels, dtype=weight_KC.dtype)
+        dtaps = torch.empty(batch, taps + 1, channels, dtype=weight_KC.dtype)
         sizes = _sizes(x_BTC, taps, ctx.silu)
         dy_BTC = grad_outputs[0].to(x_BTC.dtype).contiguous()
-        call(x_BTC.dtype, "conv_backward", sizes, x_BTC, *saved[1:], dy_BTC, dinputs_BLC, dweight)
-        dweight = dweight.sum(0)
-        dcolumns = None if columns_BLC is None else dinputs_BLC[:, : taps - 1]
-        return dinputs_BLC[:, taps - 1 :].to(narrow_BTC.dtype), dweight[:taps], dweight[taps], dcolumns, None, None
+        call(weight_KC.dtype, "conv_backward", sizes, x_BTC, *saved[1:], dy_BTC, dx_BTC, dcolumns_BLC, dtaps)
+        dtaps = dtaps.sum(0)
+        dcolumns = None if columns_BLC is None else dcolumns_BLC
+        return dx_BTC.to(given_BTC.dtype), dtaps[:taps], dtaps[taps], dcolumns, None, None
 
 
 _apply = cast(Callable[..., Tensor], _CausalConv1d.apply)
 
 
-def _widened(x_BTC: Tensor, weight_KC: Tensor) -> Tensor:
-    x_BTC = x_BTC.to(weight_KC.dtype)
+def _readable(x_BTC: Tensor) -> Tensor:
+    x_BTC = x_BTC.to(kernel_dtype(x_BTC.dtype))
     return x_BTC if x_BTC.stride(2) == 1 else x_BTC.contiguous()
 
 
 def _sizes(x_BTC: Tensor, taps: int, silu: bool) -> "ctypes.Array[ctypes.c_ssize_t]":
-    return (ctypes.c_ssize_t * 7)(*x_BTC.shape, taps, x_BTC.stride(0), x_BTC.stride(1), silu)
+    narrow = x_BTC.dtype == torch.bfloat16
+    return (ctypes.c_ssize_t * 8)(*x_BTC.shape, taps, x_BTC.stride(0), x_BTC.stride(1), silu, narrow)
 
 
 def _forward(
@@ -74,10 +76,10 @@ def _forward(
     document_BT: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    wide_BTC = _widened(x_BTC, weight_KC)
-    y_BTC = torch.empty(wide_BTC.shape, dtype=wide_BTC.dtype)
-    sizes = _sizes(wide_BTC, len(weight_KC), silu)
-    call(wide_BTC.dtype, "conv_forward", sizes, wide_BTC, weight_KC, bias_C, columns_BLC, document_BT, y_BTC)
+    read_BTC = _readable(x_BTC)
+    y_BTC = torch.empty(read_BTC.shape, dtype=read_BTC.dtype)
+    sizes = _sizes(read_BTC, len(weight_KC), silu)
+    call(weight_KC.dtype, "conv_forward", sizes, read_BTC, weight_KC, bias_C, columns_BLC, document_BT, y_BTC)
     return y_BTC.to(x_BTC.dtype)
 
 

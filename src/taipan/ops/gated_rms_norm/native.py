@@ -1,4 +1,4 @@
-"""RMS normalisation by the compiled kernels (native/kernels/norm.cpp), in fp32 or fp64."""
+"""RMS normalisation by the compiled kernels (native/kernels/norm.cpp): statistics in fp32 or fp64, bfloat16 as it lies."""
 
 import ctypes
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from taipan.native import call
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
-from taipan.ops.precision import accumulation_dtype
+from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 # A group that every vector width divides; others go the portable way.
@@ -29,32 +29,36 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y_RC, z_RC, weight_C = cast(tuple[Any, ...], ctx.saved_tensors)
-        dtype, narrow = weight_C.dtype, y_RC.dtype
-        y_RC, z_RC = y_RC.to(dtype), None if z_RC is None else z_RC.to(dtype)
-        dy = torch.empty(y_RC.shape, dtype=dtype)
-        dz = None if z_RC is None else torch.empty(y_RC.shape, dtype=dtype)
-        dweight = torch.empty(torch.get_num_threads(), len(weight_C), dtype=dtype)
+        given_RC, z_RC, weight_C = cast(tuple[Any, ...], ctx.saved_tensors)
+        y_RC, z_RC = _readable(given_RC), None if z_RC is None else _readable(z_RC)
+        dy = torch.empty(y_RC.shape, dtype=y_RC.dtype)
+        dz = None if z_RC is None else torch.empty(y_RC.shape, dtype=y_RC.dtype)
+        dweight = torch.empty(torch.get_num_threads(), len(weight_C), dtype=weight_C.dtype)
         sizes = _sizes(y_RC, z_RC, ctx.group_size)
-        dout = grad_outputs[0].to(dtype).contiguous()
-        call(dtype, "norm_backward", sizes, y_RC, z_RC, weight_C, float(ctx.eps), dout, dy, dz, dweight)
+        dout = grad_outputs[0].to(y_RC.dtype).contiguous()
+        call(weight_C.dtype, "norm_backward", sizes, y_RC, z_RC, weight_C, float(ctx.eps), dout, dy, dz, dweight)
+        narrow = given_RC.dtype
         return dy.to(narrow), None if dz is None else dz.to(narrow), dweight.sum(0), None, None
 
 
 _apply = cast(Callable[..., Tensor], _Norm.apply)
 
 
+def _readable(tensor_RC: Tensor) -> Tensor:
+    return tensor_RC.to(kernel_dtype(tensor_RC.dtype))
+
+
 def _sizes(y_RC: Tensor, z_RC: Tensor | None, group_size: int) -> "ctypes.Array[ctypes.c_ssize_t]":
     z_row = 0 if z_RC is None else z_RC.stride(0)
-    return (ctypes.c_ssize_t * 5)(*y_RC.shape, group_size, y_RC.stride(0), z_row)
+    return (ctypes.c_ssize_t * 6)(*y_RC.shape, group_size, y_RC.stride(0), z_row, y_RC.dtype == torch.bfloat16)
 
 
 def _forward(y_RC: Tensor, z_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
-    dtype, narrow = weight_C.dtype, y_RC.dtype
-    y_RC, z_RC = y_RC.to(dtype), None if z_RC is None else z_RC.to(dtype)
-    out = torch.empty(y_RC.shape, dtype=dtype)
-    call(dtype, "norm_forward", _sizes(y_RC, z_RC, group_size), y_RC, z_RC, weight_C, float(eps), out)
-    return out.to(narrow)
+    read_RC, z_RC = _readable(y_RC), None if z_RC is None else _readable(z_RC)
+    out = torch.empty(read_RC.shape, dtype=read_RC.dtype)
+    sizes = _sizes(read_RC, z_RC, group_size)
+    call(weight_C.dtype, "norm_forward", sizes, read_RC, z_RC, weight_C, float(eps), out)
+    return out.to(y_RC.dtype)
 
 
 def _norm(y: Tensor, z: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
