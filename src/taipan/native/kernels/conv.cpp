@@ -21,7 +21,8 @@ struct Arrays {
   const std::int32_t* document;      // (B, T): running number of the document, 0 that of the columns; or null
 };
 
-constexpr Index kTokens = 32;  // at once: so many rows of all channels stay in the second cache
+// Tokens at once: so few rows that the processor foresees what is read of each.
+constexpr Index kForward = 4, kBackward = 8;
 
 // The taps of one vector of channels of one row, and the inputs they meet.
 template <class T, class X, int K>
@@ -93,11 +94,11 @@ Index reach_of(const Shape& s, const Arrays<T, X>& in, Index b, Index t) {
 
 template <class T, class X, int K>
 void forward(const Shape& s, const Arrays<T, X>& in, X* y, int threads) {
-  const Index parts = (s.tokens + kTokens - 1) / kTokens;
+  const Index parts = (s.tokens + kForward - 1) / kForward;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index task = 0; task < s.batch * parts; ++task) {
-    const Index b = task / parts, begin = task % parts * kTokens, end = std::min(s.tokens, begin + kTokens);
-    Index reach[kTokens];
+    const Index b = task / parts, begin = task % parts * kForward, end = std::min(s.tokens, begin + kForward);
+    Index reach[kForward];
     for (Index t = begin; t < end; ++t) reach[t - begin] = reach_of(s, in, b, t);
     for (Index c = 0; c < s.channels; c += kLanes<T>) {
       Taps<T, X, K> taps(s, in, b, c);
@@ -120,18 +121,21 @@ struct Gradients {
 
 template <class T, class X, int K>
 void backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, int threads) {
-  constexpr Index kPiece = 8 * kLanes<T>;
-  const Index pieces = (s.channels + kPiece - 1) / kPiece;
+  constexpr Index kMost = 64;  // vectors of channels at once
+  Index pieces = (s.channels + kMost * kLanes<T> - 1) / (kMost * kLanes<T>);
+  if (s.batch * pieces % threads != 0) pieces = round_up(pieces, threads);
+  const Index piece = round_up((s.channels + pieces - 1) / pieces, kLanes<T>);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index task = 0; task < s.batch * pieces; ++task) {
-    const Index b = task / pieces, first = task % pieces * kPiece, last = std::min(s.channels, first + kPiece);
+    const Index b = task / pieces, first = task % pieces * piece, last = std::min(s.channels, first + piece);
+    if (first >= last) continue;
     T *dcolumns = out.dcolumns + b * (K - 1) * s.channels, *own = out.dtaps + b * (K + 1) * s.channels;
     for (Index k = 0; k <= K; ++k) std::memset(own + k * s.channels + first, 0, sizeof(T) * (last - first));
     // Inputs t - K + 1 … t - 1 have got a part of their gradient when token t is done; the rest waits here.
-    Vector<T> waiting[kPiece / kLanes<T>][K - 1] = {};
-    for (Index end = s.tokens; end > 0; end -= std::min(end, kTokens)) {
-      const Index begin = end - std::min(end, kTokens);
-      Index reach[kTokens];
+    Vector<T> waiting[kMost][K - 1] = {};
+    for (Index end = s.tokens; end > 0; end -= std::min(end, kBackward)) {
+      const Index begin = end - std::min(end, kBackward);
+      Index reach[kBackward];
       for (Index t = begin; t < end; ++t) reach[t - begin] = reach_of(s, in, b, t);
       for (Index c = first; c < last; c += kLanes<T>) {
         Taps<T, X, K> taps(s, in, b, c);
