@@ -2,7 +2,9 @@
 // left to the caller.
 #pragma once
 
-#include "simd.h"
+#include <utility>
+
+#include "narrow.h"
 
 namespace taipan {
 
@@ -44,9 +46,10 @@ struct Tile {
       for (int w = 0; w < W; ++w) v[r][w] *= factor[r];
   }
 
-  void put(T* c, Index c_row) const {
+  template <class X>
+  void put(X* c, Index c_row) const {
     for (int r = 0; r < R; ++r)
-      for (int w = 0; w < W; ++w) store(c + r * c_row + w * kLanes<T>, v[r][w]);
+      for (int w = 0; w < W; ++w) narrow(c + r * c_row + w * kLanes<T>, v[r][w]);
   }
 };
 
@@ -74,15 +77,36 @@ inline void for_tiles(Index rows, Index columns, F&& f) {
   for (; column < columns; column += kLanes<T>) tile_column<T, 1>(rows, column, f);
 }
 
-// to(j, i) = from(i, j).
+// Of each pair of blocks of `Step` lanes of (a, b) the first, or the second (`Odd`).
+template <int Step, int Odd, class V, int... Lane>
+inline V half_of(V a, V b, std::integer_sequence<int, Lane...>) {
+  constexpr int kCount = sizeof...(Lane);
+  return __builtin_shufflevector(a, b, (Lane / Step % 2 == 0 ? Lane + Odd * Step : kCount + Lane - Step + Odd * Step)...);
+}
+
+template <class T, int Step = 1>
+inline void transpose_square(Vector<T>* v) {
+  if constexpr (Step < kLanes<T>) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>();
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i / Step % 2 != 0) continue;
+      const Vector<T> first = v[i], second = v[i + Step];
+      v[i] = half_of<Step, 0>(first, second, lanes);
+      v[i + Step] = half_of<Step, 1>(first, second, lanes);
+    }
+    transpose_square<T, 2 * Step>(v);
+  }
+}
+
+// to(j, i) = from(i, j), and 0 for what is missing to a whole vector of rows; columns are a multiple of the vector width.
 template <class T>
 inline void transpose(Index rows, Index columns, const T* from, Index from_row, T* to, Index to_row) {
-  constexpr Index kBlock = 8;
-  for (Index i0 = 0; i0 < rows; i0 += kBlock)
-    for (Index j0 = 0; j0 < columns; j0 += kBlock) {
-      const Index i1 = i0 + kBlock < rows ? i0 + kBlock : rows, j1 = j0 + kBlock < columns ? j0 + kBlock : columns;
-      for (Index j = j0; j < j1; ++j)
-        for (Index i = i0; i < i1; ++i) to[j * to_row + i] = from[i * from_row + j];
+  for (Index i = 0; i < rows; i += kLanes<T>)
+    for (Index j = 0; j < columns; j += kLanes<T>) {
+      Vector<T> v[kLanes<T>];
+      for (int n = 0; n < kLanes<T>; ++n) v[n] = i + n < rows ? load(from + (i + n) * from_row + j) : Vector<T>{};
+      transpose_square<T>(v);
+      for (int n = 0; n < kLanes<T>; ++n) store(to + (j + n) * to_row + i, v[n]);
     }
 }
 

@@ -20,16 +20,26 @@ namespace {
 // after the other.
 struct Shape {
   Index batch, tokens, heads, head_dim, groups, state, chunk;
-  Index x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t;
+  Index x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, narrow;
   Index chunks() const { return (tokens + chunk - 1) / chunk; }
   Index pitch() const { return round_up(chunk, kBytes / 4); }  // of a row of a (Q, Q) matrix
   Index scores(Index b, Index g, Index c) const { return ((b * groups + g) * chunks() + c) * chunk * pitch(); }
+  Index rows(Index b, Index g, Index c) const { return ((b * groups + g) * tokens + c * chunk) * state; }
 };
 
-template <class T>
+// X is what the tokens are in memory.
+template <class T, class X>
 struct Arrays {
-  const T *x, *dt, *A, *B, *C, *D, *initial;  // D and initial may be null
-  const std::int32_t* document;               // running number of the document of each token, or null
+  const X *x, *B, *C;
+  const T *dt, *A, *D, *initial;  // D and initial may be null
+  const std::int32_t* document;   // running number of the document of each token, or null
+};
+
+// What all heads of a group read: C Bᵀ by chunks, and B and C, (batch, groups, tokens, N), rows one after the other:
+// those of the whole sequence are a power of 2 or nearly apart, and would meet in few sets of the cache.
+template <class T>
+struct Common {
+  T *scores, *B, *C;
 };
 
 // Documents of the tokens of a chunk.
@@ -91,27 +101,34 @@ struct Decay {
   }
 };
 
+// Rows one after the other, in T.
+template <class T, class X>
+void gather(Index size, Index width, const X* from, Index from_row, T* to) {
+  for (Index i = 0; i < size; ++i)
+    for (Index n = 0; n < width; n += kLanes<T>) store(to + i * width + n, widen<T>(from + i * from_row + n));
+}
+
 template <class T>
-std::size_t scores_scratch(const Shape& s) {
+std::size_t common_scratch(const Shape& s) {
   return Scratch::bytes<T>(s.state * s.pitch());
 }
 
-// C Bᵀ of a chunk: 0 above the diagonal and between documents.
-template <class T>
-void make_scores(const Shape& s, const Arrays<T>& in, Index b, Index g, Index c, Scratch& scratch, T* scores) {
-  const Index begin = c * s.chunk, size = std::min(s.chunk, s.tokens - begin), pitch = s.pitch();
-  const T* B = in.B + b * s.B_b + begin * s.B_t + g * s.state;
-  const T* C = in.C + b * s.C_b + begin * s.C_t + g * s.state;
-  T* transposed = scratch.take<T>(s.state * pitch);
-  transpose(size, s.state, B, s.B_t, transposed, pitch);
+// B and C of a chunk, and C Bᵀ: 0 above the diagonal and between documents.
+template <class T, class X>
+void make_common(const Shape& s, const Arrays<T, X>& in, Index b, Index g, Index c, Scratch& scratch,
+                 const Common<T>& common) {
+  const Index begin = c * s.chunk, size = std::min(s.chunk, s.tokens - begin), pitch = s.pitch(), N = s.state;
+  T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c), *scores = common.scores + s.scores(b, g, c);
+  gather(size, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B);
+  gather(size, N, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, C);
+  T* transposed = scratch.take<T>(N * pitch);
   const Index columns = round_up(size, kLanes<T>);
-  for (Index n = 0; n < s.state; ++n)
-    for (Index j = size; j < columns; ++j) transposed[n * pitch + j] = 0;
+  transpose(size, N, B, N, transposed, pitch);
   for_tiles<T>(size, columns, [&]<int R, int W>(Index i, Index j) {
     if (j > i + R - 1) return;
     Tile<T, R, W> tile;
     tile.clear();
-    tile.multiply(s.state, C + i * s.C_t, s.C_t, 1, transposed + j, pitch);
+    tile.multiply(N, C + i * N, N, 1, transposed + j, pitch);
     tile.put(scores + i * pitch + j, pitch);
   });
   const Documents documents(in.document, s, b, begin);
@@ -123,36 +140,36 @@ void make_scores(const Shape& s, const Arrays<T>& in, Index b, Index g, Index c,
   }
 }
 
-template <class T>
-int all_scores(const Shape& s, const Arrays<T>& in, T* scores, int threads) {
+template <class T, class X>
+int make_common(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, int threads) {
   const Index tasks = s.batch * s.groups * s.chunks();
   int status = kOk;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
   for (Index task = 0; task < tasks; ++task) {
     Scratch& scratch = thread_scratch();
-    if (!scratch.reserve(scores_scratch<T>(s))) {
+    if (!scratch.reserve(common_scratch<T>(s))) {
       status = kNoMemory;
       continue;
     }
     const Index c = task % s.chunks(), g = task / s.chunks() % s.groups, b = task / s.chunks() / s.groups;
-    make_scores(s, in, b, g, c, scratch, scores + s.scores(b, g, c));
+    make_common(s, in, b, g, c, scratch, common);
   }
   return status;
 }
 
-// Rows one after the other: those of the whole sequence are a power of 2 or nearly apart, and would meet in few sets of
-// the cache.
-template <class T>
-const T* gather(Index size, Index width, const T* from, Index from_row, T* to) {
-  for (Index i = 0; i < size; ++i) std::memcpy(to + i * width, from + i * from_row, sizeof(T) * width);
-  return to;
+// Rows that are read next are fetched meanwhile: each is a short piece of a token's, which the processor does not foresee.
+template <class X>
+void fetch(Index size, Index width, const X* from, Index from_row) {
+  for (Index i = 0; i < size; ++i)
+    for (Index byte = 0; byte < width * static_cast<Index>(sizeof(X)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from + i * from_row) + byte, 0, 2);
 }
 
 // x̃ = dt x of a chunk, (Q, P).
-template <class T>
-void weigh(Index size, Index width, const T* x, Index x_t, const T* dt, Index dt_t, T* out) {
+template <class T, class X>
+void weigh(Index size, Index width, const X* x, Index x_t, const T* dt, Index dt_t, T* out) {
   for (Index i = 0; i < size; ++i)
-    for (Index p = 0; p < width; p += kLanes<T>) store(out + i * width + p, dt[i * dt_t] * load(x + i * x_t + p));
+    for (Index p = 0; p < width; p += kLanes<T>) store(out + i * width + p, dt[i * dt_t] * widen<T>(x + i * x_t + p));
 }
 
 template <class T>
@@ -174,67 +191,86 @@ void make_matrix(Index size, Index pitch, const Decay<T>& decay, const T* scores
   }
 }
 
-template <class T>
-int forward(const Shape& s, const Arrays<T>& in, T* scores, T* y, T* final, int threads) {
+// How many heads of a group take a chunk after each other, while what they share of it is in the second cache: several,
+// but tasks enough for all threads.
+inline Index heads_together(const Shape& s, int threads) {
+  const Index heads = s.heads / s.groups;
+  return std::max<Index>(1, std::min<Index>({4, heads, s.batch * s.heads / (3 * threads)}));
+}
+
+template <class T, class X>
+int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* y, T* final, int threads) {
   const Index P = s.head_dim, N = s.state, Q = s.chunk, pitch = s.pitch();
-  int status = all_scores(s, in, scores, threads);
+  int status = make_common(s, in, common, threads);
   if (status != kOk) return status;
+  const Index heads = s.heads / s.groups, together = heads_together(s, threads), parts = (heads + together - 1) / together;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
-  for (Index task = 0; task < s.batch * s.heads; ++task) {
+  for (Index task = 0; task < s.batch * s.groups * parts; ++task) {
     Scratch& scratch = thread_scratch();
-    if (!scratch.reserve(Scratch::bytes<T>(N * P) + Scratch::bytes<T>(Q * P) + Scratch::bytes<T>(Q * pitch) +
-                         2 * Scratch::bytes<T>(Q * N) + Decay<T>::bytes(pitch))) {
+    if (!scratch.reserve(Scratch::bytes<T>(together * N * P) + Scratch::bytes<T>(Q * P) +
+                         Scratch::bytes<T>(Q * pitch) + Decay<T>::bytes(pitch))) {
       status = kNoMemory;
       continue;
     }
-    T *state = scratch.take<T>(N * P), *weighted = scratch.take<T>(Q * P), *matrix = scratch.take<T>(Q * pitch);
-    T *B_rows = scratch.take<T>(Q * N), *C_rows = scratch.take<T>(Q * N);
+    T *states = scratch.take<T>(together * N * P), *weighted = scratch.take<T>(Q * P);
+    T* matrix = scratch.take<T>(Q * pitch);
     Decay<T> decay(scratch, pitch);
-    const Index b = task / s.heads, h = task % s.heads, g = h / (s.heads / s.groups);
-    const T skip = in.D == nullptr ? T(0) : in.D[h];
-    if (in.initial == nullptr)
-      std::memset(state, 0, sizeof(T) * N * P);
-    else
-      transpose(P, N, in.initial + task * P * N, N, state, P);
+    const Index b = task / parts / s.groups, g = task / parts % s.groups, first = task % parts * together;
+    const Index from = g * heads + first, to = g * heads + std::min(heads, first + together);
+    for (Index h = from; h < to; ++h) {
+      T* state = states + (h - from) * N * P;
+      if (in.initial == nullptr)
+        std::memset(state, 0, sizeof(T) * N * P);
+      else
+        transpose(P, N, in.initial + (b * s.heads + h) * P * N, N, state, P);
+    }
     for (Index c = 0; c < s.chunks(); ++c) {
       const Index begin = c * Q, size = std::min(Q, s.tokens - begin);
-      const T* x = in.x + b * s.x_b + begin * s.x_t + h * P;
-      const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
-      const T* B = gather(size, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B_rows);
-      const T* C = gather(size, N, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, C_rows);
-      T* out = y + ((b * s.tokens + begin) * s.heads + h) * P;
-      decay.compute(size, pitch, dt, s.dt_t, in.A[h], Documents(in.document, s, b, begin));
-      make_matrix(size, pitch, decay, scores + s.scores(b, g, c), matrix);
-      weigh(size, P, x, s.x_t, dt, s.dt_t, weighted);
-      for_tiles<T>(size, P, [&]<int R, int W>(Index i, Index p) {
-        Tile<T, R, W> tile;
-        tile.clear();
-        tile.multiply(N, C + i * N, N, 1, state + p, P);
-        tile.scale_rows(decay.entrance + i);
-        tile.multiply(i + R, matrix + i * pitch, pitch, 1, weighted + p, P);
-        for (int r = 0; r < R; ++r)
-          for (int w = 0; w < W; ++w)
-            tile.v[r][w] += skip * load(x + (i + r) * s.x_t + p + w * kLanes<T>);
-        tile.put(out + i * s.heads * P + p, s.heads * P);
-      });
-      scale_rows(size, P, decay.end, weighted);
-      for_tiles<T>(N, P, [&]<int R, int W>(Index n, Index p) {
-        Tile<T, R, W> tile;
-        tile.take(state + n * P + p, P, decay.through);
-        tile.multiply(size, B + n, 1, N, weighted + p, P);
-        tile.put(state + n * P + p, P);
-      });
+      const T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c);
+      const Documents documents(in.document, s, b, begin);
+      for (Index h = from; h < to; ++h) {
+        const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
+        const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
+        const T skip = in.D == nullptr ? T(0) : in.D[h];
+        T* state = states + (h - from) * N * P;
+        X* out = y + ((b * s.tokens + begin) * s.heads + h) * P;
+        if (begin + Q < s.tokens) fetch(std::min(Q, s.tokens - begin - Q), P, x + Q * s.x_t, s.x_t);
+        decay.compute(size, pitch, dt, s.dt_t, in.A[h], documents);
+        make_matrix(size, pitch, decay, common.scores + s.scores(b, g, c), matrix);
+        weigh(size, P, x, s.x_t, dt, s.dt_t, weighted);
+        for_tiles<T>(size, P, [&]<int R, int W>(Index i, Index p) {
+          Tile<T, R, W> tile;
+          tile.clear();
+          tile.multiply(N, C + i * N, N, 1, state + p, P);
+          tile.scale_rows(decay.entrance + i);
+          tile.multiply(i + R, matrix + i * pitch, pitch, 1, weighted + p, P);
+          for (int r = 0; r < R; ++r)
+            for (int w = 0; w < W; ++w)
+              tile.v[r][w] += skip * widen<T>(x + (i + r) * s.x_t + p + w * kLanes<T>);
+          tile.put(out + i * s.heads * P + p, s.heads * P);
+        });
+        scale_rows(size, P, decay.end, weighted);
+        for_tiles<T>(N, P, [&]<int R, int W>(Index n, Index p) {
+          Tile<T, R, W> tile;
+          tile.take(state + n * P + p, P, decay.through);
+          tile.multiply(size, B + n, 1, N, weighted + p, P);
+          tile.put(state + n * P + p, P);
+        });
+      }
     }
-    transpose(N, P, state, P, final + task * P * N, N);
+    for (Index h = from; h < to; ++h)
+      transpose(N, P, states + (h - from) * N * P, P, final + (b * s.heads + h) * P * N, N);
   }
   return status;
 }
 
-template <class T>
-struct Gradients {
-  const T *dy, *dfinal;               // contiguous; dfinal may be null
-  T *dx, *ddt, *dB, *dC, *dinitial;   // contiguous
-  double *dA, *dD;                    // (batch, heads)
+template <class T, class X>
+struct Gradients {  // contiguous
+  const X* dy;
+  const T* dfinal;  // may be null
+  X *dx, *dB, *dC;
+  T *ddt, *dinitial;
+  double *dA, *dD;  // (batch, heads)
 };
 
 // What the slices of heads of a group add up, each in its own memory: (slices, B, G, T, N) twice, (…, T, pitch).
@@ -244,17 +280,43 @@ struct Shared {
   Index slices;
 };
 
+// Sums of T in fp64, by lanes.
 template <class T>
+struct DoubleSums {
+  static constexpr int kParts = sizeof(double) / sizeof(T);
+  typedef T Piece __attribute__((vector_size(kBytes / kParts)));
+  Vector<double> total[kParts] = {};
+
+  // Adds the lanes of v here, and one after the other to what is at `each`.
+  void add(Vector<T> v, double* each) {
+    Piece piece[kParts];
+    std::memcpy(piece, &v, sizeof v);
+    for (int n = 0; n < kParts; ++n) {
+      const Vector<double> wide = __builtin_convertvector(piece[n], Vector<double>);
+      store(each + n * kLanes<double>, load(each + n * kLanes<double>) + wide);
+      total[n] += wide;
+    }
+  }
+
+  double sum() const {
+    double all = 0;
+    for (const Vector<double>& part : total) all += taipan::sum<double>(part);
+    return all;
+  }
+};
+
+template <class T, class X>
 class Backward {
  public:
-  Backward(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const Shared<T>& shared, const T* scores)
-      : s(s), in(in), out(out), shared(shared), scores(scores), P(s.head_dim), N(s.state), Q(s.chunk),
+  Backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
+           const Common<T>& common)
+      : s(s), in(in), out(out), shared(shared), common(common), P(s.head_dim), N(s.state), Q(s.chunk),
         pitch(s.pitch()), scratch(thread_scratch()) {}
 
   bool reserve() {
     const std::size_t bytes = Scratch::bytes<T>(s.chunks() * P * N) + 2 * Scratch::bytes<T>(P * N) +
                               6 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
-                              3 * Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
+                              Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
                               3 * Scratch::bytes<double>(pitch);
     if (!scratch.reserve(bytes)) return false;
     states = scratch.take<T>(s.chunks() * P * N);
@@ -269,8 +331,6 @@ class Backward {
     between = scratch.take<T>(Q * pitch);
     x_rows = scratch.take<T>(Q * P);
     dy_rows = scratch.take<T>(Q * P);
-    B_rows = scratch.take<T>(Q * N);
-    C_rows = scratch.take<T>(Q * N);
     projected = scratch.take<T>(Q * N);
     weighted_transposed = scratch.take<T>(P * pitch);
     column = scratch.take<double>(pitch);
@@ -299,14 +359,14 @@ class Backward {
 
  private:
   const Shape& s;
-  const Arrays<T>& in;
-  const Gradients<T>& out;
+  const Arrays<T, X>& in;
+  const Gradients<T, X>& out;
   const Shared<T>& shared;
-  const T* scores;
+  const Common<T>& common;
   const Index P, N, Q, pitch;
   Scratch& scratch;
   T *states, *dstate, *dstate_transposed, *weighted, *decayed, *dweighted, *dentrance, *matrix, *dmatrix, *between,
-      *x_rows, *dy_rows, *B_rows, *C_rows, *projected, *weighted_transposed;
+      *x_rows, *dy_rows, *projected, *weighted_transposed;
   double *column, *dlog, *kept;
 
   // States (P, N) at the entrance of every chunk.
@@ -318,7 +378,7 @@ class Backward {
     for (Index c = 0; c + 1 < s.chunks(); ++c) {
       const Index begin = c * Q;
       const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
-      const T* B = gather(Q, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B_rows);
+      const T* B = common.B + s.rows(b, g, c);
       decay.compute(Q, pitch, dt, s.dt_t, in.A[h], Documents(in.document, s, b, begin));
       weigh(Q, P, in.x + b * s.x_b + begin * s.x_t + h * P, s.x_t, dt, s.dt_t, weighted);
       scale_rows(Q, P, decay.end, weighted);
@@ -335,21 +395,18 @@ class Backward {
   void chunk(Index b, Index h, Index g, Index c, Decay<T>& decay, T* dB_group, T* dC_group, T* dscores) {
     const Index begin = c * Q, size = std::min(Q, s.tokens - begin), columns = round_up(size, kLanes<T>);
     const Index token = b * s.tokens + begin, row = s.heads * P, task = b * s.heads + h;
-    const T* x = gather(size, P, in.x + b * s.x_b + begin * s.x_t + h * P, s.x_t, x_rows);
     const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
-    const T* B = gather(size, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B_rows);
-    const T* C = gather(size, N, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, C_rows);
-    const T* dy = gather(size, P, out.dy + token * row + h * P, row, dy_rows);
-    const T* state = states + c * P * N;
+    const T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c);
+    gather(size, P, in.x + b * s.x_b + begin * s.x_t + h * P, s.x_t, x_rows);
+    gather(size, P, out.dy + token * row + h * P, row, dy_rows);
+    const T *x = x_rows, *dy = dy_rows, *state = states + c * P * N;
     const T A = in.A[h], skip = in.D == nullptr ? T(0) : in.D[h];
     decay.compute(size, pitch, dt, s.dt_t, A, Documents(in.document, s, b, begin));
     weigh(size, P, x, P, dt, s.dt_t, weighted);
-    make_matrix(size, pitch, decay, scores + s.scores(b, g, c), matrix, between);
+    make_matrix(size, pitch, decay, common.scores + s.scores(b, g, c), matrix, between);
 
     // dM = dy x̃ᵀ on and below the diagonal.
     transpose(size, P, weighted, P, weighted_transposed, pitch);
-    for (Index p = 0; p < P; ++p)
-      for (Index j = size; j < columns; ++j) weighted_transposed[p * pitch + j] = 0;
     for_tiles<T>(size, columns, [&]<int R, int W>(Index i, Index j) {
       if (j > i + R - 1) return;
       Tile<T, R, W> tile;
@@ -366,19 +423,14 @@ class Backward {
       T* values = dmatrix + i * pitch;
       const T own = values[i];
       for (Index j = i; j < round_up(i + 1, kLanes<T>); ++j) values[j] = 0;
-      double total[kLanes<T>] = {};
+      DoubleSums<T> total;
       for (Index j = 0; j < i; j += kLanes<T>) {
-        const Vector<T> value = load(values + j), effect = value * load(matrix + i * pitch + j);
+        const Vector<T> value = load(values + j);
         store(dscores + i * pitch + j, load(dscores + i * pitch + j) + value * load(between + i * pitch + j));
-        for (int lane = 0; lane < kLanes<T>; ++lane) {
-          const double wide = static_cast<double>(effect[lane]);
-          column[j + lane] += wide;
-          total[lane] += wide;
-        }
+        total.add(value * load(matrix + i * pitch + j), column + j);
       }
       dscores[i * pitch + i] += own;
-      dlog[i] = 0;
-      for (int lane = 0; lane < kLanes<T>; ++lane) dlog[i] += total[lane];
+      dlog[i] = total.sum();
     }
 
     // dC from the entrance: e^s dy Sᵀ.
@@ -430,14 +482,14 @@ class Backward {
     // dx, dD, and from ds (summed from the end of the chunk) ddt and dA.
     double later = 0;
     for (Index i = size - 1; i >= 0; --i) {
-      T* dx = out.dx + (token + i) * row + h * P;
+      X* dx = out.dx + (token + i) * row + h * P;
       Vector<T> through_x{}, through_skip{};
       for (Index p = 0; p < P; p += kLanes<T>) {
         const Vector<T> value = load(dweighted + i * P + p), input = load(x + i * P + p);
         const Vector<T> gradient = load(dy + i * P + p);
         through_x += value * input;
         through_skip += gradient * input;
-        store(dx + p, dt[i * s.dt_t] * value + skip * gradient);
+        narrow(dx + p, dt[i * s.dt_t] * value + skip * gradient);
       }
       later += dlog[i] - column[i];
       // Less than a rounding passes such a decay; a difference of sums would leave their rounding, times dt.
@@ -464,12 +516,11 @@ class Backward {
 };
 
 // d(C Bᵀ) of all slices into dC and dB.
-template <class T>
-void finish(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const Shared<T>& shared, Index b, Index g,
-            Index c) {
+template <class T, class X>
+void finish(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
+            const Common<T>& common, Index b, Index g, Index c) {
   const Index Q = s.chunk, N = s.state, pitch = s.pitch(), begin = c * Q, size = std::min(Q, s.tokens - begin);
-  const T* B = in.B + b * s.B_b + begin * s.B_t + g * N;
-  const T* C = in.C + b * s.C_b + begin * s.C_t + g * N;
+  const T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c);
   const Index group = b * s.groups + g, groups = s.batch * s.groups;
   T* dscores = shared.dscores + (group * s.chunks() + c) * Q * pitch;
   const Documents documents(in.document, s, b, begin);
@@ -484,7 +535,7 @@ void finish(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const 
       for (Index j = 0; j < i; ++j)
         if (!documents.same(i, j)) row[j] = 0;
   }
-  const auto add = [&](const T* summed, T* target, auto&& product) {
+  const auto add = [&](const T* summed, X* target, auto&& product) {
     for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
       Tile<T, R, W> tile;
       tile.take(summed + i * N + n, N, T(1));
@@ -498,17 +549,17 @@ void finish(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const 
   };
   const Index from = group * s.tokens * N + begin * N, to = ((b * s.tokens + begin) * s.groups + g) * N;
   add(shared.dC + from, out.dC + to, [&]<int R, int W>(Tile<T, R, W>& tile, Index i, Index n) {
-    tile.multiply(std::min(size, i + R), dscores + i * pitch, pitch, 1, B + n, s.B_t);
+    tile.multiply(std::min(size, i + R), dscores + i * pitch, pitch, 1, B + n, N);
   });
   add(shared.dB + from, out.dB + to, [&]<int R, int W>(Tile<T, R, W>& tile, Index j, Index n) {
-    tile.multiply(size - j, dscores + j * pitch + j, 1, pitch, C + j * s.C_t + n, s.C_t);
+    tile.multiply(size - j, dscores + j * pitch + j, 1, pitch, C + j * N + n, N);
   });
 }
 
-template <class T>
-int backward(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const Shared<T>& shared, T* scores,
-             int threads) {
-  int status = all_scores(s, in, scores, threads);
+template <class T, class X>
+int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
+             const Common<T>& common, int threads) {
+  int status = make_common(s, in, common, threads);
   if (status != kOk) return status;
   const Index groups = s.batch * s.groups, heads = s.heads / s.groups;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
@@ -519,7 +570,7 @@ int backward(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const
     std::memset(shared.dC + at * s.tokens * s.state, 0, sizeof(T) * s.tokens * s.state);
     const Index size = s.chunks() * s.chunk * s.pitch();
     std::memset(shared.dscores + at * size, 0, sizeof(T) * size);
-    Backward<T> work(s, in, out, shared, scores);
+    Backward<T, X> work(s, in, out, shared, common);
     for (Index h = heads * slice / shared.slices; h < heads * (slice + 1) / shared.slices; ++h) {
       if (!work.reserve()) {
         status = kNoMemory;
@@ -532,7 +583,7 @@ int backward(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index task = 0; task < groups * s.chunks(); ++task) {
     const Index c = task % s.chunks(), g = task / s.chunks() % s.groups, b = task / s.chunks() / s.groups;
-    finish(s, in, out, shared, b, g, c);
+    finish(s, in, out, shared, common, b, g, c);
   }
   return kOk;
 }
@@ -543,22 +594,35 @@ int backward(const Shape& s, const Arrays<T>& in, const Gradients<T>& out, const
 using Real = TAIPAN_REAL;
 
 // Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
-extern "C" int taipan_ssd_forward(const std::ptrdiff_t* sizes, const Real* x, const Real* dt, const Real* A,
-                                  const Real* B, const Real* C, const Real* D, const Real* initial,
-                                  const std::int32_t* document, Real* scores, Real* y, Real* final, int threads) {
-  taipan::Shape s;
+extern "C" int taipan_ssd_forward(const std::ptrdiff_t* sizes, const void* x, const Real* dt, const Real* A,
+                                  const void* B, const void* C, const Real* D, const Real* initial,
+                                  const std::int32_t* document, Real* scores, Real* B_rows, Real* C_rows, void* y,
+                                  Real* final, int threads) {
+  using namespace taipan;
+  Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  return taipan::forward<Real>(s, {x, dt, A, B, C, D, initial, document}, scores, y, final, threads);
+  return with_element<Real>(s.narrow, [&]<class X>() {
+    const Arrays<Real, X> in{
+        static_cast<const X*>(x), static_cast<const X*>(B), static_cast<const X*>(C), dt, A, D, initial, document};
+    return forward<Real, X>(s, in, {scores, B_rows, C_rows}, static_cast<X*>(y), final, threads);
+  });
 }
 
-extern "C" int taipan_ssd_backward(const std::ptrdiff_t* sizes, const Real* x, const Real* dt, const Real* A,
-                                   const Real* B, const Real* C, const Real* D, const Real* initial,
-                                   const std::int32_t* document, const Real* dy, const Real* dfinal, Real* scores,
-                                   Real* slices_dB, Real* slices_dC, Real* slices_dscores, std::ptrdiff_t slices,
-                                   Real* dx, Real* ddt, Real* dB, Real* dC, Real* dinitial, double* dA, double* dD,
-                                   int threads) {
-  taipan::Shape s;
+extern "C" int taipan_ssd_backward(const std::ptrdiff_t* sizes, const void* x, const Real* dt, const Real* A,
+                                   const void* B, const void* C, const Real* D, const Real* initial,
+                                   const std::int32_t* document, Real* scores, Real* B_rows, Real* C_rows,
+                                   const void* dy, const Real* dfinal, Real* slices_dB, Real* slices_dC,
+                                   Real* slices_dscores, std::ptrdiff_t slices, void* dx, Real* ddt, void* dB, void* dC,
+                                   Real* dinitial, double* dA, double* dD, int threads) {
+  using namespace taipan;
+  Shape s;
   std::memcpy(&s, sizes, sizeof s);
-  return taipan::backward<Real>(s, {x, dt, A, B, C, D, initial, document}, {dy, dfinal, dx, ddt, dB, dC, dinitial, dA, dD},
-                                {slices_dB, slices_dC, slices_dscores, slices}, scores, threads);
+  return with_element<Real>(s.narrow, [&]<class X>() {
+    const Arrays<Real, X> in{
+        static_cast<const X*>(x), static_cast<const X*>(B), static_cast<const X*>(C), dt, A, D, initial, document};
+    const Gradients<Real, X> out{static_cast<const X*>(dy), dfinal, static_cast<X*>(dx), static_cast<X*>(dB),
+                                 static_cast<X*>(dC), ddt, dinitial, dA, dD};
+    return backward<Real, X>(s, in, out, {slices_dB, slices_dC, slices_dscores, slices}, {scores, B_rows, C_rows},
+                             threads);
+  });
 }

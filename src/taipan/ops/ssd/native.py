@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from taipan.native import call
 from taipan.ops.documents import running_documents
-from taipan.ops.precision import accumulation_dtype, no_autocast
+from taipan.ops.precision import accumulation_dtype, kernel_dtype, no_autocast
 from taipan.ops.ssd.portable import best_chunk, step
 from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
 
@@ -43,28 +43,32 @@ class _Call:
         self.groups, self.state = B_BTGN.shape[2:]
         self.chunk = min(chunk, self.tokens)
         self.dtype = dt_BTH.dtype
-        x_BTHP, B_BTGN, C_BTGN = (_rows(tensor.to(self.dtype)) for tensor in (x_BTHP, B_BTGN, C_BTGN))
+        widest = torch.promote_types(torch.promote_types(x_BTHP.dtype, B_BTGN.dtype), C_BTGN.dtype)
+        self.token_dtype = kernel_dtype(widest)
+        x_BTHP, B_BTGN, C_BTGN = (_rows(tensor.to(self.token_dtype)) for tensor in (x_BTHP, B_BTGN, C_BTGN))
         dt_BTH = dt_BTH if dt_BTH.stride(2) == 1 else dt_BTH.contiguous()
         sizes = (self.batch, self.tokens, self.heads, self.head_dim, self.groups, self.state, self.chunk)
         strides = [tensor.stride(dim) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN) for dim in (0, 1)]
-        self._sizes = (ctypes.c_ssize_t * 15)(*sizes, *strides)
+        self._sizes = (ctypes.c_ssize_t * 16)(*sizes, *strides, self.token_dtype == torch.bfloat16)
         self._tensors = [x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT]
         chunks = -(-self.tokens // self.chunk)
         pitch = -(-self.chunk // _MULTIPLE) * _MULTIPLE
         self.scores_size = chunks * self.chunk * pitch
 
     def arguments(self) -> list[Any]:
-        return [self._sizes, *self._tensors]
+        """Sizes and inputs, and room for what all heads of a group read: C Bᵀ, B and C."""
+        groups = self.batch * self.groups
+        rows = groups * self.tokens * self.state
+        return [self._sizes, *self._tensors, *map(self.new, (groups * self.scores_size, rows, rows))]
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype)
 
 
 def _forward(inputs: _Call) -> tuple[Tensor, Tensor]:
-    scores = inputs.new(inputs.batch * inputs.groups * inputs.scores_size)
-    y_BTHP = inputs.new(inputs.batch, inputs.tokens, inputs.heads, inputs.head_dim)
+    y_BTHP = inputs.new(inputs.batch, inputs.tokens, inputs.heads, inputs.head_dim, dtype=inputs.token_dtype)
     final_BHPN = inputs.new(inputs.batch, inputs.heads, inputs.head_dim, inputs.state)
-    call(inputs.dtype, "ssd_forward", *inputs.arguments(), scores, y_BTHP, final_BHPN)
+    call(inputs.dtype, "ssd_forward", *inputs.arguments(), y_BTHP, final_BHPN)
     return y_BTHP, final_BHPN
 
 
@@ -104,17 +108,19 @@ class _SSD(torch.autograd.Function):
         dy_BTHP, dfinal_BHPN = grad_outputs
         dfinal_BHPN = None if dfinal_BHPN is None else dfinal_BHPN.contiguous()
         inputs = _Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, ctx.chunk)
-        dy_BTHP = inputs.new(*x_BTHP.shape).zero_() if dy_BTHP is None else dy_BTHP.to(inputs.dtype).contiguous()
+        narrow = inputs.token_dtype
+        if dy_BTHP is None:
+            dy_BTHP = torch.zeros(x_BTHP.shape, dtype=narrow)
+        dy_BTHP = dy_BTHP.to(narrow).contiguous()
         batch, tokens, heads, groups, state = inputs.batch, inputs.tokens, inputs.heads, inputs.groups, inputs.state
         slices = _slices(batch * groups, heads // groups)
-        scores = inputs.new(batch * groups * inputs.scores_size)
         shared = [inputs.new(slices * batch * groups * tokens * state) for _ in range(2)]
         dscores = inputs.new(slices * batch * groups * inputs.scores_size)
-        dx, ddt = inputs.new(*x_BTHP.shape), inputs.new(*dt_BTH.shape)
-        dB, dC = (inputs.new(batch, tokens, groups, state) for _ in range(2))
+        dx, ddt = inputs.new(*x_BTHP.shape, dtype=narrow), inputs.new(*dt_BTH.shape)
+        dB, dC = (inputs.new(batch, tokens, groups, state, dtype=narrow) for _ in range(2))
         dinitial = inputs.new(batch, heads, inputs.head_dim, state)
         dA, dD = (inputs.new(batch, heads, dtype=torch.float64) for _ in range(2))
-        given = (dy_BTHP, dfinal_BHPN, scores, *shared, dscores, slices)
+        given = (dy_BTHP, dfinal_BHPN, *shared, dscores, slices)
         call(inputs.dtype, "ssd_backward", *inputs.arguments(), *given, dx, ddt, dB, dC, dinitial, dA, dD)
         return (
             dx.to(x_BTHP.dtype),
