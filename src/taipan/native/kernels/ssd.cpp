@@ -191,11 +191,12 @@ void make_matrix(Index size, Index pitch, const Decay<T>& decay, const T* scores
   }
 }
 
-// How many heads of a group take a chunk after each other, while what they share of it is in the second cache: several,
-// but tasks enough for all threads.
+// So many heads of a group take a chunk after each other, while what they share of it is in the second cache.
+constexpr Index kTogether = 4;
+
+// As many, but tasks enough for all threads.
 inline Index heads_together(const Shape& s, int threads) {
-  const Index heads = s.heads / s.groups;
-  return std::max<Index>(1, std::min<Index>({4, heads, s.batch * s.heads / (3 * threads)}));
+  return std::max<Index>(1, std::min<Index>({kTogether, s.heads / s.groups, s.batch * s.heads / (3 * threads)}));
 }
 
 template <class T, class X>
@@ -313,14 +314,15 @@ class Backward {
       : s(s), in(in), out(out), shared(shared), common(common), P(s.head_dim), N(s.state), Q(s.chunk),
         pitch(s.pitch()), scratch(thread_scratch()) {}
 
-  bool reserve() {
-    const std::size_t bytes = Scratch::bytes<T>(s.chunks() * P * N) + 2 * Scratch::bytes<T>(P * N) +
+  // Room for so many heads together.
+  bool reserve(Index heads) {
+    const std::size_t bytes = Scratch::bytes<T>(heads * s.chunks() * P * N) + Scratch::bytes<T>((heads + 1) * P * N) +
                               6 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
                               Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
                               3 * Scratch::bytes<double>(pitch);
     if (!scratch.reserve(bytes)) return false;
-    states = scratch.take<T>(s.chunks() * P * N);
-    dstate = scratch.take<T>(P * N);
+    all_states = scratch.take<T>(heads * s.chunks() * P * N);
+    all_dstates = scratch.take<T>(heads * P * N);
     dstate_transposed = scratch.take<T>(P * N);
     weighted = scratch.take<T>(Q * P);
     decayed = scratch.take<T>(Q * P);
@@ -339,22 +341,32 @@ class Backward {
     return true;
   }
 
-  // All chunks of one head.
-  void run(Index b, Index h, Index slice) {
+  // All chunks of the heads [from, to) of a group; what they add to of a chunk stays in the cache meanwhile.
+  void run(Index b, Index from, Index to, Index slice) {
     Decay<T> decay(scratch, pitch);
-    const Index g = h / (s.heads / s.groups), task = b * s.heads + h;
-    make_states(b, h, g, decay);
-    if (out.dfinal == nullptr)
-      std::memset(dstate, 0, sizeof(T) * P * N);
-    else
-      std::memcpy(dstate, out.dfinal + task * P * N, sizeof(T) * P * N);
-    out.dA[task] = out.dD[task] = 0;
+    const Index g = from / (s.heads / s.groups);
+    for (Index h = from; h < to; ++h) {
+      const Index task = b * s.heads + h;
+      choose(h - from);
+      make_states(b, h, g, decay);
+      if (out.dfinal == nullptr)
+        std::memset(dstate, 0, sizeof(T) * P * N);
+      else
+        std::memcpy(dstate, out.dfinal + task * P * N, sizeof(T) * P * N);
+      out.dA[task] = out.dD[task] = 0;
+    }
     const Index at = (slice * s.batch + b) * s.groups + g;
     for (Index c = s.chunks() - 1; c >= 0; --c) {
       T* dscores = shared.dscores + at * s.chunks() * Q * pitch + c * Q * pitch;
-      chunk(b, h, g, c, decay, shared.dB + at * s.tokens * N, shared.dC + at * s.tokens * N, dscores);
+      for (Index h = from; h < to; ++h) {
+        choose(h - from);
+        chunk(b, h, g, c, decay, shared.dB + at * s.tokens * N, shared.dC + at * s.tokens * N, dscores);
+      }
     }
-    std::memcpy(out.dinitial + task * P * N, dstate, sizeof(T) * P * N);
+    for (Index h = from; h < to; ++h) {
+      choose(h - from);
+      std::memcpy(out.dinitial + (b * s.heads + h) * P * N, dstate, sizeof(T) * P * N);
+    }
   }
 
  private:
@@ -365,9 +377,15 @@ class Backward {
   const Common<T>& common;
   const Index P, N, Q, pitch;
   Scratch& scratch;
-  T *states, *dstate, *dstate_transposed, *weighted, *decayed, *dweighted, *dentrance, *matrix, *dmatrix, *between,
+  T *all_states, *all_dstates, *states, *dstate, *dstate_transposed, *weighted, *decayed, *dweighted, *dentrance, *matrix, *dmatrix, *between,
       *x_rows, *dy_rows, *projected, *weighted_transposed;
   double *column, *dlog, *kept;
+
+  // The head, of those together, that the states are of from now on.
+  void choose(Index head) {
+    states = all_states + head * s.chunks() * P * N;
+    dstate = all_dstates + head * P * N;
+  }
 
   // States (P, N) at the entrance of every chunk.
   void make_states(Index b, Index h, Index g, Decay<T>& decay) {
@@ -377,10 +395,12 @@ class Backward {
       std::memcpy(states, in.initial + (b * s.heads + h) * P * N, sizeof(T) * P * N);
     for (Index c = 0; c + 1 < s.chunks(); ++c) {
       const Index begin = c * Q;
+      const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
       const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
       const T* B = common.B + s.rows(b, g, c);
+      if (c + 2 < s.chunks()) fetch(Q, P, x + Q * s.x_t, s.x_t);
       decay.compute(Q, pitch, dt, s.dt_t, in.A[h], Documents(in.document, s, b, begin));
-      weigh(Q, P, in.x + b * s.x_b + begin * s.x_t + h * P, s.x_t, dt, s.dt_t, weighted);
+      weigh(Q, P, x, s.x_t, dt, s.dt_t, weighted);
       scale_rows(Q, P, decay.end, weighted);
       const T* before = states + c * P * N;
       for_tiles<T>(P, N, [&]<int R, int W>(Index p, Index n) {
@@ -397,8 +417,13 @@ class Backward {
     const Index token = b * s.tokens + begin, row = s.heads * P, task = b * s.heads + h;
     const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
     const T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c);
-    gather(size, P, in.x + b * s.x_b + begin * s.x_t + h * P, s.x_t, x_rows);
-    gather(size, P, out.dy + token * row + h * P, row, dy_rows);
+    const X *x_from = in.x + b * s.x_b + begin * s.x_t + h * P, *dy_from = out.dy + token * row + h * P;
+    if (c > 0) {
+      fetch(Q, P, x_from - Q * s.x_t, s.x_t);
+      fetch(Q, P, dy_from - Q * row, row);
+    }
+    gather(size, P, x_from, s.x_t, x_rows);
+    gather(size, P, dy_from, row, dy_rows);
     const T *x = x_rows, *dy = dy_rows, *state = states + c * P * N;
     const T A = in.A[h], skip = in.D == nullptr ? T(0) : in.D[h];
     decay.compute(size, pitch, dt, s.dt_t, A, Documents(in.document, s, b, begin));
@@ -571,12 +596,14 @@ int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out,
     const Index size = s.chunks() * s.chunk * s.pitch();
     std::memset(shared.dscores + at * size, 0, sizeof(T) * size);
     Backward<T, X> work(s, in, out, shared, common);
-    for (Index h = heads * slice / shared.slices; h < heads * (slice + 1) / shared.slices; ++h) {
-      if (!work.reserve()) {
+    const Index first = heads * slice / shared.slices, last = heads * (slice + 1) / shared.slices;
+    for (Index h = first; h < last; h += kTogether) {
+      const Index end = std::min(last, h + kTogether);
+      if (!work.reserve(end - h)) {
         status = kNoMemory;
         break;
       }
-      work.run(b, g * heads + h, slice);
+      work.run(b, g * heads + h, g * heads + end, slice);
     }
   }
   if (status != kOk) return status;
