@@ -99,10 +99,15 @@ inline void narrow(T* p, Vector<T> v) {
   store(p, v);
 }
 
-inline void narrow(Bfloat16* p, Vector<float> v) {
-  typedef std::uint32_t Bits __attribute__((vector_size(kBytes)));
+typedef std::uint32_t Bits __attribute__((vector_size(kBytes)));
+
+inline Bits rounded_bits(Vector<float> v) {
   const Bits bits = reinterpret_cast<Bits>(v);
-  const Bits rounded = v != v ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1);
+  return v != v ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1);
+}
+
+inline void narrow(Bfloat16* p, Vector<float> v) {
+  const Bits rounded = rounded_bits(v);
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded >> 16)));
@@ -114,6 +119,12 @@ inline void narrow(Bfloat16* p, Vector<float> v) {
   const auto short_ = __builtin_convertvector(rounded >> 16, typename Widening<float, Bfloat16>::Narrow);
   std::memcpy(p, &short_, sizeof short_);
 #endif
+}
+
+// Two vectors to bfloat16 in memory, lane by lane beside each other.
+inline void narrow_pairs(Bfloat16* p, Vector<float> first, Vector<float> second) {
+  const Bits pairs = rounded_bits(first) >> 16 | (rounded_bits(second) & 0xffff0000u);
+  std::memcpy(p, &pairs, sizeof pairs);
 }
 
 // Calls f<X>() for what the wide tensors of a call are in memory: Real itself, or bfloat16 where Real is float.

@@ -199,6 +199,85 @@ inline Index heads_together(const Shape& s, int threads) {
   return std::max<Index>(1, std::min<Index>({kTogether, s.heads / s.groups, s.batch * s.heads / (3 * threads)}));
 }
 
+// y of a chunk of one head before the skip: e^s (C S) + M x̃, in tiles; `finish` gets each, with its row and column.
+template <class T, class X>
+class Output {
+ public:
+  static std::size_t bytes(const Shape&) { return 0; }
+  Output(const Shape& s, Scratch&) : N(s.state), P(s.head_dim), pitch(s.pitch()) {}
+
+  // C of the chunk: as given, and in T with rows one after the other.
+  void begin(Index, const X*, Index, const T* rows) { C = rows; }
+
+  template <class F>
+  void run(Index size, const T* state, const Decay<T>& decay, const T* matrix, const T* weighted, F&& finish) const {
+    for_tiles<T>(size, P, [&]<int R, int W>(Index i, Index p) {
+      Tile<T, R, W> tile;
+      tile.clear();
+      tile.multiply(N, C + i * N, N, 1, state + p, P);
+      tile.scale_rows(decay.entrance + i);
+      tile.multiply(i + R, matrix + i * pitch, pitch, 1, weighted + p, P);
+      finish(tile, i, p);
+    });
+  }
+
+ private:
+  const Index N, P, pitch;
+  const T* C = nullptr;
+};
+
+#if defined(__AVX512BF16__)
+// Where the processor multiplies bfloat16 and the output is rounded to it, both products take their operands so (C is so
+// already) and sum in fp32. The state itself is never rounded.
+template <>
+class Output<float, Bfloat16> {
+ public:
+  static std::size_t bytes(const Shape& s) {
+    return Scratch::bytes<Bfloat16>(s.state * s.head_dim) + Scratch::bytes<Bfloat16>(s.pitch() * s.head_dim) +
+           Scratch::bytes<Bfloat16>(s.chunk * s.pitch()) + Scratch::bytes<Bfloat16>(s.chunk * s.state);
+  }
+
+  Output(const Shape& s, Scratch& scratch)
+      : N(s.state), P(s.head_dim), pitch(s.pitch()), state_pairs(scratch.take<Bfloat16>(N * P)),
+        weighted_pairs(scratch.take<Bfloat16>(pitch * P)), rows(scratch.take<Bfloat16>(s.chunk * pitch)),
+        C(scratch.take<Bfloat16>(s.chunk * N)) {}
+
+  void begin(Index size, const Bfloat16* given, Index given_row, const float*) {
+    for (Index i = 0; i < size; ++i) std::memcpy(C + i * N, given + i * given_row, sizeof(Bfloat16) * N);
+  }
+
+  template <class F>
+  void run(Index size, const float* state, const Decay<float>& decay, const float* matrix, const float* weighted,
+           F&& finish) const {
+    pair_rows(N, state, state_pairs);
+    pair_rows(size, weighted, weighted_pairs);
+    for (Index i = 0; i < size; ++i)
+      for (Index j = 0; j < i + kTileRows && j < pitch; j += kLanes<float>)
+        narrow(rows + i * pitch + j, load(matrix + i * pitch + j));
+    for_tiles<float>(size, P, [&]<int R, int W>(Index i, Index p) {
+      Tile<float, R, W> tile;
+      tile.clear();
+      tile.multiply_pairs(N / 2, C + i * N, N, state_pairs + 2 * p, 2 * P);
+      tile.scale_rows(decay.entrance + i);
+      tile.multiply_pairs((i + R + 1) / 2, rows + i * pitch, pitch, weighted_pairs + 2 * p, 2 * P);
+      finish(tile, i, p);
+    });
+  }
+
+ private:
+  const Index N, P, pitch;
+  Bfloat16 *state_pairs, *weighted_pairs, *rows, *C;
+
+  // Of rows (count, P), 2k and 2k + 1 beside each other; 0 for what is missing to an even number.
+  void pair_rows(Index count, const float* from, Bfloat16* to) const {
+    for (Index k = 0; k < count; k += 2)
+      for (Index p = 0; p < P; p += kLanes<float>)
+        narrow_pairs(to + k * P + 2 * p, load(from + k * P + p),
+                     k + 1 < count ? load(from + (k + 1) * P + p) : Vector<float>{});
+  }
+};
+#endif
+
 template <class T, class X>
 int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* y, T* final, int threads) {
   const Index P = s.head_dim, N = s.state, Q = s.chunk, pitch = s.pitch();
@@ -209,13 +288,14 @@ int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* 
   for (Index task = 0; task < s.batch * s.groups * parts; ++task) {
     Scratch& scratch = thread_scratch();
     if (!scratch.reserve(Scratch::bytes<T>(together * N * P) + Scratch::bytes<T>(Q * P) +
-                         Scratch::bytes<T>(Q * pitch) + Decay<T>::bytes(pitch))) {
+                         Scratch::bytes<T>(Q * pitch) + Decay<T>::bytes(pitch) + Output<T, X>::bytes(s))) {
       status = kNoMemory;
       continue;
     }
     T *states = scratch.take<T>(together * N * P), *weighted = scratch.take<T>(Q * P);
     T* matrix = scratch.take<T>(Q * pitch);
     Decay<T> decay(scratch, pitch);
+    Output<T, X> output(s, scratch);
     const Index b = task / parts / s.groups, g = task / parts % s.groups, first = task % parts * together;
     const Index from = g * heads + first, to = g * heads + std::min(heads, first + together);
     for (Index h = from; h < to; ++h) {
@@ -227,7 +307,8 @@ int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* 
     }
     for (Index c = 0; c < s.chunks(); ++c) {
       const Index begin = c * Q, size = std::min(Q, s.tokens - begin);
-      const T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c);
+      const T* B = common.B + s.rows(b, g, c);
+      output.begin(size, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, common.C + s.rows(b, g, c));
       const Documents documents(in.document, s, b, begin);
       for (Index h = from; h < to; ++h) {
         const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
@@ -239,17 +320,13 @@ int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* 
         decay.compute(size, pitch, dt, s.dt_t, in.A[h], documents);
         make_matrix(size, pitch, decay, common.scores + s.scores(b, g, c), matrix);
         weigh(size, P, x, s.x_t, dt, s.dt_t, weighted);
-        for_tiles<T>(size, P, [&]<int R, int W>(Index i, Index p) {
-          Tile<T, R, W> tile;
-          tile.clear();
-          tile.multiply(N, C + i * N, N, 1, state + p, P);
-          tile.scale_rows(decay.entrance + i);
-          tile.multiply(i + R, matrix + i * pitch, pitch, 1, weighted + p, P);
+        const auto put = [&]<int R, int W>(Tile<T, R, W>& tile, Index i, Index p) {
           for (int r = 0; r < R; ++r)
             for (int w = 0; w < W; ++w)
               tile.v[r][w] += skip * widen<T>(x + (i + r) * s.x_t + p + w * kLanes<T>);
           tile.put(out + i * s.heads * P + p, s.heads * P);
-        });
+        };
+        output.run(size, state, decay, matrix, weighted, put);
         scale_rows(size, P, decay.end, weighted);
         for_tiles<T>(N, P, [&]<int R, int W>(Index n, Index p) {
           Tile<T, R, W> tile;
