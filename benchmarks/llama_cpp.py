@@ -1,4 +1,4 @@
-"""Write a Mamba-2 of the benchmark with random weights as a GGUF file, so that llama.cpp can be timed on the same sizes.
+"""Write a Mamba-2 of the benchmark with random weights as a GGUF file, so that llama.cpp is timed on the same sizes.
 
     pip install gguf
     python benchmarks/llama_cpp.py mamba2-115m mamba2-bf16.gguf --dtype bf16

@@ -1,4 +1,4 @@
-"""The causal convolution by the compiled kernels (native/kernels/conv.cpp): sums in fp32 or fp64, bfloat16 as it lies."""
+"""The causal convolution by the compiled kernels (native/kernels/conv.cpp), in fp32 or fp64; bfloat16 as it lies."""
 
 import ctypes
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class _CausalConv1d(torch.autograd.Function):
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
         given_BTC, weight_KC, columns_BLC = saved[0], saved[1], saved[3]
         x_BTC = _readable(given_BTC)
-        batch, tokens, channels = x_BTC.shape
+        batch, _, channels = x_BTC.shape
         taps = len(weight_KC)
         dx_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
         dcolumns_BLC = torch.empty(batch, taps - 1, channels, dtype=weight_KC.dtype)

@@ -1,4 +1,4 @@
-"""RMS normalisation by the compiled kernels (native/kernels/norm.cpp): statistics in fp32 or fp64, bfloat16 as it lies."""
+"""RMS normalisation by the compiled kernels (native/kernels/norm.cpp), in fp32 or fp64; bfloat16 as it lies."""
 
 import ctypes
 from collections.abc import Callable
