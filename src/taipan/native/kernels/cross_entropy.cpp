@@ -1,38 +1,53 @@
 // Cross-entropy of rows of logits, which become its gradient (softmax − one-hot) in place.
-#include "gemm.h"
+#include "narrow.h"
 
 namespace taipan {
 namespace {
 
-template <class T>
-void loss_and_gradient(Index rows, Index columns, T* logits, const std::int64_t* target, double* loss, int threads) {
+// X is what the logits are in memory; the softmax of a row is made in T.
+template <class T, class X>
+int loss_and_gradient(Index rows, Index columns, X* logits, const std::int64_t* target, double* loss, int threads) {
   const Index whole = columns / kLanes<T> * kLanes<T>;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index r = 0; r < rows; ++r) {
-    T* row = logits + r * columns;
-    const T own = row[target[r]];
-    T highest = row[0];
-    Vector<T> high = splat(highest);
-    for (Index c = 0; c < whole; c += kLanes<T>) {
-      const Vector<T> value = load(row + c);
-      high = high > value ? high : value;
+  int status = kOk;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
+  for (Index part = 0; part < threads; ++part) {
+    Scratch& scratch = thread_scratch();
+    if (!scratch.reserve(Scratch::bytes<T>(columns))) {
+      status = kNoMemory;
+      continue;
     }
-    for (int lane = 0; lane < kLanes<T>; ++lane) highest = highest > high[lane] ? highest : high[lane];
-    for (Index c = whole; c < columns; ++c) highest = highest > row[c] ? highest : row[c];
-    Vector<T> sums{};
-    for (Index c = 0; c < whole; c += kLanes<T>) {
-      const Vector<T> value = exponential(load(row + c) - highest);
-      sums += value;
-      store(row + c, value);
+    T* exponential_of = scratch.take<T>(columns);
+    for (Index r = rows * part / threads; r < rows * (part + 1) / threads; ++r) {
+      X* row = logits + r * columns;
+      const T own = widen_one<T>(row[target[r]]);
+      T highest = widen_one<T>(row[0]);
+      Vector<T> high = splat(highest);
+      for (Index c = 0; c < whole; c += kLanes<T>) {
+        const Vector<T> value = widen<T>(row + c);
+        high = high > value ? high : value;
+      }
+      for (int lane = 0; lane < kLanes<T>; ++lane) highest = highest > high[lane] ? highest : high[lane];
+      for (Index c = whole; c < columns; ++c) {
+        const T value = widen_one<T>(row[c]);
+        highest = highest > value ? highest : value;
+      }
+      Vector<T> sums{};
+      for (Index c = 0; c < whole; c += kLanes<T>) {
+        const Vector<T> value = exponential(widen<T>(row + c) - highest);
+        sums += value;
+        store(exponential_of + c, value);
+      }
+      double total = sum<T>(sums);
+      for (Index c = whole; c < columns; ++c)
+        total += exponential_of[c] = std::exp(widen_one<T>(row[c]) - highest);
+      const T factor = static_cast<T>(1.0 / total);
+      for (Index c = 0; c < whole; c += kLanes<T>) narrow(row + c, factor * load(exponential_of + c));
+      for (Index c = whole; c < columns; ++c) row[c] = narrow_one<X>(factor * exponential_of[c]);
+      row[target[r]] = narrow_one<X>(factor * exponential_of[target[r]] - T(1));
+      loss[r] = std::log(total) + (static_cast<double>(highest) - static_cast<double>(own));
     }
-    double total = sum<T>(sums);
-    for (Index c = whole; c < columns; ++c) total += row[c] = std::exp(row[c] - highest);
-    const T factor = static_cast<T>(1.0 / total);
-    for (Index c = 0; c < whole; c += kLanes<T>) store(row + c, factor * load(row + c));
-    for (Index c = whole; c < columns; ++c) row[c] *= factor;
-    row[target[r]] -= T(1);
-    loss[r] = std::log(total) + (static_cast<double>(highest) - static_cast<double>(own));
   }
+  return status;
 }
 
 }  // namespace
@@ -40,9 +55,11 @@ void loss_and_gradient(Index rows, Index columns, T* logits, const std::int64_t*
 
 using Real = TAIPAN_REAL;
 
-// logits (rows, columns) contiguous, targets in range.
-extern "C" int taipan_cross_entropy(std::ptrdiff_t rows, std::ptrdiff_t columns, Real* logits,
+// logits (rows, columns) contiguous, in Real or (`narrow`) in bfloat16; targets in range.
+extern "C" int taipan_cross_entropy(std::ptrdiff_t rows, std::ptrdiff_t columns, std::ptrdiff_t narrow, void* logits,
                                     const std::int64_t* target, double* loss, int threads) {
-  taipan::loss_and_gradient<Real>(rows, columns, logits, target, loss, threads);
-  return taipan::kOk;
+  using namespace taipan;
+  return with_element<Real>(narrow, [&]<class X>() {
+    return loss_and_gradient<Real, X>(rows, columns, static_cast<X*>(logits), target, loss, threads);
+  });
 }

@@ -93,6 +93,14 @@ inline T to_bfloat16(T x) {
   return rounded;
 }
 
+template <class W, class T>
+inline W narrow_one(T value) {
+  if constexpr (std::is_same_v<W, Bfloat16>)
+    return static_cast<Bfloat16>(rounded_bits(value) >> 16);
+  else
+    return value;
+}
+
 // A vector of T to W in memory.
 template <class T>
 inline void narrow(T* p, Vector<T> v) {

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from taipan.native import call
 from taipan.ops.linear_cross_entropy.portable import chunked_linear_cross_entropy
+from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import Float0, FloatMD, FloatVD, IntM
 
 
@@ -14,6 +15,9 @@ def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM)
 
 
 def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    wide = accumulation_dtype(logits_RV.dtype)
+    logits_RV = logits_RV.to(kernel_dtype(logits_RV.dtype))
     loss_R = torch.empty(len(logits_RV), dtype=torch.float64)
-    call(logits_RV.dtype, "cross_entropy", *logits_RV.shape, logits_RV, target_R.contiguous(), loss_R)
-    return loss_R.sum().to(logits_RV.dtype), logits_RV
+    narrow = int(logits_RV.dtype == torch.bfloat16)
+    call(wide, "cross_entropy", *logits_RV.shape, narrow, logits_RV, target_R.contiguous(), loss_R)
+    return loss_R.sum().to(wide), logits_RV

@@ -20,12 +20,13 @@ from taipan.shapes import Float0, FloatM, FloatMD, FloatVD, IntM
 
 CHUNK_ELEMENTS = 2**21
 """Logits of a chunk: 8 MB in float32, near the size of a cache."""
-MIN_CHUNK_ROWS = 128
+MIN_CHUNK_ROWS = 256
 """Rows of a chunk at least: each chunk reads the whole weight and updates the whole of its gradient."""
 
 
 LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Of logits (rows, V) in at least float32, which it may overwrite, and targets: summed loss, gradient of the logits."""
+"""Of logits (rows, V), which it may overwrite, and targets: summed loss and gradient of the logits, made in at least
+float32; the gradient may be rounded to the dtype of the logits."""
 
 
 def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> Float0:
@@ -44,7 +45,7 @@ def chunked_linear_cross_entropy(
 
 def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
     target_R1 = target_R[:, None]
-    log_probability_RV = F.log_softmax(logits_RV, dim=1)
+    log_probability_RV = F.log_softmax(logits_RV, dim=1, dtype=accumulation_dtype(logits_RV.dtype))
     loss = -log_probability_RV.gather(1, target_R1).sum()
     gradient_RV = log_probability_RV.exp_()  # softmax − one-hot
     return loss, gradient_RV.scatter_add_(1, target_R1, gradient_RV.new_full(target_R1.shape, -1.0))
@@ -82,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(hidden_MD, weight_VD):
             hidden_RD = multipliable(hidden_MD[rows])
             logits_RV = (hidden_RD @ factor_VD.T).to(hidden_MD.dtype)
-            loss_of_rows, grad_logits_RV = loss_and_gradient(logits_RV.to(wide), target_M[rows])
+            loss_of_rows, grad_logits_RV = loss_and_gradient(logits_RV, target_M[rows])
             loss += loss_of_rows
             grad_logits_RV = multipliable(grad_logits_RV.to(hidden_MD.dtype))
             if grad_hidden_MD is not None:
