@@ -4,8 +4,10 @@
 // Threads share every product by its rows and wait for each other between stages; what is short (norms, gates) each of
 // them computes for itself. Everything is summed in Real, whatever the weights are stored in.
 #include <algorithm>
+#include <optional>
 
 #include "narrow.h"
+#include "team.h"
 
 namespace taipan {
 namespace {
@@ -59,20 +61,6 @@ struct State {
   std::int64_t *index, *count;
   Index slots;
 };
-
-// A thread of a team.
-struct Part {
-  Index number, count;
-
-  Index begin(Index n) const { return n * number / count; }
-  Index end(Index n) const { return n * (number + 1) / count; }
-};
-
-inline void wait() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-}
 
 // ------------------------------------------------------------------ vectors
 
@@ -176,23 +164,35 @@ struct Target {
 };
 
 constexpr int kMany = 4;        // vectors at once
-constexpr Index kPanel = 12;    // rows that meet all of many vectors before the next ones are read
-constexpr int kRowsOfOne = 8;   // rows at once for one vector …
-constexpr int kRowsOfMany = 3;  // … and for several
+constexpr Index kPanel = 16;    // rows that meet all of many vectors before the next ones are read
+constexpr int kRowsOfMany = 3;  // rows at once
+constexpr int kChains = 4;      // sums of one product that do not wait for each other
 
 // How rows of W meet vectors of T: any length, each weight widened where it is used.
 template <class T, class W>
 struct Plain {
-  static constexpr int kOne = kRowsOfOne, kSeveral = kRowsOfMany;
+  static constexpr int kSeveral = kRowsOfMany;
   const W* weight;
   Index columns;
   const T* x;
   Index x_row;
 
+  // The product of a row with the first vector.
+  T one(Index row) const {
+    const W* w = weight + row * columns;
+    Vector<T> total[kChains] = {};
+    Index k = 0;
+    for (; k + kChains * kLanes<T> <= columns; k += kChains * kLanes<T>)
+      for (int n = 0; n < kChains; ++n) total[n] += widen<T>(w + k + n * kLanes<T>) * load(x + k + n * kLanes<T>);
+    for (; k + kLanes<T> <= columns; k += kLanes<T>) total[0] += widen<T>(w + k) * load(x + k);
+    T sum = total_of<T>((total[0] + total[1]) + (total[2] + total[3]));
+    for (; k < columns; ++k) sum += widen_one<T>(w[k]) * x[k];
+    return sum;
+  }
+
   template <int R, int C, bool Fetch>
   void dots(Index row, Index column, T (&out)[R][C]) const {
-    // For one vector fetching costs more than it brings: nothing else keeps the processor from reading ahead.
-    taipan::dots<T, W, R, C, Fetch && (C > 1)>(columns, weight + row * columns, columns, x + column * x_row, x_row, out);
+    taipan::dots<T, W, R, C, Fetch>(columns, weight + row * columns, columns, x + column * x_row, x_row, out);
   }
 };
 
@@ -201,7 +201,7 @@ struct Plain {
 struct Pairs {
   typedef std::uint32_t Words __attribute__((vector_size(kBytes)));
   static constexpr Index kBoth = 2 * kLanes<float>;
-  static constexpr int kOne = 2, kSeveral = 2;
+  static constexpr int kSeveral = 2;
   const std::uint16_t* weight;
   Index columns;
   float* x;
@@ -217,6 +217,23 @@ struct Pairs {
           x[c * columns + k + lane] = from[c * from_row + k + 2 * lane];
           x[c * columns + k + kLanes<float> + lane] = from[c * from_row + k + 2 * lane + 1];
         }
+  }
+
+  float one(Index row) const {
+    const std::uint16_t* w = weight + row * columns;
+    Vector<float> even[2] = {}, odd[2] = {};
+    Index k = 0;
+    for (; k + 2 * kBoth <= columns; k += 2 * kBoth)
+      for (int n = 0; n < 2; ++n) add(w + k + n * kBoth, x + k + n * kBoth, even[n], odd[n]);
+    if (k < columns) add(w + k, x + k, even[0], odd[0]);
+    return total_of<float>((even[0] + odd[0]) + (even[1] + odd[1]));
+  }
+
+  static void add(const std::uint16_t* w, const float* x, Vector<float>& even, Vector<float>& odd) {
+    Words words;
+    std::memcpy(&words, w, sizeof words);
+    even += reinterpret_cast<Vector<float>>(words << 16) * load(x);
+    odd += reinterpret_cast<Vector<float>>(words & 0xffff0000u) * load(x + kLanes<float>);
   }
 
   template <int R, int C, bool Fetch>
@@ -249,7 +266,7 @@ struct Pairs {
 // the instructions, where widening to float takes longer than memory does.
 struct Short {
   static constexpr Index kMost = 4096;  // columns whose sum fits 32 bits
-  static constexpr int kOne = 4, kSeveral = 2;
+  static constexpr int kSeveral = 2;
   const std::int8_t* weight;
   Index columns;
   std::int16_t* x;
@@ -276,6 +293,12 @@ struct Short {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), both);
     }
     return unit;
+  }
+
+  float one(Index row) const {
+    float out[1][1];
+    dots<1, 1, false>(row, 0, out);
+    return out[0][0];
   }
 
   template <int R, int C, bool Fetch>
@@ -326,7 +349,13 @@ inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, I
 // rows, which the next ones find in the second.
 template <class T, class Rows>
 void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index count, const Target<T>& target) {
-  if (count == 1) return rows_with<Rows::kOne, 1, true>(rows, m, row, end, 0, target);
+  if (count == 1) {
+    for (; row < end; ++row) {
+      const T value[1][1] = {{rows.one(row)}};
+      target.put(m, row, 0, value);
+    }
+    return;
+  }
   constexpr int R = Rows::kSeveral;
   for (; row < end; row += kPanel) {
     const Index until = std::min(row + kPanel, end);
@@ -348,19 +377,16 @@ void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index c
 // Floats that the vectors of a product take once more, as its rows want them.
 inline Index room_of(Index count, Index columns) { return count * columns + round_up(count, 16); }
 
-// Rows of the product that are this thread's, of `count` vectors x(c, ·); `room` has what room_of says.
-template <class T, class W>
-void product_of(const Matrix& m, const T* x, Index x_row, Index count, Part part, T* room, const Target<T>& target) {
-  const Index row = part.begin(m.rows), end = part.end(m.rows);
+// Calls f(rows) with the rows of a matrix that meet `count` vectors x(c, ·); `room` has what room_of says.
+template <class T, class W, class F>
+void with_rows(const Matrix& m, const T* x, Index x_row, Index count, T* room, F&& f) {
   if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
-    if (Pairs::fits(m.columns))
-      return product_of(Pairs(m.weight, m.columns, x, x_row, count, room), m, row, end, count, target);
+    if (Pairs::fits(m.columns)) return f(Pairs(m.weight, m.columns, x, x_row, count, room));
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<W, std::int8_t> && std::is_same_v<T, float>)
-    if (Short::fits(m.columns))
-      return product_of(Short(m.weight, m.columns, x, x_row, count, room), m, row, end, count, target);
+    if (Short::fits(m.columns)) return f(Short(m.weight, m.columns, x, x_row, count, room));
 #endif
-  product_of(Plain<T, W>{static_cast<const W*>(m.weight), m.columns, x, x_row}, m, row, end, count, target);
+  f(Plain<T, W>{static_cast<const W*>(m.weight), m.columns, x, x_row});
 }
 
 // ------------------------------------------------------------------ the decoder
@@ -377,15 +403,16 @@ class Decoder {
     widest_ = std::max({s_.hidden, in_, 2 * s_.intermediate, query + 2 * key});
   }
 
-  bool reserve(Scratch& scratch) {
+  bool reserve(Scratch& scratch, Index threads) {
     const Index sizes[] = {count_ * s_.hidden, count_ * widest_, count_ * longest_, count_ * s_.heads};
-    std::size_t bytes = 0;
+    std::size_t bytes = Scratch::bytes<char>(Team::bytes(threads));
     for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
     if (!scratch.reserve(bytes)) return false;
     h_ = scratch.take<T>(sizes[0]);
     wide_ = scratch.take<T>(sizes[1]);
     y_ = scratch.take<T>(sizes[2]);
     squares_ = scratch.take<T>(sizes[3]);
+    team_.emplace(threads, scratch.take<char>(Team::bytes(threads)));
     return true;
   }
 
@@ -404,9 +431,10 @@ class Decoder {
   struct Own {
     T *x, *chosen, *room, *weight, *attended;
     Index* asked;
+    Team::Member me;
   };
 
-  bool reserve(Scratch& scratch, Own& own) const {
+  bool reserve(Scratch& scratch, Part part, Own& own) const {
     const Index shared = s_.key_heads == 0 ? 0 : s_.query_heads / s_.key_heads;
     const Index sizes[] = {count_ * longest_, count_ * s_.hidden, room_of(count_, longest_), count_,
                            shared * (2 * s_.width + 2 + kBlock)};
@@ -419,34 +447,61 @@ class Decoder {
     own.weight = scratch.take<T>(sizes[3]);
     own.attended = scratch.take<T>(sizes[4]);
     own.asked = scratch.take<Index>(count_);
+    own.me.part = part;
     return true;
   }
 
+  void meet(Own& own) { team_->wait(own.me); }
+
   // All layers, and the logits (count, V).
-  void run(const T* norm, const Matrix& head, T* logits, Part part, const Own& own) {
+  void run(const T* norm, const Matrix& head, T* logits, Own& own) {
     for (Index n = 0; n < s_.layers; ++n) {
       const Layer<T>& layer = layers_[n];
       if (layer.kind == kMamba2)
-        mamba2(layer, states_[n], part, own);
+        mamba2(layer, states_[n], own);
       else if (layer.kind != kClosed)
-        attention(layer, states_[n], part, own);
-      if (layer.mlp_norm != nullptr) mlp(layer, part, own);
+        attention(layer, states_[n], own);
+      if (layer.mlp_norm != nullptr) mlp(layer, own);
     }
     normalise(norm, own.x);
-    product(head, own.x, s_.hidden, count_, part, own, {logits, s_.vocabulary, false});
+    product(head, own.x, s_.hidden, count_, own, {logits, s_.vocabulary, false});
   }
 
  private:
   static constexpr Index kBlock = 64;  // keys at once
+  static constexpr Index kPiece = 32768;  // bytes of a matrix
 
-  void product(const Matrix& m, const T* x, Index x_row, Index count, Part part, const Own& own,
-               const Target<T>& target) const {
+  // Rows of a matrix by `count` vectors, shared among the threads; then f(begin, end) with what each has done.
+  template <class F>
+  void product(const Matrix& m, const T* x, Index x_row, Index count, Own& own, const Target<T>& target, F&& f) {
+    const auto share = [&](const auto& rows) {
+      team_->share(own.me, m.rows, grain_of(m, own), [&](Index begin, Index end) {
+        product_of(rows, m, begin, end, count, target);
+        f(begin, end);
+      });
+    };
+    with_format(m, x, x_row, count, own.room, share);
+  }
+
+  void product(const Matrix& m, const T* x, Index x_row, Index count, Own& own, const Target<T>& target) {
+    product(m, x, x_row, count, own, target, [](Index, Index) {});
+  }
+
+  template <class F>
+  void with_format(const Matrix& m, const T* x, Index x_row, Index count, T* room, F&& f) const {
     if (s_.format == kReal)
-      product_of<T, T>(m, x, x_row, count, part, own.room, target);
+      with_rows<T, T>(m, x, x_row, count, room, f);
     else if (s_.format == kBfloat16)
-      product_of<T, std::uint16_t>(m, x, x_row, count, part, own.room, target);
+      with_rows<T, std::uint16_t>(m, x, x_row, count, room, f);
     else
-      product_of<T, std::int8_t>(m, x, x_row, count, part, own.room, target);
+      with_rows<T, std::int8_t>(m, x, x_row, count, room, f);
+  }
+
+  // Rows that a thread takes at once: long enough in memory to be read as one, short enough to be shared evenly.
+  Index grain_of(const Matrix& m, const Own& own) const {
+    const Index size = s_.format == kReal ? sizeof(T) : s_.format == kBfloat16 ? 2 : 1;
+    const Index rows = std::min(kPiece / std::max<Index>(1, m.columns * size), m.rows / (4 * own.me.part.count));
+    return std::max<Index>(rows / kPanel, 1) * kPanel;
   }
 
   void normalise(const T* weight, T* x) const {
@@ -471,15 +526,16 @@ class Decoder {
 
   // ---------------------------------------------------------------- Mamba-2
 
-  void mamba2(const Layer<T>& layer, const State<T>& state, Part part, const Own& own) {
+  void mamba2(const Layer<T>& layer, const State<T>& state, Own& own) {
     normalise(layer.norm, own.x);
-    product(layer.first, own.x, s_.hidden, count_, part, own, {wide_, in_, false});
-    wait();
-    convolve(layer, state, part);
-    wait();
-    for (Index task = part.begin(count_ * s_.heads); task < part.end(count_ * s_.heads); ++task)
-      recur(layer, state, task / s_.heads, task % s_.heads);
-    wait();
+    product(layer.first, own.x, s_.hidden, count_, own, {wide_, in_, false}, [&](Index begin, Index end) {
+      convolve(layer, state, std::max(begin - s_.inner, Index(0)), std::min(end - s_.inner, s_.conv));
+    });
+    team_->wait(own.me);
+    team_->share(own.me, count_ * s_.heads, 1, [&](Index begin, Index end) {
+      for (Index task = begin; task < end; ++task) recur(layer, state, task / s_.heads, task % s_.heads);
+    });
+    team_->wait(own.me);
     const Index size = s_.inner / s_.groups, heads = s_.heads / s_.groups;
     for (Index i = 0; i < count_; ++i)
       for (Index g = 0; g < s_.groups; ++g) {
@@ -491,18 +547,18 @@ class Decoder {
           store_some(own.x + at, scale * load_some(y_ + at, n) * load_some(layer.gated_norm + c, n), n);
         }
       }
-    product(layer.last, own.x, s_.inner, count_, part, own, {h_, s_.hidden, true});
-    wait();
+    product(layer.last, own.x, s_.inner, count_, own, {h_, s_.hidden, true});
+    team_->wait(own.me);
   }
 
-  // Convolution with SiLU in place, and the columns moved on.
-  void convolve(const Layer<T>& layer, const State<T>& state, Part part) {
-    const Index vectors = (s_.conv + kLanes<T> - 1) / kLanes<T>, kept = s_.taps - 1;
+  // Convolution with SiLU in place of channels [begin, end), and their columns moved on.
+  void convolve(const Layer<T>& layer, const State<T>& state, Index begin, Index end) {
+    const Index kept = s_.taps - 1;
     for (Index i = 0; i < count_; ++i) {
       T* columns = state.first + rows_[i] * kept * s_.conv;
       T* x = wide_ + i * in_ + s_.inner;
-      for (Index v = part.begin(vectors); v < part.end(vectors); ++v) {
-        const Index c = v * kLanes<T>, n = s_.conv - c;
+      for (Index c = begin; c < end; c += kLanes<T>) {
+        const Index n = end - c;
         Vector<T> now = load_some(x + c, n);
         if (s_.rounds)
           for (int lane = 0; lane < kLanes<T>; ++lane) now[lane] = to_bfloat16<T>(now[lane]);
@@ -561,7 +617,7 @@ class Decoder {
 
   // ---------------------------------------------------------------- attention
 
-  void attention(const Layer<T>& layer, const State<T>& state, Part part, const Own& own) {
+  void attention(const Layer<T>& layer, const State<T>& state, Own& own) {
     const Index E = s_.width, query = s_.query_heads * E, key = s_.key_heads * E;
     normalise(layer.norm, own.x);
     Index asked = count_;
@@ -582,20 +638,22 @@ class Decoder {
     const Index keyed = all ? count_ : asked;
     if (keyed == 0) return;
     T *q = wide_, *k = q + count_ * query, *v = k + count_ * key;
-    product(layer.first, x, s_.hidden, asked, part, own, {q, query, false});
-    product(layer.keys, all ? own.x : x, s_.hidden, keyed, part, own, {k, key, false});
-    product(layer.values, all ? own.x : x, s_.hidden, keyed, part, own, {v, key, false});
-    wait();
-    for (Index task = part.begin(keyed * s_.key_heads); task < part.end(keyed * s_.key_heads); ++task) {
-      const Index j = task / s_.key_heads, g = task % s_.key_heads;
-      const Index i = all ? j : own.asked[j];
-      const Index at = std::lower_bound(own.asked, own.asked + asked, i) - own.asked;
-      const bool asks = at < asked && own.asked[at] == i;
-      remember(layer, state, i, g, k + j * key + g * E, v + j * key + g * E);
-      if (asks) attend(layer, state, i, g, q + at * query, y_ + at * query, own.attended);
-    }
-    wait();
-    if (part.number == 0)
+    product(layer.first, x, s_.hidden, asked, own, {q, query, false});
+    product(layer.keys, all ? own.x : x, s_.hidden, keyed, own, {k, key, false});
+    product(layer.values, all ? own.x : x, s_.hidden, keyed, own, {v, key, false});
+    team_->wait(own.me);
+    team_->share(own.me, keyed * s_.key_heads, 1, [&](Index begin, Index end) {
+      for (Index task = begin; task < end; ++task) {
+        const Index j = task / s_.key_heads, g = task % s_.key_heads;
+        const Index i = all ? j : own.asked[j];
+        const Index at = std::lower_bound(own.asked, own.asked + asked, i) - own.asked;
+        const bool asks = at < asked && own.asked[at] == i;
+        remember(layer, state, i, g, k + j * key + g * E, v + j * key + g * E);
+        if (asks) attend(layer, state, i, g, q + at * query, y_ + at * query, own.attended);
+      }
+    });
+    team_->wait(own.me);
+    if (own.me.part.number == 0)
       for (Index j = 0; j < keyed; ++j) {
         const Index i = all ? j : own.asked[j];
         std::int64_t& entries = state.count[rows_[i]];
@@ -604,17 +662,18 @@ class Decoder {
       }
     if (asked == 0) return;
     if (layer.kind == kAttention) {
-      product(layer.last, y_, query, asked, part, own, {h_, s_.hidden, true});
+      product(layer.last, y_, query, asked, own, {h_, s_.hidden, true});
     } else {
-      product(layer.last, y_, query, asked, part, own, {wide_, s_.hidden, false});
-      for (Index j = 0; j < asked; ++j) {
-        const Index i = own.asked[j];
-        T* h = h_ + i * s_.hidden;
-        for (Index c = part.begin(s_.hidden); c < part.end(s_.hidden); ++c)
-          h[c] += own.weight[i] * (wide_[j * s_.hidden + c] - (layer.adds ? T(0) : h[c]));
-      }
+      product(layer.last, y_, query, asked, own, {wide_, s_.hidden, false}, [&](Index begin, Index end) {
+        for (Index j = 0; j < asked; ++j) {
+          const Index i = own.asked[j];
+          T* h = h_ + i * s_.hidden;
+          for (Index c = begin; c < end; ++c)
+            h[c] += own.weight[i] * (wide_[j * s_.hidden + c] - (layer.adds ? T(0) : h[c]));
+        }
+      });
     }
-    wait();
+    team_->wait(own.me);
   }
 
   // The gate of row i (Eq. 1–3): whether it selects the token; its α goes to own.weight.
@@ -725,21 +784,28 @@ class Decoder {
 
   // ---------------------------------------------------------------- SwiGLU
 
-  void mlp(const Layer<T>& layer, Part part, const Own& own) {
+  void mlp(const Layer<T>& layer, Own& own) {
     const Index size = s_.intermediate;
     T *gate = wide_, *up = gate + count_ * size;
     normalise(layer.mlp_norm, own.x);
-    product(layer.gate, own.x, s_.hidden, count_, part, own, {gate, size, false});
-    product(layer.up, own.x, s_.hidden, count_, part, own, {up, size, false});
-    for (Index i = 0; i < count_; ++i)
-      for (Index c = part.begin(size); c < part.end(size); c += kLanes<T>) {
-        const Index n = part.end(size) - c, at = i * size + c;
-        const Vector<T> value = load_some(gate + at, n);
-        store_some(y_ + at, value * sigmoid(value) * load_some(up + at, n), n);
-      }
-    wait();
-    product(layer.down, y_, size, count_, part, own, {h_, s_.hidden, true});
-    wait();
+    const auto share = [&](const auto& rows) {
+      auto others = rows;  // of the same vectors
+      others.weight = static_cast<decltype(others.weight)>(layer.up.weight);
+      team_->share(own.me, size, grain_of(layer.gate, own), [&](Index begin, Index end) {
+        product_of(rows, layer.gate, begin, end, count_, Target<T>{gate, size, false});
+        product_of(others, layer.up, begin, end, count_, Target<T>{up, size, false});
+        for (Index i = 0; i < count_; ++i)
+          for (Index c = begin; c < end; c += kLanes<T>) {
+            const Index n = end - c, at = i * size + c;
+            const Vector<T> value = load_some(gate + at, n);
+            store_some(y_ + at, value * sigmoid(value) * load_some(up + at, n), n);
+          }
+      });
+    };
+    with_format(layer.gate, own.x, s_.hidden, count_, own.room, share);
+    team_->wait(own.me);
+    product(layer.down, y_, size, count_, own, {h_, s_.hidden, true});
+    team_->wait(own.me);
   }
 
   const Sizes& s_;
@@ -750,6 +816,7 @@ class Decoder {
   Index count_;
   const std::int64_t* position_;
   Index longest_, in_, widest_;
+  std::optional<Team> team_;
   T *h_ = nullptr, *wide_ = nullptr, *y_ = nullptr, *squares_ = nullptr;  // by all threads: residual stream, results
 };
 
@@ -774,9 +841,9 @@ extern "C" int taipan_decode(const std::ptrdiff_t* sizes, double eps, double dt_
   Decoder<Real> decoder(s, constants, reinterpret_cast<const Layer<Real>*>(layers),
                         reinterpret_cast<const State<Real>*>(states), rows, count, position);
   static thread_local Scratch shared;
-  if (!decoder.reserve(shared)) return kNoMemory;
+  if (!decoder.reserve(shared, threads)) return kNoMemory;
   decoder.embed(embedding, tokens);
-  bool enough = true;
+  std::atomic<bool> enough = true;
 #pragma omp parallel num_threads(threads) shared(enough)
   {
     Part part{0, 1};
@@ -784,12 +851,9 @@ extern "C" int taipan_decode(const std::ptrdiff_t* sizes, double eps, double dt_
     part = {omp_get_thread_num(), omp_get_num_threads()};
 #endif
     Decoder<Real>::Own own;
-    if (!decoder.reserve(thread_scratch(), own)) {
-#pragma omp atomic write
-      enough = false;
-    }
-    wait();
-    if (enough) decoder.run(norm, last, logits, part, own);
+    if (!decoder.reserve(thread_scratch(), part, own)) enough = false;
+    decoder.meet(own);
+    if (enough) decoder.run(norm, last, logits, own);
   }
   if (!enough) return kNoMemory;
   for (Index i = 0; i < count; ++i) ++position[rows[i]];
