@@ -117,24 +117,46 @@ void widen_row(Index count, const W* from, T* to) {
 
 // ------------------------------------------------------------------ products
 
-// What follows in memory is fetched meanwhile: rows are too short for the processor to foresee the next ones.
-template <class W, int R>
-inline void fetch_next(Index count, const W* w, Index k, Index step) {
-  const char* next = reinterpret_cast<const char*>(w + R * (count + k));
-  for (Index byte = 0; byte < R * step * static_cast<Index>(sizeof(W)); byte += 64) __builtin_prefetch(next + byte);
+constexpr int kMany = 4;      // vectors at once
+constexpr Index kPanel = 16;  // rows that meet all of many vectors before the next ones are read
+// Rows at once: as many sums as leave room in 32 registers, or in 16.
+constexpr int kRows = kBytes == 64 ? 4 : 2;
+constexpr int kChains = 4;  // sums of one row that do not wait for each other
+
+// v in a register: the compiler would read it from memory again for every use, which takes longer than the use.
+template <class V>
+inline V held(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
 
-// out(r, c) = Σ_k w(r, k) x(c, k); Fetch: the next R rows follow in memory.
-template <class T, class W, int R, int C, bool Fetch = false>
-inline void dots(Index count, const W* w, Index w_row, const T* x, Index x_row, T (&out)[R][C]) {
-  Vector<T> total[R][C] = {};
+// Rows that are fetched while some rows meet several vectors: of the same ones a panel further on those from `first` on,
+// so that the memory is as busy with the last vectors as with the first. One row after the other needs no such thing.
+struct Ahead {
+  Index first = 0, rows = 0;
+
+  template <class W>
+  void fetch(const W* w, Index columns, Index k) const {
+    if (k * sizeof(W) % 64 != 0) return;
+    for (Index row = first; row < first + rows; ++row) __builtin_prefetch(w + (kPanel + row) * columns + k, 0, 2);
+  }
+};
+
+// out(r, c) = Σ_k w(r, k) x(c, k)
+template <class T, class W, int R, int C>
+inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[R][C], const Ahead& ahead = {}) {
+  Vector<T> total[R][C];
+  for (auto& row : total)
+    for (auto& one : row) one = Vector<T>{};
   Index k = 0;
   for (; k + kLanes<T> <= count; k += kLanes<T>) {
-    if constexpr (Fetch) fetch_next<W, R>(count, w, k, kLanes<T>);
+    ahead.fetch(w, count, k);
     Vector<T> left[R];
-    for (int r = 0; r < R; ++r) left[r] = widen<T>(w + r * w_row + k);
+    for (int r = 0; r < R; ++r) left[r] = widen<T>(w + r * count + k);
     for (int c = 0; c < C; ++c) {
-      const Vector<T> right = load(x + c * x_row + k);
+      const Vector<T> right = held(load(x + c * x_row + k));
       for (int r = 0; r < R; ++r) total[r][c] += left[r] * right;
     }
   }
@@ -142,7 +164,7 @@ inline void dots(Index count, const W* w, Index w_row, const T* x, Index x_row, 
     for (int c = 0; c < C; ++c) out[r][c] = total_of<T>(total[r][c]);
   for (; k < count; ++k)
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] += widen_one<T>(w[r * w_row + k]) * x[c * x_row + k];
+      for (int c = 0; c < C; ++c) out[r][c] += widen_one<T>(w[r * count + k]) * x[c * x_row + k];
 }
 
 // Where a product goes: out(c, row), or added to it.
@@ -163,15 +185,9 @@ struct Target {
   }
 };
 
-constexpr int kMany = 4;        // vectors at once
-constexpr Index kPanel = 16;    // rows that meet all of many vectors before the next ones are read
-constexpr int kRowsOfMany = 3;  // rows at once
-constexpr int kChains = 4;      // sums of one product that do not wait for each other
-
 // How rows of W meet vectors of T: any length, each weight widened where it is used.
 template <class T, class W>
 struct Plain {
-  static constexpr int kSeveral = kRowsOfMany;
   const W* weight;
   Index columns;
   const T* x;
@@ -190,9 +206,9 @@ struct Plain {
     return sum;
   }
 
-  template <int R, int C, bool Fetch>
-  void dots(Index row, Index column, T (&out)[R][C]) const {
-    taipan::dots<T, W, R, C, Fetch>(columns, weight + row * columns, columns, x + column * x_row, x_row, out);
+  template <int R, int C>
+  void dots(Index row, Index column, T (&out)[R][C], const Ahead& ahead) const {
+    taipan::dots(columns, weight + row * columns, x + column * x_row, x_row, out, ahead);
   }
 };
 
@@ -201,7 +217,6 @@ struct Plain {
 struct Pairs {
   typedef std::uint32_t Words __attribute__((vector_size(kBytes)));
   static constexpr Index kBoth = 2 * kLanes<float>;
-  static constexpr int kSeveral = 2;
   const std::uint16_t* weight;
   Index columns;
   float* x;
@@ -212,11 +227,22 @@ struct Pairs {
   Pairs(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
       : weight(static_cast<const std::uint16_t*>(weight)), columns(columns), x(room) {
     for (Index c = 0; c < count; ++c)
-      for (Index k = 0; k < columns; k += kBoth)
-        for (Index lane = 0; lane < kLanes<float>; ++lane) {
-          x[c * columns + k + lane] = from[c * from_row + k + 2 * lane];
-          x[c * columns + k + kLanes<float> + lane] = from[c * from_row + k + 2 * lane + 1];
-        }
+      for (Index k = 0; k < columns; k += kBoth) part(from + c * from_row + k, x + c * columns + k);
+  }
+
+  static void part(const float* from, float* to) {
+#if defined(__AVX512F__)
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
+    _mm512_storeu_ps(to, _mm512_permutex2var_ps(first, even, second));
+    _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(first, odd, second));
+#else
+    for (Index lane = 0; lane < kLanes<float>; ++lane) {
+      to[lane] = from[2 * lane];
+      to[kLanes<float> + lane] = from[2 * lane + 1];
+    }
+#endif
   }
 
   float one(Index row) const {
@@ -236,22 +262,26 @@ struct Pairs {
     odd += reinterpret_cast<Vector<float>>(words & 0xffff0000u) * load(x + kLanes<float>);
   }
 
-  template <int R, int C, bool Fetch>
-  void dots(Index row, Index column, float (&out)[R][C]) const {
+  template <int R, int C>
+  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
     const std::uint16_t* w = weight + row * columns;
     const float* of = x + column * columns;
-    Vector<float> total[R][C] = {};
+    Vector<float> total[R][C];
+    for (auto& row : total)
+      for (auto& one : row) one = Vector<float>{};
     for (Index k = 0; k < columns; k += kBoth) {
-      if constexpr (Fetch) fetch_next<std::uint16_t, R>(columns, w, k, kBoth);
+      ahead.fetch(w, columns, k);
       Vector<float> even[R], odd[R];
       for (int r = 0; r < R; ++r) {
         Words words;
         std::memcpy(&words, w + r * columns + k, sizeof words);
+        words = held(words);
         even[r] = reinterpret_cast<Vector<float>>(words << 16);
         odd[r] = reinterpret_cast<Vector<float>>(words & 0xffff0000u);
       }
       for (int c = 0; c < C; ++c) {
-        const Vector<float> first = load(of + c * columns + k), second = load(of + c * columns + k + kLanes<float>);
+        const Vector<float> first = held(load(of + c * columns + k));
+        const Vector<float> second = held(load(of + c * columns + k + kLanes<float>));
         for (int r = 0; r < R; ++r) total[r][c] += even[r] * first;
         for (int r = 0; r < R; ++r) total[r][c] += odd[r] * second;
       }
@@ -265,14 +295,19 @@ struct Pairs {
 // Rows of int8 meet vectors that are rounded to 16 bits, which is 1 / 65534 of their largest value: exact sums at half
 // the instructions, where widening to float takes longer than memory does.
 struct Short {
+#if defined(__AVX512BW__)
+  using Integers = __m512i;
+#else
+  using Integers = __m256i;
+#endif
+  static constexpr Index kStep = sizeof(Integers) / 2;
   static constexpr Index kMost = 4096;  // columns whose sum fits 32 bits
-  static constexpr int kSeveral = 2;
   const std::int8_t* weight;
   Index columns;
   std::int16_t* x;
   float* unit;  // of each vector
 
-  static bool fits(Index columns) { return columns % 16 == 0 && columns <= kMost; }
+  static bool fits(Index columns) { return columns % kStep == 0 && columns <= kMost; }
 
   Short(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
       : weight(static_cast<const std::int8_t*>(weight)), columns(columns),
@@ -282,8 +317,13 @@ struct Short {
 
   // x to 16 bits; returns its unit.
   static float round(Index count, const float* x, std::int16_t* to) {
+    Vector<float> most{};
+    for (Index k = 0; k < count; k += kLanes<float>) {
+      const Vector<float> value = load(x + k), size = value < Vector<float>{} ? -value : value;
+      most = size > most ? size : most;
+    }
     float largest = 0;
-    for (Index k = 0; k < count; ++k) largest = std::max(largest, std::fabs(x[k]));
+    for (int lane = 0; lane < kLanes<float>; ++lane) largest = std::max(largest, most[lane]);
     const float unit = largest > 0 ? largest / 32767 : 1;
     const __m256 per_unit = _mm256_set1_ps(1 / unit);
     for (Index k = 0; k < count; k += 16) {
@@ -295,52 +335,87 @@ struct Short {
     return unit;
   }
 
-  float one(Index row) const {
-    float out[1][1];
-    dots<1, 1, false>(row, 0, out);
-    return out[0][0];
+#if defined(__AVX512BW__)
+  static Integers wide(const std::int8_t* w) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
   }
 
-  template <int R, int C, bool Fetch>
-  void dots(Index row, Index column, float (&out)[R][C]) const {
+  static Integers vector(const std::int16_t* x) { return _mm512_loadu_si512(x); }
+
+  static Integers add(Integers total, Integers left, Integers right) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(total, left, right);
+#else
+    return _mm512_add_epi32(total, _mm512_madd_epi16(left, right));
+#endif
+  }
+
+  // As float before lanes meet: their sum does not fit.
+  static float sum(Integers total) {
+    return total_of<float>(reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)));
+  }
+#else
+  static Integers wide(const std::int8_t* w) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+  }
+
+  static Integers vector(const std::int16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+
+  static Integers add(Integers total, Integers left, Integers right) {
+    return _mm256_add_epi32(total, _mm256_madd_epi16(left, right));
+  }
+
+  static float sum(Integers total) {
+    return total_of<float>(reinterpret_cast<Vector<float>>(_mm256_cvtepi32_ps(total)));
+  }
+#endif
+
+  float one(Index row) const {
+    const std::int8_t* w = weight + row * columns;
+    Integers total[kChains] = {};
+    Index k = 0;
+    for (; k + kChains * kStep <= columns; k += kChains * kStep)
+      for (int n = 0; n < kChains; ++n) total[n] = add(total[n], wide(w + k + n * kStep), vector(x + k + n * kStep));
+    for (; k < columns; k += kStep) total[0] = add(total[0], wide(w + k), vector(x + k));
+    float all = 0;
+    for (int n = 0; n < kChains; ++n) all += sum(total[n]);
+    return unit[0] * all;
+  }
+
+  template <int R, int C>
+  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
     const std::int8_t* w = weight + row * columns;
     const std::int16_t* of = x + column * columns;
-    __m256i total[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) total[r][c] = _mm256_setzero_si256();
-    for (Index k = 0; k < columns; k += 16) {
-      if constexpr (Fetch) fetch_next<std::int8_t, R>(columns, w, k, 16);
-      __m256i left[R];
-      for (int r = 0; r < R; ++r)
-        left[r] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * columns + k)));
+    Integers total[R][C];
+    for (auto& row : total)
+      for (auto& one : row) one = Integers{};
+    for (Index k = 0; k < columns; k += kStep) {
+      ahead.fetch(w, columns, k);
+      Integers left[R];
+      for (int r = 0; r < R; ++r) left[r] = held(wide(w + r * columns + k));
       for (int c = 0; c < C; ++c) {
-        const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of + c * columns + k));
-        for (int r = 0; r < R; ++r)
-          total[r][c] = _mm256_add_epi32(total[r][c], _mm256_madd_epi16(left[r], right));
+        const Integers right = held(vector(of + c * columns + k));
+        for (int r = 0; r < R; ++r) total[r][c] = add(total[r][c], left[r], right);
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) {
-        float lane[8], sum = 0;
-        _mm256_storeu_ps(lane, _mm256_cvtepi32_ps(total[r][c]));
-        for (const float value : lane) sum += value;
-        out[r][c] = unit[column + c] * sum;
-      }
+      for (int c = 0; c < C; ++c) out[r][c] = unit[column + c] * sum(total[r][c]);
   }
 };
 #endif
 
 // Rows [row, end) of the product with C vectors.
-template <int R, int C, bool Fetch, class T, class Rows>
-inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, Index column, const Target<T>& target) {
-  for (; row + R <= end; row += R) {
-    T value[R][C];
-    rows.template dots<R, C, Fetch>(row, column, value);
+template <int C, class T, class Rows>
+inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, Index column, const Target<T>& target,
+                      const Ahead& ahead) {
+  for (; row + kRows <= end; row += kRows) {
+    T value[kRows][C];
+    rows.dots(row, column, value, ahead);
     target.put(m, row, column, value);
   }
   for (; row < end; ++row) {
     T value[1][C];
-    rows.template dots<1, C, Fetch>(row, column, value);
+    rows.dots(row, column, value, Ahead{});
     target.put(m, row, column, value);
   }
 }
@@ -356,20 +431,19 @@ void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index c
     }
     return;
   }
-  constexpr int R = Rows::kSeveral;
+  const Index passes = (count + kMany - 1) / kMany, fetched = (kRows + passes - 1) / passes;
   for (; row < end; row += kPanel) {
     const Index until = std::min(row + kPanel, end);
-    Index column = 0;
-    if (count >= kMany) {
-      rows_with<R, kMany, true>(rows, m, row, until, 0, target);
-      for (column = kMany; column + kMany <= count; column += kMany)
-        rows_with<R, kMany, false>(rows, m, row, until, column, target);
-    }
-    switch (count - column) {
-      case 3: rows_with<R, 3, false>(rows, m, row, until, column, target); break;
-      case 2: rows_with<R, 2, false>(rows, m, row, until, column, target); break;
-      case 1: rows_with<R, 1, false>(rows, m, row, until, column, target); break;
-      default: break;
+    Ahead ahead{0, fetched};
+    for (Index column = 0; column < count; column += kMany) {
+      switch (count - column) {
+        case 1: rows_with<1>(rows, m, row, until, column, target, ahead); break;
+        case 2: rows_with<2>(rows, m, row, until, column, target, ahead); break;
+        case 3: rows_with<3>(rows, m, row, until, column, target, ahead); break;
+        default: rows_with<kMany>(rows, m, row, until, column, target, ahead); break;
+      }
+      ahead.first += ahead.rows;
+      ahead.rows = std::min(fetched, kRows - ahead.first);
     }
   }
 }
@@ -528,9 +602,15 @@ class Decoder {
 
   void mamba2(const Layer<T>& layer, const State<T>& state, Own& own) {
     normalise(layer.norm, own.x);
-    product(layer.first, own.x, s_.hidden, count_, own, {wide_, in_, false}, [&](Index begin, Index end) {
-      convolve(layer, state, std::max(begin - s_.inner, Index(0)), std::min(end - s_.inner, s_.conv));
-    });
+    const auto share = [&](const auto& rows) {
+      team_->share(own.me, in_, grain_of(layer.first, own), [&](Index begin, Index end) {
+        const Index from = std::max(begin - s_.inner, Index(0)), to = std::min(end - s_.inner, s_.conv);
+        if (from < to) fetch_columns(layer, state, from, to);
+        product_of(rows, layer.first, begin, end, count_, Target<T>{wide_, in_, false});
+        if (from < to) convolve(layer, state, from, to);
+      });
+    };
+    with_format(layer.first, own.x, s_.hidden, count_, own.room, share);
     team_->wait(own.me);
     team_->share(own.me, count_ * s_.heads, 1, [&](Index begin, Index end) {
       for (Index task = begin; task < end; ++task) recur(layer, state, task / s_.heads, task % s_.heads);
@@ -551,6 +631,17 @@ class Decoder {
     team_->wait(own.me);
   }
 
+  // So few at once, and so far apart, that no one else does.
+  void fetch_columns(const Layer<T>& layer, const State<T>& state, Index begin, Index end) const {
+    for (Index c = begin; c < end; c += 64 / sizeof(T)) {
+      __builtin_prefetch(layer.conv_bias + c);
+      for (Index k = 0; k < s_.taps; ++k) __builtin_prefetch(layer.conv_weight + k * s_.conv + c);
+      for (Index i = 0; i < count_; ++i)
+        for (Index k = 0; k < s_.taps - 1; ++k)
+          __builtin_prefetch(state.first + (rows_[i] * (s_.taps - 1) + k) * s_.conv + c, 1);
+    }
+  }
+
   // Convolution with SiLU in place of channels [begin, end), and their columns moved on.
   void convolve(const Layer<T>& layer, const State<T>& state, Index begin, Index end) {
     const Index kept = s_.taps - 1;
@@ -560,8 +651,7 @@ class Decoder {
       for (Index c = begin; c < end; c += kLanes<T>) {
         const Index n = end - c;
         Vector<T> now = load_some(x + c, n);
-        if (s_.rounds)
-          for (int lane = 0; lane < kLanes<T>; ++lane) now[lane] = to_bfloat16<T>(now[lane]);
+        if (s_.rounds) now = to_bfloat16(now);
         Vector<T> total = load_some(layer.conv_bias + c, n) + now * load_some(layer.conv_weight + kept * s_.conv + c, n);
         for (Index k = 0; k < kept; ++k) {
           const Vector<T> before = load_some(columns + k * s_.conv + c, n);
@@ -586,11 +676,9 @@ class Decoder {
     const T decay = std::exp(dt * layer.A[head]), skip = layer.D[head];
     T* h = state.second + (rows_[i] * s_.heads + head) * P * N;
     T* y = y_ + i * s_.inner + head * P;
-    Index p = 0;
-    for (; p + 4 <= P; p += 4) recur_rows<4>(N, decay, dt, skip, x + p, B, C, h + p * N, y + p);
-    for (; p < P; ++p) recur_rows<1>(N, decay, dt, skip, x + p, B, C, h + p * N, y + p);
+    for (Index p = 0; p < P; ++p) y[p] = recur_row(N, decay, dt * x[p], B, C, h + p * N) + skip * x[p];
     Vector<T> squares{};
-    for (p = 0; p < P; p += kLanes<T>) {
+    for (Index p = 0; p < P; p += kLanes<T>) {
       const Vector<T> gate = load_some(z + p, P - p);
       const Vector<T> u = load_some(y + p, P - p) * gate * sigmoid(gate);
       squares += u * u;
@@ -599,20 +687,15 @@ class Decoder {
     squares_[i * s_.heads + head] = sum<T>(squares);
   }
 
-  template <int R>
-  static void recur_rows(Index N, T decay, T dt, T skip, const T* x, const T* B, const T* C, T* h, T* y) {
-    T input[R];
-    Vector<T> total[R] = {};
-    for (int r = 0; r < R; ++r) input[r] = dt * x[r];
+  // One row after the other, as they lie in memory: with several at once the processor does not read ahead.
+  static T recur_row(Index N, T decay, T input, const T* B, const T* C, T* h) {
+    Vector<T> total{};
     for (Index n = 0; n < N; n += kLanes<T>) {
-      const Vector<T> b = load_some(B + n, N - n), c = load_some(C + n, N - n);
-      for (int r = 0; r < R; ++r) {
-        const Vector<T> value = decay * load_some(h + r * N + n, N - n) + input[r] * b;
-        store_some(h + r * N + n, value, N - n);
-        total[r] += value * c;
-      }
+      const Vector<T> value = decay * load_some(h + n, N - n) + input * load_some(B + n, N - n);
+      store_some(h + n, value, N - n);
+      total += value * load_some(C + n, N - n);
     }
-    for (int r = 0; r < R; ++r) y[r] = total_of<T>(total[r]) + skip * x[r];
+    return total_of<T>(total);
   }
 
   // ---------------------------------------------------------------- attention
@@ -696,7 +779,7 @@ class Decoder {
 
   static T dot(Index count, const T* a, const T* b) {
     T out[1][1];
-    dots<T, T, 1, 1>(count, a, count, b, count, out);
+    dots(count, a, b, count, out);
     return out[0][0];
   }
 
@@ -758,7 +841,7 @@ class Decoder {
         Index j = 0;
         for (; j + 4 <= count; j += 4) {
           T value[4][1];
-          dots<T, T, 4, 1>(E, keys + (begin + j) * E, E, q + r * E, E, value);
+          dots(E, keys + (begin + j) * E, q + r * E, E, value);
           for (int n = 0; n < 4; ++n) of[j + n] = value[n][0];
         }
         for (; j < count; ++j) of[j] = dot(E, keys + (begin + j) * E, q + r * E);

@@ -101,17 +101,27 @@ inline W narrow_one(T value) {
     return value;
 }
 
-// A vector of T to W in memory.
-template <class T>
-inline void narrow(T* p, Vector<T> v) {
-  store(p, v);
-}
-
 typedef std::uint32_t Bits __attribute__((vector_size(kBytes)));
 
 inline Bits rounded_bits(Vector<float> v) {
   const Bits bits = reinterpret_cast<Bits>(v);
   return v != v ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1);
+}
+
+// x of every lane, rounded to bfloat16.
+inline Vector<float> to_bfloat16(Vector<float> v) {
+  return reinterpret_cast<Vector<float>>(rounded_bits(v) & 0xffff0000u);
+}
+
+inline Vector<double> to_bfloat16(Vector<double> v) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) v[lane] = to_bfloat16<double>(v[lane]);
+  return v;
+}
+
+// A vector of T to W in memory.
+template <class T>
+inline void narrow(T* p, Vector<T> v) {
+  store(p, v);
 }
 
 inline void narrow(Bfloat16* p, Vector<float> v) {
