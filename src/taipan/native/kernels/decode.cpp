@@ -548,6 +548,7 @@ class Decoder {
   // Rows of a matrix by `count` vectors, shared among the threads; then f(begin, end) with what each has done.
   template <class F>
   void product(const Matrix& m, const T* x, Index x_row, Index count, Own& own, const Target<T>& target, F&& f) {
+    if (count == 0) return;  // no gate is open, for all threads alike
     const auto share = [&](const auto& rows) {
       team_->share(own.me, m.rows, grain_of(m, own), [&](Index begin, Index end) {
         product_of(rows, m, begin, end, count, target);
