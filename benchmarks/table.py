@@ -49,6 +49,7 @@ RUNS = {
     "mamba2-115m-bf16-decode-peers": f"decode --model mamba2-115m {BF16} --against transformers --new-tokens 16",
     "mamba2-115m-bf16-ops": f"ops --model mamba2-115m {BF16} --repeats 5",
     "mamba2-115m-bf16-decode-8": f"decode --model mamba2-115m {BF16} --floor --batch 8",
+    "mamba2-115m-int8-decode": f"decode --model mamba2-115m {BF16} --weights int8 --floor",
     "mamba2-115m-bf16-memory": f"memory --model mamba2-115m {BF16}",
     "taipan-190m-fp32-prefill": f"prefill --model taipan-190m {FP32} --floor --repeats 3",
     "taipan-190m-fp32-train": f"train --model taipan-190m {FP32} --floor --repeats 2",
@@ -104,6 +105,7 @@ def rows() -> Iterator[Row]:
         yield Row(f"{model}-bf16-train-mamba2", f"{model}, bf16", train, "speed", MAMBA, "≥ 30")
         yield Row(f"{model}-bf16-train", f"{model}, bf16", train, "speed", LLAMA, "≥ 3.5")
         yield Row(f"{model}-bf16-decode", f"{model}, bf16", decode, "speed", READ, "≥ 0.85")
+    yield Row("mamba2-115m-int8-decode", "mamba2-115m, int8", decode, "speed", READ, "≥ 0.75")
     for tokens, run, target in (("8,192", "8k", "≥ 2.8"), ("32,768", "32k", "≥ 7")):
         yield Row(f"mamba2-115m-bf16-{run}", "mamba2-115m, bf16", f"prefill {tokens} ", "speed", LLAMA, target)
         yield Row(f"mamba2-115m-fp32-{run}", "mamba2-115m", f"prefill {tokens} ", "speed", LLAMA)

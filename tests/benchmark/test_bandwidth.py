@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from taipan.benchmark.bandwidth import StreamingRead, bytes_per_token
+from taipan.generation.program import DecoderProgram, program_of
 from taipan.state import Mamba2State
 from tests.models import random_tokens, small_model
 
@@ -19,6 +20,16 @@ def test_of_an_embedding_that_is_not_the_head_nothing_counts() -> None:
     own = small_model("mamba2", dtype=torch.float32, tie_word_embeddings=False)
     tokens = random_tokens(1, 5)
     assert bytes_per_token(own, own(tokens).state) == bytes_per_token(tied, tied(tokens).state)
+
+
+def test_narrow_weights_are_fewer_bytes() -> None:
+    model = small_model("taipan", dtype=torch.float32, attention_capacity=1.0)
+    state = model(random_tokens(1, 5)).state
+    wide = bytes_per_token(model, state)
+    for weights in ("bfloat16", "int8"):
+        program, own = (program_of(model, name) for name in (weights, "auto"))
+        if isinstance(program, DecoderProgram) and isinstance(own, DecoderProgram):
+            assert bytes_per_token(model, state, weights) == wide - own.nbytes + program.nbytes
 
 
 def test_full_attention_reads_what_it_keeps() -> None:

@@ -11,6 +11,7 @@ from taipan.config import TaipanConfig
 from taipan.data.seeding import seeded_generator
 from taipan.hardware import training_dtype
 from taipan.model import TaipanLM
+from taipan.native.memory import in_large_pages
 
 _GROUP = ["mamba2"] * 6 + ["selective_attention"]
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ def build(settings: Settings, dtype: torch.dtype) -> TaipanLM:
     """The model in eval mode with parameters of a dtype.
 
     A named model has random weights, and its gates the thresholds with which they select the share C of random tokens,
-    as those of a trained model do.
+    as those of a trained model do. Where they lie in memory is as `load` would have it.
     """
     from taipan.pretrained import load
 
@@ -81,6 +82,9 @@ def build(settings: Settings, dtype: torch.dtype) -> TaipanLM:
     for name, parameter in model.named_parameters():
         if not name.endswith(_KEPT):
             parameter.data = parameter.data.to(dtype)
+    parameters = list(model.parameters())
+    for parameter, copy in zip(parameters, in_large_pages(parameters), strict=True):
+        parameter.data = copy
     return model
 
 

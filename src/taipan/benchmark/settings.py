@@ -9,6 +9,7 @@ from taipan.errors import ConfigError
 SUITES = ("prefill", "train", "decode", "memory", "ops")
 PEERS = ("transformers", "transformers-mamba2", "transformers-llama")
 DTYPES = ("auto", "float32", "bfloat16")
+WEIGHTS = ("auto", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Settings:
         floor: whether to run the model's linear layers alone, too.
         context: tokens read before decoding begins.
         new_tokens: tokens decoded in one repetition.
+        weights: what decoding reads the matrices in: `auto`, `bfloat16` or `int8`, as in generation.
         seed: of weights and tokens.
 
     Raises:
@@ -45,6 +47,7 @@ class Settings:
     floor: bool = False
     context: tuple[int, ...] = (1024,)
     new_tokens: int = 32
+    weights: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +62,7 @@ class Settings:
         if any(tokens < 2 for tokens in self.tokens):
             raise ConfigError(f"tokens is {min(self.tokens)}, but must be at least 2: training predicts a next token.")
         require_known("dtype", self.dtype, DTYPES)
+        require_known("weights", self.weights, WEIGHTS)
         if self.against is not None:
             require_known("against", self.against, PEERS)
 

@@ -41,6 +41,7 @@ def register(app: typer.Typer) -> None:
             list[int] | None, typer.Option(help="Tokens read before decoding; repeatable. 1024 if not given.")
         ] = None,
         new_tokens: Annotated[int, typer.Option(help="Tokens decoded in a repetition.")] = 32,
+        weights: Annotated[str, typer.Option(help="What decoding reads: auto (as stored), bfloat16 or int8.")] = "auto",
         json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
     ) -> None:
         """Measure speed and memory, with medians, spreads and what they are compared with.
@@ -73,6 +74,7 @@ def register(app: typer.Typer) -> None:
             floor=floor,
             context=tuple(context or (1024,)),
             new_tokens=new_tokens,
+            weights=weights,
         )
         tune_allocator()
         with progress_bar("measuring", "runs") as bar:

@@ -123,8 +123,24 @@ def _steps(
     if settings.repetition_penalty != 1.0:
         tokens, rows, device = _peek(tokens)
         seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device)
-    reading = read_prompt(model, tokens, attention_mask, state=state, chunk=settings.prefill_chunk, seen_BV=seen)
-    rows, device = reading.logits_BV.shape[0], reading.logits_BV.device
+
+    def start(state: Any) -> Decoding:
+        return start_decoding(model, state, weights=settings.weights)
+
+    token_B = None if attention_mask is not None or state is None else _single(tokens)
+    if token_B is not None and not isinstance(program_of(model, settings.weights), str):
+        # a decoding step like any other: the model's own forward takes ten times as long
+        if seen is not None:
+            seen.scatter_(1, token_B[:, None], True)
+        text = _Text(start, state)
+        text.append(token_B, None)
+        logits_BV = text.read()
+    else:
+        reading = read_prompt(model, tokens, attention_mask, state=state, chunk=settings.prefill_chunk, seen_BV=seen)
+        text = _Text(start, reading.state)
+        logits_BV = reading.logits_BV
+        del reading
+    rows, device = logits_BV.shape[0], logits_BV.device
     choose = _Chooser(settings, rows)
     ends = settings.end_tokens(model.config.eos_token_id)
     pad = settings.pad_token(model.config.pad_token_id, ends)
@@ -133,9 +149,6 @@ def _steps(
         watches = [StopWatch(settings.stop_strings, tokenizer) for _ in range(rows)]
     reasons: list[FinishReason | None] = [None] * rows
     finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
-    text = _Text(lambda state: start_decoding(model, state, weights=settings.weights), reading.state)
-    logits_BV = reading.logits_BV
-    del reading
     for step in range(settings.max_new_tokens):
         generated_B = ~finished_B
         token_B = torch.where(generated_B, choose(logits_BV, seen), pad)
@@ -155,6 +168,11 @@ def _steps(
         if bool(finished_B.all()):
             return
         logits_BV = text.read()
+
+
+def _single(tokens: Tensor | Iterable[Tensor]) -> Tensor | None:
+    """The only token of every row of a prompt on the CPU."""
+    return tokens[:, 0] if isinstance(tokens, Tensor) and tokens.is_cpu and tokens.shape[1] == 1 else None
 
 
 class _Text:

@@ -30,7 +30,13 @@ class Arena:
         self._used += _bytes(shape, dtype)
         if prod(shape) == 0:
             return torch.zeros(*shape, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=prod(shape), offset=offset).view(*shape)
+        return torch.frombuffer(self._memory, dtype=dtype, count=prod(shape), offset=offset).view(tuple(shape))
+
+
+def in_large_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors, side by side in one arena."""
+    arena = Arena([(tensor.shape, tensor.dtype) for tensor in tensors])
+    return [arena.take(tensor.shape, tensor.dtype).copy_(tensor.detach()) for tensor in tensors]
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:

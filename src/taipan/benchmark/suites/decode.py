@@ -12,7 +12,7 @@ from taipan.benchmark.settings import Settings
 from taipan.benchmark.suites.common import TAIPAN
 from taipan.benchmark.suites.prefill import PIECE
 from taipan.benchmark.timing import Progress, Run, interleaved
-from taipan.generation import prefill, stream
+from taipan.generation import GenerationSettings, prefill, stream
 from taipan.model import TaipanLM
 from taipan.state import DecoderState
 
@@ -21,7 +21,7 @@ _READ = ("streaming read", 0)
 
 
 def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
-    """Time of `new_tokens` after every length of context, which is really read.
+    """Time of `new_tokens` after every length of context, which is really read; repetitions go on where the last ended.
 
     The floor is the time to read weights and states once a token (and to write the states, at the same rate) at the
     bandwidth of a streaming read in the same repetition.
@@ -39,8 +39,8 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
     for context in contexts:
         ids_BT = random_tokens(model.config, settings.batch, context, settings.seed)
         state = prefill(model, ids_BT, chunk=PIECE).state
-        moved[context] = bytes_per_token(model, state)
-        runs[TAIPAN, context] = partial(_ours, model, first_B1, state, steps)
+        moved[context] = bytes_per_token(model, state, settings.weights)
+        runs[TAIPAN, context] = _Writing(model, first_B1, state, steps, settings.weights)
         for name, peer in peers.items():
             runs[name, context] = partial(peer.decode, first_B1, peer.prefill(ids_BT), steps)
     seconds = interleaved(runs, settings.repeats, progress)
@@ -63,12 +63,22 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         if subject == FLOOR and reader is not None:
             details["GB/s read"] = reader.nbytes / Spread.of(seconds[_READ]).median / 1e9
         work = f"{steps} tokens after {context:,}, batch {settings.batch}"
+        if settings.weights != "auto":
+            work += f", weights {settings.weights}"
         tokens = settings.batch * steps
         found.append(Measurement("decode", work, subject, "seconds", values, tokens, tuple(comparisons), details))
     return found
 
 
-def _ours(model: TaipanLM, first_B1: Tensor, state: DecoderState, steps: int) -> None:
-    """Read one token and choose the next, so many times."""
-    for _ in stream(model, first_B1, state=state, max_new_tokens=steps, eos_token_id=(), do_sample=False):
-        pass
+class _Writing:
+    """Read a token and choose the next, so many times a call; copying the state is part of the first call only."""
+
+    def __init__(self, model: TaipanLM, first_B1: Tensor, state: DecoderState, steps: int, weights: str) -> None:
+        settings = GenerationSettings(max_new_tokens=2**40, eos_token_id=(), do_sample=False, weights=weights)
+        self._tokens = stream(model, first_B1, state=state, settings=settings)
+        self._steps = steps
+
+    def __call__(self) -> None:
+        """Write the next tokens."""
+        for _ in range(self._steps):
+            next(self._tokens)
