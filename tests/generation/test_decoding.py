@@ -147,6 +147,38 @@ def test_int8_products_of_one_row_and_of_many(rows: int) -> None:
         assert relative_error(native.step(token_B), plain.step(token_B).double()) < 4e-4
 
 
+@pytest.mark.parametrize(("weights", "bound"), [("auto", 4e-6), ("bfloat16", 4e-6), ("int8", 4e-4)])
+@pytest.mark.parametrize("hidden", [64, 104])  # whole registers, and not
+def test_products_of_any_number_of_rows(hidden: int, weights: Any, bound: float) -> None:
+    sizes = {"hidden_size": hidden, "num_attention_heads": 4, "intermediate_size": 75, "tie_word_embeddings": False}
+    model = small_model(("mamba2", "full_attention"), dtype=torch.float32, **sizes)
+    exact = rounded(model, weights)
+    for rows in range(1, 10):
+        state = model.empty_state(rows)
+        native, plain = start_decoding(model, state, weights=weights), ModelDecoding(exact, state)
+        for t in range(3):
+            token_B = random_tokens(rows, 1, seed=t)[:, 0]
+            found, expected = native.step(token_B), plain.step(token_B).double()
+            assert relative_error(found, expected) < bound, rows
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])  # more than any of our machines has cores
+def test_it_does_not_matter_who_computes_what(threads: int) -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=torch.float32, hidden_size=96, num_attention_heads=4)
+    state, before = ragged_state(model), torch.get_num_threads()
+
+    def logits(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        native = start_decoding(model, state)
+        steps = [native.step(random_tokens(3, 1, seed=t)[:, 0]) for t in range(40)]
+        return torch.stack([*steps, *(native.step(steps[0].argmax(1)) for _ in range(40))])
+
+    try:
+        assert logits(threads).equal(logits(1))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_narrow_weights_read_fewer_bytes_and_lose_little() -> None:
     model = small_model("mamba2", dtype=torch.float32, hidden_size=64)
     sizes = {weights: program.nbytes for weights in ("auto", "bfloat16", "int8") if (program := packed(model, weights))}
@@ -241,6 +273,20 @@ def test_generation_by_the_native_step_is_generation_by_the_model() -> None:
     _, expected_state, expected_tokens = decoded(plain, tokens)
     assert chosen.equal(expected_tokens)
     assert worst(state, expected_state) < 1e-11
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}])
+def test_one_token_after_a_state_is_a_step(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(EVERY_LAYER_TYPE)
+    plain = TaipanLM(model.config, implementation="reference").double().eval()
+    plain.load_state_dict(model.state_dict())
+    state, token_B1 = prefill(model, random_tokens(3, 11)).state, random_tokens(3, 1, seed=5)
+    options = {"max_new_tokens": 8, "state": state, "return_details": True, "eos_token_id": (), **options}
+    expected = generate(plain, token_B1, **options)
+    monkeypatch.delattr("taipan.generation.engine.read_prompt")
+    found = generate(model, token_B1, **options)
+    assert found.sequences.equal(expected.sequences)
+    assert worst(found.state, expected.state) < 1e-11
 
 
 def decoded(model: TaipanLM, tokens: Tensor) -> tuple[Tensor, DecoderState, Tensor]:
