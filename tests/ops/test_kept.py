@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from taipan.ops.attention.native import windowed_attention
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native
 from taipan.ops.ssd.native import ssd_native
@@ -18,7 +19,10 @@ def narrow(*shape: int) -> Tensor:
     return torch.randn(1, TOKENS, *shape).bfloat16().requires_grad_()
 
 
+INDEX = torch.arange(TOKENS)[None]
+
 RUNS: dict[str, Callable[[], object]] = {
+    "attention": lambda: windowed_attention(narrow(2, 32), narrow(2, 32), narrow(2, 32), INDEX, INDEX, 16, None, None),
     "causal_conv1d": lambda: causal_conv1d_native(narrow(64), torch.randn(64, 4), torch.randn(64)),
     "gated_rms_norm": lambda: gated_rms_norm_native(narrow(64), narrow(64), torch.ones(64), group_size=64, eps=1e-5),
     "rms_norm": lambda: rms_norm_native(narrow(64), torch.ones(64), eps=1e-5),

@@ -69,6 +69,15 @@ struct Tile {
       for (int w = 0; w < W; ++w) v[r][w] *= factor[r];
   }
 
+  // c += the tile: many sums of few terms each lose less than one of all.
+  void add_to(T* c, Index c_row) const {
+    for (int r = 0; r < R; ++r)
+      for (int w = 0; w < W; ++w) {
+        T* at = c + r * c_row + w * kLanes<T>;
+        store(at, load(at) + v[r][w]);
+      }
+  }
+
   template <class X>
   void put(X* c, Index c_row) const {
     for (int r = 0; r < R; ++r)

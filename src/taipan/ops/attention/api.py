@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from taipan.errors import ConfigError, InputError
-from taipan.ops.attention import cuda, portable, reference
+from taipan.ops.attention import cuda, native, portable, reference
 from taipan.ops.dispatch import select
 from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
 
@@ -31,8 +31,9 @@ class WindowedAttention(Protocol):
 
 IMPLEMENTATIONS: Mapping[str, WindowedAttention] = {
     "cuda": cuda.windowed_attention,
-    "reference": reference.windowed_attention,
+    "native": native.windowed_attention,
     "portable": portable.windowed_attention,
+    "reference": reference.windowed_attention,
 }
 
 

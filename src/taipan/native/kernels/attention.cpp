@@ -1,0 +1,548 @@
+// Softmax attention of gathered queries in a sliding window, forward and backward, in blocks of queries and of keys.
+//
+// The queries of a block (and the heads that share a key) are the columns of all products, one lane each: scores are
+// K Qᵀ, outputs are Vᵀ P, so that keys and values are read row by row as they lie, the softmax of a query never leaves
+// its lane, and only the queries are transposed. Keys are taken block by block with the maximum so far (the online
+// softmax of Milakov & Gimelshein 2018, blocked as by Dao et al. 2022): no matrix of queries by keys exists. The
+// backward makes the scores again.
+//
+// What a query may attend is a run of the present keys of its row, [first, stop). It is found once, and absent keys are
+// in no run, so that a mask is two comparisons, and that only in tiles at the edge of a run.
+#include <algorithm>
+#include <limits>
+
+#include "gemm.h"
+#include "narrow.h"
+
+namespace taipan {
+namespace {
+
+constexpr Index kColumns = 64;         // of a block, where so few heads share a key
+constexpr Index kMultiple = 16;        // of columns, which every vector width divides
+constexpr Index kForwardKeys = 128;    // of a block
+constexpr Index kBackwardKeys = 256;
+
+// Sizes, and strides of rows, tokens and heads in elements.
+struct Shape {
+  Index batch, queries, keys, heads, groups, width, narrow, slices;
+  Index q[3], k[3], v[3], out[3], dout[3];
+
+  Index shared() const { return heads / groups; }
+  Index block() const { return std::max<Index>(1, kColumns / shared()); }  // queries
+  Index blocks() const { return (queries + block() - 1) / block(); }
+  Index columns() const { return round_up(block() * shared(), kMultiple); }
+  Index pitch() const { return round_up(width, kMultiple); }
+  Index panel(Index b, Index g, Index block) const { return (b * groups + g) * blocks() + block; }
+};
+
+// Of the keys of the queries of a block: where the first begins and the last ends, and what all have in common; and the
+// number of its first slice of keys, and of the first part of its gradient among those of its row.
+struct Bounds {
+  std::int32_t lowest, highest, latest, earliest, slice, part;
+  bool meets(Index begin, Index end) const { return lowest < end && highest > begin; }
+  bool all_see(Index begin, Index end) const { return latest <= begin && end <= earliest; }
+};
+
+// Per row of the batch: places of the present keys and of the queries that have any, and their runs of those keys.
+struct Plan {
+  std::int32_t *key, *query, *first, *stop;
+  std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
+  Bounds* bounds;        // (B, blocks)
+
+  Index keys(Index b) const { return counts[3 * b]; }
+  Index queries(Index b) const { return counts[3 * b + 1]; }
+  Index blocks(const Shape& s, Index b) const { return (queries(b) + s.block() - 1) / s.block(); }
+
+  // Where a slice of the keys begins: at a block of them.
+  Index slice(const Shape& s, Index b, Index number) const {
+    const Index all = (keys(b) + kBackwardKeys - 1) / kBackwardKeys;
+    return std::min(keys(b), all * number / s.slices * kBackwardKeys);
+  }
+  bool meets(const Shape& s, Index b, Index block, Index number) const {
+    return bounds[b * s.blocks() + block].meets(slice(s, b, number), slice(s, b, number + 1));
+  }
+  // The slices that a block of queries meets follow one another (but for empty ones), and so do its parts.
+  Index part(const Shape& s, Index b, Index g, Index block, Index number) const {
+    const Bounds& own = bounds[b * s.blocks() + block];
+    Index at = own.part + number - own.slice;
+    for (Index row = 0; row < b; ++row) at += counts[3 * row + 2];
+    return at * s.groups + g;
+  }
+};
+
+void make_plan(const Shape& s, const std::int64_t* low, const std::int64_t* high, const std::int64_t* code,
+               const Plan& plan, Index b) {
+  std::int32_t* key = plan.key + b * s.keys;
+  const std::int64_t* codes = code + b * s.keys;
+  Index keys = 0;
+  for (Index j = 0; j < s.keys; ++j)
+    if (codes[j] >= 0) key[keys++] = static_cast<std::int32_t>(j);
+  // The first present key whose code is at least a bound; bounds grow, so that the search goes on where it was.
+  const auto find = [&](std::int64_t bound, Index& at) {
+    if (at > 0 && codes[key[at - 1]] >= bound)
+      at = std::lower_bound(key, key + at, bound, [&](std::int32_t j, std::int64_t c) { return codes[j] < c; }) - key;
+    while (at < keys && codes[key[at]] < bound) ++at;
+    return static_cast<std::int32_t>(at);
+  };
+  Index count = 0, from = 0, to = 0;
+  const Index at = b * s.queries;
+  for (Index i = 0; i < s.queries; ++i) {
+    if (high[at + i] < low[at + i]) continue;
+    const std::int32_t first = find(low[at + i], from), stop = find(high[at + i] + 1, to);
+    if (stop <= first) continue;
+    plan.query[at + count] = static_cast<std::int32_t>(i);
+    plan.first[at + count] = first;
+    plan.stop[at + count] = stop;
+    Bounds& bounds = plan.bounds[b * s.blocks() + count / s.block()];
+    if (count % s.block() == 0) bounds = {first, stop, first, stop, 0, 0};
+    bounds = {std::min(bounds.lowest, first), std::max(bounds.highest, stop), std::max(bounds.latest, first),
+              std::min(bounds.earliest, stop), 0, 0};
+    ++count;
+  }
+  plan.counts[3 * b] = static_cast<std::int32_t>(keys);
+  plan.counts[3 * b + 1] = static_cast<std::int32_t>(count);
+  std::int32_t parts = 0;
+  for (Index block = 0; block < plan.blocks(s, b); ++block) {
+    Bounds& bounds = plan.bounds[b * s.blocks() + block];
+    std::int32_t begin = 0, end = static_cast<std::int32_t>(s.slices);
+    while (!plan.meets(s, b, block, begin)) ++begin;
+    while (!plan.meets(s, b, block, end - 1)) --end;
+    bounds.slice = begin;
+    bounds.part = parts;
+    parts += end - begin;
+  }
+  plan.counts[3 * b + 2] = parts;
+}
+
+template <class T, class W>
+inline void widen_row(Index width, Index pitch, const W* from, T* to) {
+  Index e = 0;
+  for (; e + kLanes<T> <= width; e += kLanes<T>) store(to + e, widen<T>(from + e));
+  for (; e < width; ++e) to[e] = widen_one<T>(from[e]);
+  for (; e < pitch; ++e) to[e] = 0;
+}
+
+template <class T, class W>
+inline void narrow_row(Index width, const T* from, W* to) {
+  Index e = 0;
+  for (; e + kLanes<T> <= width; e += kLanes<T>) narrow(to + e, load(from + e));
+  for (; e < width; ++e) {
+    if constexpr (std::is_same_v<T, W>)
+      to[e] = from[e];
+    else
+      to[e] = static_cast<W>(rounded_bits(from[e]) >> 16);
+  }
+}
+
+// Rows of keys or values, one after the other: where they lie they may meet in few sets of the cache.
+template <class T, class W>
+void gather(const Shape& s, const Index* stride, const W* from, const std::int32_t* place, Index b, Index g, Index count,
+            T* to) {
+  for (Index j = 0; j < count; ++j)
+    widen_row(s.width, s.pitch(), from + b * stride[0] + place[j] * stride[1] + g * stride[2], to + j * s.pitch());
+}
+
+// One block of queries.
+template <class T>
+struct Columns {
+  using Integer = typename Simd<T>::Integer;
+  using Number = std::conditional_t<std::is_same_v<T, float>, std::int32_t, std::int64_t>;
+  const Shape& s;
+  const Plan& plan;
+  Index b, g, begin, queries;
+  Bounds bounds;
+
+  Columns(const Shape& s, const Plan& plan, Index b, Index g, Index block)
+      : s(s), plan(plan), b(b), g(g), begin(block * s.block()),
+        queries(std::min(s.block(), plan.queries(b) - begin)), bounds(plan.bounds[b * s.blocks() + block]) {}
+
+  // Calls f(column, row) for the rows of a tensor that belong to the columns.
+  template <class W, class F>
+  void each(const Index* stride, W* tensor, F&& f) const {
+    const std::int32_t* place = plan.query + b * s.queries + begin;
+    for (Index i = 0; i < queries; ++i)
+      for (Index r = 0; r < s.shared(); ++r)
+        f(i * s.shared() + r, tensor + b * stride[0] + place[i] * stride[1] + (g * s.shared() + r) * stride[2]);
+  }
+
+  // The columns as rows (columns, pitch), times a factor; and transposed (width, columns).
+  template <class W>
+  void read(const Index* stride, const W* tensor, T factor, T* rows, T* transposed) const {
+    each(stride, tensor, [&](Index column, const W* row) {
+      T* to = rows + column * s.pitch();
+      widen_row(s.width, s.pitch(), row, to);
+      for (Index e = 0; e < s.pitch(); e += kLanes<T>) store(to + e, factor * load(to + e));
+    });
+    const Index used = queries * s.shared();
+    std::fill(rows + used * s.pitch(), rows + s.columns() * s.pitch(), T(0));
+    transpose(s.columns(), s.width, rows, s.pitch(), transposed, s.columns());
+  }
+
+  // Runs of the columns, those of nothing empty.
+  void read_runs(Number* first, Number* stop) const {
+    const Index at = b * s.queries + begin;
+    for (Index column = 0; column < s.columns(); ++column) {
+      const bool used = column < queries * s.shared();
+      first[column] = used ? plan.first[at + column / s.shared()] : 0;
+      stop[column] = used ? plan.stop[at + column / s.shared()] : 0;
+    }
+  }
+
+  // As many columns as have queries, in whole vectors.
+  Index used() const { return round_up(queries * s.shared(), kMultiple); }
+
+  static Integer numbers(const Number* p) {
+    Integer loaded;
+    std::memcpy(&loaded, p, sizeof loaded);
+    return loaded;
+  }
+
+  // Which lanes see a key.
+  static Integer see(Index key, const Number* first, const Number* stop) {
+    const Number number = static_cast<Number>(key);
+    return (numbers(first) <= number) & (numbers(stop) > number);
+  }
+};
+
+template <class T>
+inline Vector<T> larger(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T, class W>
+struct Arrays {
+  const W *q, *k, *v;
+};
+
+// The largest score of each column and one over its sum of exponentials, as the backward wants them: (2, columns).
+template <class T>
+inline T* statistics_of(const Shape& s, T* all, Index b, Index g, Index block) {
+  return all + s.panel(b, g, block) * 2 * s.columns();
+}
+
+template <class T, class W>
+int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* out, T* statistics, Index b, Index g,
+                  Index block) {
+  using Number = typename Columns<T>::Number;
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  const Index N = s.columns(), E = s.width, pitch = s.pitch();
+  const auto sizes = {N * pitch, E * N, E * N, kForwardKeys * N, kForwardKeys * pitch, kForwardKeys * pitch, N, N, N, N};
+  std::size_t bytes = 2 * Scratch::bytes<Number>(N);
+  for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
+  Scratch& scratch = thread_scratch();
+  if (!scratch.reserve(bytes)) return kNoMemory;
+  T *rows = scratch.take<T>(N * pitch), *query = scratch.take<T>(E * N), *sums = scratch.take<T>(E * N);
+  T* scores = scratch.take<T>(kForwardKeys * N);
+  T *key = scratch.take<T>(kForwardKeys * pitch), *value = scratch.take<T>(kForwardKeys * pitch);
+  T *highest = scratch.take<T>(N), *before = scratch.take<T>(N), *total = scratch.take<T>(N);
+  T* kept = scratch.take<T>(N);
+  Number *first = scratch.take<Number>(N), *stop = scratch.take<Number>(N);
+
+  const Columns<T> columns(s, plan, b, g, block);
+  const Index used = columns.used();
+  columns.read(s.q, in.q, static_cast<T>(1 / std::sqrt(static_cast<double>(E))), rows, query);
+  columns.read_runs(first, stop);
+  std::fill(sums, sums + E * N, T(0));
+  std::fill(highest, highest + N, kNone);
+  std::fill(total, total + N, T(0));
+  for (Index begin = columns.bounds.lowest; begin < columns.bounds.highest; begin += kForwardKeys) {
+    const Index count = std::min<Index>(kForwardKeys, columns.bounds.highest - begin);
+    const std::int32_t* place = plan.key + b * s.keys + begin;
+    gather(s, s.k, in.k, place, b, g, count, key);
+    gather(s, s.v, in.v, place, b, g, count, value);
+    std::copy(highest, highest + N, before);
+    for_tiles<T>(count, used, [&]<int R, int V>(Index j, Index c) {
+      Tile<T, R, V> tile;
+      tile.clear();
+      tile.multiply(E, key + j * pitch, pitch, 1, query + c, N);
+      if (!columns.bounds.all_see(begin + j, begin + j + R))
+        for (int r = 0; r < R; ++r)
+          for (int w = 0; w < V; ++w) {
+            const Index at = c + w * kLanes<T>;
+            tile.v[r][w] = Columns<T>::see(begin + j + r, first + at, stop + at) ? tile.v[r][w] : splat(kNone);
+          }
+      tile.put(scores + j * N + c, N);
+      for (int w = 0; w < V; ++w) {
+        Vector<T> high = load(highest + c + w * kLanes<T>);
+        for (int r = 0; r < R; ++r) high = larger<T>(high, tile.v[r][w]);
+        store(highest + c + w * kLanes<T>, high);
+      }
+    });
+    for (Index c = 0; c < used; c += kLanes<T>) {
+      const Vector<T> high = load(highest + c);
+      const Vector<T> base = high == splat(kNone) ? Vector<T>{} : high;  // no key yet
+      Vector<T> summed{};
+      for (Index j = 0; j < count; ++j) {
+        const Vector<T> p = exponential(load(scores + j * N + c) - base);
+        summed += p;
+        store(scores + j * N + c, p);
+      }
+      const Vector<T> factor = exponential(load(before + c) - base);
+      store(kept + c, factor);
+      store(total + c, load(total + c) * factor + summed);
+    }
+    for_tiles<T>(E, used, [&]<int R, int V>(Index e, Index c) {
+      Tile<T, R, V> tile;
+      tile.clear();
+      tile.multiply(count, value + e, 1, pitch, scores + c, N);
+      for (int w = 0; w < V; ++w) {
+        const Vector<T> factor = load(kept + c + w * kLanes<T>);
+        for (int r = 0; r < R; ++r) {
+          T* at = sums + (e + r) * N + c + w * kLanes<T>;
+          store(at, load(at) * factor + tile.v[r][w]);
+        }
+      }
+    });
+  }
+  T* own = statistics_of(s, statistics, b, g, block);
+  for (Index c = 0; c < N; ++c) {
+    own[c] = total[c] > 0 ? highest[c] : T(0);
+    own[N + c] = total[c] > 0 ? 1 / total[c] : T(0);
+  }
+  transpose(E, used, sums, N, rows, pitch);
+  columns.each(s.out, out, [&](Index column, W* row) {
+    T* from = rows + column * pitch;
+    for (Index e = 0; e < E; ++e) from[e] *= own[N + column];
+    narrow_row(E, from, row);
+  });
+  return kOk;
+}
+
+template <class T, class W>
+int forward(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* out, T* statistics, int threads) {
+  int status = kOk;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
+  for (Index task = 0; task < s.batch * s.groups * s.blocks(); ++task) {
+    // The last queries have the most keys where there is no window.
+    const Index block = s.blocks() - 1 - task / (s.batch * s.groups);
+    const Index b = task % s.batch, g = task / s.batch % s.groups;
+    if (block < plan.blocks(s, b))
+      status = std::max(status, forward_block(s, in, plan, out, statistics, b, g, block));
+  }
+  return status;
+}
+
+template <class T, class W>
+struct Gradients {
+  const W *out, *dout;
+  W *dq, *dk, *dv;
+};
+
+// What tasks leave for others. The keys are cut into slices, whatever the number of threads; each adds up gradients of
+// queries by itself, so that the order of the sums is always the same.
+template <class T>
+struct Shared {
+  T* statistics;
+  T* delta;  // (B, G, blocks, columns): Σ_e dout out
+  T* dq;     // (parts, width, columns)
+};
+
+template <class T, class W>
+void make_delta(const Shape& s, const Gradients<T, W>& out, const Plan& plan, T* delta, Index b, Index g, Index block) {
+  const Columns<T> columns(s, plan, b, g, block);
+  std::fill(delta, delta + s.columns(), T(0));
+  const auto inner = [&](const W* a, const W* c) {
+    Vector<T> total{};
+    Index e = 0;
+    for (; e + kLanes<T> <= s.width; e += kLanes<T>) total += widen<T>(a + e) * widen<T>(c + e);
+    T rest = sum<T>(total);
+    for (; e < s.width; ++e) rest += widen_one<T>(a[e]) * widen_one<T>(c[e]);
+    return rest;
+  };
+  columns.each(s.dout, out.dout, [&](Index column, const W* row) {
+    const Index i = column / s.shared(), r = column % s.shared();
+    const Index place = plan.query[b * s.queries + columns.begin + i];
+    delta[column] = inner(row, out.out + b * s.out[0] + place * s.out[1] + (g * s.shared() + r) * s.out[2]);
+  });
+}
+
+template <class T, class W>
+int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>& out, const Plan& plan,
+                   const Shared<T>& shared, Index b, Index g, Index slice) {
+  using Number = typename Columns<T>::Number;
+  const Index N = s.columns(), E = s.width, pitch = s.pitch(), K = kBackwardKeys;
+  const auto sizes = {N * pitch, N * pitch, E * N, E * N, K * N, K * N, K * pitch, K * pitch, K * pitch, K * pitch};
+  std::size_t bytes = 2 * Scratch::bytes<Number>(N);
+  for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
+  Scratch& scratch = thread_scratch();
+  if (!scratch.reserve(bytes)) return kNoMemory;
+  T *query = scratch.take<T>(N * pitch), *dout = scratch.take<T>(N * pitch);
+  T *query_transposed = scratch.take<T>(E * N), *dout_transposed = scratch.take<T>(E * N);
+  T *weights = scratch.take<T>(K * N), *dscores = scratch.take<T>(K * N);
+  T *key = scratch.take<T>(K * pitch), *value = scratch.take<T>(K * pitch);
+  T *dkey = scratch.take<T>(K * pitch), *dvalue = scratch.take<T>(K * pitch);
+  Number *first = scratch.take<Number>(N), *stop = scratch.take<Number>(N);
+
+  const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(E)));
+  const Index slice_begin = plan.slice(s, b, slice), slice_end = plan.slice(s, b, slice + 1);
+  for (Index block = 0; block < plan.blocks(s, b); ++block)
+    if (plan.meets(s, b, block, slice))
+      std::fill_n(shared.dq + plan.part(s, b, g, block, slice) * E * N, E * N, T(0));
+  for (Index begin = slice_begin; begin < slice_end; begin += K) {
+    const Index end = std::min(slice_end, begin + K);
+    const std::int32_t* place = plan.key + b * s.keys + begin;
+    gather(s, s.k, in.k, place, b, g, end - begin, key);
+    gather(s, s.v, in.v, place, b, g, end - begin, value);
+    std::fill(dkey, dkey + (end - begin) * pitch, T(0));
+    std::fill(dvalue, dvalue + (end - begin) * pitch, T(0));
+    for (Index block = 0; block < plan.blocks(s, b); ++block) {
+      const Columns<T> columns(s, plan, b, g, block);
+      const Bounds& bounds = columns.bounds;
+      if (!bounds.meets(begin, end)) continue;
+      columns.read(s.q, in.q, scale, query, query_transposed);
+      columns.read(s.dout, out.dout, T(1), dout, dout_transposed);
+      columns.read_runs(first, stop);
+      const Index used = columns.used();
+      const T *highest = statistics_of(s, shared.statistics, b, g, block), *share = highest + N;
+      const T* delta = shared.delta + s.panel(b, g, block) * N;
+      // Of the keys only those that some query sees.
+      const Index from = std::max<Index>(begin, bounds.lowest) - begin, to = std::min<Index>(end, bounds.highest) - begin;
+      for_tiles<T>(to - from, used, [&]<int R, int V>(Index row, Index c) {
+        const Index j = from + row;
+        Tile<T, R, V> tile;
+        tile.clear();
+        tile.multiply(E, key + j * pitch, pitch, 1, query_transposed + c, N);
+        const bool all = bounds.all_see(begin + j, begin + j + R);
+        for (int w = 0; w < V; ++w) {
+          const Index at = c + w * kLanes<T>;
+          for (int r = 0; r < R; ++r) {
+            const Vector<T> p = exponential(tile.v[r][w] - load(highest + at)) * load(share + at);
+            tile.v[r][w] = p;
+            if (!all) tile.v[r][w] = Columns<T>::see(begin + j + r, first + at, stop + at) ? p : Vector<T>{};
+          }
+        }
+        tile.put(weights + j * N + c, N);
+      });
+      for_tiles<T>(to - from, used, [&]<int R, int V>(Index row, Index c) {
+        const Index j = from + row;
+        Tile<T, R, V> tile;
+        tile.clear();
+        tile.multiply(E, value + j * pitch, pitch, 1, dout_transposed + c, N);
+        for (int w = 0; w < V; ++w) {
+          const Vector<T> mean = load(delta + c + w * kLanes<T>);
+          for (int r = 0; r < R; ++r)
+            tile.v[r][w] = load(weights + (j + r) * N + c + w * kLanes<T>) * (tile.v[r][w] - mean);
+        }
+        tile.put(dscores + j * N + c, N);
+      });
+      const auto add = [&](const T* left, const T* right, T* target) {
+        for_tiles<T>(to - from, pitch, [&]<int R, int V>(Index row, Index e) {
+          const Index j = from + row;
+          Tile<T, R, V> tile;
+          tile.clear();
+          tile.multiply(used, left + j * N, N, 1, right + e, pitch);
+          tile.add_to(target + j * pitch + e, pitch);
+        });
+      };
+      add(weights, dout, dvalue);
+      add(dscores, query, dkey);
+      T* dq = shared.dq + plan.part(s, b, g, block, slice) * E * N;
+      for_tiles<T>(E, used, [&]<int R, int V>(Index e, Index c) {
+        Tile<T, R, V> tile;
+        tile.clear();
+        tile.multiply(to - from, key + from * pitch + e, 1, pitch, dscores + from * N + c, N);
+        tile.add_to(dq + e * N + c, N);
+      });
+    }
+    for (Index j = 0; j < end - begin; ++j) {
+      const Index at = ((b * s.keys + place[j]) * s.groups + g) * E;
+      narrow_row(E, dkey + j * pitch, out.dk + at);
+      narrow_row(E, dvalue + j * pitch, out.dv + at);
+    }
+  }
+  return kOk;
+}
+
+// Adds up what the slices have of the gradients of a block of queries.
+template <class T, class W>
+int finish_queries(const Shape& s, const Gradients<T, W>& out, const Plan& plan, const Shared<T>& shared, Index b, Index g,
+                   Index block) {
+  const Index N = s.columns(), E = s.width, pitch = s.pitch();
+  Scratch& scratch = thread_scratch();
+  if (!scratch.reserve(Scratch::bytes<T>(E * N) + Scratch::bytes<T>(N * pitch))) return kNoMemory;
+  T *total = scratch.take<T>(E * N), *rows = scratch.take<T>(N * pitch);
+  std::fill(total, total + E * N, T(0));
+  const Columns<T> columns(s, plan, b, g, block);
+  for (Index slice = 0; slice < s.slices; ++slice) {
+    if (!plan.meets(s, b, block, slice)) continue;
+    const T* part = shared.dq + plan.part(s, b, g, block, slice) * E * N;
+    for (Index i = 0; i < E * N; i += kLanes<T>) store(total + i, load(total + i) + load(part + i));
+  }
+  const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(E)));
+  for (Index i = 0; i < E * N; i += kLanes<T>) store(total + i, scale * load(total + i));
+  transpose(E, columns.used(), total, N, rows, pitch);
+  const Index stride[3] = {s.queries * s.heads * E, s.heads * E, E};
+  columns.each(stride, out.dq, [&](Index column, W* row) { narrow_row(E, rows + column * pitch, row); });
+  return kOk;
+}
+
+template <class T, class W>
+int backward(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>& out, const Plan& plan,
+             const Shared<T>& shared, int threads) {
+  int status = kOk;
+  const Index rows = s.batch * s.groups;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (Index task = 0; task < rows * s.blocks(); ++task) {
+    const Index block = task % s.blocks(), g = task / s.blocks() % s.groups, b = task / s.blocks() / s.groups;
+    if (block < plan.blocks(s, b)) make_delta(s, out, plan, shared.delta + task * s.columns(), b, g, block);
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
+  for (Index task = 0; task < rows * s.slices; ++task) {
+    const Index slice = task / rows, b = task % rows / s.groups, g = task % s.groups;
+    status = std::max(status, backward_slice(s, in, out, plan, shared, b, g, slice));
+  }
+  if (status != kOk) return status;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
+  for (Index task = 0; task < rows * s.blocks(); ++task) {
+    const Index block = task % s.blocks(), g = task / s.blocks() % s.groups, b = task / s.blocks() / s.groups;
+    if (block < plan.blocks(s, b)) status = std::max(status, finish_queries(s, out, plan, shared, b, g, block));
+  }
+  return status;
+}
+
+}  // namespace
+}  // namespace taipan
+
+using Real = TAIPAN_REAL;
+
+// Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
+extern "C" int taipan_attention_plan(const std::ptrdiff_t* sizes, const std::int64_t* low, const std::int64_t* high,
+                                     const std::int64_t* code, std::int32_t* key, std::int32_t* query,
+                                     std::int32_t* first, std::int32_t* stop, std::int32_t* counts,
+                                     std::int32_t* bounds, int threads) {
+  taipan::Shape s;
+  std::memcpy(&s, sizes, sizeof s);
+  const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
+#pragma omp parallel for num_threads(threads) schedule(static) if (s.batch > 1)
+  for (taipan::Index b = 0; b < s.batch; ++b) taipan::make_plan(s, low, high, code, plan, b);
+  return taipan::kOk;
+}
+
+extern "C" int taipan_attention_forward(const std::ptrdiff_t* sizes, const void* q, const void* k, const void* v,
+                                        std::int32_t* key, std::int32_t* query, std::int32_t* first,
+                                        std::int32_t* stop, std::int32_t* counts, std::int32_t* bounds, void* out,
+                                        Real* statistics, int threads) {
+  taipan::Shape s;
+  std::memcpy(&s, sizes, sizeof s);
+  const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
+  return taipan::with_element<Real>(s.narrow, [&]<class W>() {
+    const auto of = [](const void* p) { return static_cast<const W*>(p); };
+    return taipan::forward<Real, W>(s, {of(q), of(k), of(v)}, plan, static_cast<W*>(out), statistics, threads);
+  });
+}
+
+extern "C" int taipan_attention_backward(const std::ptrdiff_t* sizes, const void* q, const void* k, const void* v,
+                                         std::int32_t* key, std::int32_t* query, std::int32_t* first,
+                                         std::int32_t* stop, std::int32_t* counts, std::int32_t* bounds,
+                                         const void* out, const void* dout, Real* statistics, Real* delta,
+                                         Real* parts_dq, void* dq, void* dk, void* dv, int threads) {
+  taipan::Shape s;
+  std::memcpy(&s, sizes, sizeof s);
+  const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
+  return taipan::with_element<Real>(s.narrow, [&]<class W>() {
+    const auto of = [](const void* p) { return static_cast<const W*>(p); };
+    const auto to = [](void* p) { return static_cast<W*>(p); };
+    return taipan::backward<Real, W>(s, {of(q), of(k), of(v)}, {of(out), of(dout), to(dq), to(dk), to(dv)}, plan,
+                                     {statistics, delta, parts_dq}, threads);
+  });
+}

@@ -1,0 +1,123 @@
+"""Windowed attention by the compiled kernels (native/kernels/attention.cpp), in fp32 or fp64, bfloat16 as it lies."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from taipan.native import call
+from taipan.ops.attention import portable
+from taipan.ops.attention.codes import Codes, window_codes
+from taipan.ops.precision import accumulation_dtype
+from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
+
+# As in the kernel: columns of a block where so few heads share a key, and what they are a multiple of.
+_COLUMNS, _MULTIPLE = 64, 16
+# Parts into which the keys are cut for the backward, with batch and key heads at least so many: a fixed number, so that
+# the order of its sums depends on the shape alone.
+_TASKS = 8
+_KEYS = 256  # of a block of the backward
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+class _Call:
+    """Arguments that forward and backward share, alive as long as their addresses are used."""
+
+    def __init__(self, q_BQHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor) -> None:
+        self.q, self.k, self.v = _rows(q_BQHE), _rows(k_BJGE), _rows(v_BJGE)
+        self.batch, self.queries, self.heads, self.width = q_BQHE.shape
+        self.keys, self.groups = k_BJGE.shape[1:3]
+        self.dtype = accumulation_dtype(q_BQHE.dtype)
+        shared = self.heads // self.groups
+        block = max(1, _COLUMNS // shared)
+        self.blocks = -(-self.queries // block)
+        self.columns = -(-block * shared // _MULTIPLE) * _MULTIPLE
+        self.slices = min(-(-_TASKS // (self.batch * self.groups)), -(-self.keys // _KEYS))
+
+    def sizes(self, dout: Tensor | None = None) -> "ctypes.Array[ctypes.c_ssize_t]":
+        sizes = (self.batch, self.queries, self.keys, self.heads, self.groups, self.width)
+        out = (self.queries * self.heads * self.width, self.heads * self.width, self.width)
+        strides = [tensor.stride()[:3] for tensor in (self.q, self.k, self.v)]
+        last = out if dout is None else dout.stride()[:3]
+        narrow = self.q.dtype == torch.bfloat16
+        return (ctypes.c_ssize_t * 23)(*sizes, narrow, self.slices, *strides[0], *strides[1], *strides[2], *out, *last)
+
+    def plan(self, codes: Codes) -> list[Tensor]:
+        """Where the present keys and the queries that have any are, and the run of keys of each query."""
+        of_keys = [torch.empty(self.batch, self.keys, dtype=torch.int32)]
+        of_queries = [torch.empty(self.batch, self.queries, dtype=torch.int32) for _ in range(3)]
+        counts = torch.empty(self.batch, 3, dtype=torch.int32)
+        bounds = torch.empty(self.batch, self.blocks, 6, dtype=torch.int32)
+        plan = [*of_keys, *of_queries, counts, bounds]
+        call(self.dtype, "attention_plan", self.sizes(), *(code.contiguous() for code in codes), *plan)
+        return plan
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def result(self, like: Tensor, present: Tensor) -> Tensor:
+        """For what the kernel writes: where something is absent it writes nothing, and that is zero."""
+        everything = int(present.sum()) == like.shape[0] * like.shape[1]
+        return (torch.empty if everything else torch.zeros)(like.shape, dtype=like.dtype)
+
+
+def _forward(inputs: _Call, plan: list[Tensor]) -> tuple[Tensor, Tensor]:
+    out = inputs.result(inputs.q, plan[4][:, 1])
+    statistics = inputs.new(inputs.batch, inputs.groups, inputs.blocks, 2, inputs.columns)
+    call(inputs.dtype, "attention_forward", inputs.sizes(), inputs.q, inputs.k, inputs.v, *plan, out, statistics)
+    return out, statistics
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BQHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, codes: Codes) -> Tensor:
+        inputs = _Call(q_BQHE, k_BJGE, v_BJGE)
+        plan = inputs.plan(codes)
+        out, statistics = _forward(inputs, plan)
+        ctx.save_for_backward(q_BQHE, k_BJGE, v_BJGE, out, statistics, *plan)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_BQHE, k_BJGE, v_BJGE, out, statistics, *plan = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        inputs = _Call(q_BQHE, k_BJGE, v_BJGE)
+        dout = _rows(grad_outputs[0])
+        delta = inputs.new(inputs.batch, inputs.groups, inputs.blocks, inputs.columns)
+        parts_dq = inputs.new(int(plan[4][:, 2].sum()), inputs.groups, inputs.width, inputs.columns)
+        dq = inputs.result(q_BQHE, plan[4][:, 1])
+        dk, dv = (inputs.result(tensor, plan[4][:, 0]) for tensor in (k_BJGE, v_BJGE))
+        given = (inputs.q, inputs.k, inputs.v, *plan, out, dout, statistics, delta, parts_dq)
+        call(inputs.dtype, "attention_backward", inputs.sizes(dout), *given, dq, dk, dv)
+        return dq, dk, dv, None
+
+
+_apply = cast(Callable[..., Tensor], _Attention.apply)
+
+
+def windowed_attention(
+    q_BQHE: FloatBQHE,
+    k_BJGE: FloatBJGE,
+    v_BJGE: FloatBJGE,
+    query_index_BQ: IntBQ,
+    key_index_BJ: IntBJ,
+    window: int | None,
+    query_segment_BQ: IntBQ | None,
+    key_segment_BJ: IntBJ | None,
+) -> FloatBQHE:
+    """See ``taipan.ops.attention.windowed_attention``."""
+    index = (query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
+    if q_BQHE.dtype not in _DTYPES or 0 in (*q_BQHE.shape, *k_BJGE.shape):
+        return portable.windowed_attention(q_BQHE, k_BJGE, v_BJGE, *index)
+    codes = window_codes(*index)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q_BQHE, k_BJGE, v_BJGE)):
+        return _apply(q_BQHE, k_BJGE, v_BJGE, codes)
+    inputs = _Call(q_BQHE, k_BJGE, v_BJGE)
+    return _forward(inputs, inputs.plan(codes))[0]
