@@ -130,7 +130,7 @@ inline void transpose_square(Vector<T>* v) {
   }
 }
 
-// to(j, i) = from(i, j), and 0 for what is missing to a whole vector of rows; columns are a multiple of the vector width.
+// to(j, i) = from(i, j), and 0 for what is missing to a whole vector of rows. Rows of `from` are read in whole vectors.
 template <class T>
 inline void transpose(Index rows, Index columns, const T* from, Index from_row, T* to, Index to_row) {
   for (Index i = 0; i < rows; i += kLanes<T>)
@@ -138,7 +138,7 @@ inline void transpose(Index rows, Index columns, const T* from, Index from_row, 
       Vector<T> v[kLanes<T>];
       for (int n = 0; n < kLanes<T>; ++n) v[n] = i + n < rows ? load(from + (i + n) * from_row + j) : Vector<T>{};
       transpose_square<T>(v);
-      for (int n = 0; n < kLanes<T>; ++n) store(to + (j + n) * to_row + i, v[n]);
+      for (int n = 0; n < kLanes<T> && j + n < columns; ++n) store(to + (j + n) * to_row + i, v[n]);
     }
 }
 
