@@ -10,6 +10,7 @@
 // in no run, so that a mask is two comparisons, and that only in tiles at the edge of a run.
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "gemm.h"
 #include "narrow.h"
@@ -191,6 +192,14 @@ struct Columns {
   // As many columns as have queries, in whole vectors.
   Index used() const { return round_up(queries * s.shared(), kMultiple); }
 
+  // The vectors of columns between which all are that see one of some keys: queries that lie far apart share few keys.
+  std::pair<Index, Index> seeing(Index begin, Index end, const Number* first, const Number* stop) const {
+    Index from = 0, to = queries * s.shared();
+    while (from < to && !(first[from] < end && stop[from] > begin)) ++from;
+    while (from < to && !(first[to - 1] < end && stop[to - 1] > begin)) --to;
+    return {from / kLanes<T> * kLanes<T>, round_up(to, kLanes<T>)};
+  }
+
   static Integer numbers(const Number* p) {
     Integer loaded;
     std::memcpy(&loaded, p, sizeof loaded);
@@ -251,7 +260,9 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
     gather(s, s.k, in.k, place, b, g, count, key);
     gather(s, s.v, in.v, place, b, g, count, value);
     std::copy(highest, highest + N, before);
-    for_tiles<T>(count, used, [&]<int R, int V>(Index j, Index c) {
+    const auto [left, right] = columns.seeing(begin, begin + count, first, stop);
+    for_tiles<T>(count, right - left, [&, left = left]<int R, int V>(Index j, Index column) {
+      const Index c = left + column;
       Tile<T, R, V> tile;
       tile.clear();
       tile.multiply(E, key + j * pitch, pitch, 1, query + c, N);
@@ -268,7 +279,7 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
         store(highest + c + w * kLanes<T>, high);
       }
     });
-    for (Index c = 0; c < used; c += kLanes<T>) {
+    for (Index c = left; c < right; c += kLanes<T>) {
       const Vector<T> high = load(highest + c);
       const Vector<T> base = high == splat(kNone) ? Vector<T>{} : high;  // no key yet
       Vector<T> summed{};
@@ -281,7 +292,8 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
       store(kept + c, factor);
       store(total + c, load(total + c) * factor + summed);
     }
-    for_tiles<T>(E, used, [&]<int R, int V>(Index e, Index c) {
+    for_tiles<T>(E, right - left, [&, left = left]<int R, int V>(Index e, Index column) {
+      const Index c = left + column;
       Tile<T, R, V> tile;
       tile.clear();
       tile.multiply(count, value + e, 1, pitch, scores + c, N);
@@ -392,13 +404,13 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
       columns.read(s.q, in.q, scale, query, query_transposed);
       columns.read(s.dout, out.dout, T(1), dout, dout_transposed);
       columns.read_runs(first, stop);
-      const Index used = columns.used();
       const T *highest = statistics_of(s, shared.statistics, b, g, block), *share = highest + N;
       const T* delta = shared.delta + s.panel(b, g, block) * N;
       // Of the keys only those that some query sees.
       const Index from = std::max<Index>(begin, bounds.lowest) - begin, to = std::min<Index>(end, bounds.highest) - begin;
-      for_tiles<T>(to - from, used, [&]<int R, int V>(Index row, Index c) {
-        const Index j = from + row;
+      const auto [left, right] = columns.seeing(begin, end, first, stop);
+      for_tiles<T>(to - from, right - left, [&, left = left]<int R, int V>(Index row, Index column) {
+        const Index j = from + row, c = left + column;
         Tile<T, R, V> tile;
         tile.clear();
         tile.multiply(E, key + j * pitch, pitch, 1, query_transposed + c, N);
@@ -413,8 +425,8 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
         }
         tile.put(weights + j * N + c, N);
       });
-      for_tiles<T>(to - from, used, [&]<int R, int V>(Index row, Index c) {
-        const Index j = from + row;
+      for_tiles<T>(to - from, right - left, [&, left = left]<int R, int V>(Index row, Index column) {
+        const Index j = from + row, c = left + column;
         Tile<T, R, V> tile;
         tile.clear();
         tile.multiply(E, value + j * pitch, pitch, 1, dout_transposed + c, N);
@@ -425,19 +437,20 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
         }
         tile.put(dscores + j * N + c, N);
       });
-      const auto add = [&](const T* left, const T* right, T* target) {
+      const auto add = [&, left = left, right = right](const T* factors, const T* rows, T* target) {
         for_tiles<T>(to - from, pitch, [&]<int R, int V>(Index row, Index e) {
           const Index j = from + row;
           Tile<T, R, V> tile;
           tile.clear();
-          tile.multiply(used, left + j * N, N, 1, right + e, pitch);
+          tile.multiply(right - left, factors + j * N + left, N, 1, rows + left * pitch + e, pitch);
           tile.add_to(target + j * pitch + e, pitch);
         });
       };
       add(weights, dout, dvalue);
       add(dscores, query, dkey);
       T* dq = shared.dq + plan.part(s, b, g, block, slice) * E * N;
-      for_tiles<T>(E, used, [&]<int R, int V>(Index e, Index c) {
+      for_tiles<T>(E, right - left, [&, left = left]<int R, int V>(Index e, Index column) {
+        const Index c = left + column;
         Tile<T, R, V> tile;
         tile.clear();
         tile.multiply(to - from, key + from * pitch + e, 1, pitch, dscores + from * N + c, N);
