@@ -55,7 +55,7 @@ def test_is_compiled_once_and_found_again(
     caplog.set_level("INFO", logger="taipan")
     assert answer() == 42
     assert [record.getMessage() for record in caplog.records] == [
-        "Compiling kernels for this processor (once, about 10 s)"
+        "Compiling kernels for this processor (once, about half a minute)"
     ]
     first = native_status()
     assert first.seconds is not None

@@ -299,7 +299,7 @@ def test_decoding_one_query_is_the_last_row_of_the_whole(implementation: str) ->
     torch.testing.assert_close(last.run(implementation), case.run(implementation)[:, -1:])
 
 
-@pytest.mark.parametrize("implementation", ["portable", NATIVE])
+@pytest.mark.parametrize("implementation", ["reference", "portable", NATIVE])
 def test_autocast_does_not_change_the_dtype(implementation: str) -> None:
     for length in (20, 300):
         case = dense(1, length, 2, 1, 8, window=50).to(torch.float32)

@@ -387,3 +387,14 @@ def test_segments_and_chunk_size_that_do_not_fit_are_named() -> None:
         run(unchecked_ssd, inputs, segment_BT=torch.zeros(1, 4))
     with pytest.raises(InputError, match="chunk_size is 0; expected at least 1"):
         run(ssd, inputs, chunk_size=0)
+
+
+@pytest.mark.parametrize("oracle", [ssd_recurrent, ssd_quadratic, ssd_chunked])
+def test_autocast_does_not_reach_inside_the_oracles(oracle: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    x, dt, A = torch.randn(1, 12, 2, 4), torch.rand(1, 12, 2), -torch.rand(2)
+    B, C = torch.randn(2, 1, 12, 1, 3)
+    expected = oracle(x, dt, A, B, C)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = oracle(x, dt, A, B, C)
+    for tensor, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=0)

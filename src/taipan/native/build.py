@@ -95,7 +95,7 @@ def found_or_built(real: str) -> Generator[Built]:
             yield Built(path)
             return
     with _workplace(cache) as place:
-        _log.info("Compiling kernels for this processor (once, about 10 s)")
+        _log.info("Compiling kernels for this processor (once, about half a minute)")
         started = time.monotonic()
         made = _compile(cxx, real, place)
         seconds = time.monotonic() - started

@@ -1,11 +1,17 @@
 """The dtypes in which an op multiplies and accumulates."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from taipan.hardware import emulates_bfloat16
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _EMULATED = {torch.bfloat16} if emulates_bfloat16() else set[torch.dtype]()
 
@@ -23,6 +29,17 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """Inside, products keep the dtype they are given; where autocast is off already, nothing is entered."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose products keep the dtype they are given on every kind of device, whatever its caller has set."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        with no_autocast("cpu"), no_autocast("cuda"):
+            return function(*arguments, **options)
+
+    return run
 
 
 def emulates(dtype: torch.dtype, device: str) -> bool:

@@ -4,9 +4,11 @@ import math
 
 import torch
 
+from taipan.ops.precision import outside_autocast
 from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
 
 
+@outside_autocast
 def windowed_attention(
     q_BQHE: FloatBQHE,
     k_BJGE: FloatBJGE,

@@ -8,7 +8,7 @@ below, which say what a group and what a document is.
 import torch
 from torch import Tensor
 
-from taipan.ops.precision import accumulation_dtype
+from taipan.ops.precision import accumulation_dtype, outside_autocast
 from taipan.shapes import BoolBT, FloatBHPN, FloatBTGN, FloatBTH, FloatBTHN, FloatBTHP, FloatH, IntBT
 
 
@@ -32,6 +32,7 @@ def _initial(state_BHPN: FloatBHPN | None, x_BTHP: FloatBTHP, state_size: int) -
     return state_BHPN.to(accumulate)
 
 
+@outside_autocast
 def ssd_recurrent(
     x_BTHP: FloatBTHP,
     dt_BTH: FloatBTH,
@@ -63,6 +64,7 @@ def ssd_recurrent(
     return y_BTHP.to(x_BTHP.dtype), state_BHPN
 
 
+@outside_autocast
 def ssd_quadratic(
     x_BTHP: FloatBTHP,
     dt_BTH: FloatBTH,
@@ -101,6 +103,7 @@ def ssd_quadratic(
     return y_BTHP.to(x_BTHP.dtype), final_BHPN
 
 
+@outside_autocast
 def ssd_chunked(
     x_BTHP: FloatBTHP,
     dt_BTH: FloatBTH,
