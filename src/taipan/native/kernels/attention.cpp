@@ -26,6 +26,7 @@ constexpr Index kBackwardKeys = 256;
 // Sizes, and strides of rows, tokens and heads in elements.
 struct Shape {
   Index batch, queries, keys, heads, groups, width, narrow, slices;
+  Index known_blocks, known_columns;  // what the caller has made room for
   Index q[3], k[3], v[3], out[3], dout[3];
 
   Index shared() const { return heads / groups; }
@@ -33,6 +34,7 @@ struct Shape {
   Index blocks() const { return (queries + block() - 1) / block(); }
   Index columns() const { return round_up(block() * shared(), kMultiple); }
   Index pitch() const { return round_up(width, kMultiple); }
+  bool fits() const { return known_blocks == blocks() && known_columns == columns(); }
   Index panel(Index b, Index g, Index block) const { return (b * groups + g) * blocks() + block; }
 };
 
@@ -525,6 +527,7 @@ extern "C" int taipan_attention_plan(const std::ptrdiff_t* sizes, const std::int
                                      std::int32_t* bounds, int threads) {
   taipan::Shape s;
   std::memcpy(&s, sizes, sizeof s);
+  if (!s.fits()) return taipan::kUnsupported;
   const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
 #pragma omp parallel for num_threads(threads) schedule(static) if (s.batch > 1)
   for (taipan::Index b = 0; b < s.batch; ++b) taipan::make_plan(s, low, high, code, plan, b);
@@ -537,6 +540,7 @@ extern "C" int taipan_attention_forward(const std::ptrdiff_t* sizes, const void*
                                         Real* statistics, int threads) {
   taipan::Shape s;
   std::memcpy(&s, sizes, sizeof s);
+  if (!s.fits()) return taipan::kUnsupported;
   const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
   return taipan::with_element<Real>(s.narrow, [&]<class W>() {
     const auto of = [](const void* p) { return static_cast<const W*>(p); };
@@ -551,6 +555,7 @@ extern "C" int taipan_attention_backward(const std::ptrdiff_t* sizes, const void
                                          Real* parts_dq, void* dq, void* dk, void* dv, int threads) {
   taipan::Shape s;
   std::memcpy(&s, sizes, sizeof s);
+  if (!s.fits()) return taipan::kUnsupported;
   const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
   return taipan::with_element<Real>(s.narrow, [&]<class W>() {
     const auto of = [](const void* p) { return static_cast<const W*>(p); };

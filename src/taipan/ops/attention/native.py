@@ -48,8 +48,8 @@ class _Call:
         out = (self.queries * self.heads * self.width, self.heads * self.width, self.width)
         strides = [tensor.stride()[:3] for tensor in (self.q, self.k, self.v)]
         last = out if dout is None else dout.stride()[:3]
-        narrow = self.q.dtype == torch.bfloat16
-        return (ctypes.c_ssize_t * 23)(*sizes, narrow, self.slices, *strides[0], *strides[1], *strides[2], *out, *last)
+        own = (self.q.dtype == torch.bfloat16, self.slices, self.blocks, self.columns)
+        return (ctypes.c_ssize_t * 25)(*sizes, *own, *strides[0], *strides[1], *strides[2], *out, *last)
 
     def plan(self, codes: Codes) -> list[Tensor]:
         """Where the present keys and the queries that have any are, and the run of keys of each query."""
