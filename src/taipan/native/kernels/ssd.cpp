@@ -394,7 +394,7 @@ class Backward {
   // Room for so many heads together.
   bool reserve(Index heads) {
     const std::size_t bytes = Scratch::bytes<T>(heads * s.chunks() * P * N) + Scratch::bytes<T>((heads + 1) * P * N) +
-                              6 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
+                              5 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
                               Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
                               3 * Scratch::bytes<double>(pitch);
     if (!scratch.reserve(bytes)) return false;
@@ -402,7 +402,6 @@ class Backward {
     all_dstates = scratch.take<T>(heads * P * N);
     dstate_transposed = scratch.take<T>(P * N);
     weighted = scratch.take<T>(Q * P);
-    decayed = scratch.take<T>(Q * P);
     dweighted = scratch.take<T>(Q * P);
     dentrance = scratch.take<T>(Q * P);
     matrix = scratch.take<T>(Q * pitch);
@@ -454,8 +453,8 @@ class Backward {
   const Common<T>& common;
   const Index P, N, Q, pitch;
   Scratch& scratch;
-  T *all_states, *all_dstates, *states, *dstate, *dstate_transposed, *weighted, *decayed, *dweighted, *dentrance, *matrix, *dmatrix, *between,
-      *x_rows, *dy_rows, *projected, *weighted_transposed;
+  T *all_states, *all_dstates, *states, *dstate, *dstate_transposed, *weighted, *dweighted, *dentrance, *matrix, *dmatrix,
+      *between, *x_rows, *dy_rows, *projected, *weighted_transposed;
   double *column, *dlog, *kept;
 
   // The head, of those together, that the states are of from now on.
