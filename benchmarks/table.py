@@ -54,7 +54,7 @@ RUNS = {
     "taipan-190m-fp32-prefill": f"prefill --model taipan-190m {FP32} --floor --repeats 3",
     "taipan-190m-fp32-train": f"train --model taipan-190m {FP32} --floor --repeats 2",
     "taipan-190m-bf16-prefill": f"prefill --model taipan-190m {BF16} --floor --against transformers --repeats 3",
-    "taipan-190m-bf16-train": f"train --model taipan-190m {BF16} --floor --against transformers-llama --repeats 2",
+    "taipan-190m-bf16-train": f"train --model taipan-190m {BF16} --floor --against transformers-llama --repeats 1",
     "taipan-190m-bf16-train-mamba2": f"train --model taipan-190m {BF16} --floor --against transformers-mamba2"
     " --repeats 1",
     "taipan-190m-bf16-decode": f"decode --model taipan-190m {BF16} --floor",
