@@ -129,12 +129,7 @@ template <class T, class W>
 inline void narrow_row(Index width, const T* from, W* to) {
   Index e = 0;
   for (; e + kLanes<T> <= width; e += kLanes<T>) narrow(to + e, load(from + e));
-  for (; e < width; ++e) {
-    if constexpr (std::is_same_v<T, W>)
-      to[e] = from[e];
-    else
-      to[e] = static_cast<W>(rounded_bits(from[e]) >> 16);
-  }
+  for (; e < width; ++e) to[e] = narrow_one<W>(from[e]);
 }
 
 // Rows of keys or values, one after the other: where they lie they may meet in few sets of the cache.
