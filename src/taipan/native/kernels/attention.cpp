@@ -117,12 +117,11 @@ void make_plan(const Shape& s, const std::int64_t* low, const std::int64_t* high
   plan.counts[3 * b + 2] = parts;
 }
 
+// A row in T, filled up with zeros.
 template <class T, class W>
-inline void widen_row(Index width, Index pitch, const W* from, T* to) {
-  Index e = 0;
-  for (; e + kLanes<T> <= width; e += kLanes<T>) store(to + e, widen<T>(from + e));
-  for (; e < width; ++e) to[e] = widen_one<T>(from[e]);
-  for (; e < pitch; ++e) to[e] = 0;
+inline void widen_padded(Index width, Index pitch, const W* from, T* to) {
+  widen_row(width, from, to);
+  std::fill(to + width, to + pitch, T(0));
 }
 
 template <class T, class W>
@@ -137,7 +136,7 @@ template <class T, class W>
 void gather(const Shape& s, const Index* stride, const W* from, const std::int32_t* place, Index b, Index g, Index count,
             T* to) {
   for (Index j = 0; j < count; ++j)
-    widen_row(s.width, s.pitch(), from + b * stride[0] + place[j] * stride[1] + g * stride[2], to + j * s.pitch());
+    widen_padded(s.width, s.pitch(), from + b * stride[0] + place[j] * stride[1] + g * stride[2], to + j * s.pitch());
 }
 
 // One block of queries.
@@ -168,7 +167,7 @@ struct Columns {
   void read(const Index* stride, const W* tensor, T factor, T* rows, T* transposed) const {
     each(stride, tensor, [&](Index column, const W* row) {
       T* to = rows + column * s.pitch();
-      widen_row(s.width, s.pitch(), row, to);
+      widen_padded(s.width, s.pitch(), row, to);
       for (Index e = 0; e < s.pitch(); e += kLanes<T>) store(to + e, factor * load(to + e));
     });
     const Index used = queries * s.shared();

@@ -108,13 +108,6 @@ inline T total_of(Vector<T> v) {
   return total;
 }
 
-template <class T, class W>
-void widen_row(Index count, const W* from, T* to) {
-  Index k = 0;
-  for (; k + kLanes<T> <= count; k += kLanes<T>) store(to + k, widen<T>(from + k));
-  for (; k < count; ++k) to[k] = widen_one<T>(from[k]);
-}
-
 // ------------------------------------------------------------------ products
 
 constexpr int kMany = 4;      // vectors at once

@@ -77,6 +77,13 @@ inline T widen_one(W value) {
   }
 }
 
+template <class T, class W>
+inline void widen_row(Index count, const W* from, T* to) {
+  Index k = 0;
+  for (; k + kLanes<T> <= count; k += kLanes<T>) store(to + k, widen<T>(from + k));
+  for (; k < count; ++k) to[k] = widen_one<T>(from[k]);
+}
+
 // The upper 16 bits are the bfloat16; NaN stays NaN.
 inline std::uint32_t rounded_bits(float x) {
   std::uint32_t bits;

@@ -6,8 +6,8 @@
 //   S' = e^(s_Q) S + Σ_j e^(s_Q - s_j) x̃_j B_jᵀ
 //
 // and every exponent is ≤ 0, so nothing overflows however fast a head forgets. C Bᵀ is made once for the heads of a
-// group; all else is made head by head, chunk by chunk, in memory that stays in the cache: no (heads, Q, Q) matrix
-// exists. The backward computes the states again. Sums of exponents are kept in two parts, so that a slow token after
+// group; all else is made chunk by chunk, a few heads one after the other, in memory that stays in the cache: no
+// (heads, Q, Q) matrix exists. The backward computes the states again. Sums of exponents are kept in two parts, so that a slow token after
 // a fast one (large sums, small difference) loses no digits.
 #include <algorithm>
 
