@@ -18,6 +18,7 @@ NATIVE = pytest.param("native", marks=needs_kernels)
 
 SOURCE = """
 extern "C" const char* taipan_flags() {{ return TAIPAN_FLAGS; }}
+extern "C" const char* taipan_products() {{ return "none"; }}
 extern "C" int taipan_answer() {{ return {answer}; }}
 """
 

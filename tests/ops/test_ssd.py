@@ -172,14 +172,20 @@ def test_gradcheck(op: Callable[..., tuple[Tensor, Tensor]], tokens: int) -> Non
     assert torch.autograd.gradcheck(function, inputs.tensors(), fast_mode=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 65, 140])
-def test_fast_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int) -> None:
-    """Only x, B and C are narrow; dt, A, D and the state are fp32, as in the model."""
-    draws = [make(2, tokens, 4, 1, head_dim=16, state=16).map(lambda tensor: tensor.float()) for _ in range(6)]
-    draws = [replace(draw, x=draw.x.to(dtype), B=draw.B.to(dtype), C=draw.C.to(dtype)) for draw in draws]
-    y, state = run(ssd_fast, draws[0])
-    assert (y.dtype, state.dtype) == (dtype, torch.float32)
+def in_model_dtypes(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Only x, B and C are narrow; dt, A, D and the state are fp32."""
+    inputs = inputs.map(lambda tensor: tensor.float())
+    return replace(inputs, x=inputs.x.to(dtype), B=inputs.B.to(dtype), C=inputs.C.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "state"), [(1, 16, 16), (65, 16, 16), (140, 16, 16), (150, 64, 128), (97, 48, 80)]
+)
+def test_fast_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int, head_dim: int, state: int) -> None:
+    draws = [in_model_dtypes(make(2, tokens, 4, 1, head_dim, state), dtype) for _ in range(6 if state == 16 else 2)]
+    y, final = run(ssd_fast, draws[0])
+    assert (y.dtype, final.dtype) == (dtype, torch.float32)
     assert_as_exact_as_the_oracles(draws)
 
 
@@ -319,11 +325,12 @@ def test_padding_leaves_the_state_where_it_is(op: Callable[..., tuple[Tensor, Te
     assert_equal_to([y[:, :real], state], [y_alone, state_alone], 1e-12, "padded")
 
 
-def test_fast_decay_neither_overflows_nor_leaks() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fast_decay_neither_overflows_nor_leaks(dtype: torch.dtype) -> None:
     """Sums of dt · A in the thousands inside a chunk, in fp32, where exp(89) is infinite."""
     draws: list[Inputs] = []
     for _ in range(4):
-        inputs = make(2, 140, 4, 1).map(lambda tensor: tensor.float())
+        inputs = in_model_dtypes(make(2, 140, 4, 1), dtype)
         inputs = replace(inputs, dt=inputs.dt * torch.rand(2, 140, 4).mul(12).exp() / 100, A=inputs.A * 10)
         assert (inputs.dt * inputs.A)[:, :64].sum(1).min() < -3000
         draws.append(inputs)

@@ -90,6 +90,7 @@ def _choices() -> Iterator[tuple[str, str, str]]:
     if kernels.flags:
         name, _, flags = kernels.flags.partition(" ")
         yield "their compiler and flags", name, flags
+        yield "their products of bfloat16", kernels.products, "the best this processor and system offer inside an op"
     for op, implementations in IMPLEMENTATIONS.items():
         choice = chosen(op, implementations, torch.zeros(1))
         others = [name for name in implementations if name not in (choice, "cuda")]

@@ -24,12 +24,14 @@ class NativeStatus:
         library: the loaded library; None when there is none.
         reason: where it is, or why there is none.
         flags: compiler and flags it was compiled with.
+        products: what the products inside the ops of bfloat16 tensors are made with.
         seconds: what compiling took, if this process did it.
     """
 
     library: ctypes.CDLL | None
     reason: str
     flags: str = ""
+    products: str = ""
     seconds: float | None = None
 
 
@@ -59,8 +61,9 @@ def _load(real: str) -> NativeStatus:
             if built.path.exists():
                 raise
             return _load(real)  # another process has just removed it, as unused for long
-        library.taipan_flags.restype = ctypes.c_char_p
-        return NativeStatus(library, str(built.path), library.taipan_flags().decode(), built.seconds)
+        library.taipan_flags.restype = library.taipan_products.restype = ctypes.c_char_p
+        flags, products = library.taipan_flags().decode(), library.taipan_products().decode()
+        return NativeStatus(library, str(built.path), flags, products, built.seconds)
 
 
 def native_available(tensor: Tensor) -> bool:

@@ -142,11 +142,13 @@ inline void transpose(Index rows, Index columns, const T* from, Index from_row, 
     }
 }
 
+// Of counts that four vectors divide.
 template <class T>
 inline T dot(Index count, const T* a, const T* b) {
-  Vector<T> total{};
-  for (Index i = 0; i < count; i += kLanes<T>) total += load(a + i) * load(b + i);
-  return sum<T>(total);
+  Vector<T> total[4] = {};
+  for (Index i = 0; i < count; i += 4 * kLanes<T>)
+    for (int n = 0; n < 4; ++n) total[n] += load(a + i + n * kLanes<T>) * load(b + i + n * kLanes<T>);
+  return sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 }  // namespace taipan

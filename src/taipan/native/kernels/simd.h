@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <type_traits>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -62,11 +64,17 @@ inline Vector<T> splat(T value) {
   return value - Vector<T>{};
 }
 
-template <class T>
-inline T sum(Vector<T> v) {
-  T total = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) total += v[lane];
-  return total;
+// By halves: less is lost, and no addition waits for all before it.
+template <class T, int Bytes = kBytes, class V>
+inline T sum(V v) {
+  if constexpr (Bytes == sizeof(T)) {
+    return v[0];
+  } else {
+    typedef T Half __attribute__((vector_size(Bytes / 2)));
+    Half half[2];
+    std::memcpy(&half, &v, sizeof half);
+    return sum<T, Bytes / 2>(half[0] + half[1]);
+  }
 }
 
 inline Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -124,6 +132,17 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(memory_); }
 
+  // Start over with a Layout(*this, arguments…), which takes its memory when it is made; nothing when there is none.
+  template <class Layout, class... Arguments>
+  std::optional<Layout> lay_out(const Arguments&... arguments) {
+    counting_ = true;
+    used_ = 0;
+    Layout(*this, arguments...);
+    counting_ = false;
+    if (!reserve(used_)) return std::nullopt;
+    return std::optional<Layout>(std::in_place, *this, arguments...);
+  }
+
   // Start over with room for `bytes`; false when there is no memory.
   bool reserve(std::size_t bytes) {
     used_ = 0;
@@ -139,7 +158,7 @@ class Scratch {
   // The next `count` elements, at a multiple of 64 bytes.
   template <class T>
   T* take(Index count) {
-    T* p = reinterpret_cast<T*>(memory_ + used_);
+    T* p = counting_ ? nullptr : reinterpret_cast<T*>(memory_ + used_);
     used_ += bytes<T>(count);
     return p;
   }
@@ -153,6 +172,7 @@ class Scratch {
   char* memory_ = nullptr;
   std::size_t size_ = 0;
   std::size_t used_ = 0;
+  bool counting_ = false;
 };
 
 inline Scratch& thread_scratch() {

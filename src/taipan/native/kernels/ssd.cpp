@@ -7,11 +7,16 @@
 //
 // and every exponent is ≤ 0, so nothing overflows however fast a head forgets. C Bᵀ is made once for the heads of a
 // group; all else is made chunk by chunk, a few heads one after the other, in memory that stays in the cache: no
-// (heads, Q, Q) matrix exists. The backward computes the states again. Sums of exponents are kept in two parts, so that a slow token after
-// a fast one (large sums, small difference) loses no digits.
+// (heads, Q, Q) matrix exists. The backward computes the states again. Sums of exponents are kept in two parts, so that a
+// slow token after a fast one (large sums, small difference) loses no digits. States are (N, P) here: then no operand of a
+// product has to be transposed but x and dy of a chunk.
+//
+// With products in bfloat16, those that only reach what is rounded to it anyway (y, dx, dB, dC) round their operands;
+// those that reach the states and the gradients in fp32 (dt, A, the initial state) lose nothing.
 #include <algorithm>
+#include <optional>
 
-#include "gemm.h"
+#include "products.h"
 
 namespace taipan {
 namespace {
@@ -23,8 +28,10 @@ struct Shape {
   Index x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, narrow;
   Index chunks() const { return (tokens + chunk - 1) / chunk; }
   Index pitch() const { return round_up(chunk, kBytes / 4); }  // of a row of a (Q, Q) matrix
+  Index rows_up() const { return round_up(chunk, 16); }        // of the result of a product
   Index scores(Index b, Index g, Index c) const { return ((b * groups + g) * chunks() + c) * chunk * pitch(); }
   Index rows(Index b, Index g, Index c) const { return ((b * groups + g) * tokens + c * chunk) * state; }
+  Index columns(Index b, Index g, Index c) const { return ((b * groups + g) * chunks() + c) * state * pitch(); }
 };
 
 // X is what the tokens are in memory.
@@ -36,10 +43,11 @@ struct Arrays {
 };
 
 // What all heads of a group read: C Bᵀ by chunks, and B and C, (batch, groups, tokens, N), rows one after the other:
-// those of the whole sequence are a power of 2 or nearly apart, and would meet in few sets of the cache.
+// those of the whole sequence are a power of 2 or nearly apart, and would meet in few sets of the cache. For the
+// backward, which gives null otherwise, also their columns by chunks, (batch, groups, chunks, N, pitch).
 template <class T>
 struct Common {
-  T *scores, *B, *C;
+  T *scores, *B, *C, *B_columns, *C_columns;
 };
 
 // Documents of the tokens of a chunk.
@@ -65,8 +73,6 @@ struct Decay {
   explicit Decay(Scratch& scratch, Index pitch)
       : rate(scratch.take<double>(pitch)), high(scratch.take<T>(pitch)), low(scratch.take<T>(pitch)),
         entrance(scratch.take<T>(pitch)), end(scratch.take<T>(pitch)), through(0) {}
-
-  static std::size_t bytes(Index pitch) { return Scratch::bytes<double>(pitch) + 4 * Scratch::bytes<T>(pitch); }
 
   void compute(Index size, Index pitch, const T* dt, Index dt_t, T A, const Documents& documents) {
     for (Index i = 0; i < size; ++i) rate[i] = static_cast<double>(dt[i * dt_t]) * static_cast<double>(A);
@@ -108,51 +114,50 @@ void gather(Index size, Index width, const X* from, Index from_row, T* to) {
     for (Index n = 0; n < width; n += kLanes<T>) store(to + i * width + n, widen<T>(from + i * from_row + n));
 }
 
-template <class T>
-std::size_t common_scratch(const Shape& s) {
-  return Scratch::bytes<T>(s.state * s.pitch());
-}
-
 // B and C of a chunk, and C Bᵀ: 0 above the diagonal and between documents.
-template <class T, class X>
-void make_common(const Shape& s, const Arrays<T, X>& in, Index b, Index g, Index c, Scratch& scratch,
-                 const Common<T>& common) {
+template <class W, class T, class X>
+void make_common(const Shape& s, const Arrays<T, X>& in, Index b, Index g, Index c, typename W::Rounded::Left& left,
+                 typename W::Rounded::Right& right, T* product, const Common<T>& common) {
   const Index begin = c * s.chunk, size = std::min(s.chunk, s.tokens - begin), pitch = s.pitch(), N = s.state;
   T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c), *scores = common.scores + s.scores(b, g, c);
   gather(size, N, in.B + b * s.B_b + begin * s.B_t + g * N, s.B_t, B);
   gather(size, N, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, C);
-  T* transposed = scratch.take<T>(N * pitch);
-  const Index columns = round_up(size, kLanes<T>);
-  transpose(size, N, B, N, transposed, pitch);
-  for_tiles<T>(size, columns, [&]<int R, int W>(Index i, Index j) {
-    if (j > i + R - 1) return;
-    Tile<T, R, W> tile;
-    tile.clear();
-    tile.multiply(N, C + i * N, N, 1, transposed + j, pitch);
-    tile.put(scores + i * pitch + j, pitch);
-  });
+  if (common.B_columns != nullptr) {
+    transpose(size, N, B, N, common.B_columns + s.columns(b, g, c), pitch);
+    transpose(size, N, C, N, common.C_columns + s.columns(b, g, c), pitch);
+  }
+  left.rows(size, N, C, N);
+  right.columns(N, size, B, N);
+  W::Rounded::template run<Where::kResultLower>(size, round_up(size, kLanes<T>), N, left, right, product, pitch);
   const Documents documents(in.document, s, b, begin);
   for (Index i = 0; i < size; ++i) {
+    for (Index j = 0; j <= i; ++j) scores[i * pitch + j] = documents.same(i, j) ? product[i * pitch + j] : T(0);
     for (Index j = i + 1; j < pitch; ++j) scores[i * pitch + j] = 0;
-    if (documents.number != nullptr)
-      for (Index j = 0; j < i; ++j)
-        if (!documents.same(i, j)) scores[i * pitch + j] = 0;
   }
 }
 
-template <class T, class X>
+template <class W, class T, class X>
 int make_common(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, int threads) {
+  struct Room {
+    typename W::Rounded::Left left;
+    typename W::Rounded::Right right;
+    T* product;
+    Room(Scratch& scratch, const Shape& s)
+        : left(scratch, s.chunk, s.state), right(scratch, s.state, s.chunk),
+          product(scratch.take<T>(s.rows_up() * s.pitch())) {}
+  };
   const Index tasks = s.batch * s.groups * s.chunks();
   int status = kOk;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
   for (Index task = 0; task < tasks; ++task) {
-    Scratch& scratch = thread_scratch();
-    if (!scratch.reserve(common_scratch<T>(s))) {
+    [[maybe_unused]] const typename W::Session session;
+    auto room = thread_scratch().template lay_out<Room>(s);
+    if (!room) {
       status = kNoMemory;
       continue;
     }
     const Index c = task % s.chunks(), g = task / s.chunks() % s.groups, b = task / s.chunks() / s.groups;
-    make_common(s, in, b, g, c, scratch, common);
+    make_common<W>(s, in, b, g, c, room->left, room->right, room->product, common);
   }
   return status;
 }
@@ -172,22 +177,24 @@ void weigh(Index size, Index width, const X* x, Index x_t, const T* dt, Index dt
     for (Index p = 0; p < width; p += kLanes<T>) store(out + i * width + p, dt[i * dt_t] * widen<T>(x + i * x_t + p));
 }
 
+// to_i = factor_i from_i
 template <class T>
-void scale_rows(Index size, Index width, const T* factor, T* rows) {
+void scale_rows(Index size, Index width, const T* factor, const T* from, T* to) {
   for (Index i = 0; i < size; ++i)
-    for (Index p = 0; p < width; p += kLanes<T>) store(rows + i * width + p, factor[i] * load(rows + i * width + p));
+    for (Index p = 0; p < width; p += kLanes<T>) store(to + i * width + p, factor[i] * load(from + i * width + p));
 }
 
-// (C Bᵀ) ∘ L, rows filled as far as a tile of rows reads them; L too if there is a place for it.
+// (C Bᵀ) ∘ L; L too, at and below the diagonal, if there is a place for it.
 template <class T>
 void make_matrix(Index size, Index pitch, const Decay<T>& decay, const T* scores, T* matrix, T* between = nullptr) {
   for (Index i = 0; i < size; ++i) {
-    const Index width = std::min(pitch, round_up(i + kTileRows, kLanes<T>));
-    for (Index j = 0; j < width; j += kLanes<T>) {
+    Index j = 0;
+    for (; j <= i; j += kLanes<T>) {
       const Vector<T> factor = decay.between(i, j);
       if (between != nullptr) store(between + i * pitch + j, factor);
       store(matrix + i * pitch + j, factor * load(scores + i * pitch + j));
     }
+    for (; j < pitch; j += kLanes<T>) store(matrix + i * pitch + j, Vector<T>{});
   }
 }
 
@@ -199,103 +206,39 @@ inline Index heads_together(const Shape& s, int threads) {
   return std::max<Index>(1, std::min<Index>({kTogether, s.heads / s.groups, s.batch * s.heads / (3 * threads)}));
 }
 
-// y of a chunk of one head before the skip: e^s (C S) + M x̃, in tiles; `finish` gets each, with its row and column.
-template <class T, class X>
-class Output {
- public:
-  static std::size_t bytes(const Shape&) { return 0; }
-  Output(const Shape& s, Scratch&) : N(s.state), P(s.head_dim), pitch(s.pitch()) {}
+// Products and memory of the forward for a few heads.
+template <class W, class T>
+struct ForwardRoom {
+  T *states, *weighted, *matrix, *y;
+  Decay<T> decay;
+  typename W::Rounded::Left C, M;
+  typename W::Rounded::Right state, x;
+  typename W::ExactRight::Left B;
+  typename W::ExactRight::Right x_to_end;
 
-  // C of the chunk: as given, and in T with rows one after the other.
-  void begin(Index, const X*, Index, const T* rows) { C = rows; }
-
-  template <class F>
-  void run(Index size, const T* state, const Decay<T>& decay, const T* matrix, const T* weighted, F&& finish) const {
-    for_tiles<T>(size, P, [&]<int R, int W>(Index i, Index p) {
-      Tile<T, R, W> tile;
-      tile.clear();
-      tile.multiply(N, C + i * N, N, 1, state + p, P);
-      tile.scale_rows(decay.entrance + i);
-      tile.multiply(i + R, matrix + i * pitch, pitch, 1, weighted + p, P);
-      finish(tile, i, p);
-    });
-  }
-
- private:
-  const Index N, P, pitch;
-  const T* C = nullptr;
+  ForwardRoom(Scratch& scratch, const Shape& s, Index heads)
+      : states(scratch.take<T>(heads * s.state * s.head_dim)), weighted(scratch.take<T>(s.chunk * s.head_dim)),
+        matrix(scratch.take<T>(s.chunk * s.pitch())), y(scratch.take<T>(s.rows_up() * s.head_dim)),
+        decay(scratch, s.pitch()), C(scratch, s.chunk, s.state), M(scratch, s.chunk, s.pitch()),
+        state(scratch, s.state, s.head_dim), x(scratch, s.chunk, s.head_dim), B(scratch, s.state, s.chunk),
+        x_to_end(scratch, s.chunk, s.head_dim) {}
 };
 
-#if defined(__AVX512BF16__)
-// Where the processor multiplies bfloat16 and the output is rounded to it, both products take their operands so (C is so
-// already) and sum in fp32. The state itself is never rounded.
-template <>
-class Output<float, Bfloat16> {
- public:
-  static std::size_t bytes(const Shape& s) {
-    return Scratch::bytes<Bfloat16>(s.state * s.head_dim) + Scratch::bytes<Bfloat16>(s.pitch() * s.head_dim) +
-           Scratch::bytes<Bfloat16>(s.chunk * s.pitch()) + Scratch::bytes<Bfloat16>(s.chunk * s.state);
-  }
-
-  Output(const Shape& s, Scratch& scratch)
-      : N(s.state), P(s.head_dim), pitch(s.pitch()), state_pairs(scratch.take<Bfloat16>(N * P)),
-        weighted_pairs(scratch.take<Bfloat16>(pitch * P)), rows(scratch.take<Bfloat16>(s.chunk * pitch)),
-        C(scratch.take<Bfloat16>(s.chunk * N)) {}
-
-  void begin(Index size, const Bfloat16* given, Index given_row, const float*) {
-    for (Index i = 0; i < size; ++i) std::memcpy(C + i * N, given + i * given_row, sizeof(Bfloat16) * N);
-  }
-
-  template <class F>
-  void run(Index size, const float* state, const Decay<float>& decay, const float* matrix, const float* weighted,
-           F&& finish) const {
-    pair_rows(N, state, state_pairs);
-    pair_rows(size, weighted, weighted_pairs);
-    for (Index i = 0; i < size; ++i)
-      for (Index j = 0; j < i + kTileRows && j < pitch; j += kLanes<float>)
-        narrow(rows + i * pitch + j, load(matrix + i * pitch + j));
-    for_tiles<float>(size, P, [&]<int R, int W>(Index i, Index p) {
-      Tile<float, R, W> tile;
-      tile.clear();
-      tile.multiply_pairs(N / 2, C + i * N, N, state_pairs + 2 * p, 2 * P);
-      tile.scale_rows(decay.entrance + i);
-      tile.multiply_pairs((i + R + 1) / 2, rows + i * pitch, pitch, weighted_pairs + 2 * p, 2 * P);
-      finish(tile, i, p);
-    });
-  }
-
- private:
-  const Index N, P, pitch;
-  Bfloat16 *state_pairs, *weighted_pairs, *rows, *C;
-
-  // Of rows (count, P), 2k and 2k + 1 beside each other; 0 for what is missing to an even number.
-  void pair_rows(Index count, const float* from, Bfloat16* to) const {
-    for (Index k = 0; k < count; k += 2)
-      for (Index p = 0; p < P; p += kLanes<float>)
-        narrow_pairs(to + k * P + 2 * p, load(from + k * P + p),
-                     k + 1 < count ? load(from + (k + 1) * P + p) : Vector<float>{});
-  }
-};
-#endif
-
-template <class T, class X>
+template <class W, class T, class X>
 int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* y, T* final, int threads) {
   const Index P = s.head_dim, N = s.state, Q = s.chunk, pitch = s.pitch();
-  int status = make_common(s, in, common, threads);
+  int status = make_common<W>(s, in, common, threads);
   if (status != kOk) return status;
   const Index heads = s.heads / s.groups, together = heads_together(s, threads), parts = (heads + together - 1) / together;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
   for (Index task = 0; task < s.batch * s.groups * parts; ++task) {
-    Scratch& scratch = thread_scratch();
-    if (!scratch.reserve(Scratch::bytes<T>(together * N * P) + Scratch::bytes<T>(Q * P) +
-                         Scratch::bytes<T>(Q * pitch) + Decay<T>::bytes(pitch) + Output<T, X>::bytes(s))) {
+    [[maybe_unused]] const typename W::Session session;
+    auto room = thread_scratch().template lay_out<ForwardRoom<W, T>>(s, together);
+    if (!room) {
       status = kNoMemory;
       continue;
     }
-    T *states = scratch.take<T>(together * N * P), *weighted = scratch.take<T>(Q * P);
-    T* matrix = scratch.take<T>(Q * pitch);
-    Decay<T> decay(scratch, pitch);
-    Output<T, X> output(s, scratch);
+    auto& [states, weighted, matrix, sums, decay, C, M, state_right, x_right, B, x_to_end] = *room;
     const Index b = task / parts / s.groups, g = task / parts % s.groups, first = task % parts * together;
     const Index from = g * heads + first, to = g * heads + std::min(heads, first + together);
     for (Index h = from; h < to; ++h) {
@@ -307,33 +250,33 @@ int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* 
     }
     for (Index c = 0; c < s.chunks(); ++c) {
       const Index begin = c * Q, size = std::min(Q, s.tokens - begin);
-      const T* B = common.B + s.rows(b, g, c);
-      output.begin(size, in.C + b * s.C_b + begin * s.C_t + g * N, s.C_t, common.C + s.rows(b, g, c));
+      C.rows(size, N, common.C + s.rows(b, g, c), N);
+      B.columns(N, size, common.B + s.rows(b, g, c), N);
       const Documents documents(in.document, s, b, begin);
       for (Index h = from; h < to; ++h) {
         const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
         const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
         const T skip = in.D == nullptr ? T(0) : in.D[h];
         T* state = states + (h - from) * N * P;
-        X* out = y + ((b * s.tokens + begin) * s.heads + h) * P;
         if (begin + Q < s.tokens) fetch(std::min(Q, s.tokens - begin - Q), P, x + Q * s.x_t, s.x_t);
         decay.compute(size, pitch, dt, s.dt_t, in.A[h], documents);
         make_matrix(size, pitch, decay, common.scores + s.scores(b, g, c), matrix);
         weigh(size, P, x, s.x_t, dt, s.dt_t, weighted);
-        const auto put = [&]<int R, int W>(Tile<T, R, W>& tile, Index i, Index p) {
-          for (int r = 0; r < R; ++r)
-            for (int w = 0; w < W; ++w)
-              tile.v[r][w] += skip * widen<T>(x + (i + r) * s.x_t + p + w * kLanes<T>);
-          tile.put(out + i * s.heads * P + p, s.heads * P);
-        };
-        output.run(size, state, decay, matrix, weighted, put);
-        scale_rows(size, P, decay.end, weighted);
-        for_tiles<T>(N, P, [&]<int R, int W>(Index n, Index p) {
-          Tile<T, R, W> tile;
-          tile.take(state + n * P + p, P, decay.through);
-          tile.multiply(size, B + n, 1, N, weighted + p, P);
-          tile.put(state + n * P + p, P);
-        });
+
+        state_right.rows(N, P, state, P);
+        W::Rounded::run(size, P, N, C, state_right, sums, P);
+        scale_rows(size, P, decay.entrance, sums, sums);
+        M.rows(size, size, matrix, pitch);
+        x_right.rows(size, P, weighted, P);
+        W::Rounded::template run<Where::kLower>(size, P, size, M, x_right, sums, P, {sums, P, T(1)});
+        for (Index i = 0; i < size; ++i)
+          for (Index p = 0; p < P; p += kLanes<T>)
+            narrow(y + ((b * s.tokens + begin + i) * s.heads + h) * P + p,
+                   load(sums + i * P + p) + skip * widen<T>(x + i * s.x_t + p));
+
+        scale_rows(size, P, decay.end, weighted, weighted);
+        x_to_end.rows(size, P, weighted, P);
+        W::ExactRight::run(N, P, size, B, x_to_end, state, P, {state, P, decay.through});
       }
     }
     for (Index h = from; h < to; ++h)
@@ -351,7 +294,8 @@ struct Gradients {  // contiguous
   double *dA, *dD;  // (batch, heads)
 };
 
-// What the slices of heads of a group add up, each in its own memory: (slices, B, G, T, N) twice, (…, T, pitch).
+// What the slices of heads of a group add up, each in its own memory: columns of dB and dC by chunks, (slices, batch,
+// groups, chunks, N, pitch), and d(C Bᵀ), (…, Q, pitch).
 template <class T>
 struct Shared {
   T *dB, *dC, *dscores;
@@ -365,84 +309,97 @@ struct DoubleSums {
   typedef T Piece __attribute__((vector_size(kBytes / kParts)));
   Vector<double> total[kParts] = {};
 
-  // Adds the lanes of v here, and one after the other to what is at `each`.
-  void add(Vector<T> v, double* each) {
-    Piece piece[kParts];
-    std::memcpy(piece, &v, sizeof v);
-    for (int n = 0; n < kParts; ++n) {
-      const Vector<double> wide = __builtin_convertvector(piece[n], Vector<double>);
+  void add(Vector<T> v) {
+    for_pieces(v, [&](int n, Vector<double> wide) { total[n] += wide; });
+  }
+
+  // Adds the lanes of v to what is at `each`, and times their factors here.
+  void add(Vector<T> v, const double* factors, double* each) {
+    for_pieces(v, [&](int n, Vector<double> wide) {
       store(each + n * kLanes<double>, load(each + n * kLanes<double>) + wide);
-      total[n] += wide;
-    }
+      total[n] += wide * load(factors + n * kLanes<double>);
+    });
   }
 
   double sum() const {
-    double all = 0;
-    for (const Vector<double>& part : total) all += taipan::sum<double>(part);
-    return all;
+    Vector<double> all = total[0];
+    for (int n = 1; n < kParts; ++n) all += total[n];
+    return taipan::sum<double>(all);
+  }
+
+ private:
+  template <class F>
+  static void for_pieces(Vector<T> v, F&& f) {
+    Piece piece[kParts];
+    std::memcpy(piece, &v, sizeof v);
+    for (int n = 0; n < kParts; ++n) f(n, __builtin_convertvector(piece[n], Vector<double>));
   }
 };
 
-template <class T, class X>
+// Products and memory of the backward for a few heads.
+template <class W, class T>
+struct BackwardRoom {
+  T *states, *dstates;  // (heads, chunks, N, P) and (heads, N, P)
+  T *x, *dy, *weighted, *dweighted, *matrix, *dmatrix, *between, *projected, *told, *dt, *factor;
+  double *dt_double, *column, *dlog, *through_x, *kept;
+  Decay<T> decay;
+  typename W::Rounded::Left dy_left, B_left, M_left;
+  typename W::Rounded::Right x_columns, dstate_right, dy_right;
+  typename W::ExactLeft::Left state_left;
+  typename W::ExactLeft::Right x_exact, dy_exact;
+  typename W::ExactRight::Left B_exact, C_exact;
+  typename W::ExactRight::Right weighted_right;
+
+  BackwardRoom(Scratch& scratch, const Shape& s, Index heads)
+      : BackwardRoom(scratch, s, heads, s.head_dim, s.state, s.chunk, s.pitch(), s.rows_up()) {}
+
+ private:
+  BackwardRoom(Scratch& scratch, const Shape& s, Index heads, Index P, Index N, Index Q, Index pitch, Index rows)
+      : states(scratch.take<T>(heads * s.chunks() * N * P)), dstates(scratch.take<T>(heads * N * P)),
+        x(scratch.take<T>(Q * P)), dy(scratch.take<T>(Q * P)), weighted(scratch.take<T>(Q * P)),
+        dweighted(scratch.take<T>(rows * P)), matrix(scratch.take<T>(Q * pitch)), dmatrix(scratch.take<T>(rows * pitch)),
+        between(scratch.take<T>(Q * pitch)), projected(scratch.take<T>(N * pitch)), told(scratch.take<T>(pitch)),
+        dt(scratch.take<T>(pitch)), factor(scratch.take<T>(pitch)), dt_double(scratch.take<double>(pitch)),
+        column(scratch.take<double>(pitch)), dlog(scratch.take<double>(pitch)), through_x(scratch.take<double>(pitch)),
+        kept(scratch.take<double>(pitch)), decay(scratch, pitch), dy_left(scratch, Q, P), B_left(scratch, Q, N),
+        M_left(scratch, Q, Q), x_columns(scratch, P, Q), dstate_right(scratch, N, P), dy_right(scratch, Q, P),
+        state_left(scratch, N, P), x_exact(scratch, P, Q), dy_exact(scratch, P, Q), B_exact(scratch, N, Q),
+        C_exact(scratch, N, Q), weighted_right(scratch, Q, P) {}
+};
+
+template <class W, class T, class X>
 class Backward {
  public:
   Backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
            const Common<T>& common)
       : s(s), in(in), out(out), shared(shared), common(common), P(s.head_dim), N(s.state), Q(s.chunk),
-        pitch(s.pitch()), scratch(thread_scratch()) {}
+        pitch(s.pitch()) {}
 
-  // Room for so many heads together.
-  bool reserve(Index heads) {
-    const std::size_t bytes = Scratch::bytes<T>(heads * s.chunks() * P * N) + Scratch::bytes<T>((heads + 1) * P * N) +
-                              5 * Scratch::bytes<T>(Q * P) + 3 * Scratch::bytes<T>(Q * pitch) +
-                              Scratch::bytes<T>(Q * N) + Scratch::bytes<T>(P * pitch) + Decay<T>::bytes(pitch) +
-                              3 * Scratch::bytes<double>(pitch);
-    if (!scratch.reserve(bytes)) return false;
-    all_states = scratch.take<T>(heads * s.chunks() * P * N);
-    all_dstates = scratch.take<T>(heads * P * N);
-    dstate_transposed = scratch.take<T>(P * N);
-    weighted = scratch.take<T>(Q * P);
-    dweighted = scratch.take<T>(Q * P);
-    dentrance = scratch.take<T>(Q * P);
-    matrix = scratch.take<T>(Q * pitch);
-    dmatrix = scratch.take<T>(Q * pitch);
-    between = scratch.take<T>(Q * pitch);
-    x_rows = scratch.take<T>(Q * P);
-    dy_rows = scratch.take<T>(Q * P);
-    projected = scratch.take<T>(Q * N);
-    weighted_transposed = scratch.take<T>(P * pitch);
-    column = scratch.take<double>(pitch);
-    dlog = scratch.take<double>(pitch);
-    kept = scratch.take<double>(pitch);
-    return true;
-  }
-
-  // All chunks of the heads [from, to) of a group; what they add to of a chunk stays in the cache meanwhile.
-  void run(Index b, Index from, Index to, Index slice) {
-    Decay<T> decay(scratch, pitch);
+  // All chunks of the heads [from, to) of a group; what they add to of a chunk stays in the cache meanwhile. False where
+  // there is no memory.
+  bool run(Index b, Index from, Index to, Index slice) {
+    room = thread_scratch().template lay_out<BackwardRoom<W, T>>(s, to - from);
+    if (!room) return false;
     const Index g = from / (s.heads / s.groups);
     for (Index h = from; h < to; ++h) {
       const Index task = b * s.heads + h;
-      choose(h - from);
-      make_states(b, h, g, decay);
-      if (out.dfinal == nullptr)
-        std::memset(dstate, 0, sizeof(T) * P * N);
-      else
-        std::memcpy(dstate, out.dfinal + task * P * N, sizeof(T) * P * N);
+      begin(in.initial, task, states(h - from));
+      begin(out.dfinal, task, dstate(h - from));
       out.dA[task] = out.dD[task] = 0;
     }
+    make_states(b, g, from, to);
     const Index at = (slice * s.batch + b) * s.groups + g;
     for (Index c = s.chunks() - 1; c >= 0; --c) {
-      T* dscores = shared.dscores + at * s.chunks() * Q * pitch + c * Q * pitch;
-      for (Index h = from; h < to; ++h) {
-        choose(h - from);
-        chunk(b, h, g, c, decay, shared.dB + at * s.tokens * N, shared.dC + at * s.tokens * N, dscores);
-      }
+      const Index size = std::min(Q, s.tokens - c * Q), columns = (at * s.chunks() + c) * N * pitch;
+      room->B_left.rows(size, N, common.B + s.rows(b, g, c), N);
+      room->C_exact.columns(N, size, common.C + s.rows(b, g, c), N);
+      for (Index h = from; h < to; ++h)
+        chunk(b, h, g, c, states(h - from) + c * N * P, dstate(h - from), shared.dB + columns, shared.dC + columns,
+              shared.dscores + (at * s.chunks() + c) * Q * pitch);
     }
-    for (Index h = from; h < to; ++h) {
-      choose(h - from);
-      std::memcpy(out.dinitial + (b * s.heads + h) * P * N, dstate, sizeof(T) * P * N);
-    }
+    for (Index h = from; h < to; ++h)
+      transpose(N, P, dstate(h - from), P, out.dinitial + (b * s.heads + h) * P * N, N);
+    return true;
   }
 
  private:
@@ -452,74 +409,70 @@ class Backward {
   const Shared<T>& shared;
   const Common<T>& common;
   const Index P, N, Q, pitch;
-  Scratch& scratch;
-  T *all_states, *all_dstates, *states, *dstate, *dstate_transposed, *weighted, *dweighted, *dentrance, *matrix, *dmatrix,
-      *between, *x_rows, *dy_rows, *projected, *weighted_transposed;
-  double *column, *dlog, *kept;
+  std::optional<BackwardRoom<W, T>> room;
 
-  // The head, of those together, that the states are of from now on.
-  void choose(Index head) {
-    states = all_states + head * s.chunks() * P * N;
-    dstate = all_dstates + head * P * N;
+  T* states(Index head) const { return room->states + head * s.chunks() * N * P; }
+  T* dstate(Index head) const { return room->dstates + head * N * P; }
+
+  // (N, P) from the (P, N) of a head, or 0.
+  void begin(const T* from, Index head, T* to) const {
+    if (from == nullptr)
+      std::memset(to, 0, sizeof(T) * N * P);
+    else
+      transpose(P, N, from + head * P * N, N, to, P);
   }
 
-  // States (P, N) at the entrance of every chunk.
-  void make_states(Index b, Index h, Index g, Decay<T>& decay) {
-    if (in.initial == nullptr)
-      std::memset(states, 0, sizeof(T) * P * N);
-    else
-      std::memcpy(states, in.initial + (b * s.heads + h) * P * N, sizeof(T) * P * N);
+  // States at the entrance of every chunk.
+  void make_states(Index b, Index g, Index from, Index to) {
     for (Index c = 0; c + 1 < s.chunks(); ++c) {
       const Index begin = c * Q;
-      const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
-      const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
-      const T* B = common.B + s.rows(b, g, c);
-      if (c + 2 < s.chunks()) fetch(Q, P, x + Q * s.x_t, s.x_t);
-      decay.compute(Q, pitch, dt, s.dt_t, in.A[h], Documents(in.document, s, b, begin));
-      weigh(Q, P, x, s.x_t, dt, s.dt_t, weighted);
-      scale_rows(Q, P, decay.end, weighted);
-      const T* before = states + c * P * N;
-      for_tiles<T>(P, N, [&]<int R, int W>(Index p, Index n) {
-        Tile<T, R, W> tile;
-        tile.take(before + p * N + n, N, decay.through);
-        tile.multiply(Q, weighted + p, 1, P, B + n, N);
-        tile.put(states + (c + 1) * P * N + p * N + n, N);
-      });
+      room->B_exact.columns(N, Q, common.B + s.rows(b, g, c), N);
+      const Documents documents(in.document, s, b, begin);
+      for (Index h = from; h < to; ++h) {
+        const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
+        const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
+        if (c + 2 < s.chunks()) fetch(Q, P, x + Q * s.x_t, s.x_t);
+        room->decay.compute(Q, pitch, dt, s.dt_t, in.A[h], documents);
+        weigh(Q, P, x, s.x_t, dt, s.dt_t, room->weighted);
+        scale_rows(Q, P, room->decay.end, room->weighted, room->weighted);
+        room->weighted_right.rows(Q, P, room->weighted, P);
+        const T* before = states(h - from) + c * N * P;
+        W::ExactRight::run(N, P, Q, room->B_exact, room->weighted_right, states(h - from) + (c + 1) * N * P, P,
+                           {before, P, room->decay.through});
+      }
     }
   }
 
-  void chunk(Index b, Index h, Index g, Index c, Decay<T>& decay, T* dB_group, T* dC_group, T* dscores) {
+  void chunk(Index b, Index h, Index g, Index c, const T* state, T* dstate, T* dB, T* dC, T* dscores) {
+    auto& [states_, dstates_, x, dy, weighted, dweighted, matrix, dmatrix, between, projected, told, dt, factor, dt_double,
+           column, dlog, through_x, kept, decay, dy_left, B_left, M_left, x_columns, dstate_right, dy_right, state_left,
+           x_exact, dy_exact, B_exact, C_exact, weighted_right] = *room;
     const Index begin = c * Q, size = std::min(Q, s.tokens - begin), columns = round_up(size, kLanes<T>);
     const Index token = b * s.tokens + begin, row = s.heads * P, task = b * s.heads + h;
-    const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
-    const T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c);
     const X *x_from = in.x + b * s.x_b + begin * s.x_t + h * P, *dy_from = out.dy + token * row + h * P;
     if (c > 0) {
       fetch(Q, P, x_from - Q * s.x_t, s.x_t);
       fetch(Q, P, dy_from - Q * row, row);
     }
-    gather(size, P, x_from, s.x_t, x_rows);
-    gather(size, P, dy_from, row, dy_rows);
-    const T *x = x_rows, *dy = dy_rows, *state = states + c * P * N;
+    gather(size, P, x_from, s.x_t, x);
+    gather(size, P, dy_from, row, dy);
     const T A = in.A[h], skip = in.D == nullptr ? T(0) : in.D[h];
-    decay.compute(size, pitch, dt, s.dt_t, A, Documents(in.document, s, b, begin));
-    weigh(size, P, x, P, dt, s.dt_t, weighted);
+    for (Index i = 0; i < columns; ++i) {
+      dt[i] = i < size ? in.dt[b * s.dt_b + (begin + i) * s.dt_t + h] : T(0);
+      dt_double[i] = static_cast<double>(dt[i]);
+      column[i] = 0;
+    }
+    decay.compute(size, pitch, dt, 1, A, Documents(in.document, s, b, begin));
     make_matrix(size, pitch, decay, common.scores + s.scores(b, g, c), matrix, between);
 
-    // dM = dy x̃ᵀ on and below the diagonal.
-    transpose(size, P, weighted, P, weighted_transposed, pitch);
-    for_tiles<T>(size, columns, [&]<int R, int W>(Index i, Index j) {
-      if (j > i + R - 1) return;
-      Tile<T, R, W> tile;
-      tile.clear();
-      tile.multiply(P, dy + i * P, P, 1, weighted_transposed + j, pitch);
-      tile.put(dmatrix + i * pitch + j, pitch);
-    });
+    // dy xᵀ on and below the diagonal; times dt it is dM.
+    dy_left.rows(size, P, dy, P);
+    x_columns.columns(P, size, x, P);
+    W::Rounded::template run<Where::kResultLower>(size, columns, P, dy_left, x_columns, dmatrix, pitch);
 
     // d(C Bᵀ) += dM ∘ L; with E = dM ∘ M below the diagonal, ds_i gets the sum of row i less that of column i. Both in
     // fp64: of what they add up to over the later tokens most cancels, and a token that forgets much multiplies the rest
-    // by its large dt.
-    for (Index j = 0; j < columns; ++j) column[j] = 0;
+    // by its large dt. The columns of M ∘ dy xᵀ are what x gets back, too.
     for (Index i = 0; i < size; ++i) {
       T* values = dmatrix + i * pitch;
       const T own = values[i];
@@ -527,168 +480,175 @@ class Backward {
       DoubleSums<T> total;
       for (Index j = 0; j < i; j += kLanes<T>) {
         const Vector<T> value = load(values + j);
-        store(dscores + i * pitch + j, load(dscores + i * pitch + j) + value * load(between + i * pitch + j));
-        total.add(value * load(matrix + i * pitch + j), column + j);
+        store(dscores + i * pitch + j,
+              load(dscores + i * pitch + j) + value * load(dt + j) * load(between + i * pitch + j));
+        total.add(value * load(matrix + i * pitch + j), dt_double + j, column + j);
       }
-      dscores[i * pitch + i] += own;
+      dscores[i * pitch + i] += own * dt[i];
+      through_x[i] = static_cast<double>(own * matrix[i * pitch + i]);
       dlog[i] = total.sum();
     }
 
-    // dC from the entrance: e^s dy Sᵀ.
-    for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
-      Tile<T, R, W> tile;
-      tile.clear();
-      tile.multiply(P, dy + i * P, P, 1, state + n, N);
-      tile.put(projected + i * N + n, N);
-    });
-    add_projected(size, decay.entrance, C, dC_group + begin * N, [&](Index i, T value) { dlog[i] += value; });
+    // dC from the entrance, by columns: S dyᵀ e^s.
+    state_left.rows(N, P, state, P);
+    dy_exact.columns(P, size, dy, P);
+    W::ExactLeft::run(N, columns, P, state_left, dy_exact, projected, pitch);
+    add_projected(columns, decay.entrance, common.C_columns + s.columns(b, g, c), dC);
+    for (Index i = 0; i < size; ++i) dlog[i] += static_cast<double>(decay.entrance[i]) * static_cast<double>(told[i]);
 
-    // dB from the end: e^(s_Q - s) x̃ dS'ᵀ.
-    for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
-      Tile<T, R, W> tile;
-      tile.clear();
-      tile.multiply(P, weighted + i * P, P, 1, dstate + n, N);
-      tile.put(projected + i * N + n, N);
-    });
-    // What token i passes to the state at the end: the state at the entrance and the tokens before i. (All that is in
-    // the state less what i and later tokens added is the same, but of little the difference would leave its rounding.)
-    double passed = static_cast<double>(decay.through) * dot(P * N, dstate, state);
-    add_projected(size, decay.end, B, dB_group + begin * N, [&](Index i, T value) {
+    // dB from the end, by columns: dS' xᵀ dt e^(s_Q - s). What token i passes to the state at the end is the state at the
+    // entrance and the tokens before i. (All that is in the state less what i and later tokens added is the same, but of
+    // little the difference would leave its rounding.)
+    for (Index i = 0; i < columns; ++i) factor[i] = dt[i] * decay.end[i];
+    state_left.rows(N, P, dstate, P);
+    x_exact.columns(P, size, x, P);
+    W::ExactLeft::run(N, columns, P, state_left, x_exact, projected, pitch);
+    add_projected(columns, factor, common.B_columns + s.columns(b, g, c), dB);
+    double passed = static_cast<double>(decay.through) * dot(N * P, dstate, state);
+    for (Index i = 0; i < size; ++i) {
       kept[i] = passed;
-      passed += value;
-    });
+      const double back = static_cast<double>(decay.end[i]) * static_cast<double>(told[i]);
+      passed += dt_double[i] * back;
+      through_x[i] += column[i] + back;
+    }
 
     // dx̃ = Mᵀ dy + e^(s_Q - s) B dS'.
-    transpose(P, N, dstate, N, dstate_transposed, P);
-    for_tiles<T>(size, P, [&]<int R, int W>(Index j, Index p) {
-      Tile<T, R, W> tile;
-      tile.clear();
-      tile.multiply(N, B + j * N, N, 1, dstate_transposed + p, P);
-      tile.scale_rows(decay.end + j);
-      tile.multiply(size - j, matrix + j * pitch + j, 1, pitch, dy + j * P + p, P);
-      tile.put(dweighted + j * P + p, P);
-    });
+    dstate_right.rows(N, P, dstate, P);
+    W::Rounded::run(size, P, N, B_left, dstate_right, dweighted, P);
+    scale_rows(size, P, decay.end, dweighted, dweighted);
+    M_left.columns(size, size, matrix, pitch);
+    dy_right.rows(size, P, dy, P);
+    W::Rounded::template run<Where::kUpper>(size, P, size, M_left, dy_right, dweighted, P, {dweighted, P, T(1)});
 
-    // dS = e^(s_Q) dS' + Σ_i e^(s_i) dy_i C_iᵀ.
-    for (Index i = 0; i < size; ++i)
-      for (Index p = 0; p < P; p += kLanes<T>)
-        store(dentrance + i * P + p, decay.entrance[i] * load(dy + i * P + p));
-    for_tiles<T>(P, N, [&]<int R, int W>(Index p, Index n) {
-      Tile<T, R, W> tile;
-      tile.take(dstate + p * N + n, N, decay.through);
-      tile.multiply(size, dentrance + p, 1, P, C + n, N);
-      tile.put(dstate + p * N + n, N);
-    });
+    // dS = e^(s_Q) dS' + Σ_i e^(s_i) C_i dy_iᵀ.
+    scale_rows(size, P, decay.entrance, dy, weighted);
+    weighted_right.rows(size, P, weighted, P);
+    W::ExactRight::run(N, P, size, C_exact, weighted_right, dstate, P, {dstate, P, decay.through});
 
     // dx, dD, and from ds (summed from the end of the chunk) ddt and dA.
     double later = 0;
+    DoubleSums<T> through_D;
     for (Index i = size - 1; i >= 0; --i) {
       X* dx = out.dx + (token + i) * row + h * P;
-      Vector<T> through_x{}, through_skip{};
+      Vector<T> through_skip{};
       for (Index p = 0; p < P; p += kLanes<T>) {
-        const Vector<T> value = load(dweighted + i * P + p), input = load(x + i * P + p);
         const Vector<T> gradient = load(dy + i * P + p);
-        through_x += value * input;
-        through_skip += gradient * input;
-        narrow(dx + p, dt[i * s.dt_t] * value + skip * gradient);
+        through_skip += gradient * load(x + i * P + p);
+        narrow(dx + p, dt[i] * load(dweighted + i * P + p) + skip * gradient);
       }
-      later += dlog[i] - column[i];
+      later += dlog[i] - dt_double[i] * column[i];
       // Less than a rounding passes such a decay; a difference of sums would leave their rounding, times dt.
       const double moved = decay.rate[i] < -40 ? 0.0 : later + kept[i];
-      out.ddt[(token + i) * s.heads + h] = static_cast<T>(static_cast<double>(A) * moved + sum<T>(through_x));
-      out.dA[task] += static_cast<double>(dt[i * s.dt_t]) * moved;
-      out.dD[task] += sum<T>(through_skip);
+      out.ddt[(token + i) * s.heads + h] = static_cast<T>(static_cast<double>(A) * moved + through_x[i]);
+      out.dA[task] += dt_double[i] * moved;
+      through_D.add(through_skip);
     }
+    out.dD[task] += through_D.sum();
   }
 
-  // target_i += factor_i projected_i, and tell(i, factor_i · projected_i · with_i).
-  template <class F>
-  void add_projected(Index size, const T* factor, const T* with, T* target, F&& tell) {
-    for (Index i = 0; i < size; ++i) {
-      Vector<T> total{};
-      for (Index n = 0; n < N; n += kLanes<T>) {
-        const Vector<T> value = factor[i] * load(projected + i * N + n);
-        total += value * load(with + i * N + n);
-        store(target + i * N + n, load(target + i * N + n) + value);
+  // target_ni += factor_i projected_ni, and told_i = Σ_n projected_ni with_ni.
+  void add_projected(Index columns, const T* factor, const T* with, T* target) {
+    constexpr Index kRows = 4;  // which N is a multiple of; sums of few terms lose less
+    for (Index i = 0; i < columns; i += kLanes<T>) store(room->told + i, Vector<T>{});
+    for (Index n = 0; n < N; n += kRows)
+      for (Index i = 0; i < columns; i += kLanes<T>) {
+        const Vector<T> scale = load(factor + i);
+        Vector<T> sum{};
+        for (Index at = n * pitch + i; at < (n + kRows) * pitch; at += pitch) {
+          const Vector<T> value = load(room->projected + at);
+          sum += value * load(with + at);
+          store(target + at, load(target + at) + scale * value);
+        }
+        store(room->told + i, load(room->told + i) + sum);
       }
-      tell(i, sum<T>(total));
-    }
   }
 };
 
-// d(C Bᵀ) of all slices into dC and dB.
-template <class T, class X>
+// Products and memory of the last step.
+template <class W, class T>
+struct FinishRoom {
+  T* rows;
+  typename W::Rounded::Left left;
+  typename W::Rounded::Right right;
+  FinishRoom(Scratch& scratch, const Shape& s)
+      : rows(scratch.take<T>(s.rows_up() * s.state)), left(scratch, s.chunk, s.pitch()),
+        right(scratch, s.chunk, s.state) {}
+};
+
+// dB and dC of a chunk: what the slices have summed, and d(C Bᵀ).
+template <class W, class T, class X>
 void finish(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
-            const Common<T>& common, Index b, Index g, Index c) {
+            const Common<T>& common, Index b, Index g, Index c, FinishRoom<W, T>& room) {
   const Index Q = s.chunk, N = s.state, pitch = s.pitch(), begin = c * Q, size = std::min(Q, s.tokens - begin);
-  const T *B = common.B + s.rows(b, g, c), *C = common.C + s.rows(b, g, c);
   const Index group = b * s.groups + g, groups = s.batch * s.groups;
+  const auto sum_slices = [&](T* first, Index count, Index apart) {
+    for (Index slice = 1; slice < shared.slices; ++slice)
+      for (Index i = 0; i < count; i += kLanes<T>) store(first + i, load(first + i) + load(first + slice * apart + i));
+  };
   T* dscores = shared.dscores + (group * s.chunks() + c) * Q * pitch;
+  sum_slices(dscores, size * pitch, groups * s.chunks() * Q * pitch);
   const Documents documents(in.document, s, b, begin);
   for (Index i = 0; i < size; ++i) {
     T* row = dscores + i * pitch;
-    for (Index slice = 1; slice < shared.slices; ++slice) {
-      const T* other = row + slice * groups * s.chunks() * Q * pitch;
-      for (Index j = 0; j <= i; ++j) row[j] += other[j];
-    }
     for (Index j = i + 1; j < pitch; ++j) row[j] = 0;
     if (documents.number != nullptr)
       for (Index j = 0; j < i; ++j)
         if (!documents.same(i, j)) row[j] = 0;
   }
-  const auto add = [&](const T* summed, X* target, auto&& product) {
-    for_tiles<T>(size, N, [&]<int R, int W>(Index i, Index n) {
-      Tile<T, R, W> tile;
-      tile.take(summed + i * N + n, N, T(1));
-      for (Index slice = 1; slice < shared.slices; ++slice)
-        for (int r = 0; r < R; ++r)
-          for (int w = 0; w < W; ++w)
-            tile.v[r][w] += load(summed + slice * groups * s.tokens * N + (i + r) * N + n + w * kLanes<T>);
-      product(tile, i, n);
-      tile.put(target + i * s.groups * N + n, s.groups * N);
-    });
+  const auto put = [&](T* columns, const T* with, X* target, auto&& product) {
+    sum_slices(columns, N * pitch, groups * s.chunks() * N * pitch);
+    transpose(N, size, columns, pitch, room.rows, N);
+    room.right.rows(size, N, with, N);
+    product(Addend<T>{room.rows, N, T(1)});
+    for (Index i = 0; i < size; ++i)
+      for (Index n = 0; n < N; n += kLanes<T>) narrow(target + i * s.groups * N + n, load(room.rows + i * N + n));
   };
-  const Index from = group * s.tokens * N + begin * N, to = ((b * s.tokens + begin) * s.groups + g) * N;
-  add(shared.dC + from, out.dC + to, [&]<int R, int W>(Tile<T, R, W>& tile, Index i, Index n) {
-    tile.multiply(std::min(size, i + R), dscores + i * pitch, pitch, 1, B + n, N);
+  const Index from = s.columns(b, g, c), to = ((b * s.tokens + begin) * s.groups + g) * N;
+  put(shared.dC + from, common.B + s.rows(b, g, c), out.dC + to, [&](const Addend<T>& sums) {
+    room.left.rows(size, size, dscores, pitch);
+    W::Rounded::template run<Where::kLower>(size, N, size, room.left, room.right, room.rows, N, sums);
   });
-  add(shared.dB + from, out.dB + to, [&]<int R, int W>(Tile<T, R, W>& tile, Index j, Index n) {
-    tile.multiply(size - j, dscores + j * pitch + j, 1, pitch, C + j * N + n, N);
+  put(shared.dB + from, common.C + s.rows(b, g, c), out.dB + to, [&](const Addend<T>& sums) {
+    room.left.columns(size, size, dscores, pitch);
+    W::Rounded::template run<Where::kUpper>(size, N, size, room.left, room.right, room.rows, N, sums);
   });
 }
 
-template <class T, class X>
+template <class W, class T, class X>
 int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
              const Common<T>& common, int threads) {
-  int status = make_common(s, in, common, threads);
+  int status = make_common<W>(s, in, common, threads);
   if (status != kOk) return status;
   const Index groups = s.batch * s.groups, heads = s.heads / s.groups;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
   for (Index task = 0; task < groups * shared.slices; ++task) {
+    [[maybe_unused]] const typename W::Session session;
     const Index slice = task / groups, b = task % groups / s.groups, g = task % s.groups;
+    const Index columns = s.chunks() * s.state * s.pitch(), scores = s.chunks() * s.chunk * s.pitch();
     const Index at = slice * groups + b * s.groups + g;
-    std::memset(shared.dB + at * s.tokens * s.state, 0, sizeof(T) * s.tokens * s.state);
-    std::memset(shared.dC + at * s.tokens * s.state, 0, sizeof(T) * s.tokens * s.state);
-    const Index size = s.chunks() * s.chunk * s.pitch();
-    std::memset(shared.dscores + at * size, 0, sizeof(T) * size);
-    Backward<T, X> work(s, in, out, shared, common);
+    std::memset(shared.dB + at * columns, 0, sizeof(T) * columns);
+    std::memset(shared.dC + at * columns, 0, sizeof(T) * columns);
+    std::memset(shared.dscores + at * scores, 0, sizeof(T) * scores);
+    Backward<W, T, X> work(s, in, out, shared, common);
     const Index first = heads * slice / shared.slices, last = heads * (slice + 1) / shared.slices;
-    for (Index h = first; h < last; h += kTogether) {
-      const Index end = std::min(last, h + kTogether);
-      if (!work.reserve(end - h)) {
-        status = kNoMemory;
-        break;
-      }
-      work.run(b, g * heads + h, g * heads + end, slice);
-    }
+    bool done = true;
+    for (Index h = first; h < last && done; h += kTogether)
+      done = work.run(b, g * heads + h, g * heads + std::min(last, h + kTogether), slice);
+    if (!done) status = kNoMemory;
   }
   if (status != kOk) return status;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
   for (Index task = 0; task < groups * s.chunks(); ++task) {
+    [[maybe_unused]] const typename W::Session session;
+    auto room = thread_scratch().template lay_out<FinishRoom<W, T>>(s);
+    if (!room) {
+      status = kNoMemory;
+      continue;
+    }
     const Index c = task % s.chunks(), g = task / s.chunks() % s.groups, b = task / s.chunks() / s.groups;
-    finish(s, in, out, shared, common, b, g, c);
+    finish<W>(s, in, out, shared, common, b, g, c, *room);
   }
-  return kOk;
+  return status;
 }
 
 }  // namespace
@@ -707,14 +667,16 @@ extern "C" int taipan_ssd_forward(const std::ptrdiff_t* sizes, const void* x, co
   return with_element<Real>(s.narrow, [&]<class X>() {
     const Arrays<Real, X> in{
         static_cast<const X*>(x), static_cast<const X*>(B), static_cast<const X*>(C), dt, A, D, initial, document};
-    return forward<Real, X>(s, in, {scores, B_rows, C_rows}, static_cast<X*>(y), final, threads);
+    return with_products<Real, X>([&]<class W>() {
+      return forward<W>(s, in, {scores, B_rows, C_rows, nullptr, nullptr}, static_cast<X*>(y), final, threads);
+    });
   });
 }
 
 extern "C" int taipan_ssd_backward(const std::ptrdiff_t* sizes, const void* x, const Real* dt, const Real* A,
                                    const void* B, const void* C, const Real* D, const Real* initial,
                                    const std::int32_t* document, Real* scores, Real* B_rows, Real* C_rows,
-                                   const void* dy, const Real* dfinal, Real* slices_dB, Real* slices_dC,
+                                   Real* B_columns, Real* C_columns, const void* dy, const Real* dfinal, Real* slices_dB, Real* slices_dC,
                                    Real* slices_dscores, std::ptrdiff_t slices, void* dx, Real* ddt, void* dB, void* dC,
                                    Real* dinitial, double* dA, double* dD, int threads) {
   using namespace taipan;
@@ -725,7 +687,9 @@ extern "C" int taipan_ssd_backward(const std::ptrdiff_t* sizes, const void* x, c
         static_cast<const X*>(x), static_cast<const X*>(B), static_cast<const X*>(C), dt, A, D, initial, document};
     const Gradients<Real, X> out{static_cast<const X*>(dy), dfinal, static_cast<X*>(dx), static_cast<X*>(dB),
                                  static_cast<X*>(dC), ddt, dinitial, dA, dD};
-    return backward<Real, X>(s, in, out, {slices_dB, slices_dC, slices_dscores, slices}, {scores, B_rows, C_rows},
-                             threads);
+    return with_products<Real, X>([&]<class W>() {
+      return backward<W>(s, in, out, {slices_dB, slices_dC, slices_dscores, slices},
+                         {scores, B_rows, C_rows, B_columns, C_columns}, threads);
+    });
   });
 }

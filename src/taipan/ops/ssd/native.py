@@ -54,6 +54,7 @@ class _Call:
         chunks = -(-self.tokens // self.chunk)
         pitch = -(-self.chunk // _MULTIPLE) * _MULTIPLE
         self.scores_size = chunks * self.chunk * pitch
+        self.columns_size = chunks * self.state * pitch
 
     def arguments(self) -> list[Any]:
         """Sizes and inputs, and room for what all heads of a group read: C Bᵀ, B and C."""
@@ -114,13 +115,14 @@ class _SSD(torch.autograd.Function):
         dy_BTHP = dy_BTHP.to(narrow).contiguous()
         batch, tokens, heads, groups, state = inputs.batch, inputs.tokens, inputs.heads, inputs.groups, inputs.state
         slices = _slices(batch * groups, heads // groups)
-        shared = [inputs.new(slices * batch * groups * tokens * state) for _ in range(2)]
+        columns = [inputs.new(batch * groups * inputs.columns_size) for _ in range(2)]
+        shared = [inputs.new(slices * batch * groups * inputs.columns_size) for _ in range(2)]
         dscores = inputs.new(slices * batch * groups * inputs.scores_size)
         dx, ddt = inputs.new(*x_BTHP.shape, dtype=narrow), inputs.new(*dt_BTH.shape)
         dB, dC = (inputs.new(batch, tokens, groups, state, dtype=narrow) for _ in range(2))
         dinitial = inputs.new(batch, heads, inputs.head_dim, state)
         dA, dD = (inputs.new(batch, heads, dtype=torch.float64) for _ in range(2))
-        given = (dy_BTHP, dfinal_BHPN, *shared, dscores, slices)
+        given = (*columns, dy_BTHP, dfinal_BHPN, *shared, dscores, slices)
         call(inputs.dtype, "ssd_backward", *inputs.arguments(), *given, dx, ddt, dB, dC, dinitial, dA, dD)
         return (
             dx.to(x_BTHP.dtype),

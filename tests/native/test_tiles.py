@@ -1,0 +1,108 @@
+"""The kernels with products in tile registers (AMX), on a processor that has none: its instructions run in software.
+
+The library is compiled as on a processor with AMX. Each instruction that this one refuses is executed by `amx.cpp`, which
+also grants what the system would: tests of SSD are repeated over it, in processes of their own.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels import REAL, needs_compiler
+
+ROOT = Path(__file__).parents[2]
+CAPABILITIES = torch.cpu.get_capabilities()
+NEEDED = "avx512_bf16"  # what the kernels use beside the tiles
+
+pytestmark = [
+    needs_compiler,
+    pytest.mark.skipif(not CAPABILITIES.get(NEEDED), reason=f"this processor has no {NEEDED}"),
+]
+
+
+@dataclass
+class Machine:
+    """One with AMX. Its kernels are compiled once, quickly rather than well."""
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        flags = ["-std=c++20", "-O2", "-mfma", "-shared", "-fPIC"]
+        software = [str(ROOT / "tests" / "native" / "amx.cpp"), "-o", str(self.directory / "amx.so"), "-ldl"]
+        subprocess.run([str(REAL), *flags, *software], check=True, timeout=100)
+        compiler = self.directory / "cxx"
+        compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@" -O1 -mamx-tile -mamx-bf16\n', encoding="utf-8")
+        compiler.chmod(0o755)
+        # Before anything is preloaded, which is not meant for compilers.
+        assert "AVX512-BF16" in self.run(PRODUCTS, permitted=False) or CAPABILITIES.get("amx_bf16")
+
+    def run(self, program: str, *arguments: str, permitted: bool = True) -> str:
+        """What a program of Python writes; without permission for tiles if that is not granted."""
+        environment = {
+            **os.environ,
+            "CXX": str(self.directory / "cxx"),
+            "TAIPAN_CACHE": str(self.directory / "cache"),
+            "TAIPAN_TEST_AMX": str(self.directory / "products"),
+        }
+        if permitted:
+            environment["LD_PRELOAD"] = str(self.directory / "amx.so")
+        command = [sys.executable, "-c", program, *arguments]
+        finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1000)
+        assert finished.returncode == 0, f"{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
+        return finished.stdout
+
+    def products(self) -> int:
+        """How many products of tiles the program before has made."""
+        return int((self.directory / "products").read_text(encoding="utf-8").split()[-1])
+
+
+PRODUCTS = "from taipan.native import native_status as s; assert s().library, s().reason; print(s().products)"
+
+# pytest's own handler of faults would take the instructions for one.
+TESTS = """
+import sys, pytest
+without = [word for name in ("faulthandler", "cacheprovider", "xdist") for word in ("-p", "no:" + name)]
+sys.exit(pytest.main(["-q", "-o", "addopts=", *without, "tests/ops/test_ssd.py", "-k", "native and bfloat16"]))
+"""
+
+FUZZ = """
+import sys, torch
+from tests.ops.fuzz import OPS, Draw, ratios
+wanted, seed = int(sys.argv[1]), 0
+while wanted:
+    case = OPS["ssd"][0](Draw(seed))
+    if case.inputs["x"].dtype == torch.bfloat16:
+        wanted -= 1
+        for name, ratio in ratios(case, "native").items():
+            print(seed, name.replace(" ", "_"), ratio)
+    seed += 1
+"""
+
+
+def check_random_cases(machine: Machine, count: int) -> None:
+    lines = [line.split() for line in machine.run(FUZZ, str(count)).splitlines()]
+    assert len({seed for seed, _, _ in lines}) == count
+    for seed, name, ratio in lines:
+        assert float(ratio) <= 2, f"case {seed}: {name} is {ratio} times what is measured"
+    assert machine.products() > count
+
+
+@pytest.mark.timeout(300)
+def test_ssd_is_as_exact_as_the_reference(tmp_path: Path) -> None:
+    """The same library does without tiles where the system does not grant them (see `Machine`)."""
+    machine = Machine(tmp_path)
+    assert machine.run(PRODUCTS) == "tiles of bfloat16 (AMX)\n"
+    assert "6 passed" in machine.run(TESTS)
+    assert machine.products() > 1000
+    check_random_cases(machine, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_many_random_cases_are_the_reference(tmp_path: Path) -> None:
+    check_random_cases(Machine(tmp_path), 500)
