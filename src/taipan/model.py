@@ -98,31 +98,56 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, h_BTD: FloatBTD, state: LayerState | None, layout: Layout, schedule: GateSchedule
-    ) -> tuple[FloatBTD, StateBuilder, GateOutput | None]:
-        """One layer: the residual stream in and out, how to build the next state, and the gate's decision if any."""
+        self,
+        h_BTD: FloatBTD,
+        branch_BTD: FloatBTD | None,
+        state: LayerState | None,
+        layout: Layout,
+        schedule: GateSchedule,
+    ) -> tuple[FloatBTD, FloatBTD | None, StateBuilder, GateOutput | None]:
+        """One layer.
+
+        Args:
+            h_BTD: the residual stream.
+            branch_BTD: what is still to be added to it: the norm that reads the sum makes it.
+            state: of the layer, from before this call.
+            layout: padding and documents of this call.
+            schedule: temperature and noise of the gate.
+
+        Returns:
+            The residual stream and what is to be added to it, how to build the next state, and the gate's decision if
+            any.
+        """
         if self.recompute and self.training and torch.is_grad_enabled():
+            if branch_BTD is not None:  # one tensor is kept, not two
+                h_BTD = h_BTD + branch_BTD
             # its generator is put back for the second pass, so that the gate's noise is the same
             return cast(
-                tuple[Tensor, StateBuilder, GateOutput | None],
-                checkpoint(self._forward, h_BTD, state, layout, schedule, use_reentrant=False),
+                tuple[Tensor, Tensor | None, StateBuilder, GateOutput | None],
+                checkpoint(self._forward, h_BTD, None, state, layout, schedule, use_reentrant=False),
             )
-        return self._forward(h_BTD, state, layout, schedule)
+        return self._forward(h_BTD, branch_BTD, state, layout, schedule)
 
     def _forward(
-        self, h_BTD: FloatBTD, state: LayerState | None, layout: Layout, schedule: GateSchedule
-    ) -> tuple[FloatBTD, StateBuilder, GateOutput | None]:
-        x_BTD = self.norm(h_BTD)
+        self,
+        h_BTD: FloatBTD,
+        branch_BTD: FloatBTD | None,
+        state: LayerState | None,
+        layout: Layout,
+        schedule: GateSchedule,
+    ) -> tuple[FloatBTD, FloatBTD | None, StateBuilder, GateOutput | None]:
+        x_BTD, h_BTD = normed_and_sum(self.norm, h_BTD, branch_BTD)
         gate: GateOutput | None = None
         if isinstance(self.mixer, SelectiveAttention):
             attention_state = cast(AttentionState | None, state)
             h_BTD, build, gate = self.mixer.refine(h_BTD, x_BTD, attention_state, layout, schedule)
+            branch_BTD = None
         else:
-            out_BTD, build = self.mixer(x_BTD, state, layout)
-            h_BTD = h_BTD + out_BTD
+            branch_BTD, build = self.mixer(x_BTD, state, layout)
         if self.mlp is not None and self.mlp_norm is not None:
-            h_BTD = h_BTD + self.mlp(self.mlp_norm(h_BTD))
-        return h_BTD, build, gate
+            x_BTD, h_BTD = normed_and_sum(self.mlp_norm, h_BTD, branch_BTD)
+            branch_BTD = self.mlp(x_BTD)
+        return h_BTD, branch_BTD, build, gate
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
         """Draw all parameters of the layer."""
@@ -131,6 +156,11 @@ class Block(nn.Module):
         if self.mlp is not None and self.mlp_norm is not None:
             self.mlp_norm.reset_parameters()
             self.mlp.reset_parameters(generator, residual_scale)
+
+
+def normed_and_sum(norm: RMSNorm, h_BTD: Tensor, branch_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The residual stream with the branch added, if there is one: normed, and as it is."""
+    return (norm(h_BTD), h_BTD) if branch_BTD is None else norm(h_BTD, branch_BTD)
 
 
 @dataclass(frozen=True)
@@ -180,9 +210,10 @@ class TaipanDecoder(nn.Module):
             h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
         builders: list[StateBuilder] = []
         gates: list[GateOutput] = []
+        branch_BTD: Tensor | None = None
         for number, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
-            h_BTD, build, gate = layer(h_BTD, layer_state, call.layout, self.schedule)
+            h_BTD, branch_BTD, build, gate = layer(h_BTD, branch_BTD, layer_state, call.layout, self.schedule)
             if self.keeps_states:  # a builder holds keys and values
                 builders.append(build)
             if gate is not None:
@@ -198,7 +229,7 @@ class TaipanDecoder(nn.Module):
             return DecoderState(layers, call.position_B, call.segment_B, architecture_fingerprint(self.config))
 
         restored = tuple(restore_gate(gate, call.restore, attention_mask) for gate in gates)
-        return DecoderOutput(call.restore(self.norm(h_BTD)), build_state, restored)
+        return DecoderOutput(call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0]), build_state, restored)
 
     def _check(self, tokens_BT: Tensor) -> None:
         if tokens_BT.dim() != 2 or tokens_BT.shape[0] == 0 or tokens_BT.shape[1] == 0:

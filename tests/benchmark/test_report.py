@@ -93,7 +93,7 @@ def test_decoding_is_compared_with_the_memory_and_with_a_shorter_context(report:
 def test_ops_are_measured_both_ways_against_portable(directory: str) -> None:
     found = measured(directory, ["ops"], repeats=1, implementation="reference").measurements
     works = {row.work for row in found}
-    for op in ("ssd", "causal_conv1d", "gated_rms_norm", "rms_norm", "attention", "linear_cross_entropy"):
+    for op in ("ssd", "causal_conv1d", "gated_rms_norm", "rms_norm_of_sum", "attention", "linear_cross_entropy"):
         assert sum(work.startswith(f"{op} ") for work in works) == 2, op
     rows = {(row.subject, row.work): row for row in found}
     for (subject, work), row in rows.items():

@@ -1,7 +1,7 @@
 """The kernels with products in tile registers (AMX), on a processor that has none: its instructions run in software.
 
-The library is compiled as on a processor with AMX. Each instruction that this one refuses is executed by `amx.cpp`, which
-also grants what the system would: tests of SSD are repeated over it, in processes of their own.
+The library is compiled as on a processor with AMX. Each instruction that this one refuses is executed by `amx.cpp`,
+which also grants what the system would: tests of SSD are repeated over it, in processes of their own.
 """
 
 import os

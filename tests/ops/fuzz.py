@@ -320,6 +320,27 @@ def of_gated_norm(draw: Draw) -> Case:
     return Case(run, lambda tensors: run(tensors, "reference"), inputs, draw.wanted(sorted(inputs)), about=about)
 
 
+def of_norm_of_sum(draw: Draw) -> Case:
+    leading = [draw.length(70) for _ in range(draw.number(1, 2))]
+    width = draw.number(1, 3, 16, 17, 32, 48, 64, 96, 272)
+    dtype, eps = draw.random.choice(DTYPES), draw.random.choice([1e-12, 1e-6, 1e-5, 1e-5, 0.1])
+    stream = accumulation_dtype(dtype) if draw.chance(0.8) else dtype
+    weight = draw.random.choice([dtype, stream])
+    inputs = {
+        "x": draw.view(scaled(draw, *leading, width).to(stream)),
+        "branch": draw.view(scaled(draw, *leading, width).to(dtype)),
+        "weight": draw.normal(width).to(weight),
+    }
+
+    def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
+        given = (tensors["x"], tensors["branch"], tensors["weight"])
+        return gated_rms_norm.rms_norm_of_sum(*given, eps=eps, implementation=implementation)
+
+    wanted, used = draw.wanted(sorted(inputs)), draw.random.choice([[0, 1], [0, 1], [0], [1]])
+    about = f"{dtype} added to {stream}, eps {eps}"
+    return Case(run, lambda tensors: run(tensors, "reference"), inputs, wanted, used, about)
+
+
 def of_norm(draw: Draw) -> Case:
     leading = [draw.length(70) for _ in range(draw.number(0, 1, 2, 2, 3))][:3]
     while len(leading) > 1 and torch.Size(leading).numel() > 400:
@@ -441,6 +462,7 @@ OPS: Mapping[str, tuple[Callable[[Draw], Case], Mapping[str, object]]] = {
     "causal_conv1d": (of_conv, causal_conv1d.api.IMPLEMENTATIONS),
     "gated_rms_norm": (of_gated_norm, norms.GATED_IMPLEMENTATIONS),
     "rms_norm": (of_norm, norms.IMPLEMENTATIONS),
+    "rms_norm_of_sum": (of_norm_of_sum, norms.SUM_IMPLEMENTATIONS),
     "linear_cross_entropy": (of_cross_entropy, linear_cross_entropy.api.IMPLEMENTATIONS),
     "attention": (of_attention, attention.api.IMPLEMENTATIONS),
 }

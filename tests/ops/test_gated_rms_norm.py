@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
-from taipan.ops.gated_rms_norm import gated_rms_norm, portable, rms_norm
+from taipan.ops.gated_rms_norm import gated_rms_norm, portable, rms_norm, rms_norm_of_sum
 from tests.kernels import NATIVE
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
@@ -39,6 +39,21 @@ def gated(tensors: list[Tensor], group_size: int = WIDTH, implementation: str | 
 
 def plain(tensors: list[Tensor], implementation: str | None = None) -> Tensor:
     return rms_norm(tensors[0], tensors[2], eps=EPS, implementation=implementation or FAST)
+
+
+def of_sum(tensors: list[Tensor], implementation: str | None = None) -> tuple[Tensor, Tensor]:
+    return rms_norm_of_sum(*tensors, eps=EPS, implementation=implementation or FAST)
+
+
+def everything_of_sum(tensors: list[Tensor], used: slice = slice(None), **options: str) -> list[Tensor]:
+    """Both outputs, and the gradients through those that are used."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    outputs = of_sum(leaves, **options)
+    generator = torch.Generator().manual_seed(7)
+    directions = [torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs]
+    gradients = torch.autograd.grad(outputs[used], leaves, directions[used], allow_unused=True)
+    filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
+    return [*(out.detach() for out in outputs), *filled]
 
 
 def everything(op: Callable[..., Tensor], tensors: list[Tensor], **options: object) -> list[Tensor]:
@@ -108,6 +123,54 @@ def test_statistics_are_not_narrow(implementation: str | None) -> None:
         assert_equal_to(everything(op, narrow, implementation=implementation), exact, 1e-3, op.__name__)
 
 
+@pytest.mark.parametrize("used", [slice(None), slice(0, 1), slice(1, 2)], ids=["both", "normed", "sum"])
+@pytest.mark.parametrize("shape", [(WIDTH,), (2, 7, WIDTH), (3, 0, WIDTH), (4, 5)])
+def test_norm_of_a_sum_is_the_reference(shape: tuple[int, ...], used: slice) -> None:
+    tensors = [torch.randn(shape, dtype=torch.float64), torch.randn(shape).double(), torch.randn(shape[-1:]).double()]
+    exact = everything_of_sum(tensors, used, implementation="reference")
+    actual = everything_of_sum(tensors, used)
+    assert [one.shape for one in actual] == [one.shape for one in exact]
+    if 0 not in shape:
+        assert_equal_to(actual, exact, 1e-12, "of a sum")
+    with torch.no_grad():
+        assert all(one.equal(other) for one, other in zip(of_sum(tensors), actual[:2], strict=True))
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("stream", "branch"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_norm_of_a_sum_is_as_exact_as_the_reference(
+    stream: torch.dtype, branch: torch.dtype, weight: torch.dtype
+) -> None:
+    """The residual stream is fp32 as a rule, a branch what the products are in, and what is normed goes to products."""
+    wide = torch.randn(2, 7, WIDTH)
+    tensors = [wide.transpose(0, 1).to(stream), torch.randn(7, 2, 2 * WIDTH)[..., 5 : 5 + WIDTH].to(branch)]
+    tensors.append(torch.randn(WIDTH).to(weight))
+    exact = everything_of_sum([tensor.double() for tensor in tensors], implementation="reference")
+    reference = everything_of_sum(tensors, implementation="reference")
+    dtypes = (weight, stream, stream, branch, weight)
+    names = ("normed", "sum", "dx", "dbranch", "dweight")
+    found = everything_of_sum(tensors)
+    for name, dtype, actual, near, truth in zip(names, dtypes, found, reference, exact, strict=True):
+        assert actual.dtype == dtype, name
+        assert_as_exact_as(actual, [near], truth, dtype, name)
+
+
+def test_norm_of_a_sum_does_not_touch_what_it_adds() -> None:
+    tensors = [*make(torch.float32)[:2], torch.ones(WIDTH)]
+    before = [tensor.clone() for tensor in tensors]
+    everything_of_sum(tensors)
+    assert all(one.equal(other) for one, other in zip(tensors, before, strict=True))
+
+
 def test_zeros_stay_zeros_with_finite_gradients() -> None:
     zeros = torch.zeros(1, 2, WIDTH, dtype=torch.float64)
     tensors = [zeros, zeros, torch.ones(WIDTH, dtype=torch.float64)]
@@ -145,5 +208,10 @@ def test_what_does_not_fit_is_named() -> None:
         below(y, weight[:47], eps=EPS)
     with pytest.raises(InputError, match=r"weight has shape \(47,\); expected \(48,\)"):
         gated_below(y, z, weight[:47], group_size=WIDTH, eps=EPS)
+    sum_below = inspect.unwrap(rms_norm_of_sum)
+    with pytest.raises(InputError, match=r"x has shape \(2, 7, 48\), branch \(2, 6, 48\), weight \(48,\)"):
+        sum_below(y, z[:, :6], weight, eps=EPS)
+    with pytest.raises(InputError, match=r"weight \(47,\)"):
+        sum_below(y, z, weight[:47], eps=EPS)
     with pytest.raises(InputError, match=r"y has shape \(2, 7, 48\) and z \(2, 6, 48\)"):
         gated_below(y, z[:, :6], weight, group_size=WIDTH, eps=EPS)

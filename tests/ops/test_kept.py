@@ -8,7 +8,7 @@ from torch import Tensor
 
 from taipan.ops.attention.native import windowed_attention
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
-from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native
+from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native, rms_norm_of_sum_native
 from taipan.ops.ssd.native import ssd_native
 from tests.kernels import needs_kernels
 
@@ -30,6 +30,20 @@ RUNS: dict[str, Callable[[], object]] = {
         narrow(2, 32), torch.rand(1, TOKENS, 2), -torch.rand(2), narrow(1, 32), narrow(1, 32), torch.randn(2)
     ),
 }
+
+
+@needs_kernels
+def test_of_a_sum_only_the_sum_is_kept() -> None:
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, total = rms_norm_of_sum_native(narrow(64).float(), narrow(64), torch.ones(64), eps=1e-5)
+    of_tokens = [tensor for tensor in kept if tensor.numel() >= TOKENS * 32]
+    assert [tensor.data_ptr() for tensor in of_tokens] == [total.data_ptr()]
 
 
 @needs_kernels

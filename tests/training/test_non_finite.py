@@ -53,7 +53,10 @@ def spoil(tensor: Tensor, value: float) -> Tensor:
 
 @contextmanager
 def spoilt_output(model: TaipanLM, name: str, value: float) -> Iterator[None]:
-    handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, output: spoil(output, value))
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        return (spoil(output[0], value), *output[1:]) if isinstance(output, tuple) else spoil(output, value)
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
     yield
     handle.remove()
 

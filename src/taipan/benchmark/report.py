@@ -119,7 +119,7 @@ def implementations(implementation: str, dtype: torch.dtype) -> dict[str, str]:
     asked = resolve_implementations(implementation)
     known = {
         **IMPLEMENTATIONS,
-        "rms_norm": gated_rms_norm.IMPLEMENTATIONS,
+        "rms_norm": gated_rms_norm.SUM_IMPLEMENTATIONS,
         "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
     }
     return {op: chosen(op, names, example) if asked.get(op, AUTO) == AUTO else asked[op] for op, names in known.items()}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from taipan.ops.gated_rms_norm import rms_norm
+from taipan.ops.gated_rms_norm import rms_norm, rms_norm_of_sum
 
 
 class RMSNorm(nn.Module):
@@ -15,8 +15,10 @@ class RMSNorm(nn.Module):
         self.implementation = implementation
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` of shape (…, size)."""
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise `x` of shape (…, size); or x + branch, and return that sum, too."""
+        if branch is not None:
+            return rms_norm_of_sum(x, branch, self.weight, eps=self.eps, implementation=self.implementation)
         return rms_norm(x, self.weight, eps=self.eps, implementation=self.implementation).to(self.weight.dtype)
 
     def reset_parameters(self) -> None:

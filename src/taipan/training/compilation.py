@@ -19,6 +19,7 @@ _OPS = (
     causal_conv1d.IMPLEMENTATIONS,
     gated_rms_norm.GATED_IMPLEMENTATIONS,
     gated_rms_norm.IMPLEMENTATIONS,
+    gated_rms_norm.SUM_IMPLEMENTATIONS,
     ssd.IMPLEMENTATIONS,
 )
 

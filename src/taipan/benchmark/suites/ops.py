@@ -99,7 +99,7 @@ def cases(settings: Settings) -> list[Case]:
     """The ops of the settings' model, on inputs that lie in memory as they do in the model."""
     config = configuration(settings.model)
     make = _Inputs(settings, config)
-    found = [make.rms_norm(), make.linear_cross_entropy()]
+    found = [make.rms_norm_of_sum(), make.linear_cross_entropy()]
     if "mamba2" in config.layer_types:
         found += [make.ssd(), make.causal_conv1d(), make.gated_rms_norm()]
     if set(config.layer_types) - {"mamba2"}:
@@ -120,17 +120,18 @@ class _Inputs:
     def _uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=self.generator)
 
-    def rms_norm(self) -> Case:
+    def rms_norm_of_sum(self) -> Case:
         width = self.config.hidden_size
-        x, weight = self._normal(self.batch, self.tokens, width), self._uniform(0.5, 1.5, width).to(self.dtype)
+        branch, weight = self._normal(self.batch, self.tokens, width), self._uniform(0.5, 1.5, width).to(self.dtype)
+        x = branch.float() if self.config.residual_in_fp32 else branch.clone()
         return Case(
-            "rms_norm",
+            "rms_norm_of_sum",
             str(tuple(x.shape)),
-            norm.IMPLEMENTATIONS,
-            (x, weight),
-            lambda inputs, name: norm.rms_norm(*inputs, eps=1e-5, implementation=name),
+            norm.SUM_IMPLEMENTATIONS,
+            (x, branch, weight),
+            lambda inputs, name: norm.rms_norm_of_sum(*inputs, eps=1e-5, implementation=name)[0],
             flops=0.0,
-            nbytes=2 * x.nbytes,
+            nbytes=2 * x.nbytes + 2 * branch.nbytes,
         )
 
     def gated_rms_norm(self) -> Case:

@@ -77,6 +77,17 @@ inline T sum(V v) {
   }
 }
 
+// v as it is rounded: a product is not fused with what is added to it next.
+template <class T>
+inline Vector<T> rounded(Vector<T> v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 inline Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // e^x for x in [-87, 88], to about 2 units in the last place; NaN for NaN. Reduces by ln 2 in two parts; the polynomial

@@ -547,20 +547,29 @@ class Backward {
   }
 
   // target_ni += factor_i projected_ni, and told_i = Σ_n projected_ni with_ni.
-  void add_projected(Index columns, const T* factor, const T* with, T* target) {
-    constexpr Index kRows = 4;  // which N is a multiple of; sums of few terms lose less
-    for (Index i = 0; i < columns; i += kLanes<T>) store(room->told + i, Vector<T>{});
-    for (Index n = 0; n < N; n += kRows)
-      for (Index i = 0; i < columns; i += kLanes<T>) {
-        const Vector<T> scale = load(factor + i);
-        Vector<T> sum{};
-        for (Index at = n * pitch + i; at < (n + kRows) * pitch; at += pitch) {
-          const Vector<T> value = load(room->projected + at);
-          sum += value * load(with + at);
-          store(target + at, load(target + at) + scale * value);
+  void add_projected(Index columns, const T* factor, const T* with, T* target) const {
+    Index i = 0;
+    for (; i + 4 * kLanes<T> <= columns; i += 4 * kLanes<T>) add_columns<4>(i, factor, with, target);
+    for (; i < columns; i += kLanes<T>) add_columns<1>(i, factor, with, target);
+  }
+
+  // So many vectors of columns of all rows, which lie one after the other.
+  template <int Vectors>
+  void add_columns(Index i, const T* factor, const T* with, T* target) const {
+    constexpr Index kRows = 16;  // which N is a multiple of; sums of few terms lose less
+    Vector<T> told[Vectors] = {};
+    for (Index n = 0; n < N; n += kRows) {
+      Vector<T> sums[Vectors] = {};
+      for (Index at = n * pitch + i; at < (n + kRows) * pitch; at += pitch)
+        for (int w = 0; w < Vectors; ++w) {
+          const Index place = at + w * kLanes<T>;
+          const Vector<T> value = load(room->projected + place);
+          sums[w] += value * load(with + place);
+          store(target + place, load(target + place) + load(factor + i + w * kLanes<T>) * value);
         }
-        store(room->told + i, load(room->told + i) + sum);
-      }
+      for (int w = 0; w < Vectors; ++w) told[w] += sums[w];
+    }
+    for (int w = 0; w < Vectors; ++w) store(room->told + i + w * kLanes<T>, told[w]);
   }
 };
 

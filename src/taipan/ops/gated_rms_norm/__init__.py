@@ -1,5 +1,5 @@
-"""RMS normalisation: plain, and of a gated input in groups."""
+"""RMS normalisation: plain, of a sum, and of a gated input in groups."""
 
-from taipan.ops.gated_rms_norm.api import gated_rms_norm, rms_norm
+from taipan.ops.gated_rms_norm.api import gated_rms_norm, rms_norm, rms_norm_of_sum
 
-__all__ = ["gated_rms_norm", "rms_norm"]
+__all__ = ["gated_rms_norm", "rms_norm", "rms_norm_of_sum"]

@@ -7,9 +7,10 @@ from torch import Tensor
 from taipan.errors import InputError
 from taipan.ops.dispatch import select
 from taipan.ops.gated_rms_norm.cuda import gated_rms_norm_cuda, rms_norm_cuda
-from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native
+from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native, rms_norm_of_sum_native
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
+from taipan.ops.gated_rms_norm.sums import normed_and_sum
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 GATED_IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
@@ -23,6 +24,12 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
     "native": rms_norm_native,
     "portable": rms_norm_portable,
     "reference": rms_norm_reference,
+}
+SUM_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cuda": normed_and_sum(rms_norm_cuda),
+    "native": rms_norm_of_sum_native,
+    "portable": normed_and_sum(rms_norm_portable),
+    "reference": normed_and_sum(rms_norm_reference),
 }
 
 
@@ -48,6 +55,36 @@ def rms_norm(x: FloatXD, weight: FloatD, *, eps: float, implementation: str = "a
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise InputError(f"rms_norm: weight has shape {tuple(weight.shape)}; expected the last of x {tuple(x.shape)}")
     return run(x, weight, eps=eps)
+
+
+def rms_norm_of_sum(
+    x: FloatXD, branch: FloatXD, weight: FloatD, *, eps: float, implementation: str = "auto"
+) -> tuple[FloatXD, FloatXD]:
+    """Adds a branch to the residual stream and normalises the sum, which is read and written once.
+
+        total = x + branch        out = total / sqrt(mean(total²) + eps) × weight
+
+    Args:
+        x: the residual stream; any leading dimensions, then D; fp64, fp32, fp16 or bf16.
+        branch: of the same shape, as wide or narrower.
+        weight: gain of each of the D features.
+        eps: added to the mean square, > 0.
+        implementation: "auto", "cuda", "native", "portable" or "reference".
+
+    Returns:
+        out in the dtype of the weight, and the sum in that of x; computed as `rms_norm` does. Differentiable.
+
+    Raises:
+        InputError: shapes do not fit.
+        ConfigError: no such implementation, or not here.
+    """
+    run = select("rms_norm", SUM_IMPLEMENTATIONS, implementation, x)
+    if branch.shape != x.shape or weight.shape != x.shape[-1:]:
+        raise InputError(
+            f"rms_norm_of_sum: x has shape {tuple(x.shape)}, branch {tuple(branch.shape)}, weight "
+            f"{tuple(weight.shape)}; expected the same for both, and their last for the weight"
+        )
+    return run(x, branch, weight, eps=eps)
 
 
 def gated_rms_norm(

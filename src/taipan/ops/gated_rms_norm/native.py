@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from taipan.native import call
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
+from taipan.ops.gated_rms_norm.sums import normed_and_sum
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
@@ -41,7 +42,36 @@ class _Norm(torch.autograd.Function):
         return dy.to(narrow), None if dz is None else dz.to(narrow), dweight.sum(0), None, None
 
 
+class _NormOfSum(torch.autograd.Function):
+    """Of x + branch, on (rows, C): x as it accumulates, the branch and the output as the kernels write them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RC: Tensor, branch_RC: Tensor, weight_C: Tensor, eps: float, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        out, total = _forward_of_sum(x_RC, branch_RC, weight_C, eps, out_dtype)
+        ctx.save_for_backward(total, weight_C)
+        ctx.eps, ctx.dtypes = eps, (branch_RC.dtype, out_dtype)
+        ctx.set_materialize_grads(False)
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        total_RC, weight_C = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
+        branch_dtype, out_dtype = ctx.dtypes
+        dout, dtotal = (None if gradient is None else gradient.contiguous() for gradient in grad_outputs)
+        if dout is None:
+            return dtotal, None if dtotal is None else dtotal.to(branch_dtype), None, None, None
+        dx, dbranch = torch.empty_like(total_RC), torch.empty_like(total_RC, dtype=branch_dtype)
+        dweight = torch.empty(torch.get_num_threads(), len(weight_C), dtype=weight_C.dtype)
+        sizes, eps = _sum_sizes(total_RC, branch_dtype, out_dtype), float(ctx.eps)
+        call(weight_C.dtype, "norm_sum_backward", sizes, total_RC, weight_C, eps, dout, dtotal, dx, dbranch, dweight)
+        return dx, dbranch, dweight.sum(0), None, None
+
+
 _apply = cast(Callable[..., Tensor], _Norm.apply)
+_apply_of_sum = cast(Callable[..., tuple[Tensor, Tensor]], _NormOfSum.apply)
 
 
 def _readable(tensor_RC: Tensor) -> Tensor:
@@ -59,6 +89,20 @@ def _forward(y_RC: Tensor, z_RC: Tensor | None, weight_C: Tensor, group_size: in
     sizes = _sizes(read_RC, z_RC, group_size)
     call(weight_C.dtype, "norm_forward", sizes, read_RC, z_RC, weight_C, float(eps), out)
     return out.to(y_RC.dtype)
+
+
+def _sum_sizes(x_RC: Tensor, branch_dtype: torch.dtype, out_dtype: torch.dtype) -> "ctypes.Array[ctypes.c_ssize_t]":
+    narrow = torch.bfloat16
+    return (ctypes.c_ssize_t * 4)(*x_RC.shape, branch_dtype == narrow, out_dtype == narrow)
+
+
+def _forward_of_sum(
+    x_RC: Tensor, branch_RC: Tensor, weight_C: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    total, out = torch.empty_like(x_RC), torch.empty_like(x_RC, dtype=out_dtype)
+    sizes = _sum_sizes(x_RC, branch_RC.dtype, out_dtype)
+    call(weight_C.dtype, "norm_sum_forward", sizes, x_RC, branch_RC, weight_C, float(eps), total, out)
+    return out, total
 
 
 def _norm(y: Tensor, z: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
@@ -82,6 +126,24 @@ def rms_norm_native(x: FloatXD, weight: FloatD, *, eps: float) -> FloatXD:
     if len(weight) % _MULTIPLE:
         return rms_norm_portable(x, weight, eps=eps)
     return _norm(x, None, weight, len(weight), eps)
+
+
+_in_two_steps = normed_and_sum(rms_norm_native)
+
+
+def rms_norm_of_sum_native(x: FloatXD, branch: FloatXD, weight: FloatD, *, eps: float) -> tuple[FloatXD, FloatXD]:
+    """Norm of x + branch, and the sum. See `taipan.ops.gated_rms_norm.rms_norm_of_sum`."""
+    accumulate = accumulation_dtype(x.dtype)
+    # A narrow residual stream is rounded between the two, and what is written in no other way goes through a copy.
+    if x.dtype != accumulate or weight.dtype not in (accumulate, torch.bfloat16) or len(weight) % _MULTIPLE:
+        return _in_two_steps(x, branch, weight, eps=eps)
+    rows, branch_RC = x.reshape(-1, len(weight)).contiguous(), branch.reshape(-1, len(weight))
+    tensors = (rows, branch_RC.to(kernel_dtype(branch.dtype)).contiguous(), weight.to(accumulate).contiguous())
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        out, total = _apply_of_sum(*tensors, eps, weight.dtype)
+    else:
+        out, total = _forward_of_sum(*tensors, eps, weight.dtype)
+    return out.view(x.shape), total.view(x.shape)
 
 
 def gated_rms_norm_native(
