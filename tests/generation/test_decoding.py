@@ -211,6 +211,21 @@ def test_a_model_in_bfloat16_is_read_where_it_is() -> None:
     assert again.step(token_B).equal(native.step(token_B))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_model_in_bfloat16_decodes_rows_alone_and_together(rows: int) -> None:
+    """Several rows are rounded on their way into a product, as in the model's forward; widths are what kernels like."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    model = small_model(EVERY_LAYER_TYPE, dtype=torch.bfloat16, **sizes)
+    exact = small_model(EVERY_LAYER_TYPE, dtype=torch.float64, **sizes)
+    exact.load_state_dict(model.state_dict())
+    native = start_decoding(model, model.empty_state(rows))
+    plain = ModelDecoding(exact, exact.empty_state(rows))
+    for t in range(12):
+        token_B = random_tokens(rows, 1, seed=t)[:, 0]
+        # twice what was seen, which is half a rounding of bfloat16
+        assert relative_error(native.step(token_B), plain.step(token_B)) < 5e-3
+
+
 def test_changed_weights_are_packed_again() -> None:
     model = small_model("taipan", dtype=torch.float32)
     first = packed(model, "int8")

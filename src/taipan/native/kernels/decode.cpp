@@ -27,7 +27,7 @@ struct Sizes {
   Index query_heads, key_heads, width;                       // of attention
   Index gate_hidden;                                         // 0: a linear gate
   Index format, embedding_format;                            // of the matrices and of the embedding
-  Index rounds;                                              // what a state keeps is rounded to bfloat16
+  Index rounds;  // the model is in bfloat16: what a state keeps is rounded to it, what a product takes may be
 };
 
 struct Constants {
@@ -85,29 +85,6 @@ inline T sigmoid_of(T x) {
   return T(1) / (T(1) + std::exp(-x));
 }
 
-// The sum of the lanes, by halves.
-template <class T>
-inline T total_of(Vector<T> v) {
-  typedef T Half __attribute__((vector_size(kBytes / 2)));
-  Half low, high;
-  std::memcpy(&low, &v, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-  low += high;
-  if constexpr (sizeof low > 16) {
-    typedef T Quarter __attribute__((vector_size(kBytes / 4)));
-    Quarter first, second;
-    std::memcpy(&first, &low, sizeof first);
-    std::memcpy(&second, reinterpret_cast<const char*>(&low) + sizeof first, sizeof second);
-    first += second;
-    T total = 0;
-    for (std::size_t lane = 0; lane < sizeof first / sizeof(T); ++lane) total += first[lane];
-    return total;
-  }
-  T total = 0;
-  for (std::size_t lane = 0; lane < sizeof low / sizeof(T); ++lane) total += low[lane];
-  return total;
-}
-
 // ------------------------------------------------------------------ products
 
 constexpr int kMany = 4;      // vectors at once
@@ -154,7 +131,7 @@ inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[R][C
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r][c] = total_of<T>(total[r][c]);
+    for (int c = 0; c < C; ++c) out[r][c] = sum<T>(total[r][c]);
   for (; k < count; ++k)
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) out[r][c] += widen_one<T>(w[r * count + k]) * x[c * x_row + k];
@@ -194,9 +171,9 @@ struct Plain {
     for (; k + kChains * kLanes<T> <= columns; k += kChains * kLanes<T>)
       for (int n = 0; n < kChains; ++n) total[n] += widen<T>(w + k + n * kLanes<T>) * load(x + k + n * kLanes<T>);
     for (; k + kLanes<T> <= columns; k += kLanes<T>) total[0] += widen<T>(w + k) * load(x + k);
-    T sum = total_of<T>((total[0] + total[1]) + (total[2] + total[3]));
-    for (; k < columns; ++k) sum += widen_one<T>(w[k]) * x[k];
-    return sum;
+    T all = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+    for (; k < columns; ++k) all += widen_one<T>(w[k]) * x[k];
+    return all;
   }
 
   template <int R, int C>
@@ -245,7 +222,7 @@ struct Pairs {
     for (; k + 2 * kBoth <= columns; k += 2 * kBoth)
       for (int n = 0; n < 2; ++n) add(w + k + n * kBoth, x + k + n * kBoth, even[n], odd[n]);
     if (k < columns) add(w + k, x + k, even[0], odd[0]);
-    return total_of<float>((even[0] + odd[0]) + (even[1] + odd[1]));
+    return sum<float>((even[0] + odd[0]) + (even[1] + odd[1]));
   }
 
   static void add(const std::uint16_t* w, const float* x, Vector<float>& even, Vector<float>& odd) {
@@ -280,9 +257,64 @@ struct Pairs {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] = total_of<float>(total[r][c]);
+      for (int c = 0; c < C; ++c) out[r][c] = sum<float>(total[r][c]);
   }
 };
+
+#if defined(__AVX512BF16__)
+// Rows of bfloat16 meet vectors of a model in bfloat16, which its own forward rounds to that before every product, too: with
+// several vectors half the instructions count; with one only memory does, and it is not rounded.
+struct Rounded {
+  static constexpr Index kStep = 2 * kLanes<float>;
+  const Bfloat16* weight;
+  Index columns;
+  Bfloat16* x;
+
+  static bool fits(Index columns) { return columns % kStep == 0; }
+
+  Rounded(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
+      : weight(static_cast<const Bfloat16*>(weight)), columns(columns), x(reinterpret_cast<Bfloat16*>(room)) {
+    for (Index c = 0; c < count; ++c)
+      for (Index k = 0; k < columns; k += kLanes<float>) narrow(x + c * columns + k, load(from + c * from_row + k));
+  }
+
+  static __m512bh vector(const Bfloat16* p) {
+    __m512bh v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+
+  float one(Index row) const {
+    const Bfloat16* w = weight + row * columns;
+    __m512 total[kChains] = {};
+    Index k = 0;
+    for (; k + kChains * kStep <= columns; k += kChains * kStep)
+      for (int n = 0; n < kChains; ++n)
+        total[n] = _mm512_dpbf16_ps(total[n], vector(w + k + n * kStep), vector(x + k + n * kStep));
+    for (; k < columns; k += kStep) total[0] = _mm512_dpbf16_ps(total[0], vector(w + k), vector(x + k));
+    return sum<float>(reinterpret_cast<Vector<float>>((total[0] + total[1]) + (total[2] + total[3])));
+  }
+
+  template <int R, int C>
+  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
+    const Bfloat16 *w = weight + row * columns, *of = x + column * columns;
+    __m512 total[R][C];
+    for (auto& row : total)
+      for (auto& one : row) one = __m512{};
+    for (Index k = 0; k < columns; k += kStep) {
+      ahead.fetch(w, columns, k);
+      __m512bh left[R];
+      for (int r = 0; r < R; ++r) left[r] = held(vector(w + r * columns + k));
+      for (int c = 0; c < C; ++c) {
+        const __m512bh right = held(vector(of + c * columns + k));
+        for (int r = 0; r < R; ++r) total[r][c] = _mm512_dpbf16_ps(total[r][c], left[r], right);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) out[r][c] = sum<float>(reinterpret_cast<Vector<float>>(total[r][c]));
+  }
+};
+#endif
 
 #if defined(__AVX2__)
 // Rows of int8 meet vectors that are rounded to 16 bits, which is 1 / 65534 of their largest value: exact sums at half
@@ -344,8 +376,8 @@ struct Short {
   }
 
   // As float before lanes meet: their sum does not fit.
-  static float sum(Integers total) {
-    return total_of<float>(reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)));
+  static float sum_of(Integers total) {
+    return sum<float>(reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)));
   }
 #else
   static Integers wide(const std::int8_t* w) {
@@ -358,8 +390,8 @@ struct Short {
     return _mm256_add_epi32(total, _mm256_madd_epi16(left, right));
   }
 
-  static float sum(Integers total) {
-    return total_of<float>(reinterpret_cast<Vector<float>>(_mm256_cvtepi32_ps(total)));
+  static float sum_of(Integers total) {
+    return sum<float>(reinterpret_cast<Vector<float>>(_mm256_cvtepi32_ps(total)));
   }
 #endif
 
@@ -371,7 +403,7 @@ struct Short {
       for (int n = 0; n < kChains; ++n) total[n] = add(total[n], wide(w + k + n * kStep), vector(x + k + n * kStep));
     for (; k < columns; k += kStep) total[0] = add(total[0], wide(w + k), vector(x + k));
     float all = 0;
-    for (int n = 0; n < kChains; ++n) all += sum(total[n]);
+    for (int n = 0; n < kChains; ++n) all += sum_of(total[n]);
     return unit[0] * all;
   }
 
@@ -392,7 +424,7 @@ struct Short {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] = unit[column + c] * sum(total[r][c]);
+      for (int c = 0; c < C; ++c) out[r][c] = unit[column + c] * sum_of(total[r][c]);
   }
 };
 #endif
@@ -444,9 +476,14 @@ void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index c
 // Floats that the vectors of a product take once more, as its rows want them.
 inline Index room_of(Index count, Index columns) { return count * columns + round_up(count, 16); }
 
-// Calls f(rows) with the rows of a matrix that meet `count` vectors x(c, ·); `room` has what room_of says.
+// Calls f(rows) with the rows of a matrix that meet `count` vectors x(c, ·), which may be rounded to bfloat16 if `rounds`;
+// `room` has what room_of says.
 template <class T, class W, class F>
-void with_rows(const Matrix& m, const T* x, Index x_row, Index count, T* room, F&& f) {
+void with_rows(const Matrix& m, const T* x, Index x_row, Index count, [[maybe_unused]] bool rounds, T* room, F&& f) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
+    if (rounds && count > 1 && Rounded::fits(m.columns)) return f(Rounded(m.weight, m.columns, x, x_row, count, room));
+#endif
   if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
     if (Pairs::fits(m.columns)) return f(Pairs(m.weight, m.columns, x, x_row, count, room));
 #if defined(__AVX2__)
@@ -558,11 +595,11 @@ class Decoder {
   template <class F>
   void with_format(const Matrix& m, const T* x, Index x_row, Index count, T* room, F&& f) const {
     if (s_.format == kReal)
-      with_rows<T, T>(m, x, x_row, count, room, f);
+      with_rows<T, T>(m, x, x_row, count, s_.rounds, room, f);
     else if (s_.format == kBfloat16)
-      with_rows<T, std::uint16_t>(m, x, x_row, count, room, f);
+      with_rows<T, std::uint16_t>(m, x, x_row, count, s_.rounds, room, f);
     else
-      with_rows<T, std::int8_t>(m, x, x_row, count, room, f);
+      with_rows<T, std::int8_t>(m, x, x_row, count, s_.rounds, room, f);
   }
 
   // Rows that a thread takes at once: long enough in memory to be read as one, short enough to be shared evenly.
@@ -689,7 +726,7 @@ class Decoder {
       store_some(h + n, value, N - n);
       total += value * load_some(C + n, N - n);
     }
-    return total_of<T>(total);
+    return sum<T>(total);
   }
 
   // ---------------------------------------------------------------- attention
