@@ -90,6 +90,20 @@ def test_decoding_is_compared_with_the_memory_and_with_a_shorter_context(report:
     assert seconds == pytest.approx(floor.spread.median, rel=0.5)
 
 
+def test_several_rows_are_compared_with_one_alone(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(runs: dict[Any, Any], *_: Any) -> dict[Any, tuple[float, ...]]:
+        for run in runs.values():
+            run()
+        return {key: (0.5, 0.25) if key[0] == "one row" else (1.0, 1.0) for key in runs}
+
+    monkeypatch.setattr("taipan.benchmark.suites.decode.interleaved", timed)
+    found = measured(directory, ["decode"], repeats=2, batch=3, new_tokens=2, context=(4,)).measurements
+    (ours,) = (row for row in found if row.subject == "taipan")
+    assert ours.work == "2 tokens after 4, batch 3"
+    (alone,) = (comparison for comparison in ours.comparisons if comparison.other == "one row")
+    assert (alone.quantity, alone.ratios) == ("speed", (1.5, 0.75))  # three times the tokens
+
+
 def test_ops_are_measured_both_ways_against_portable(directory: str) -> None:
     found = measured(directory, ["ops"], repeats=1, implementation="reference").measurements
     works = {row.work for row in found}

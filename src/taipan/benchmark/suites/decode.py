@@ -17,6 +17,8 @@ from taipan.model import TaipanLM
 from taipan.state import DecoderState
 
 FLOOR = "memory floor"
+ALONE = "one row"
+"""What several rows are compared with, by tokens per second."""
 _READ = ("streaming read", 0)
 
 
@@ -24,7 +26,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
     """Time of `new_tokens` after every length of context, which is really read; repetitions go on where the last ended.
 
     The floor is the time to read weights and states once a token (and to write the states, at the same rate) at the
-    bandwidth of a streaming read in the same repetition.
+    bandwidth of a streaming read in the same repetition. Several rows are compared with one of them alone, too.
     """
     dtype = dtype_of(settings)
     model = build(settings, dtype)
@@ -41,6 +43,9 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         state = prefill(model, ids_BT, chunk=PIECE).state
         moved[context] = bytes_per_token(model, state, settings.weights)
         runs[TAIPAN, context] = _Writing(model, first_B1, state, steps, settings.weights)
+        if settings.batch > 1:
+            alone = prefill(model, ids_BT[:1], chunk=PIECE).state
+            runs[ALONE, context] = _Writing(model, first_B1[:1], alone, steps, settings.weights)
         for name, peer in peers.items():
             runs[name, context] = partial(peer.decode, first_B1, peer.prefill(ids_BT), steps)
     seconds = interleaved(runs, settings.repeats, progress)
@@ -50,10 +55,13 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
             seconds[FLOOR, context] = tuple(value * per_byte for value in seconds[_READ])
     found: list[Measurement] = []
     for (subject, context), values in seconds.items():
-        if (subject, context) == _READ:
+        if (subject, context) == _READ or subject == ALONE:
             continue
         comparisons: list[Comparison] = []
         if subject == TAIPAN:
+            if settings.batch > 1:
+                by_tokens = tuple(settings.batch * value for value in seconds[ALONE, context])
+                comparisons.append(speed_ratio(values, by_tokens, ALONE))
             others = [FLOOR] if reader is not None else []
             others += list(peers)
             comparisons += [speed_ratio(values, seconds[other, context], other) for other in others]
