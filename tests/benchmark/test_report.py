@@ -92,8 +92,8 @@ def test_decoding_is_compared_with_the_memory_and_with_a_shorter_context(report:
 
 def test_several_rows_are_compared_with_one_alone(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(runs: dict[Any, Any], *_: Any) -> dict[Any, tuple[float, ...]]:
-        for run in runs.values():
-            run()
+        for function in runs.values():
+            function()
         return {key: (0.5, 0.25) if key[0] == "one row" else (1.0, 1.0) for key in runs}
 
     monkeypatch.setattr("taipan.benchmark.suites.decode.interleaved", timed)
