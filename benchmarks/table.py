@@ -191,16 +191,15 @@ def command(record: dict[str, Any]) -> str:
 def other_rows() -> Iterator[str]:
     """What is not one comparison of one run."""
     for run, model in (("mamba2-115m-fp32-memory", "mamba2-115m"), ("mamba2-115m-bf16-memory", "mamba2-115m, bf16")):
-        number, target = peak_of_training(run), "≤ 3.0"
-        reached = "not measured | " if number is None else f"{number:.2f} | {met(number, target)}"
-        work = f"{model} | a training step, 2,048 tokens | peak memory, GB"
-        yield f"| {work} | {target} | {reached} | | | `taipan bench {RUNS[run]}` |"
+        for step, target in (("a training step", "≤ 3.0"), ("a later step", "")):
+            number = peak_of(run, step)
+            reached = "not measured | " if number is None else f"{number:.2f} | {met(number, target)}"
+            work = f"{model} | {step}, 2,048 tokens | peak memory, GB"
+            yield f"| {work} | {target} | {reached} | | | `taipan bench {RUNS[run]}` |"
 
 
-def peak_of_training(run: str) -> float | None:
-    return first(
-        load(run), lambda m: m["subject"] == "taipan" and m["work"].startswith("a training step"), "median", 1e9
-    )
+def peak_of(run: str, work: str) -> float | None:
+    return first(load(run), lambda m: m["subject"] == "taipan" and m["work"].startswith(work), "median", 1e9)
 
 
 def first(

@@ -24,25 +24,28 @@ def run(settings: Settings, job: str, subject: str) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dtype = dtype_of(settings)
-    weights = torch.float32 if job == "train" else dtype
+    training = {"train": 1, "later": 2}.get(job, 0)  # steps
+    weights = torch.float32 if training else dtype
     config = configuration(settings.model)
     ids_BT = random_tokens(config, settings.batch, settings.tokens[0], settings.seed)
     context_BT = random_tokens(config, settings.batch, settings.context[0], settings.seed)
     if subject != TAIPAN:
         peer = build_peer(subject, config, weights)
-        if job == "train":
+        if training:
             optimizer = torch.optim.AdamW(peer.model.parameters())
             with precision(ids_BT.device, str(dtype).removeprefix("torch.")):
-                peer.train(ids_BT, optimizer)
+                for _ in range(training):
+                    peer.train(ids_BT, optimizer)
         elif job == "prefill":
             peer.prefill(ids_BT)
         elif job == "decode":
             peer.decode(ids_BT[:, :1], peer.prefill(context_BT), settings.new_tokens)
         return
     model = build(settings, weights)
-    if job == "train":
+    if training:
         optimizers = build_optimizer(model.train(), OptimizerSection())
-        train_step(model, optimizers, [{"tokens": ids_BT}], dtype=str(dtype).removeprefix("torch."))
+        for _ in range(training):
+            train_step(model, optimizers, [{"tokens": ids_BT}], dtype=str(dtype).removeprefix("torch."))
     elif job == "prefill":
         prefill(model, ids_BT, chunk=PIECE)
     elif job == "decode":

@@ -13,17 +13,21 @@ from taipan.benchmark.suites.common import TAIPAN
 from taipan.benchmark.timing import Progress
 from taipan.errors import ConfigError
 
-JOBS = ("load", "train", "prefill", "decode")
+JOBS = ("load", "train", "later", "prefill", "decode")
 
 
 def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
-    """Peak of every job, each in a process of its own: the model alone, an AdamW step, a prompt, some new tokens."""
+    """Peak of every job, each in a process of its own: the model alone, AdamW steps, a prompt, some new tokens.
+
+    The optimizer's moments are made at the end of the first step: activations meet them from the second on.
+    """
     configuration(settings.model)  # a wrong name is told here, not by a process
     subjects = [TAIPAN, *peer_names(settings.against)]
     tokens = settings.tokens[0]
     works = {
         "load": "build the model",
         "train": f"a training step, {tokens:,} tokens, batch {settings.batch}",
+        "later": f"a later step, {tokens:,} tokens, batch {settings.batch}",
         "prefill": f"prefill {tokens:,} tokens, batch {settings.batch}",
         "decode": f"{settings.new_tokens} tokens after {settings.context[0]:,}, batch {settings.batch}",
     }
