@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from taipan.native.library import SWITCH
 from tests.kernels import REAL, needs_compiler
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ class Machine:
     def run(self, program: str, *arguments: str, permitted: bool = True) -> str:
         """What a program of Python writes; without permission for tiles if that is not granted."""
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != SWITCH},
             "CXX": str(self.directory / "cxx"),
             "TAIPAN_CACHE": str(self.directory / "cache"),
             "TAIPAN_TEST_AMX": str(self.directory / "products"),
