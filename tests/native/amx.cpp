@@ -12,7 +12,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
