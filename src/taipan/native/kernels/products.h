@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "gemm.h"
 #include "tiles.h"

@@ -206,41 +206,19 @@ inline Index heads_together(const Shape& s, int threads) {
   return std::max<Index>(1, std::min<Index>({kTogether, s.heads / s.groups, s.batch * s.heads / (3 * threads)}));
 }
 
-// Products and memory of the forward for a few heads.
-template <class W, class T>
-struct ForwardRoom {
-  T *states, *weighted, *matrix, *y;
-  Decay<T> decay;
-  typename W::Rounded::Left C, M;
-  typename W::Rounded::Right state, x;
-  typename W::ExactRight::Left B;
-  typename W::ExactRight::Right x_to_end;
-
-  ForwardRoom(Scratch& scratch, const Shape& s, Index heads)
-      : states(scratch.take<T>(heads * s.state * s.head_dim)), weighted(scratch.take<T>(s.chunk * s.head_dim)),
-        matrix(scratch.take<T>(s.chunk * s.pitch())), y(scratch.take<T>(s.rows_up() * s.head_dim)),
-        decay(scratch, s.pitch()), C(scratch, s.chunk, s.state), M(scratch, s.chunk, s.pitch()),
-        state(scratch, s.state, s.head_dim), x(scratch, s.chunk, s.head_dim), B(scratch, s.state, s.chunk),
-        x_to_end(scratch, s.chunk, s.head_dim) {}
-};
-
+// The forward of a few heads of a group.
 template <class W, class T, class X>
-int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* y, T* final, int threads) {
-  const Index P = s.head_dim, N = s.state, Q = s.chunk, pitch = s.pitch();
-  int status = make_common<W>(s, in, common, threads);
-  if (status != kOk) return status;
-  const Index heads = s.heads / s.groups, together = heads_together(s, threads), parts = (heads + together - 1) / together;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
-  for (Index task = 0; task < s.batch * s.groups * parts; ++task) {
-    [[maybe_unused]] const typename W::Session session;
-    auto room = thread_scratch().template lay_out<ForwardRoom<W, T>>(s, together);
-    if (!room) {
-      status = kNoMemory;
-      continue;
-    }
-    auto& [states, weighted, matrix, sums, decay, C, M, state_right, x_right, B, x_to_end] = *room;
-    const Index b = task / parts / s.groups, g = task / parts % s.groups, first = task % parts * together;
-    const Index from = g * heads + first, to = g * heads + std::min(heads, first + together);
+class Forward {
+ public:
+  Forward(Scratch& scratch, const Shape& s, const Arrays<T, X>& in, const Common<T>& common, Index heads)
+      : s(s), in(in), common(common), P(s.head_dim), N(s.state), Q(s.chunk), pitch(s.pitch()),
+        states(scratch.take<T>(heads * N * P)), weighted(scratch.take<T>(Q * P)), matrix(scratch.take<T>(Q * pitch)),
+        sums(scratch.take<T>(s.rows_up() * P)), decay(scratch, pitch), C(scratch, Q, N), M(scratch, Q, Q),
+        state_right(scratch, N, P), x_right(scratch, Q, P), B(scratch, N, Q), x_to_end(scratch, Q, P) {}
+
+  // All chunks of the heads [from, to).
+  void run(Index b, Index from, Index to, X* y, T* final) {
+    const Index g = from / (s.heads / s.groups);
     for (Index h = from; h < to; ++h) {
       T* state = states + (h - from) * N * P;
       if (in.initial == nullptr)
@@ -249,38 +227,71 @@ int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* 
         transpose(P, N, in.initial + (b * s.heads + h) * P * N, N, state, P);
     }
     for (Index c = 0; c < s.chunks(); ++c) {
-      const Index begin = c * Q, size = std::min(Q, s.tokens - begin);
+      const Index size = std::min(Q, s.tokens - c * Q);
       C.rows(size, N, common.C + s.rows(b, g, c), N);
       B.columns(N, size, common.B + s.rows(b, g, c), N);
-      const Documents documents(in.document, s, b, begin);
-      for (Index h = from; h < to; ++h) {
-        const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
-        const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
-        const T skip = in.D == nullptr ? T(0) : in.D[h];
-        T* state = states + (h - from) * N * P;
-        if (begin + Q < s.tokens) fetch(std::min(Q, s.tokens - begin - Q), P, x + Q * s.x_t, s.x_t);
-        decay.compute(size, pitch, dt, s.dt_t, in.A[h], documents);
-        make_matrix(size, pitch, decay, common.scores + s.scores(b, g, c), matrix);
-        weigh(size, P, x, s.x_t, dt, s.dt_t, weighted);
-
-        state_right.rows(N, P, state, P);
-        W::Rounded::run(size, P, N, C, state_right, sums, P);
-        scale_rows(size, P, decay.entrance, sums, sums);
-        M.rows(size, size, matrix, pitch);
-        x_right.rows(size, P, weighted, P);
-        W::Rounded::template run<Where::kLower>(size, P, size, M, x_right, sums, P, {sums, P, T(1)});
-        for (Index i = 0; i < size; ++i)
-          for (Index p = 0; p < P; p += kLanes<T>)
-            narrow(y + ((b * s.tokens + begin + i) * s.heads + h) * P + p,
-                   load(sums + i * P + p) + skip * widen<T>(x + i * s.x_t + p));
-
-        scale_rows(size, P, decay.end, weighted, weighted);
-        x_to_end.rows(size, P, weighted, P);
-        W::ExactRight::run(N, P, size, B, x_to_end, state, P, {state, P, decay.through});
-      }
+      for (Index h = from; h < to; ++h) chunk(b, h, g, c, states + (h - from) * N * P, y);
     }
     for (Index h = from; h < to; ++h)
       transpose(N, P, states + (h - from) * N * P, P, final + (b * s.heads + h) * P * N, N);
+  }
+
+ private:
+  const Shape& s;
+  const Arrays<T, X>& in;
+  const Common<T>& common;
+  const Index P, N, Q, pitch;
+  T *states, *weighted, *matrix, *sums;
+  Decay<T> decay;
+  typename W::Rounded::Left C, M;
+  typename W::Rounded::Right state_right, x_right;
+  typename W::ExactRight::Left B;
+  typename W::ExactRight::Right x_to_end;
+
+  void chunk(Index b, Index h, Index g, Index c, T* state, X* y) {
+    const Index begin = c * Q, size = std::min(Q, s.tokens - begin);
+    const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
+    const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
+    const T skip = in.D == nullptr ? T(0) : in.D[h];
+    if (begin + Q < s.tokens) fetch(std::min(Q, s.tokens - begin - Q), P, x + Q * s.x_t, s.x_t);
+    decay.compute(size, pitch, dt, s.dt_t, in.A[h], Documents(in.document, s, b, begin));
+    make_matrix(size, pitch, decay, common.scores + s.scores(b, g, c), matrix);
+    weigh(size, P, x, s.x_t, dt, s.dt_t, weighted);
+
+    // y = e^s (C S) + M x̃ + D x
+    state_right.rows(N, P, state, P);
+    W::Rounded::run(size, P, N, C, state_right, sums, P);
+    scale_rows(size, P, decay.entrance, sums, sums);
+    M.rows(size, size, matrix, pitch);
+    x_right.rows(size, P, weighted, P);
+    W::Rounded::template run<Where::kLower>(size, P, size, M, x_right, sums, P, {sums, P, T(1)});
+    for (Index i = 0; i < size; ++i)
+      for (Index p = 0; p < P; p += kLanes<T>)
+        narrow(y + ((b * s.tokens + begin + i) * s.heads + h) * P + p,
+               load(sums + i * P + p) + skip * widen<T>(x + i * s.x_t + p));
+
+    // S' = e^(s_Q) S + Σ_j e^(s_Q - s_j) B_j x̃_jᵀ
+    scale_rows(size, P, decay.end, weighted, weighted);
+    x_to_end.rows(size, P, weighted, P);
+    W::ExactRight::run(N, P, size, B, x_to_end, state, P, {state, P, decay.through});
+  }
+};
+
+template <class W, class T, class X>
+int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* y, T* final, int threads) {
+  int status = make_common<W>(s, in, common, threads);
+  if (status != kOk) return status;
+  const Index heads = s.heads / s.groups, together = heads_together(s, threads), parts = (heads + together - 1) / together;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
+  for (Index task = 0; task < s.batch * s.groups * parts; ++task) {
+    [[maybe_unused]] const typename W::Session session;
+    auto work = thread_scratch().template lay_out<Forward<W, T, X>>(s, in, common, together);
+    if (!work) {
+      status = kNoMemory;
+      continue;
+    }
+    const Index b = task / parts / s.groups, g = task / parts % s.groups, first = task % parts * together;
+    work->run(b, g * heads + first, g * heads + std::min(heads, first + together), y, final);
   }
   return status;
 }
@@ -336,9 +347,55 @@ struct DoubleSums {
   }
 };
 
-// Products and memory of the backward for a few heads.
-template <class W, class T>
-struct BackwardRoom {
+// The backward of a few heads of a group.
+template <class W, class T, class X>
+class Backward {
+ public:
+  Backward(Scratch& scratch, const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
+           const Common<T>& common, Index heads)
+      : s(s), in(in), out(out), shared(shared), common(common), P(s.head_dim), N(s.state), Q(s.chunk), pitch(s.pitch()),
+        states(scratch.take<T>(heads * s.chunks() * N * P)), dstates(scratch.take<T>(heads * N * P)),
+        x(scratch.take<T>(Q * P)), dy(scratch.take<T>(Q * P)), weighted(scratch.take<T>(Q * P)),
+        dweighted(scratch.take<T>(s.rows_up() * P)), matrix(scratch.take<T>(Q * pitch)),
+        dmatrix(scratch.take<T>(s.rows_up() * pitch)), between(scratch.take<T>(Q * pitch)),
+        projected(scratch.take<T>(N * pitch)), told(scratch.take<T>(pitch)), dt(scratch.take<T>(pitch)),
+        factor(scratch.take<T>(pitch)), dt_double(scratch.take<double>(pitch)), column(scratch.take<double>(pitch)),
+        dlog(scratch.take<double>(pitch)), through_x(scratch.take<double>(pitch)), kept(scratch.take<double>(pitch)),
+        decay(scratch, pitch), dy_left(scratch, Q, P), B_left(scratch, Q, N), M_left(scratch, Q, Q),
+        x_columns(scratch, P, Q), dstate_right(scratch, N, P), dy_right(scratch, Q, P), state_left(scratch, N, P),
+        x_exact(scratch, P, Q), dy_exact(scratch, P, Q), B_exact(scratch, N, Q), C_exact(scratch, N, Q),
+        weighted_right(scratch, Q, P) {}
+
+  // All chunks of the heads [from, to); what they add to of a chunk stays in the cache meanwhile.
+  void run(Index b, Index from, Index to, Index slice) {
+    const Index g = from / (s.heads / s.groups);
+    for (Index h = from; h < to; ++h) {
+      const Index task = b * s.heads + h;
+      begin(in.initial, task, states_of(h - from));
+      begin(out.dfinal, task, dstates + (h - from) * N * P);
+      out.dA[task] = out.dD[task] = 0;
+    }
+    make_states(b, g, from, to);
+    const Index at = (slice * s.batch + b) * s.groups + g;
+    for (Index c = s.chunks() - 1; c >= 0; --c) {
+      const Index size = std::min(Q, s.tokens - c * Q), columns = (at * s.chunks() + c) * N * pitch;
+      B_left.rows(size, N, common.B + s.rows(b, g, c), N);
+      C_exact.columns(N, size, common.C + s.rows(b, g, c), N);
+      for (Index h = from; h < to; ++h)
+        chunk(b, h, g, c, states_of(h - from) + c * N * P, dstates + (h - from) * N * P, shared.dB + columns,
+              shared.dC + columns, shared.dscores + (at * s.chunks() + c) * Q * pitch);
+    }
+    for (Index h = from; h < to; ++h)
+      transpose(N, P, dstates + (h - from) * N * P, P, out.dinitial + (b * s.heads + h) * P * N, N);
+  }
+
+ private:
+  const Shape& s;
+  const Arrays<T, X>& in;
+  const Gradients<T, X>& out;
+  const Shared<T>& shared;
+  const Common<T>& common;
+  const Index P, N, Q, pitch;
   T *states, *dstates;  // (heads, chunks, N, P) and (heads, N, P)
   T *x, *dy, *weighted, *dweighted, *matrix, *dmatrix, *between, *projected, *told, *dt, *factor;
   double *dt_double, *column, *dlog, *through_x, *kept;
@@ -350,69 +407,7 @@ struct BackwardRoom {
   typename W::ExactRight::Left B_exact, C_exact;
   typename W::ExactRight::Right weighted_right;
 
-  BackwardRoom(Scratch& scratch, const Shape& s, Index heads)
-      : BackwardRoom(scratch, s, heads, s.head_dim, s.state, s.chunk, s.pitch(), s.rows_up()) {}
-
- private:
-  BackwardRoom(Scratch& scratch, const Shape& s, Index heads, Index P, Index N, Index Q, Index pitch, Index rows)
-      : states(scratch.take<T>(heads * s.chunks() * N * P)), dstates(scratch.take<T>(heads * N * P)),
-        x(scratch.take<T>(Q * P)), dy(scratch.take<T>(Q * P)), weighted(scratch.take<T>(Q * P)),
-        dweighted(scratch.take<T>(rows * P)), matrix(scratch.take<T>(Q * pitch)), dmatrix(scratch.take<T>(rows * pitch)),
-        between(scratch.take<T>(Q * pitch)), projected(scratch.take<T>(N * pitch)), told(scratch.take<T>(pitch)),
-        dt(scratch.take<T>(pitch)), factor(scratch.take<T>(pitch)), dt_double(scratch.take<double>(pitch)),
-        column(scratch.take<double>(pitch)), dlog(scratch.take<double>(pitch)), through_x(scratch.take<double>(pitch)),
-        kept(scratch.take<double>(pitch)), decay(scratch, pitch), dy_left(scratch, Q, P), B_left(scratch, Q, N),
-        M_left(scratch, Q, Q), x_columns(scratch, P, Q), dstate_right(scratch, N, P), dy_right(scratch, Q, P),
-        state_left(scratch, N, P), x_exact(scratch, P, Q), dy_exact(scratch, P, Q), B_exact(scratch, N, Q),
-        C_exact(scratch, N, Q), weighted_right(scratch, Q, P) {}
-};
-
-template <class W, class T, class X>
-class Backward {
- public:
-  Backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
-           const Common<T>& common)
-      : s(s), in(in), out(out), shared(shared), common(common), P(s.head_dim), N(s.state), Q(s.chunk),
-        pitch(s.pitch()) {}
-
-  // All chunks of the heads [from, to) of a group; what they add to of a chunk stays in the cache meanwhile. False where
-  // there is no memory.
-  bool run(Index b, Index from, Index to, Index slice) {
-    room = thread_scratch().template lay_out<BackwardRoom<W, T>>(s, to - from);
-    if (!room) return false;
-    const Index g = from / (s.heads / s.groups);
-    for (Index h = from; h < to; ++h) {
-      const Index task = b * s.heads + h;
-      begin(in.initial, task, states(h - from));
-      begin(out.dfinal, task, dstate(h - from));
-      out.dA[task] = out.dD[task] = 0;
-    }
-    make_states(b, g, from, to);
-    const Index at = (slice * s.batch + b) * s.groups + g;
-    for (Index c = s.chunks() - 1; c >= 0; --c) {
-      const Index size = std::min(Q, s.tokens - c * Q), columns = (at * s.chunks() + c) * N * pitch;
-      room->B_left.rows(size, N, common.B + s.rows(b, g, c), N);
-      room->C_exact.columns(N, size, common.C + s.rows(b, g, c), N);
-      for (Index h = from; h < to; ++h)
-        chunk(b, h, g, c, states(h - from) + c * N * P, dstate(h - from), shared.dB + columns, shared.dC + columns,
-              shared.dscores + (at * s.chunks() + c) * Q * pitch);
-    }
-    for (Index h = from; h < to; ++h)
-      transpose(N, P, dstate(h - from), P, out.dinitial + (b * s.heads + h) * P * N, N);
-    return true;
-  }
-
- private:
-  const Shape& s;
-  const Arrays<T, X>& in;
-  const Gradients<T, X>& out;
-  const Shared<T>& shared;
-  const Common<T>& common;
-  const Index P, N, Q, pitch;
-  std::optional<BackwardRoom<W, T>> room;
-
-  T* states(Index head) const { return room->states + head * s.chunks() * N * P; }
-  T* dstate(Index head) const { return room->dstates + head * N * P; }
+  T* states_of(Index head) const { return states + head * s.chunks() * N * P; }
 
   // (N, P) from the (P, N) of a head, or 0.
   void begin(const T* from, Index head, T* to) const {
@@ -426,27 +421,24 @@ class Backward {
   void make_states(Index b, Index g, Index from, Index to) {
     for (Index c = 0; c + 1 < s.chunks(); ++c) {
       const Index begin = c * Q;
-      room->B_exact.columns(N, Q, common.B + s.rows(b, g, c), N);
+      B_exact.columns(N, Q, common.B + s.rows(b, g, c), N);
       const Documents documents(in.document, s, b, begin);
       for (Index h = from; h < to; ++h) {
-        const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
-        const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
-        if (c + 2 < s.chunks()) fetch(Q, P, x + Q * s.x_t, s.x_t);
-        room->decay.compute(Q, pitch, dt, s.dt_t, in.A[h], documents);
-        weigh(Q, P, x, s.x_t, dt, s.dt_t, room->weighted);
-        scale_rows(Q, P, room->decay.end, room->weighted, room->weighted);
-        room->weighted_right.rows(Q, P, room->weighted, P);
-        const T* before = states(h - from) + c * N * P;
-        W::ExactRight::run(N, P, Q, room->B_exact, room->weighted_right, states(h - from) + (c + 1) * N * P, P,
-                           {before, P, room->decay.through});
+        const X* rows = in.x + b * s.x_b + begin * s.x_t + h * P;
+        const T* steps = in.dt + b * s.dt_b + begin * s.dt_t + h;
+        if (c + 2 < s.chunks()) fetch(Q, P, rows + Q * s.x_t, s.x_t);
+        decay.compute(Q, pitch, steps, s.dt_t, in.A[h], documents);
+        weigh(Q, P, rows, s.x_t, steps, s.dt_t, weighted);
+        scale_rows(Q, P, decay.end, weighted, weighted);
+        weighted_right.rows(Q, P, weighted, P);
+        const T* before = states_of(h - from) + c * N * P;
+        W::ExactRight::run(N, P, Q, B_exact, weighted_right, states_of(h - from) + (c + 1) * N * P, P,
+                           {before, P, decay.through});
       }
     }
   }
 
   void chunk(Index b, Index h, Index g, Index c, const T* state, T* dstate, T* dB, T* dC, T* dscores) {
-    auto& [states_, dstates_, x, dy, weighted, dweighted, matrix, dmatrix, between, projected, told, dt, factor, dt_double,
-           column, dlog, through_x, kept, decay, dy_left, B_left, M_left, x_columns, dstate_right, dy_right, state_left,
-           x_exact, dy_exact, B_exact, C_exact, weighted_right] = *room;
     const Index begin = c * Q, size = std::min(Q, s.tokens - begin), columns = round_up(size, kLanes<T>);
     const Index token = b * s.tokens + begin, row = s.heads * P, task = b * s.heads + h;
     const X *x_from = in.x + b * s.x_b + begin * s.x_t + h * P, *dy_from = out.dy + token * row + h * P;
@@ -546,30 +538,30 @@ class Backward {
     out.dD[task] += through_D.sum();
   }
 
-  // target_ni += factor_i projected_ni, and told_i = Σ_n projected_ni with_ni.
-  void add_projected(Index columns, const T* factor, const T* with, T* target) const {
+  // target_ni += by_i projected_ni, and told_i = Σ_n projected_ni with_ni.
+  void add_projected(Index columns, const T* by, const T* with, T* target) const {
     Index i = 0;
-    for (; i + 4 * kLanes<T> <= columns; i += 4 * kLanes<T>) add_columns<4>(i, factor, with, target);
-    for (; i < columns; i += kLanes<T>) add_columns<1>(i, factor, with, target);
+    for (; i + 4 * kLanes<T> <= columns; i += 4 * kLanes<T>) add_columns<4>(i, by, with, target);
+    for (; i < columns; i += kLanes<T>) add_columns<1>(i, by, with, target);
   }
 
   // So many vectors of columns of all rows, which lie one after the other.
   template <int Vectors>
-  void add_columns(Index i, const T* factor, const T* with, T* target) const {
+  void add_columns(Index i, const T* by, const T* with, T* target) const {
     constexpr Index kRows = 16;  // which N is a multiple of; sums of few terms lose less
-    Vector<T> told[Vectors] = {};
+    Vector<T> total[Vectors] = {};
     for (Index n = 0; n < N; n += kRows) {
       Vector<T> sums[Vectors] = {};
       for (Index at = n * pitch + i; at < (n + kRows) * pitch; at += pitch)
         for (int w = 0; w < Vectors; ++w) {
           const Index place = at + w * kLanes<T>;
-          const Vector<T> value = load(room->projected + place);
+          const Vector<T> value = load(projected + place);
           sums[w] += value * load(with + place);
-          store(target + place, load(target + place) + load(factor + i + w * kLanes<T>) * value);
+          store(target + place, load(target + place) + load(by + i + w * kLanes<T>) * value);
         }
-      for (int w = 0; w < Vectors; ++w) told[w] += sums[w];
+      for (int w = 0; w < Vectors; ++w) total[w] += sums[w];
     }
-    for (int w = 0; w < Vectors; ++w) store(room->told + i + w * kLanes<T>, told[w]);
+    for (int w = 0; w < Vectors; ++w) store(told + i + w * kLanes<T>, total[w]);
   }
 };
 
@@ -638,12 +630,14 @@ int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out,
     std::memset(shared.dB + at * columns, 0, sizeof(T) * columns);
     std::memset(shared.dC + at * columns, 0, sizeof(T) * columns);
     std::memset(shared.dscores + at * scores, 0, sizeof(T) * scores);
-    Backward<W, T, X> work(s, in, out, shared, common);
     const Index first = heads * slice / shared.slices, last = heads * (slice + 1) / shared.slices;
-    bool done = true;
-    for (Index h = first; h < last && done; h += kTogether)
-      done = work.run(b, g * heads + h, g * heads + std::min(last, h + kTogether), slice);
-    if (!done) status = kNoMemory;
+    auto work = thread_scratch().template lay_out<Backward<W, T, X>>(s, in, out, shared, common, std::min(kTogether, last - first));
+    if (!work) {
+      status = kNoMemory;
+      continue;
+    }
+    for (Index h = first; h < last; h += kTogether)
+      work->run(b, g * heads + h, g * heads + std::min(last, h + kTogether), slice);
   }
   if (status != kOk) return status;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
