@@ -65,8 +65,7 @@ RUNS = {
     "quickstart-bf16": f"prefill train --model quickstart {BF16} --floor --tokens 512 --batch 4",
     "quickstart-fp32": f"prefill train --model quickstart {FP32} --floor --tokens 512 --batch 4",
     "taipan-tiny-contexts": f"decode --model taipan-tiny {FP32} --context 1024 --context 1048576",
-    "taipan-tiny-long": f"prefill --model taipan-tiny {FP32} --tokens 16384 --tokens 65536 --tokens 262144"
-    " --tokens 1048576 --repeats 3",
+    "taipan-tiny-long": f"prefill --model taipan-tiny {FP32} --tokens 16384 --tokens 1048576 --repeats 7",
     "taipan-30m-long": f"prefill --model taipan-30m {BF16} --tokens 16384 --tokens 1048576 --repeats 1",
     "selective-layer": f"ops --model taipan-30m {FP32} --tokens 8192 --repeats 5",
     "selective-layer-bf16": f"ops --model taipan-30m {BF16} --tokens 8192 --repeats 5",
