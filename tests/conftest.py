@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 from torch.utils import deterministic
 
@@ -26,6 +27,10 @@ def annotated() -> Iterator[str]:
 
 
 install_import_hook(list(annotated()), "beartype.beartype")  # of what is imported from here on: nothing of taipan yet
+
+
+settings.register_profile("taipan", deadline=None)  # of one example: a busy machine takes longer for any
+settings.load_profile("taipan")
 
 
 def pytest_configure(config: pytest.Config) -> None:
