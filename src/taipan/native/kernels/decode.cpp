@@ -261,82 +261,104 @@ struct Pairs {
   }
 };
 
-#if defined(__AVX512BF16__)
-// Rows of bfloat16 meet vectors of a model in bfloat16, which its own forward rounds to that before every product, too: with
-// several vectors half the instructions count; with one only memory does, and it is not rounded.
-struct Rounded {
-  static constexpr Index kStep = 2 * kLanes<float>;
-  const Bfloat16* weight;
+// Rows of weights W meet vectors X, so many columns at once as a step of a Kind takes: it knows how a step is read, added
+// and summed, and the unit of a vector.
+template <class Kind, class W, class X>
+struct Stepped {
+  const W* weight;
   Index columns;
-  Bfloat16* x;
-
-  static bool fits(Index columns) { return columns % kStep == 0; }
-
-  Rounded(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
-      : weight(static_cast<const Bfloat16*>(weight)), columns(columns), x(reinterpret_cast<Bfloat16*>(room)) {
-    for (Index c = 0; c < count; ++c)
-      for (Index k = 0; k < columns; k += kLanes<float>) narrow(x + c * columns + k, load(from + c * from_row + k));
-  }
-
-  static __m512bh vector(const Bfloat16* p) {
-    __m512bh v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
+  X* x;
 
   float one(Index row) const {
-    const Bfloat16* w = weight + row * columns;
-    __m512 total[kChains] = {};
+    const W* w = weight + row * columns;
+    typename Kind::Sums total[kChains] = {};
     Index k = 0;
-    for (; k + kChains * kStep <= columns; k += kChains * kStep)
-      for (int n = 0; n < kChains; ++n)
-        total[n] = _mm512_dpbf16_ps(total[n], vector(w + k + n * kStep), vector(x + k + n * kStep));
-    for (; k < columns; k += kStep) total[0] = _mm512_dpbf16_ps(total[0], vector(w + k), vector(x + k));
-    return sum<float>(reinterpret_cast<Vector<float>>((total[0] + total[1]) + (total[2] + total[3])));
+    for (; k + kChains * Kind::kStep <= columns; k += kChains * Kind::kStep)
+      for (int n = 0; n < kChains; ++n) step(total[n], w, x, k + n * Kind::kStep);
+    for (; k < columns; k += Kind::kStep) step(total[0], w, x, k);
+    float all = 0;
+    for (int n = 0; n < kChains; ++n) all += Kind::sum_of(total[n]);
+    return kind().unit_of(0) * all;
   }
 
   template <int R, int C>
   void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
-    const Bfloat16 *w = weight + row * columns, *of = x + column * columns;
-    __m512 total[R][C];
-    for (auto& row : total)
-      for (auto& one : row) one = __m512{};
-    for (Index k = 0; k < columns; k += kStep) {
+    const W* w = weight + row * columns;
+    const X* of = x + column * columns;
+    typename Kind::Sums total[R][C];
+    for (auto& sums : total)
+      for (auto& one : sums) one = typename Kind::Sums{};
+    for (Index k = 0; k < columns; k += Kind::kStep) {
       ahead.fetch(w, columns, k);
-      __m512bh left[R];
-      for (int r = 0; r < R; ++r) left[r] = held(vector(w + r * columns + k));
+      typename Kind::Operand left[R];
+      for (int r = 0; r < R; ++r) left[r] = held(Kind::read(w + r * columns + k));
       for (int c = 0; c < C; ++c) {
-        const __m512bh right = held(vector(of + c * columns + k));
-        for (int r = 0; r < R; ++r) total[r][c] = _mm512_dpbf16_ps(total[r][c], left[r], right);
+        const auto right = held(Kind::read(of + c * columns + k));
+        for (int r = 0; r < R; ++r) total[r][c] = Kind::add(total[r][c], left[r], right);
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] = sum<float>(reinterpret_cast<Vector<float>>(total[r][c]));
+      for (int c = 0; c < C; ++c) out[r][c] = kind().unit_of(column + c) * Kind::sum_of(total[r][c]);
   }
+
+ private:
+  const Kind& kind() const { return static_cast<const Kind&>(*this); }
+
+  template <class Sums>  // a Kind's: it is not whole yet
+  static void step(Sums& total, const W* w, const X* x, Index k) {
+    total = Kind::add(total, Kind::read(w + k), Kind::read(x + k));
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Rows of bfloat16 meet vectors of a model in bfloat16, which its own forward rounds to that before every product, too:
+// with several vectors half the instructions count; with one only memory does, and it is not rounded.
+struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
+  using Sums = __m512;
+  using Operand = __m512bh;
+  static constexpr Index kStep = 2 * kLanes<float>;
+
+  static bool fits(Index columns) { return columns % kStep == 0; }
+
+  Rounded(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
+      : Stepped{static_cast<const Bfloat16*>(weight), columns, reinterpret_cast<Bfloat16*>(room)} {
+    for (Index c = 0; c < count; ++c)
+      for (Index k = 0; k < columns; k += kLanes<float>) narrow(x + c * columns + k, load(from + c * from_row + k));
+  }
+
+  static Operand read(const Bfloat16* p) {
+    Operand v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+
+  static Sums add(Sums total, Operand left, Operand right) { return _mm512_dpbf16_ps(total, left, right); }
+  static float sum_of(Sums total) { return sum<float>(reinterpret_cast<Vector<float>>(total)); }
+  float unit_of(Index) const { return 1; }
 };
 #endif
 
 #if defined(__AVX2__)
 // Rows of int8 meet vectors that are rounded to 16 bits, which is 1 / 65534 of their largest value: exact sums at half
 // the instructions, where widening to float takes longer than memory does.
-struct Short {
+struct Short : Stepped<Short, std::int8_t, std::int16_t> {
 #if defined(__AVX512BW__)
   using Integers = __m512i;
 #else
   using Integers = __m256i;
 #endif
+  using Sums = Integers;
+  using Operand = Integers;
   static constexpr Index kStep = sizeof(Integers) / 2;
   static constexpr Index kMost = 4096;  // columns whose sum fits 32 bits
-  const std::int8_t* weight;
-  Index columns;
-  std::int16_t* x;
   float* unit;  // of each vector
 
   static bool fits(Index columns) { return columns % kStep == 0 && columns <= kMost; }
 
   Short(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
-      : weight(static_cast<const std::int8_t*>(weight)), columns(columns),
-        x(reinterpret_cast<std::int16_t*>(room + round_up(count, 16))), unit(room) {
+      : Stepped{static_cast<const std::int8_t*>(weight), columns,
+                reinterpret_cast<std::int16_t*>(room + round_up(count, 16))},
+        unit(room) {
     for (Index c = 0; c < count; ++c) unit[c] = round(columns, from + c * from_row, x + c * columns);
   }
 
@@ -361,11 +383,11 @@ struct Short {
   }
 
 #if defined(__AVX512BW__)
-  static Integers wide(const std::int8_t* w) {
+  static Integers read(const std::int8_t* w) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
   }
 
-  static Integers vector(const std::int16_t* x) { return _mm512_loadu_si512(x); }
+  static Integers read(const std::int16_t* x) { return _mm512_loadu_si512(x); }
 
   static Integers add(Integers total, Integers left, Integers right) {
 #if defined(__AVX512VNNI__)
@@ -380,11 +402,11 @@ struct Short {
     return sum<float>(reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)));
   }
 #else
-  static Integers wide(const std::int8_t* w) {
+  static Integers read(const std::int8_t* w) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
   }
 
-  static Integers vector(const std::int16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+  static Integers read(const std::int16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 
   static Integers add(Integers total, Integers left, Integers right) {
     return _mm256_add_epi32(total, _mm256_madd_epi16(left, right));
@@ -395,37 +417,7 @@ struct Short {
   }
 #endif
 
-  float one(Index row) const {
-    const std::int8_t* w = weight + row * columns;
-    Integers total[kChains] = {};
-    Index k = 0;
-    for (; k + kChains * kStep <= columns; k += kChains * kStep)
-      for (int n = 0; n < kChains; ++n) total[n] = add(total[n], wide(w + k + n * kStep), vector(x + k + n * kStep));
-    for (; k < columns; k += kStep) total[0] = add(total[0], wide(w + k), vector(x + k));
-    float all = 0;
-    for (int n = 0; n < kChains; ++n) all += sum_of(total[n]);
-    return unit[0] * all;
-  }
-
-  template <int R, int C>
-  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
-    const std::int8_t* w = weight + row * columns;
-    const std::int16_t* of = x + column * columns;
-    Integers total[R][C];
-    for (auto& row : total)
-      for (auto& one : row) one = Integers{};
-    for (Index k = 0; k < columns; k += kStep) {
-      ahead.fetch(w, columns, k);
-      Integers left[R];
-      for (int r = 0; r < R; ++r) left[r] = held(wide(w + r * columns + k));
-      for (int c = 0; c < C; ++c) {
-        const Integers right = held(vector(of + c * columns + k));
-        for (int r = 0; r < R; ++r) total[r][c] = add(total[r][c], left[r], right);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] = unit[column + c] * sum_of(total[r][c]);
-  }
+  float unit_of(Index vector) const { return unit[vector]; }
 };
 #endif
 
