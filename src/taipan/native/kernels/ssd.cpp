@@ -198,6 +198,26 @@ void make_matrix(Index size, Index pitch, const Decay<T>& decay, const T* scores
   }
 }
 
+// The state of a head, (N, P) from the (P, N) of all, or 0.
+template <class T>
+void take_state(const Shape& s, const T* from, Index head, T* to) {
+  if (from == nullptr)
+    std::memset(to, 0, sizeof(T) * s.state * s.head_dim);
+  else
+    transpose(s.head_dim, s.state, from + head * s.head_dim * s.state, s.state, to, s.head_dim);
+}
+
+// What the tokens of a chunk get from a state and from each other, (Q, P): factor (tokens · state) + matrix · rows.
+template <class Product, Where where, class T>
+void from_state_and_chunk(const Shape& s, Index size, const typename Product::Left& tokens,
+                          const typename Product::Right& state, const T* factor, const typename Product::Left& matrix,
+                          const typename Product::Right& rows, T* out) {
+  const Index P = s.head_dim;
+  Product::run(size, P, s.state, tokens, state, out, P);
+  scale_rows(size, P, factor, out, out);
+  Product::template run<where>(size, P, size, matrix, rows, out, P, {out, P, T(1)});
+}
+
 // So many heads of a group take a chunk after each other, while what they share of it is in the second cache.
 constexpr Index kTogether = 4;
 
@@ -219,13 +239,7 @@ class Forward {
   // All chunks of the heads [from, to).
   void run(Index b, Index from, Index to, X* y, T* final) {
     const Index g = from / (s.heads / s.groups);
-    for (Index h = from; h < to; ++h) {
-      T* state = states + (h - from) * N * P;
-      if (in.initial == nullptr)
-        std::memset(state, 0, sizeof(T) * N * P);
-      else
-        transpose(P, N, in.initial + (b * s.heads + h) * P * N, N, state, P);
-    }
+    for (Index h = from; h < to; ++h) take_state(s, in.initial, b * s.heads + h, states + (h - from) * N * P);
     for (Index c = 0; c < s.chunks(); ++c) {
       const Index size = std::min(Q, s.tokens - c * Q);
       C.rows(size, N, common.C + s.rows(b, g, c), N);
@@ -260,11 +274,9 @@ class Forward {
 
     // y = e^s (C S) + M x̃ + D x
     state_right.rows(N, P, state, P);
-    W::Rounded::run(size, P, N, C, state_right, sums, P);
-    scale_rows(size, P, decay.entrance, sums, sums);
     M.rows(size, size, matrix, pitch);
     x_right.rows(size, P, weighted, P);
-    W::Rounded::template run<Where::kLower>(size, P, size, M, x_right, sums, P, {sums, P, T(1)});
+    from_state_and_chunk<typename W::Rounded, Where::kLower>(s, size, C, state_right, decay.entrance, M, x_right, sums);
     for (Index i = 0; i < size; ++i)
       for (Index p = 0; p < P; p += kLanes<T>)
         narrow(y + ((b * s.tokens + begin + i) * s.heads + h) * P + p,
@@ -371,8 +383,8 @@ class Backward {
     const Index g = from / (s.heads / s.groups);
     for (Index h = from; h < to; ++h) {
       const Index task = b * s.heads + h;
-      begin(in.initial, task, states_of(h - from));
-      begin(out.dfinal, task, dstates + (h - from) * N * P);
+      take_state(s, in.initial, task, states_of(h - from));
+      take_state(s, out.dfinal, task, dstates + (h - from) * N * P);
       out.dA[task] = out.dD[task] = 0;
     }
     make_states(b, g, from, to);
@@ -408,14 +420,6 @@ class Backward {
   typename W::ExactRight::Right weighted_right;
 
   T* states_of(Index head) const { return states + head * s.chunks() * N * P; }
-
-  // (N, P) from the (P, N) of a head, or 0.
-  void begin(const T* from, Index head, T* to) const {
-    if (from == nullptr)
-      std::memset(to, 0, sizeof(T) * N * P);
-    else
-      transpose(P, N, from + head * P * N, N, to, P);
-  }
 
   // States at the entrance of every chunk.
   void make_states(Index b, Index g, Index from, Index to) {
@@ -506,11 +510,10 @@ class Backward {
 
     // dx̃ = Mᵀ dy + e^(s_Q - s) B dS'.
     dstate_right.rows(N, P, dstate, P);
-    W::Rounded::run(size, P, N, B_left, dstate_right, dweighted, P);
-    scale_rows(size, P, decay.end, dweighted, dweighted);
     M_left.columns(size, size, matrix, pitch);
     dy_right.rows(size, P, dy, P);
-    W::Rounded::template run<Where::kUpper>(size, P, size, M_left, dy_right, dweighted, P, {dweighted, P, T(1)});
+    from_state_and_chunk<typename W::Rounded, Where::kUpper>(s, size, B_left, dstate_right, decay.end, M_left, dy_right,
+                                                             dweighted);
 
     // dS = e^(s_Q) dS' + Σ_i e^(s_i) C_i dy_iᵀ.
     scale_rows(size, P, decay.entrance, dy, weighted);
@@ -631,7 +634,8 @@ int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out,
     std::memset(shared.dC + at * columns, 0, sizeof(T) * columns);
     std::memset(shared.dscores + at * scores, 0, sizeof(T) * scores);
     const Index first = heads * slice / shared.slices, last = heads * (slice + 1) / shared.slices;
-    auto work = thread_scratch().template lay_out<Backward<W, T, X>>(s, in, out, shared, common, std::min(kTogether, last - first));
+    const Index together = std::min(kTogether, last - first);
+    auto work = thread_scratch().template lay_out<Backward<W, T, X>>(s, in, out, shared, common, together);
     if (!work) {
       status = kNoMemory;
       continue;
@@ -679,9 +683,10 @@ extern "C" int taipan_ssd_forward(const std::ptrdiff_t* sizes, const void* x, co
 extern "C" int taipan_ssd_backward(const std::ptrdiff_t* sizes, const void* x, const Real* dt, const Real* A,
                                    const void* B, const void* C, const Real* D, const Real* initial,
                                    const std::int32_t* document, Real* scores, Real* B_rows, Real* C_rows,
-                                   Real* B_columns, Real* C_columns, const void* dy, const Real* dfinal, Real* slices_dB, Real* slices_dC,
-                                   Real* slices_dscores, std::ptrdiff_t slices, void* dx, Real* ddt, void* dB, void* dC,
-                                   Real* dinitial, double* dA, double* dD, int threads) {
+                                   Real* B_columns, Real* C_columns, const void* dy, const Real* dfinal,
+                                   Real* slices_dB, Real* slices_dC, Real* slices_dscores, std::ptrdiff_t slices,
+                                   void* dx, Real* ddt, void* dB, void* dC, Real* dinitial, double* dA, double* dD,
+                                   int threads) {
   using namespace taipan;
   Shape s;
   std::memcpy(&s, sizes, sizeof s);
