@@ -10,7 +10,7 @@ from taipan.ops.gated_rms_norm.cuda import gated_rms_norm_cuda, rms_norm_cuda
 from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native, rms_norm_of_sum_native
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
-from taipan.ops.gated_rms_norm.sums import normed_and_sum
+from taipan.ops.gated_rms_norm.sums import in_two_steps
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 GATED_IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
@@ -26,10 +26,10 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
     "reference": rms_norm_reference,
 }
 SUM_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "cuda": normed_and_sum(rms_norm_cuda),
+    "cuda": in_two_steps(rms_norm_cuda),
     "native": rms_norm_of_sum_native,
-    "portable": normed_and_sum(rms_norm_portable),
-    "reference": normed_and_sum(rms_norm_reference),
+    "portable": in_two_steps(rms_norm_portable),
+    "reference": in_two_steps(rms_norm_reference),
 }
 
 

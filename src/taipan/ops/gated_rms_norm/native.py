@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from taipan.native import call
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
-from taipan.ops.gated_rms_norm.sums import normed_and_sum
+from taipan.ops.gated_rms_norm.sums import in_two_steps
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
@@ -128,7 +128,7 @@ def rms_norm_native(x: FloatXD, weight: FloatD, *, eps: float) -> FloatXD:
     return _norm(x, None, weight, len(weight), eps)
 
 
-_in_two_steps = normed_and_sum(rms_norm_native)
+_unfused = in_two_steps(rms_norm_native)
 
 
 def rms_norm_of_sum_native(x: FloatXD, branch: FloatXD, weight: FloatD, *, eps: float) -> tuple[FloatXD, FloatXD]:
@@ -136,7 +136,7 @@ def rms_norm_of_sum_native(x: FloatXD, branch: FloatXD, weight: FloatD, *, eps: 
     accumulate = accumulation_dtype(x.dtype)
     # A narrow residual stream is rounded between the two, and what is written in no other way goes through a copy.
     if x.dtype != accumulate or weight.dtype not in (accumulate, torch.bfloat16) or len(weight) % _MULTIPLE:
-        return _in_two_steps(x, branch, weight, eps=eps)
+        return _unfused(x, branch, weight, eps=eps)
     rows, branch_RC = x.reshape(-1, len(weight)).contiguous(), branch.reshape(-1, len(weight))
     tensors = (rows, branch_RC.to(kernel_dtype(branch.dtype)).contiguous(), weight.to(accumulate).contiguous())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-def normed_and_sum(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+def in_two_steps(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """`taipan.ops.gated_rms_norm.rms_norm_of_sum` of an implementation of `rms_norm`: first the one, then the other."""
 
     def run(x: Tensor, branch: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
