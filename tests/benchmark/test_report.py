@@ -90,6 +90,12 @@ def test_decoding_is_compared_with_the_memory_and_with_a_shorter_context(report:
     assert seconds == pytest.approx(floor.spread.median, rel=0.5)
 
 
+def test_what_was_asked_for_is_reported_of_every_op() -> None:
+    found = module.implementations("reference", torch.float32)
+    assert set(found.values()) == {"reference"}
+    assert "rms_norm" in found
+
+
 def test_several_rows_are_compared_with_one_alone(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(runs: dict[Any, Any], *_: Any) -> dict[Any, tuple[float, ...]]:
         for function in runs.values():
