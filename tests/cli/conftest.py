@@ -1,11 +1,7 @@
 """The command line in this process, on small models and texts."""
 
-import io
 import signal
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 from taipan.cli.display import TrainingDisplay
 from taipan.data.tokenizer import Tokenizer
 from taipan.training.listener import StepInfo
+from tests.command import Finished, run
 from tests.models import small_model
 
 TEXT = "".join(f"Line {number}: the taipan waits; été, 日本語, 🐍.\n" for number in range(60))
@@ -31,35 +28,12 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(TrainingDisplay, "stepped", interrupting)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A command that ended: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
 Cli = Callable[..., Finished]
 
 
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """Run `taipan ARGUMENTS…` as the shell would; nothing it does may end in a traceback."""
-    from taipan.cli.main import main
-
-    def run(*arguments: object) -> Finished:
-        out, err = io.StringIO(), io.StringIO()
-        words = [str(argument) for argument in arguments]
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(sys, "argv", ["taipan", *words])
-            with pytest.raises(SystemExit) as end:
-                main(words)
-        code = end.value.code or 0
-        assert isinstance(code, int)
-        assert "Traceback" not in err.getvalue()
-        return Finished(code, out.getvalue(), err.getvalue())
-
     return run
 
 
@@ -67,14 +41,14 @@ def cli() -> Cli:
 def refused(cli: Cli) -> Callable[..., str]:
     """Run a command that must be refused: exit code 2, nothing on standard output, one message, which is returned."""
 
-    def run(*arguments: object) -> str:
+    def refuse(*arguments: object) -> str:
         finished = cli(*arguments)
         assert finished.code == 2, finished
         assert finished.out == ""
         assert finished.err.count("Error: ") == 1, finished.err
         return finished.err[finished.err.index("Error: ") :]
 
-    return run
+    return refuse
 
 
 @pytest.fixture(scope="session")
