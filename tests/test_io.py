@@ -1,6 +1,7 @@
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import signal
 import stat
@@ -259,3 +260,37 @@ def test_read_text_names_what_is_wrong(tmp_path: Path, content: bytes | None, wo
         io.read_text(tmp_path / "f")
     with pytest.raises(DataError, match="is a directory"):
         io.read_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read as JSON (Expecting"),
+        ("", "cannot be read as JSON (Expecting value"),
+        (b'{"a": "\xff"}', "cannot be read as JSON ('utf-8' codec can't decode byte 0xff in position 7"),
+        ('{"a": 1, "b": 2, "a": 3}', "the name 'a' stands twice in one object"),
+        ('[{"b": {"a": 1, "a": 1}}]', "the name 'a' stands twice in one object"),
+        ('{"a": ' + "9" * 5000 + "}", "a whole number of 5,000 digits, 9999999999999999999…"),
+        ("-" + "9" * 500, "a whole number of 501 digits"),
+        ("[" * 101 + "]" * 101, "nested deeper than 100 levels"),
+        ('{"a":' * 101 + "1" + "}" * 101, "nested deeper than 100 levels"),
+        ("[" * 10**5 + "]" * 10**5, "nested deeper than 100 levels"),
+        ('{"a":' * 10**5 + "1" + "}" * 10**5, "nested deeper than 100 levels"),
+    ],
+)
+def test_json_that_cannot_be_taken_is_refused(text: str | bytes, words: str) -> None:
+    for refused in (DataError, CheckpointError):
+        with pytest.raises(refused) as error:
+            io.parse_json(text, "a.json", refused=refused)
+        assert words in str(error.value)
+        assert str(error.value).startswith("a.json ")
+        assert len(str(error.value)) < 500
+
+
+def test_json_is_what_the_standard_library_reads() -> None:
+    deep = "[" * 100 + "]" * 100
+    text = '\ufeff{"a": [1, -2.5e3, true, null, "été \\ud83d\\ude00"], "b": {"a": {}}, "c": ' + "9" * 400 + "}"
+    assert io.parse_json(text, "a.json") == io.parse_json(text.encode(), "a.json") == json.loads(text[1:])
+    assert io.parse_json(deep, "a.json") == json.loads(deep)
+    with pytest.raises(DataError, match=r"a.json holds \[1\], but must hold a JSON object"):
+        io.parse_json_object("[1]", "a.json")

@@ -1,5 +1,10 @@
 """Errors for people: each message says what was given, what was expected and what to do."""
 
+import reprlib
+
+_SHOWN = 200  # characters of a value in a message
+_DIGITS = 40  # a number longer than this is described, not written out
+
 
 class TaipanError(Exception):
     """Base of every foreseeable failure of this package; the CLI prints it without a traceback."""
@@ -27,3 +32,34 @@ class StateError(TaipanError, ValueError):
 
 class TrainingError(TaipanError, RuntimeError):
     """Training cannot go on (for example: the loss is not finite)."""
+
+
+def shown(value: object) -> str:
+    """`value` as a message shows it: its `repr`, bounded in length and depth whatever the value is.
+
+    A list that holds itself, a mapping of ten thousand keys, a number of five thousand digits (whose `repr` raises) and
+    an object with a broken `repr` all give a short text.
+    """
+    return brief(_SHOWING.repr(value))
+
+
+def brief(text: object, limit: int = _SHOWN) -> str:
+    """What somebody else said (a library, a file) as part of a message: its end left out if it is long."""
+    words = str(text)
+    return words if len(words) <= limit else f"{words[: limit - 1]}…"
+
+
+class _Showing(reprlib.Repr):
+    """`reprlib`, which stops at a depth and a number of items, with whole numbers of any size."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """A number in figures, a long one by its size: Python refuses to write out more than 4,300 digits."""
+        digits = int(abs(x).bit_length() * 0.30103) + 1
+        return repr(x) if digits <= _DIGITS else f"<a whole number of about {digits:,} digits>"
+
+
+_SHOWING = _Showing()
+_SHOWING.maxlevel = 3
+_SHOWING.maxstring = _SHOWING.maxother = _SHOWN
+_SHOWING.maxlist = _SHOWING.maxtuple = _SHOWING.maxdict = _SHOWING.maxset = _SHOWING.maxfrozenset = 8
+_SHOWING.fillvalue = "…"

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,13 +13,16 @@ import uuid
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, cast
 
-from taipan.errors import CheckpointError, DataError, TaipanError
+from taipan.errors import CheckpointError, DataError, TaipanError, brief, shown
 
 _CHUNK_BYTES = 1 << 20
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_JSON_DEPTH = 100
+_JSON_DIGITS = 400  # the largest float has 309; Python itself refuses more than 4,300
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
@@ -162,6 +166,71 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not data:
         raise DataError(f"{path} is empty; expected a file with text in it.")
     return decode_utf8(data, str(path))
+
+
+def parse_json(text: str | bytes, source: str, *, refused: type[TaipanError] = DataError) -> Any:
+    """Return the value of a JSON document: the one reader of JSON here, so that every file is read by the same rules.
+
+    A name that stands twice in an object is refused, because every reader takes another one of the two; so are nesting
+    deeper than 100 levels and whole numbers of more than 400 digits, which end in errors of their own further on.
+
+    Args:
+        text: the document, with or without a byte order mark; bytes are UTF-8.
+        source: what it is, for the message: a file, or a line of one.
+        refused: the error to raise.
+
+    Raises:
+        DataError: (or ``refused``) it is not JSON, or is refused; the message names ``source`` and what is wrong.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value: Any = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_int=_whole_number)
+        if _is_too_deep(value):
+            raise RecursionError
+    except RecursionError as error:
+        raise refused(
+            f"{source} cannot be read as JSON (nested deeper than {_JSON_DEPTH} levels): it is damaged or of another "
+            "kind. Restore it or write it again."
+        ) from error
+    except ValueError as error:  # json's, of a byte that is not UTF-8, or one of the two below
+        raise refused(
+            f"{source} cannot be read as JSON ({brief(error)}): it is damaged or of another kind. Restore it or write "
+            "it again."
+        ) from error
+    return value
+
+
+def parse_json_object(text: str | bytes, source: str, *, refused: type[TaipanError] = DataError) -> dict[str, Any]:
+    """As :func:`parse_json`, of a document that must be an object."""
+    value = parse_json(text, source, refused=refused)
+    if not isinstance(value, dict):
+        raise refused(f"{source} holds {shown(value)}, but must hold a JSON object. Restore it or write it again.")
+    return cast("dict[str, Any]", value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {shown(twice)} stands twice in one object")
+    return values
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _JSON_DIGITS:
+        raise ValueError(f"a whole number of {len(digits):,} digits, {brief(digits, 20)}")
+    return int(digits)
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Whether lists and objects hold each other too often; level by level, without recursion."""
+    level: list[Any] = [value]
+    for _ in range(_JSON_DEPTH):
+        holders = [item for item in level if isinstance(item, dict | list)]
+        level = [item for holder in holders for item in (holder.values() if isinstance(holder, dict) else holder)]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def decode_utf8(data: bytes, source: str) -> str:

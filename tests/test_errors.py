@@ -1,0 +1,66 @@
+"""Values in messages: short whatever they are."""
+
+import pytest
+
+from taipan.errors import brief, shown
+
+
+def itself() -> list[object]:
+    value: list[object] = []
+    value.append(value)
+    return value
+
+
+def doubling() -> list[object]:
+    """A few references that would be 9³⁰ items written out."""
+    value: list[object] = [1]
+    for _ in range(30):
+        value = [value] * 9
+    return value
+
+
+def deep() -> list[object]:
+    value: list[object] = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
+class Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        itself(),
+        doubling(),
+        deep(),
+        10**5000,
+        -(10**5000),
+        "a" * 10**6,
+        b"\xff" * 10**6,
+        {str(n): n for n in range(10**4)},
+        {"a": doubling()},
+        set(range(10**4)),
+        Broken(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_value_is_shown_in_a_short_text(value: object) -> None:
+    assert 0 < len(shown(value)) <= 200
+
+
+@pytest.mark.parametrize("value", ["mamba", "été", "", 3, -1, 0.15, True, None, (0.6, 0.2), ["a", 1], {"a": {"b": 1}}])
+def test_a_small_value_is_shown_as_it_is(value: object) -> None:
+    assert shown(value) == repr(value)
+
+
+def test_what_cannot_be_printed_is_escaped() -> None:
+    assert shown("caf\udce9\n\0") == r"'caf\udce9\n\x00'"
+
+
+def test_long_words_of_others_are_cut() -> None:
+    assert brief("word " * 100) == ("word " * 40)[:-1] + "…"
+    assert brief(ValueError("short")) == "short"
