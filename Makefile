@@ -16,7 +16,7 @@ RELIABILITY := $(addprefix tests/training/test_, checkpoint.py damage.py distrib
 	storage_faults.py)
 
 .NOTPARALLEL:
-.PHONY: help setup quickstart test test-all stress check lint types floors format clean
+.PHONY: help setup quickstart test test-all stress dist check lint types floors format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test-all: $(DEVELOPMENT) ## Run every test, the slow ones too
 
 stress: $(DEVELOPMENT) ## Kill, damage, starve and resume training, thousands of times (docs/reliability.md)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" $(RELIABILITY)
+
+dist: $(DEVELOPMENT) ## Build the source archive, and from it the wheel, into dist/
+	$(BIN)/python -m build --no-isolation
 
 check: lint types floors test ## Run everything a change must pass
 

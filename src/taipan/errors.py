@@ -34,6 +34,17 @@ class TrainingError(TaipanError, RuntimeError):
     """Training cannot go on (for example: the loss is not finite)."""
 
 
+def how_to_install(extra: str) -> str:
+    """The command that adds an extra of pyproject.toml, and where to type it.
+
+    Taipan is on no package index yet, so it is installed from a clone of its repository. Every piece of such advice
+    comes from here: when the package is published, one line changes.
+    """
+    # these packages are compiled against the PyTorch that is there; a build in isolation would not see it
+    options = "--no-build-isolation " if extra == "gpu" else ""
+    return f"pip install {options}'.[{extra}]' in your clone of Taipan"
+
+
 def shown(value: object) -> str:
     """`value` as a message shows it: its `repr`, bounded in length and depth whatever the value is.
 

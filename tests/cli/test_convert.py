@@ -40,7 +40,7 @@ def test_without_transformers_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused("convert", "from-mamba2", tmp_path, tmp_path / "out")
-    assert "pip install 'taipan-lm[hf]'" in message
+    assert "pip install '.[hf]'" in message
 
 
 @pytest.mark.parametrize("layout", [None, "transformers"])

@@ -21,4 +21,4 @@ def test_names_what_is_in_use(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
     assert "decoding step" in finished.out
     assert "training dtype" in finished.out
     assert "C++ compiler" in finished.out
-    assert "pip install 'taipan-lm[hf]'" in finished.out
+    assert "pip install '.[hf]'" in finished.out

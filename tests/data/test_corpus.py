@@ -270,7 +270,7 @@ def test_a_missing_extra_is_named(
     full = tmp_path / "a.txt.zst" if path == "zst" else every_form / path
     full = f"hf:{every_form / 'streamed'}" if path.startswith("hf:") else full
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"not installed: pip install 'taipan-lm\[{extra}\]'"):
+    with pytest.raises(DataError, match=rf"not installed: pip install '\.\[{extra}\]'"):
         list(Corpus([full], text_column="body"))
 
 

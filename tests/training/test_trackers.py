@@ -146,7 +146,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
     name: str, make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=rf"names {name}, which is not installed: pip install 'taipan-lm\[{name}\]'"):
+    with pytest.raises(ConfigError, match=rf"names {name}, which is not installed: pip install '\.\[{name}\]'"):
         TrackedListener(Heard(), [name], tmp_path, "id", make_recipe(), 0)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from taipan.config import TaipanConfig
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, how_to_install
 
 NAMES = {"transformers-mamba2": "transformers Mamba-2", "transformers-llama": "transformers Llama"}
 """What a setting of `against` may begin with, and the name of the subject."""
@@ -21,7 +21,7 @@ def peer_names(against: str | None) -> list[str]:
     if against is None:
         return []
     if find_spec("transformers") is None:
-        raise ConfigError("--against needs transformers, which is not installed: pip install 'taipan-lm[hf]'")
+        raise ConfigError(f"--against needs transformers, which is not installed: {how_to_install('hf')}.")
     return [subject for name, subject in NAMES.items() if name.startswith(against)]
 
 

@@ -100,7 +100,7 @@ def _is_native(directory: Path) -> bool:
 def _require_transformers() -> None:
     from importlib.util import find_spec
 
-    from taipan.errors import ConfigError
+    from taipan.errors import ConfigError, how_to_install
 
     if find_spec("transformers") is None:
-        raise ConfigError("Converting needs transformers, which is not installed: pip install 'taipan-lm[hf]'")
+        raise ConfigError(f"Converting needs transformers, which is not installed: {how_to_install('hf')}.")

@@ -103,11 +103,13 @@ def _choices() -> Iterator[tuple[str, str, str]]:
 
 
 def _versions() -> Iterator[tuple[str, str, str]]:
+    from taipan.errors import how_to_install
+
     yield "taipan-lm", _version("taipan-lm"), "this"
     for name in _NEEDED:
         yield name, _version(name), "needed"
     for name, (extra, purpose) in _EXTRA.items():
-        yield name, _version(name), f"{purpose} (pip install 'taipan-lm[{extra}]')"
+        yield name, _version(name), f"{purpose} ({how_to_install(extra)})"
 
 
 def _version(name: str) -> str:

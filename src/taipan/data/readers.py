@@ -13,7 +13,7 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
-from taipan.errors import DataError
+from taipan.errors import DataError, how_to_install
 from taipan.io import decode_utf8
 
 _PROSE = ".txt .text .md .markdown .rst .adoc .org .tex .bib .srt .tokens .log"
@@ -230,5 +230,5 @@ def needed(module: str, extra: str, for_what: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise DataError(
-            f"{for_what} needs {package}, which is not installed: pip install 'taipan-lm[{extra}]'"
+            f"{for_what} needs {package}, which is not installed: {how_to_install(extra)}."
         ) from error

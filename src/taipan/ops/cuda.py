@@ -14,9 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from taipan.errors import how_to_install
 from taipan.ops.precision import no_autocast
-
-INSTALL = "pip install --no-build-isolation 'taipan-lm[gpu]' (docs/gpu.md)"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def cuda_status(op: str) -> CudaStatus:
         return CudaStatus(False, "no kernel of another package is used for it")
     kernel = KERNELS[op]
     if find_spec(kernel.package) is None:
-        return CudaStatus(False, f"{kernel.package} is not installed: {INSTALL}")
+        return CudaStatus(False, f"{kernel.package} is not installed: {how_to_install('gpu')} (docs/gpu.md)")
     if not torch.cuda.is_available():
         return CudaStatus(False, f"{kernel.function} of {kernel.package} is there, but no CUDA device")
     if kernel is ATTENTION and not torch.backends.cuda.is_flash_attention_available():

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, how_to_install
 from taipan.training.listener import RunInfo, StepInfo, TrainingListener
 from taipan.training.metrics import Record
 from taipan.training.recipe import Recipe
@@ -200,6 +200,6 @@ def _load(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"training.trackers names {extra}, which is not installed: pip install 'taipan-lm[{extra}]', "
+            f"training.trackers names {extra}, which is not installed: {how_to_install(extra)}, "
             "or take it out of the list (metrics.jsonl is always written)."
         ) from error
