@@ -77,7 +77,16 @@ def test_the_version_is_said_once() -> None:
 ADVICE = re.compile(r"pip install (?P<options>(?:-\S+ )*)(?P<what>\S*\[[^\]`]*\]'?)")
 TEXTS = [
     path
-    for entry in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "constraints.txt", "docs", "recipes", "src")
+    for entry in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "constraints.txt",
+        "docs",
+        "recipes",
+        "src",
+    )
     for path in ([ROOT / entry] if (ROOT / entry).is_file() else sorted((ROOT / entry).rglob("*")))
     if path.is_file() and path.suffix not in (".pyc", ".svg") and ".egg-info" not in str(path)
 ]
