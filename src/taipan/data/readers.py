@@ -229,6 +229,4 @@ def needed(module: str, extra: str, for_what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise DataError(
-            f"{for_what} needs {package}, which is not installed: {how_to_install(extra)}."
-        ) from error
+        raise DataError(f"{for_what} needs {package}, which is not installed: {how_to_install(extra)}.") from error
