@@ -39,7 +39,7 @@ def started(tmp_path: Path) -> RunInfo:
 
 
 def step(number: int) -> StepInfo:
-    gates = tuple(GateStatistics(layer, 0.125, 0.25, 0.375, 0.5, 0.0625, 0.3, 0.01) for layer in (1, 3))
+    gates = tuple(GateStatistics(layer, 0.125, 0.25, 0.375, 0.5, 0.0625, 0.1, 0.3, 0.01) for layer in (1, 3))
     return StepInfo(
         step=number,
         progress=number / 10,

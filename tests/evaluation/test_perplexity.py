@@ -137,6 +137,12 @@ def test_gates_are_counted_over_all_tokens() -> None:
         assert gate.alpha_mean == pytest.approx(float(alpha.mean()))
         assert gate.alpha_std == pytest.approx(float(alpha.std(correction=0)), rel=1e-4)
         assert 0.05 < gate.rate < 0.95
+        assert gate.alpha_selected == pytest.approx(float(alpha[margin > gate.threshold].mean()))
+
+
+def test_a_closed_gate_has_no_selected_alpha() -> None:
+    model = small_model("taipan", vocab_size=257, attention_capacity=0.0)
+    assert {gate.alpha_selected for gate in evaluate(model, TextDocuments(["text"], BYTES)).gates} == {None}
 
 
 def test_the_result_is_plain_json(model: TaipanLM) -> None:

@@ -81,11 +81,13 @@ def test_statistics_and_budget_leave_padding_out() -> None:
     schedule = GateSchedule(0.15, 1.0, 0.0)
     padded = gate.train()(x, real, schedule)
     parts = [gate(x[:1, :30], None, schedule), gate(x[1:, :10], None, schedule)]
-    for name in ("rate", "training_rate", "noise_free_rate", "alpha_mean"):
+    for name in ("rate", "training_rate", "noise_free_rate", "alpha_mean", "weight_mean"):
         expected = (30 * getattr(parts[0], name) + 10 * getattr(parts[1], name)) / 40
         torch.testing.assert_close(getattr(padded, name), expected)
     alpha = torch.cat([part.alpha_BT.flatten() for part in parts])
     torch.testing.assert_close(padded.alpha_std, alpha.std(correction=0))
+    selected = torch.cat([part.selected_BT.flatten() for part in parts])
+    torch.testing.assert_close(padded.weight_mean / padded.rate, alpha[selected].mean())
     torch.testing.assert_close(padded.budget_loss(0.15, "batch").float(), (0.15 - padded.rate) ** 2)
     squares = [(0.15 - part.rate) ** 2 for part in parts]
     torch.testing.assert_close(padded.budget_loss(0.15, "sequence").float(), (squares[0] + squares[1]) / 2)

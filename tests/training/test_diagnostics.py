@@ -18,6 +18,7 @@ HEALTHY = GateStatistics(
     noise_free_rate=0.14,
     alpha_mean=0.2,
     alpha_std=0.2,
+    weight_mean=0.1,
     entropy=0.3,
     budget=0.0,
 )

@@ -18,6 +18,7 @@ class GateStatistics:
         training_rate: expected share under the training noise at the model's progress.
         noise_free_rate: share with s_1 − s_0 above the threshold.
         alpha_mean, alpha_std: mean and standard deviation of α.
+        weight_mean: mean of m_i α_i, 0 for a token that is not selected.
     """
 
     layer: int
@@ -27,6 +28,12 @@ class GateStatistics:
     noise_free_rate: float
     alpha_mean: float
     alpha_std: float
+    weight_mean: float
+
+    @property
+    def alpha_selected(self) -> float | None:
+        """Mean α of the selected tokens; None if there are none."""
+        return self.weight_mean / self.rate if self.rate > 0 else None
 
 
 class GateAverage:
@@ -36,22 +43,32 @@ class GateAverage:
         self._layer = gate.layer
         self._threshold = gate.threshold
         self._count = 0
-        self._sums = [0.0] * 5
+        self._sums = [0.0] * 6
 
     def add(self, gate: GateOutput) -> None:
         """Take in one forward call."""
         count = gate.selected_BT.numel() if gate.real_BT is None else int(gate.real_BT.sum())
         mean = float(gate.alpha_mean)
         square = float(gate.alpha_std) ** 2 + mean**2
-        values = (float(gate.rate), float(gate.training_rate), float(gate.noise_free_rate), mean, square)
+        rates = (float(gate.rate), float(gate.training_rate), float(gate.noise_free_rate))
+        values = (*rates, mean, square, float(gate.weight_mean))
         self._count += count
         self._sums = [total + count * value for total, value in zip(self._sums, values, strict=True)]
 
     def result(self) -> GateStatistics:
         """The statistics so far."""
-        rate, training, noise_free, mean, square = (total / max(1, self._count) for total in self._sums)
+        rate, training, noise_free, mean, square, weight = (total / max(1, self._count) for total in self._sums)
         spread = math.sqrt(max(0.0, square - mean**2))
-        return GateStatistics(self._layer, self._threshold, rate, training, noise_free, mean, spread)
+        return GateStatistics(
+            layer=self._layer,
+            threshold=self._threshold,
+            rate=rate,
+            training_rate=training,
+            noise_free_rate=noise_free,
+            alpha_mean=mean,
+            alpha_std=spread,
+            weight_mean=weight,
+        )
 
 
 class GateAverages:

@@ -32,6 +32,11 @@ class LayerTrace:
     selected_T: BoolT
     alpha_T: FloatT
 
+    @property
+    def margin_T(self) -> FloatT:
+        """s_1 − s_0."""
+        return self.scores_T2[:, 1] - self.scores_T2[:, 0]
+
 
 def trace(
     model: TaipanLM, tokens: Tensor | Iterable[int], *, piece: int = 2048, state: DecoderState | None = None

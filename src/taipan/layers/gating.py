@@ -93,6 +93,11 @@ class GateOutput:
         return masked_mean((alpha - self.alpha_mean) ** 2, self.real_BT).sqrt()
 
     @property
+    def weight_mean(self) -> Tensor:
+        """Mean of m_i α_i over the real tokens; divided by `rate`, the mean α of the selected tokens."""
+        return masked_mean(self.selected_BT * self.alpha_BT.detach(), self.real_BT)
+
+    @property
     def entropy(self) -> Tensor:
         """Mean entropy of softmax(s) over the real tokens in nats: ln 2 for an undecided gate, 0 for a certain one."""
         log_BT2 = torch.log_softmax(self.scores_BT2.detach(), dim=-1)

@@ -35,6 +35,7 @@ class GateStatistics:
         layer: its number in the stack.
         rate, training_rate, noise_free_rate: share of tokens selected; expected under the noise; as at inference.
         alpha_mean, alpha_std: mean and spread of the mixing weight.
+        weight_mean: mean of m_i α_i, so that `weight_mean` / `rate` is the mean mixing weight of the selected tokens.
         entropy: of the decision, nats.
         budget: its part of the budget loss, λ‖C − rate‖².
     """
@@ -45,6 +46,7 @@ class GateStatistics:
     noise_free_rate: float
     alpha_mean: float
     alpha_std: float
+    weight_mean: float
     entropy: float
     budget: float
 
@@ -100,6 +102,7 @@ def gate_statistics(model: TaipanLM, gates: Sequence[GateOutput]) -> tuple[GateS
             noise_free_rate=gate.noise_free_rate.item(),
             alpha_mean=gate.alpha_mean.item(),
             alpha_std=gate.alpha_std.item(),
+            weight_mean=gate.weight_mean.item(),
             entropy=gate.entropy.item(),
             budget=weight * gate.budget_loss(capacity, config.budget_mean).item(),
         )
