@@ -8,7 +8,7 @@ import torch
 
 from taipan.data.tokenizer import Tokenizer
 from taipan.evaluation import trace
-from taipan.pretrained import load
+from taipan.model import TaipanLM
 from tests.cli.conftest import TEXT, Cli
 from tests.models import small_model
 
@@ -22,7 +22,7 @@ def test_the_budget_holds_afterwards(cli: Cli, copy: Path, text_file: Path) -> N
     finished = cli("calibrate", copy, text_file, "--capacity", 0.3, "--context", len(TEXT.encode()))
     assert finished.code == 0, finished.err
     assert Tokenizer.load(copy).vocab_size == 257
-    for layer in trace(load(copy), Tokenizer.bytes().encode(TEXT)):
+    for layer in trace(TaipanLM.from_pretrained(copy), Tokenizer.bytes().encode(TEXT)):
         assert float(layer.selected_T.float().mean()) == pytest.approx(0.3, abs=0.02)
         assert f"{layer.threshold:.4f}" in finished.out
 
@@ -44,7 +44,7 @@ def test_a_full_disk_leaves_the_model_as_it_was(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("taipan.pretrained.save_file", full)
+    monkeypatch.setattr("taipan.model.directory.save_file", full)
     message = refused("calibrate", copy, text_file)
     assert "disk is full" in message
     assert "untouched" in message

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from taipan.pretrained import load
+from taipan.model import TaipanLM
 from tests.cli.conftest import Cli
 from tests.models import random_tokens, small_model
 
@@ -18,7 +18,7 @@ def test_there_and_back(cli: Cli, tmp_path: Path, layout: str) -> None:
     assert there.code == 0, there.err
     assert ("d_model" in json.loads((tmp_path / "there/config.json").read_text())) == (layout == "state-spaces")
     assert cli("convert", "from-mamba2", tmp_path / "there", tmp_path / "back").code == 0
-    back = load(tmp_path / "back").state_dict()
+    back = TaipanLM.from_pretrained(tmp_path / "back").state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(back[name], tensor, rtol=0, atol=0)
 
@@ -54,7 +54,7 @@ def test_upcycling_keeps_what_mamba2_computes(cli: Cli, tmp_path: Path, layout: 
     done = cli("convert", "upcycle", source, tmp_path / "out", "--every", 2, "--window", 5)
     assert done.code == 0, done.err
     assert "1 new selective attention layers" in done.err
-    new = load(tmp_path / "out")
+    new = TaipanLM.from_pretrained(tmp_path / "out")
     assert (new.config.layer_types, new.config.sliding_window) == (("mamba2", "mamba2", "selective_attention"), 5)
     tokens = random_tokens(2, 20)
     assert torch.equal(new(tokens).logits, model(tokens).logits)

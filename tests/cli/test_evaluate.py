@@ -8,7 +8,7 @@ from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.evaluation import TextDocuments, evaluate
-from taipan.pretrained import load
+from taipan.model import TaipanLM
 from tests.cli.conftest import TEXT, Cli
 
 
@@ -25,7 +25,7 @@ def test_gives_what_the_library_gives(
     assert finished.code == 0, finished.err
     record = json.loads(result_file.read_text())
     assert record["command"].startswith("taipan ")
-    model = load(model_directory)
+    model = TaipanLM.from_pretrained(model_directory)
     documents = TextDocuments([TEXT], Tokenizer.bytes())
     for length, found in zip((64, 256), record["results"], strict=True):
         expected = evaluate(model, documents, context=length)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.pretrained import load
+from taipan.model import TaipanLM
 from taipan.state import DecoderState
 from tests.cli.conftest import Cli
 from tests.kernels import needs_kernels
@@ -19,7 +19,8 @@ PROMPT = "The taipan waits"
 def continuation(directory: Path, prompt: str, **options: object) -> str:
     tokenizer = Tokenizer.load(directory)
     ids = tokenizer.encode(prompt)
-    sequence = load(directory).generate(torch.tensor([ids]), tokenizer=tokenizer, **options)[0].tolist()
+    model = TaipanLM.from_pretrained(directory)
+    sequence = model.generate(torch.tensor([ids]), tokenizer=tokenizer, **options)[0].tolist()
     return tokenizer.decode(sequence[len(ids) :])
 
 
@@ -65,7 +66,7 @@ def test_a_prompt_may_come_from_a_file_or_standard_input(
 
 def remembered(directory: Path, saved: Path, text: str) -> None:
     """A saved state is the one after this text."""
-    model = load(directory)
+    model = TaipanLM.from_pretrained(directory)
     found = DecoderState.load(saved, model).tensors()
     expected = model(torch.tensor([Tokenizer.load(directory).encode(text)])).state.tensors()
     for name, tensor in expected.items():
@@ -85,7 +86,7 @@ def test_a_saved_state_goes_on(cli: Cli, model_directory: Path, tmp_path: Path) 
     more = ["--seed", 5, "--max-new-tokens", 3, "--ignore-eos", "--save-state", state]
     written = cli("generate", model_directory, " waits", "--load-state", state, *more)
     assert written.code == 0
-    position = DecoderState.load(state, load(model_directory)).position_B
+    position = DecoderState.load(state, TaipanLM.from_pretrained(model_directory)).position_B
     assert position.tolist() == [len("The taipan waits") + 3]
 
 

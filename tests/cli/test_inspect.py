@@ -5,7 +5,7 @@ import torch
 
 from taipan.data.tokenizer import Tokenizer
 from taipan.evaluation import trace
-from taipan.pretrained import load
+from taipan.model import TaipanLM
 from tests.cli.conftest import TEXT, Cli
 from tests.models import small_model
 
@@ -16,7 +16,7 @@ def test_writes_a_page_and_the_shares(cli: Cli, model_directory: Path, text_file
     assert finished.code == 0, finished.err
     content = page.read_text(encoding="utf-8")
     assert content.startswith("<!doctype html>")
-    for layer in trace(load(model_directory), Tokenizer.bytes().encode(TEXT)):
+    for layer in trace(TaipanLM.from_pretrained(model_directory), Tokenizer.bytes().encode(TEXT)):
         line = next(line for line in finished.out.splitlines() if line.split()[:1] == [str(layer.layer)])
         assert f"{int(layer.selected_T.sum()):,}" in line
         assert f"layer {layer.layer}</button>" in content

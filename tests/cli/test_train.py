@@ -14,7 +14,7 @@ import yaml
 from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
-from taipan.pretrained import load
+from taipan.model import TaipanLM
 from taipan.training.checkpoint import verify
 from tests.cli.conftest import TEXT, Cli, interrupt_after
 from tests.cli.test_main import START
@@ -61,7 +61,7 @@ def test_trains_shows_and_saves(cli: Cli, recipe: Path, tmp_path: Path) -> None:
         assert shown in finished.err, shown
     records = [json.loads(line) for line in (tmp_path / "other/metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 6
-    assert load(tmp_path / "other/model").config.hidden_size == 16
+    assert TaipanLM.from_pretrained(tmp_path / "other/model").config.hidden_size == 16
     assert cli("generate", tmp_path / "other/model", "Line", "--max-new-tokens", 3).code == 0
 
 
@@ -78,7 +78,7 @@ def test_interrupted_it_goes_on_with_the_same_curve(
     resumed = cli("train", "--resume", tmp_path / "run")
     assert resumed.code == 0, resumed.err
     assert "Going on after step 2" in resumed.err
-    expected, found = (load(tmp_path / name / "model").state_dict() for name in ("whole", "run"))
+    expected, found = (TaipanLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "run"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
@@ -167,4 +167,4 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(cli: Cli,
     assert "expected a finite number" in message
     kept = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     assert str(kept) in message
-    load(kept)
+    TaipanLM.from_pretrained(kept)

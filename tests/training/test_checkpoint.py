@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from taipan import pretrained
 from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError
-from taipan.model import TaipanLM
+from taipan.model import TaipanLM, directory, load_tokenizer
 from taipan.training.checkpoint import (
     Shapes,
     checkpoints,
@@ -51,9 +50,9 @@ def test_it_is_a_model_directory_with_the_trainer_beside(save: Callable[[int], P
     path = save(5)
     assert path == tmp_path / "checkpoints" / "step-00000005"
     verify(path)
-    model = pretrained.load(path)
+    model = TaipanLM.from_pretrained(path)
     assert model.config == CONFIG
-    assert pretrained.load_tokenizer(path, model).vocab_size == 257
+    assert load_tokenizer(path, model.config).vocab_size == 257
     assert load_trainer(path) == {"step": 5, "seconds": 0.1}
     assert set(names_in(path)) == {*FILES, "manifest.json"}
 
@@ -178,7 +177,7 @@ def test_a_failure_while_writing_leaves_the_old_ones_whole(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(pretrained, "save_file", fail)
+    monkeypatch.setattr(directory, "save_file", fail)
     with pytest.raises(CheckpointError if isinstance(failure, OSError) else type(failure)) as caught:
         save(step)
     if isinstance(failure, OSError):
@@ -196,7 +195,7 @@ def test_no_pickle_is_written_or_read(save: Callable[[int], Path], monkeypatch: 
         monkeypatch.setattr(module, name, refuse)
     path = save(1)
     verify(path)
-    pretrained.load(path)
+    TaipanLM.from_pretrained(path)
     load_trainer(path)
     assert load_optimizer(path, lambda saved: {name: torch.zeros(shape) for name, (shape, _) in saved.items()})
     for file in names_in(path):

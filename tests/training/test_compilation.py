@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from taipan import pretrained
 from taipan.errors import ConfigError
+from taipan.model import TaipanLM
 from taipan.training import compilation
 from taipan.training.compilation import compile_blocks
 from taipan.training.loop import train
@@ -79,7 +79,7 @@ def test_compiled_blocks_on_two_processes_train_as_plain_ones_on_one(
         return [line[key] for line in read_records(run / "metrics.jsonl") for key in line if key.endswith("loss")]
 
     assert curve(tmp_path / "compiled") == pytest.approx(curve(plain.run), rel=1e-4)
-    resumed = pretrained.load(tmp_path / "compiled" / "model")  # names and shapes of a plain model
+    resumed = TaipanLM.from_pretrained(tmp_path / "compiled" / "model")  # names and shapes of a plain model
     assert resumed.state_dict().keys() == plain.model.state_dict().keys()
 
 

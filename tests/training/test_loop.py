@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from taipan import pretrained
 from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
-from taipan.model import TaipanLM
+from taipan.model import TaipanLM, directory, load_tokenizer
 from taipan.training.checkpoint import latest
 from taipan.training.feed import Feed
 from taipan.training.listener import RunInfo, StepInfo, TrainingListener
@@ -102,9 +101,9 @@ def test_a_run_leaves_a_model_its_recipe_and_its_curve(make_recipe: MakeRecipe) 
     assert result.model_directory == result.run / "model"
     assert not result.model.training
 
-    loaded = pretrained.load(result.run / "model")
+    loaded = TaipanLM.from_pretrained(result.run / "model")
     assert all(torch.equal(tensor, weights(result.model)[name]) for name, tensor in weights(loaded).items())
-    assert pretrained.load_tokenizer(result.run / "model", loaded).vocab_size == 257
+    assert load_tokenizer(result.run / "model", loaded.config).vocab_size == 257
     assert loaded.sals[0].gate.threshold.item() == result.calibration[0].threshold != 0.0
     assert result.calibration[0].rate == pytest.approx(0.15, abs=0.01)
 
@@ -372,7 +371,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
     assert found.step == watcher.steps[-1].step >= 1
     assert f"step {found.step + 1}" in str(caught.value)
     assert str(found.path) in str(caught.value)
-    assert all(tensor.isfinite().all() for tensor in weights(pretrained.load(found.path)).values())
+    assert all(tensor.isfinite().all() for tensor in weights(TaipanLM.from_pretrained(found.path)).values())
     assert not (Path(recipe.output) / "model").exists()
 
 
@@ -384,7 +383,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_resumes_from_it(
 
     recipe = make_recipe(**{"training.checkpoint_every": 2})
     with monkeypatch.context() as patch:
-        watcher = Watcher(3, lambda: patch.setattr(pretrained, "save_file", full))
+        watcher = Watcher(3, lambda: patch.setattr(directory, "save_file", full))
         with pytest.raises(CheckpointError, match=r"disk is full.*step-00000004"):
             train(recipe, listener=watcher)
     assert latest(Path(recipe.output)).step == 2

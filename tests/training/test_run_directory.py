@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from taipan import pretrained
 from taipan.errors import CheckpointError, ConfigError, TrainingError
+from taipan.model import TaipanLM
 from taipan.training.loop import TrainResult, train
 from taipan.training.metrics import read_records
 from taipan.training.model_card import FILE as MODEL_CARD
@@ -222,4 +222,4 @@ def test_a_run_cannot_be_resumed_with_another_number_of_pieces(make_recipe: Make
 
 def test_the_finished_model_loads_beside_its_card(whole: TrainResult) -> None:
     assert whole.model_directory is not None
-    assert pretrained.load(whole.model_directory).config == whole.model.config
+    assert TaipanLM.from_pretrained(whole.model_directory).config == whole.model.config

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from taipan import pretrained
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError
 from taipan.model import TaipanLM
@@ -39,7 +38,7 @@ def test_weights_and_configuration_come_from_the_directory_and_are_trained_in_fl
     make_recipe: Callable[..., Recipe], directory: Path
 ) -> None:
     recipe = make_recipe(model={"from": str(directory), "budget_weight": 2.0})
-    model, base = start(recipe), pretrained.load(directory)
+    model, base = start(recipe), TaipanLM.from_pretrained(directory)
     assert model.config == base.config.replace(budget_weight=2.0)
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
@@ -56,4 +55,4 @@ def test_what_does_not_fit_is_refused_by_name(
         start(make_recipe(**{"model.from": str(tmp_path)}))
     other = Tokenizer.train_bpe(["some words to learn from, some words"] * 5, 257)
     with pytest.raises(ConfigError, match=r"another tokenizer.*--tokenizer"):
-        initial_model(make_recipe(model={"from": str(directory)}), pretrained.load(directory).config, other)
+        initial_model(make_recipe(model={"from": str(directory)}), TaipanLM.from_pretrained(directory).config, other)

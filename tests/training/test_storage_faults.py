@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from taipan import pretrained
 from taipan.errors import CheckpointError
+from taipan.model import directory
 from taipan.training.checkpoint import checkpoints, latest, verify
 from tests.training import full_disk
 from tests.training.distributed.launch import ROOT
@@ -32,7 +32,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "rename": (os, "rename"),
     "write text": (Path, "write_text"),
     "write bytes": (Path, "write_bytes"),
-    "weights": (pretrained, "save_file"),
+    "weights": (directory, "save_file"),
     "moments": (safetensors.torch, "save"),
     "create": (builtins, "open"),
 }

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from taipan import pretrained
 from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError
-from taipan.model import TaipanLM
+from taipan.model import TaipanLM, load_tokenizer
 from taipan.training.upcycling import upcycle, upcycle_directory, upcycled_config
 from tests.models import random_tokens, small_model
 
@@ -118,10 +117,10 @@ def test_a_directory_becomes_a_directory_with_its_tokenizer(tmp_path: Path) -> N
     model = mamba2(vocab_size=257, eos_token_id=256)
     model.save_pretrained(tmp_path / "mamba2", Tokenizer.bytes())
     config = upcycle_directory(tmp_path / "mamba2", tmp_path / "taipan", every=3, seed=7, sliding_window=9)
-    new = pretrained.load(tmp_path / "taipan")
+    new = TaipanLM.from_pretrained(tmp_path / "taipan")
     assert new.config == config
     assert config.sliding_window == 9
-    assert pretrained.load_tokenizer(tmp_path / "taipan", new).eos_id == 256
+    assert load_tokenizer(tmp_path / "taipan", new.config).eos_id == 256
     tokens = random_tokens(2, 20)
     assert torch.equal(new(tokens).logits, model(tokens).logits)
     again = upcycle(model, every=3, generator=torch.Generator().manual_seed(7), sliding_window=9)

@@ -11,6 +11,7 @@ from taipan.config import TaipanConfig
 from taipan.data.seeding import seeded_generator
 from taipan.hardware import training_dtype
 from taipan.model import TaipanLM
+from taipan.model.directory import PRECISE
 from taipan.native.memory import in_large_pages
 
 _GROUP = ["mamba2"] * 6 + ["selective_attention"]
@@ -29,7 +30,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 QUICKSTART = "quickstart"
 
 _CALIBRATION_TOKENS = 4096
-_KEPT = ("A_log", "D", "dt_bias", "gate.threshold")  # as in `taipan.pretrained.load`
 
 
 def names() -> list[str]:
@@ -65,13 +65,11 @@ def build(settings: Settings, dtype: torch.dtype) -> TaipanLM:
     """The model in eval mode with parameters of a dtype.
 
     A named model has random weights, and its gates the thresholds with which they select the share C of random tokens,
-    as those of a trained model do. Where they lie in memory is as `load` would have it.
+    as those of a trained model do. Where they lie in memory is as `from_pretrained` would have it.
     """
-    from taipan.pretrained import load
-
     if settings.model not in names():
         configuration(settings.model)
-        return load(settings.model, dtype=dtype, implementation=settings.implementation)
+        return TaipanLM.from_pretrained(settings.model, dtype=dtype, implementation=settings.implementation)
     config = configuration(settings.model)
     generator = seeded_generator(settings.seed, "weights")
     model = TaipanLM(config, implementation=settings.implementation, generator=generator).eval()
@@ -80,7 +78,7 @@ def build(settings: Settings, dtype: torch.dtype) -> TaipanLM:
 
         calibrate(model, [{"tokens": random_tokens(config, 1, _CALIBRATION_TOKENS, settings.seed)}])
     for name, parameter in model.named_parameters():
-        if not name.endswith(_KEPT):
+        if not name.endswith(PRECISE):
             parameter.data = parameter.data.to(dtype)
     parameters = list(model.parameters())
     for parameter, copy in zip(parameters, in_large_pages(parameters), strict=True):

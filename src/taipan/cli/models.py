@@ -21,7 +21,7 @@ def load_model(directory: Path, dtype: str | None = None) -> "tuple[TaipanLM, To
     from taipan.config import suggestion
     from taipan.errors import CheckpointError, ConfigError
     from taipan.hardware import tune_allocator
-    from taipan.pretrained import load, load_tokenizer
+    from taipan.model import TaipanLM, load_tokenizer
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
@@ -30,5 +30,5 @@ def load_model(directory: Path, dtype: str | None = None) -> "tuple[TaipanLM, To
     if not (directory / "config.json").is_file() and (directory / "model" / "config.json").is_file():
         raise CheckpointError(f"{directory} is a run, not a model: its model is {directory / 'model'}.")
     tune_allocator()
-    model = load(directory, dtype=None if dtype is None else getattr(torch, dtype))
-    return model, load_tokenizer(directory, model)
+    model = TaipanLM.from_pretrained(directory, dtype=None if dtype is None else getattr(torch, dtype))
+    return model, load_tokenizer(directory, model.config)

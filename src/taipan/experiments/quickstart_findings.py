@@ -13,8 +13,7 @@ from taipan.data.tokenizer import StreamDecoder, Tokenizer
 from taipan.evaluation import EvaluationResult, TextDocuments, compress, evaluate
 from taipan.experiments.phases import PhaseTimer
 from taipan.generation import GenerationSettings, stream
-from taipan.model import TaipanLM
-from taipan.pretrained import load, load_tokenizer
+from taipan.model import TaipanLM, load_tokenizer
 from taipan.report.selection import SelectionView
 from taipan.report.traced import traced_view
 
@@ -103,8 +102,8 @@ def measure(directory: Path, documents: "Sequence[Document]", timer: PhaseTimer)
         documents: the held-out files.
         timer: times the parts.
     """
-    model = load(directory / "model")
-    tokenizer = load_tokenizer(directory / "model", model)
+    model = TaipanLM.from_pretrained(directory / "model")
+    tokenizer = load_tokenizer(directory / "model", model.config)
     with timer("evaluation", f"Evaluating on {len(documents)} held-out files"):
         files = [_evaluate(model, tokenizer, document) for document in documents]
         shown = next((document for document in documents if document.source == _SHOWN), documents[0])

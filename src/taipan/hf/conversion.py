@@ -21,8 +21,8 @@ from taipan.errors import CheckpointError, ConfigError, DataError
 from taipan.hf.mamba2_config import STATE_SPACES_EPS, read_config, state_spaces_config, transformers_config
 from taipan.hf.weights import read_weights
 from taipan.io import atomic_directory
-from taipan.model import TaipanLM
-from taipan.pretrained import check_fit, load, weights_of, write
+from taipan.model import TaipanLM, weights_of
+from taipan.model.directory import check_fit, write_model
 
 LAYOUTS = ("transformers", "state-spaces")
 
@@ -64,10 +64,10 @@ def from_mamba2(source: str | Path, target: str | Path) -> TaipanConfig:
         tensors["lm_head.weight"] = embedding
     with torch.device("meta"):
         model = TaipanLM(config)
-    check_fit(path, tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    check_fit(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     with atomic_directory(target, needed_bytes=_size(tensors)) as directory:
-        write(model.config, weights_of(model), directory)
+        write_model(model.config, weights_of(model), directory)
         _copy_tokenizer(source, directory)
     return config
 
@@ -91,7 +91,7 @@ def to_mamba2(source: str | Path, target: str | Path, layout: str = "transformer
         raise ConfigError(f"layout is {layout!r}, but must be one of {', '.join(LAYOUTS)}{hint}.")
     _check_paths(source, target)
     try:
-        model = load(source)
+        model = TaipanLM.from_pretrained(source)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     config = model.config

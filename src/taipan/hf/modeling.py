@@ -150,7 +150,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 "or go back to an earlier checkpoint."
             ) from error
         model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
-        for parameter in model.parameters():  # as `taipan.pretrained.load`: aligned memory, the same bits
+        for parameter in model.parameters():  # as `TaipanLM.from_pretrained`: aligned memory, the same bits
             if parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
         return loaded

@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taipan import pretrained
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, DataError
 from taipan.io import atomic_directory, sha256_file
-from taipan.model import TaipanLM
+from taipan.model import TaipanLM, weights_of
+from taipan.model.directory import write_model
 from taipan.training.distributed import ALONE, World
 
 _FORMAT = "taipan-checkpoint-2"
@@ -86,7 +86,7 @@ def save_checkpoint(
         TrainingError: another process failed to write its part.
     """
     path = run / "checkpoints" / f"step-{step:08d}"
-    weights = pretrained.weights_of(model)
+    weights = weights_of(model)
     needed = sum(tensor.nbytes for tensor in weights.values())
     with world.together(), _explained(path), ExitStack() as stack:
         temporary: Path | None = None
@@ -97,7 +97,7 @@ def save_checkpoint(
         with world.together():
             _write_tensors(temporary / _OPTIMIZER, optimizer, world)
         if world.leads:
-            pretrained.write(model.config, weights, temporary, tokenizer)
+            write_model(model.config, weights, temporary, tokenizer)
             (temporary / _TRAINER).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
             if carried:
                 save_file(dict(carried), temporary / _CARRIED)

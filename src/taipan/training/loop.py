@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from taipan import pretrained
 from taipan.data.mixture import Mixture
 from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError, TaipanError, TrainingError
 from taipan.hardware import training_dtype
 from taipan.io import atomic_write, remove_abandoned
-from taipan.model import TaipanLM
+from taipan.model import TaipanLM, weights_of
 from taipan.training.calibration import Calibration, calibrate
 from taipan.training.carry import Carry
 from taipan.training.checkpoint import (
@@ -170,7 +169,7 @@ class _Run:
             with world.together():
                 saved = load_trainer(found.path)
                 require_same(saved["identity"], self.identity, found.path)
-                model = pretrained.load(found.path, implementation=settings.implementation)
+                model = TaipanLM.from_pretrained(found.path, implementation=settings.implementation)
         model.set_recompute(settings.recompute, states=settings.state_passing is not None)
         if settings.compile:
             compile_blocks(model)
@@ -397,10 +396,10 @@ class _Run:
         }
         self._record(final)
         directory = self.path / _MODEL
-        weights = pretrained.weights_of(self.model)
+        weights = weights_of(self.model)
         with self.world.together():
             if self.world.leads:
-                pretrained.save(self.model, directory, self.tokenizer, weights=weights)
+                self.model.save_pretrained(directory, self.tokenizer, weights=weights)
                 licences = [manifest.licence for manifest in self.data.manifests]
                 card = model_card(self.recipe, self.model.config, self.record.values, final, calibration, licences)
                 atomic_write(directory / MODEL_CARD, card.encode())

@@ -13,7 +13,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from taipan.pretrained import is_sharded, whole
+from taipan.model.sharding import is_sharded, whole
 
 # The quintic iteration x ← ax + b(xxᵀ)x + c(xxᵀ)²x: steep at zero, so that five rounds bring even small singular values
 # near 1 (not to 1: they end roughly between 0.7 and 1.2, which does no harm).

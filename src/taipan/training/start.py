@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from taipan import pretrained
 from taipan.config import TaipanConfig
 from taipan.data.seeding import seeded_generator
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -34,7 +33,7 @@ def initial_model(recipe: Recipe, config: TaipanConfig, tokenizer: Tokenizer) ->
     if recipe.model.start is None:
         return model
     source = Path(recipe.model.start)
-    tensors = pretrained.load(source, implementation=settings.implementation).state_dict()
+    tensors = TaipanLM.from_pretrained(source, implementation=settings.implementation).state_dict()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     odd = sorted(name for name in {*tensors, *shapes} if name not in tensors or tensors[name].shape != shapes.get(name))
     if odd:

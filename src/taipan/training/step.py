@@ -13,7 +13,7 @@ from taipan.errors import TrainingError
 from taipan.layers.gating import GateOutput
 from taipan.layout import masked_mean
 from taipan.model import TaipanLM, TaipanOutput
-from taipan.pretrained import whole
+from taipan.model.sharding import whole
 from taipan.state import DecoderState
 from taipan.training.distributed import Parallel, World
 from taipan.training.optimizer import OptimizerSet

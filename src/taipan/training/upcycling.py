@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
-from taipan import pretrained
 from taipan.config import LayerType, TaipanConfig
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from taipan.errors import CheckpointError, ConfigError
@@ -128,7 +127,9 @@ def upcycle_directory(
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty directory: name a new one, or remove it first.")
-    model = upcycle(pretrained.load(source), every=every, generator=torch.Generator().manual_seed(seed), **overrides)
+    model = upcycle(
+        TaipanLM.from_pretrained(source), every=every, generator=torch.Generator().manual_seed(seed), **overrides
+    )
     tokenizer = Tokenizer.load(source) if (source / TOKENIZER_FILE).is_file() else None
     model.save_pretrained(target, tokenizer)
     return model.config

@@ -21,8 +21,7 @@ from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from taipan.io import sha256_file
-from taipan.model import TaipanLM
-from taipan.pretrained import weights_of
+from taipan.model import TaipanLM, weights_of
 from taipan.training.checkpoint import latest, load_optimizer, save_checkpoint
 from taipan.training.distributed import ALONE, Parallel, World, joined
 from taipan.training.loop import train
@@ -204,7 +203,7 @@ def not_finite_on_one(world: World, strategy: str, *, backward: bool) -> None:
 
 
 def distributed_whole(tensor: Tensor) -> Tensor:
-    from taipan.pretrained import whole
+    from taipan.model.sharding import whole
 
     return whole(tensor).clone()
 
@@ -227,9 +226,8 @@ def resumes(world: World, directory: Path, writes: str, reads: str, name: str) -
         save_checkpoint(directory, 1, model, Tokenizer.bytes(), first.optimizer.state_dict(), {"step": 1}, team)
     world.any(False)  # wait
     found = latest(directory)
-    from taipan import pretrained
 
-    again = pretrained.load(found.path, implementation="portable")
+    again = TaipanLM.from_pretrained(found.path, implementation="portable")
     second, team = start(reads, again)
     second.optimizer.load_state_dict(load_optimizer(found.path, second.optimizer.blank_state, team))
     assert_same(take(second, team, range(1, STEPS)), reference[1:])

@@ -1,7 +1,11 @@
-"""A model as a directory: config.json, model.safetensors and, with its text, tokenizer.json."""
+"""A model as a directory: config.json, model.safetensors and, with its text, tokenizer.json.
+
+What is read is a configuration and tensors, and so is what is written: nothing here knows a module.
+"""
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +17,6 @@ from torch import Tensor
 from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError
 from taipan.io import atomic_directory
-from taipan.model import TaipanLM
 from taipan.native.memory import in_large_pages
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
+PRECISE = ("A_log", "D", "dt_bias", "gate.threshold")
+"""Tensors that keep their dtype where a model is cast, by the end of their names."""
 
 
 def hub_config(config: TaipanConfig) -> dict[str, Any]:
@@ -29,29 +33,7 @@ def hub_config(config: TaipanConfig) -> dict[str, Any]:
     return {"model_type": "taipan", "architectures": ["TaipanForCausalLM"], **config.to_dict()}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, for which every process must ask at once; any other tensor as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor (whose import would cost a second)."""
-    return hasattr(tensor, "full_tensor")
-
-
-def weights_of(model: TaipanLM) -> dict[str, Tensor]:
-    """Tensors to write: whole, contiguous, and without the head where it is the embedding.
-
-    Of a sharded model every process must ask for them at once.
-    """
-    return {
-        name: whole(tensor.detach()).contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
-    }
-
-
-def write(
+def write_model(
     config: TaipanConfig, weights: dict[str, Tensor], directory: Path, tokenizer: "Tokenizer | None" = None
 ) -> None:
     """Write the files of a model into an existing directory, without any care for what stands there."""
@@ -61,51 +43,43 @@ def write(
         tokenizer.save(directory)
 
 
-def save(
-    model: TaipanLM,
-    directory: str | Path,
-    tokenizer: "Tokenizer | None" = None,
-    *,
-    weights: dict[str, Tensor] | None = None,
+def save_model(
+    config: TaipanConfig, weights: dict[str, Tensor], directory: str | Path, tokenizer: "Tokenizer | None" = None
 ) -> None:
     """Write a model directory whole or not at all; files of another kind that stand there are kept.
 
     Args:
-        model: the model.
+        config: of the model.
+        weights: its tensors by name.
         directory: where to; replaced in one step once the new one is complete.
         tokenizer: written beside the weights. Without one, a tokenizer.json that is already there stays.
-        weights: what `weights_of` gave, of a model that this process cannot put together alone.
 
     Raises:
         CheckpointError: the directory cannot be written (for example: the disk is full); the old one stays whole.
     """
     directory = Path(directory)
-    weights = weights_of(model) if weights is None else weights
     size = sum(tensor.nbytes for tensor in weights.values())
     with atomic_directory(directory, needed_bytes=size) as temporary:
         if directory.is_dir():
             for entry in directory.iterdir():
                 if entry.is_file() and entry.name not in (CONFIG, WEIGHTS):
                     shutil.copy2(entry, temporary / entry.name)
-        write(model.config, weights, temporary, tokenizer)
+        write_model(config, weights, temporary, tokenizer)
 
 
-def load(
-    directory: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    implementation: str = "auto",
-) -> TaipanLM:
-    """Build the model of a directory and load its weights; it comes back in eval mode.
+def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tuple[TaipanConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a model directory.
+
+    The tensors are copied out of the mapped file into aligned memory, where products give the bits they gave before
+    saving; in large pages, which decoding reads a few percent faster.
 
     Args:
-        directory: what `save` wrote.
-        dtype: of the parameters; None keeps the stored one. Mamba-2's `A_log`, `D` and `dt_bias` stay as stored.
-        implementation: `auto`, or the name of an op implementation to use throughout.
+        directory: what `save_model` wrote.
+        dtype: of the tensors; None keeps the stored one. Those of `PRECISE` stay as stored.
 
     Raises:
         ConfigError: config.json is missing, damaged or of another kind.
-        CheckpointError: the weights are missing, truncated, corrupt or do not fit the configuration.
+        CheckpointError: the weights are missing, truncated or corrupt.
     """
     directory = Path(directory)
     config = TaipanConfig.from_json_file(directory / CONFIG)
@@ -118,29 +92,20 @@ def load(
         raise CheckpointError(
             f"{path} is damaged or truncated ({error}): copy it again, or go back to an earlier checkpoint."
         ) from error
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    with torch.device("meta"):
-        model = TaipanLM(config, implementation=implementation)
-    check_fit(path, tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
     if dtype is not None:
-        kept = ("A_log", "D", "dt_bias", "gate.threshold")
-        tensors = {name: t if name.endswith(kept) else t.to(dtype) for name, t in tensors.items()}
-    if config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    # out of the mapped file into aligned memory, where products give the bits they gave before saving; in large pages
-    # decoding reads it a few percent faster
-    copies = in_large_pages(list(tensors.values()))
-    model.load_state_dict(dict(zip(tensors, copies, strict=True)), strict=False, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
+        tensors = {name: t if name.endswith(PRECISE) else t.to(dtype) for name, t in tensors.items()}
+    return config, dict(zip(tensors, in_large_pages(list(tensors.values())), strict=True))
 
 
-def check_fit(path: Path, tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+def check_fit(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse weights whose names or shapes are not those of the model.
+
+    Args:
+        path: the file of the weights, for the message.
+        tensors: the weights by name.
+        expected: tensors of the right names and shapes; on the meta device will do.
 
     Raises:
         CheckpointError: naming the first differences.
@@ -148,9 +113,9 @@ def check_fit(path: Path, tensors: dict[str, Tensor], expected: dict[str, torch.
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
     wrong = [
-        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
+        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(like.shape)}"
+        for name, like in expected.items()
+        if name in tensors and tensors[name].shape != like.shape
     ]
     if missing or extra or wrong:
         parts = [f"missing {', '.join(missing[:3])}"] if missing else []
@@ -162,19 +127,19 @@ def check_fit(path: Path, tensors: dict[str, Tensor], expected: dict[str, torch.
         )
 
 
-def load_tokenizer(directory: str | Path, model: TaipanLM | None = None) -> "Tokenizer":
-    """The tokenizer beside a model, checked against it.
+def load_tokenizer(directory: str | Path, config: TaipanConfig | None = None) -> "Tokenizer":
+    """The tokenizer beside a model, checked against the model's configuration if that is given.
 
     Raises:
         DataError: there is none, or it cannot be read.
         CheckpointError: it knows more ids than the model has embeddings.
     """
-    from taipan.data.tokenizer import Tokenizer
+    from taipan.data.tokenizer import Tokenizer  # here, for its library takes long to import
 
     tokenizer = Tokenizer.load(Path(directory))
-    if model is not None and tokenizer.vocab_size > model.config.vocab_size:
+    if config is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"The tokenizer in {directory} has {tokenizer.vocab_size} ids but the model only "
-            f"{model.config.vocab_size}: they do not belong together. Use the tokenizer the model was trained with."
+            f"{config.vocab_size}: they do not belong together. Use the tokenizer the model was trained with."
         )
     return tokenizer

@@ -1,0 +1,132 @@
+"""The decoder: embedding, layers, final norm; one forward for training, prefill in pieces and decoding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Generator, Tensor, nn
+
+from taipan.config import TaipanConfig
+from taipan.errors import InputError, StateError
+from taipan.layers.gating import GateOutput, GateSchedule
+from taipan.layers.norm import RMSNorm
+from taipan.layout import arrange
+from taipan.model.block import Block, normed_and_sum
+from taipan.shapes import IntBT
+from taipan.state import NO_SEGMENT, DecoderState, StateBuilder, architecture_fingerprint, empty_state
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What the decoder returns: normed hidden states where the caller's tokens stood, state, gates, layout."""
+
+    hidden_BTD: Tensor
+    build_state: Callable[[], DecoderState]
+    gates: tuple[GateOutput, ...]
+
+
+class TaipanDecoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: TaipanConfig, implementations: dict[str, str]) -> None:
+        super().__init__()
+        self.config = config
+        # Not initialised twice; and on meta (loading) its normal values would take two seconds to import torch._dynamo.
+        empty_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)
+        self.layers = nn.ModuleList(Block(config, layer, implementations) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
+        self.schedule = GateSchedule.at(config, 1.0)
+        self.keeps_states = True
+
+    def empty_state(self, batch_size: int) -> DecoderState:
+        """State before any token."""
+        weight = self.embed_tokens.weight
+        return empty_state(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+
+    def forward(
+        self,
+        tokens_BT: IntBT,
+        state: DecoderState | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run the layers; arguments as in `TaipanLM.forward`."""
+        self._check(tokens_BT)
+        batch = tokens_BT.shape[0]
+        if state is not None:
+            state.require(self.config, batch)
+        before = state or no_layers_state(self.config, batch, tokens_BT.device)
+        call = arrange(tokens_BT, before, attention_mask, segment_ids)
+        h_BTD = self.embed_tokens(call.tokens_BT)
+        if self.config.residual_in_fp32:
+            h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
+        builders: list[StateBuilder] = []
+        gates: list[GateOutput] = []
+        branch_BTD: Tensor | None = None
+        for number, layer in enumerate(self.layers):
+            layer_state = None if state is None else state.layers[number]
+            h_BTD, branch_BTD, build, gate = layer(h_BTD, branch_BTD, layer_state, call.layout, self.schedule)
+            if self.keeps_states:  # a builder holds keys and values
+                builders.append(build)
+            if gate is not None:
+                gates.append(gate)
+
+        def build_state() -> DecoderState:
+            if len(builders) < len(self.layers):
+                raise StateError(
+                    "This output has no state, because the model recomputes its activations: "
+                    "call model.set_recompute(True, states=True), or set_recompute(False)."
+                )
+            layers = tuple(build() for build in builders)
+            return DecoderState(layers, call.position_B, call.segment_B, architecture_fingerprint(self.config))
+
+        restored = tuple(restore_gate(gate, call.restore, attention_mask) for gate in gates)
+        return DecoderOutput(call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0]), build_state, restored)
+
+    def _check(self, tokens_BT: Tensor) -> None:
+        if tokens_BT.dim() != 2 or tokens_BT.shape[0] == 0 or tokens_BT.shape[1] == 0:
+            raise InputError(
+                f"The tokens have shape {tuple(tokens_BT.shape)}, but must be (batch, length) with at least one row "
+                "and one token: start an empty prompt with the end-of-text token."
+            )
+        low, high = (int(value) for value in tokens_BT.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(
+                f"Token id {low if low < 0 else high} is out of range: this model knows ids 0 to "
+                f"{self.config.vocab_size - 1}. Was the text encoded with another tokenizer?"
+            )
+
+
+def restore_gate(gate: GateOutput, restore: Callable[[Tensor], Tensor], attention_mask: Tensor | None) -> GateOutput:
+    """The gate's per-token values where the caller's tokens stood."""
+    if gate.real_BT is None:
+        return gate
+    assert attention_mask is not None
+    return GateOutput(
+        gate.layer,
+        restore(gate.scores_BT2),
+        restore(gate.selected_BT),
+        restore(gate.mask_BT),
+        restore(gate.alpha_BT),
+        attention_mask.bool(),
+        gate.noise,
+        gate.threshold,
+    )
+
+
+def no_layers_state(config: TaipanConfig, batch: int, device: torch.device) -> DecoderState:
+    """Positions and documents of an empty context, without building the layers' tensors."""
+    position = torch.zeros(batch, dtype=torch.int64, device=device)
+    return DecoderState((), position, torch.full_like(position, NO_SEGMENT), architecture_fingerprint(config))
+
+
+def init_decoder(decoder: TaipanDecoder, generator: Generator | None) -> None:
+    """Draw all parameters of a decoder."""
+    config = decoder.config
+    nn.init.normal_(decoder.embed_tokens.weight, std=config.initializer_range, generator=generator)
+    branches = config.num_hidden_layers + sum(config.has_mlp(layer) for layer in range(config.num_hidden_layers))
+    for layer in decoder.layers:
+        cast(Block, layer).reset_parameters(generator, branches**-0.5)
+    decoder.norm.reset_parameters()

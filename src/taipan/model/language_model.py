@@ -1,0 +1,227 @@
+"""The language model: the decoder with its head, and what is done with the whole of it."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Generator, Tensor, nn
+
+from taipan.config import TaipanConfig
+from taipan.errors import ConfigError
+from taipan.generation.engine import generate
+from taipan.generation.program import DecoderParts
+from taipan.layers.gating import GateSchedule
+from taipan.layers.linear import Linear
+from taipan.layers.selective_attention import SelectiveAttention
+from taipan.model.block import Block
+from taipan.model.decoder import TaipanDecoder, init_decoder
+from taipan.model.directory import WEIGHTS, check_fit, read_model, save_model
+from taipan.model.implementations import resolve_implementations
+from taipan.model.loss import compute_loss
+from taipan.model.output import TaipanOutput
+from taipan.model.sharding import whole
+from taipan.shapes import IntBT
+from taipan.state import DecoderState, architecture_fingerprint
+
+if TYPE_CHECKING:
+    from taipan.data.tokenizer import Tokenizer
+
+
+class TaipanLM(nn.Module):
+    """Decoder-only language model; its `layer_types` make it Taipan, Mamba-2, Jamba, Samba-like or Transformer++.
+
+    Args:
+        config: the architecture.
+        implementation: `auto`, or the name of an op implementation to use throughout.
+        generator: source of all random numbers of the initialisation.
+    """
+
+    def __init__(
+        self, config: TaipanConfig, *, implementation: str = "auto", generator: Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.implementations = resolve_implementations(implementation)
+        self.model = TaipanDecoder(config, self.implementations)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if self.lm_head.weight.device.type != "meta":
+            self.init_weights(generator)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        tokens_BT: IntBT,
+        state: DecoderState | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> TaipanOutput:
+        """Run the model over T tokens after an optional state.
+
+        Args:
+            tokens_BT: int64 token ids.
+            state: what came before; any split of a text over several calls gives what one call gives.
+            attention_mask: (B, T), nonzero where a token is real: left or right padding, or holes.
+            segment_ids: (B, T) integers, a change starts a new document with nothing of the old one left.
+            labels: (B, T) ids to predict, shifted inside (logits[t] predicts labels[t + 1]); −100 is ignored, and so
+                is the first token of a document.
+            logits_to_keep: logits of the last so many places only; 0 = all.
+            num_items_in_batch: predicted tokens of the whole accumulated batch; the loss is then this call's share.
+
+        Returns:
+            `TaipanOutput` with `.logits`, `.state`, `.gates` and, with labels, `.loss`, `.cross_entropy`, `.budget`.
+
+        Raises:
+            InputError: ids out of range, no tokens, or shapes that do not fit.
+            StateError: the state is of another model or batch.
+        """
+        decoder = self.model(tokens_BT, state, attention_mask, segment_ids)
+        if labels is None:
+            return TaipanOutput(decoder, self.lm_head, logits_to_keep=logits_to_keep)
+        return compute_loss(
+            decoder,
+            self.lm_head,
+            self.config,
+            self.model.schedule,
+            labels,
+            attention_mask,
+            segment_ids,
+            num_items_in_batch,
+            logits_to_keep,
+            self.implementations["linear_cross_entropy"],
+        )
+
+    def generate(self, tokens_BT: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Continue each row; see `taipan.generation.engine.generate` for all options and the result."""
+        return generate(self, tokens_BT, attention_mask, **options)
+
+    def decoder_parts(self) -> DecoderParts | None:
+        """What decoding packs for its native step; None where a subclass may compute something else."""
+        plain = (type(self), type(self.model), {type(block) for block in self.model.layers})
+        if plain != (TaipanLM, TaipanDecoder, {Block}):
+            return None
+        blocks = tuple(cast(Block, block) for block in self.model.layers)
+        names = tuple(self.implementations.values())
+        return DecoderParts(self.config, names, self.model.embed_tokens, blocks, self.model.norm, self.lm_head)
+
+    def empty_state(self, batch_size: int) -> DecoderState:
+        """State before any token."""
+        return self.model.empty_state(batch_size)
+
+    def set_progress(self, fraction: float, *, part: tuple[int, int] = (0, 1)) -> None:
+        """Put budget, temperature and noise where their schedules are at this fraction of training, 0 to 1.
+
+        A new or loaded model stands at 1. `part` = (number, count) says that the rows of the next calls are this one of
+        so many equal parts of a batch, so that every row gets the gate noise it would get in the whole.
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise ConfigError(f"The progress of training is {fraction}, but must be a fraction between 0 and 1.")
+        self.model.schedule = GateSchedule.at(self.config, fraction, part)
+
+    def set_recompute(self, on: bool, *, states: bool = False) -> None:
+        """Train in less memory: keep what stands between the blocks, compute what is inside them twice.
+
+        Gradients are the same, bit by bit, the gates' noise included.
+
+        Args:
+            on: switch on or off.
+            states: whether outputs have a `.state` all the same; it holds the keys and values of every call.
+        """
+        for layer in self.model.layers:
+            cast(Block, layer).recompute = on
+        self.model.keeps_states = states or not on
+
+    @property
+    def sals(self) -> list[SelectiveAttention]:
+        """The Selective Attention Layers, in order."""
+        return [module for module in self.modules() if isinstance(module, SelectiveAttention)]
+
+    # ------------------------------------------------------------------ weights
+
+    def init_weights(self, generator: Generator | None = None) -> None:
+        """Draw all parameters: embedding N(0, initializer_range), the rest as each layer says.
+
+        The output linears of the residual branches are scaled by 1/√(number of branches), as upstream.
+        """
+        init_decoder(self.model, generator)
+        if not self.config.tie_word_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=self.config.initializer_range, generator=generator)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the configuration and the weights (a sample of every parameter)."""
+        return model_fingerprint(self, self.config)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        tokenizer: "Tokenizer | None" = None,
+        *,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write the model's directory whole or not at all; files of another kind that stand there are kept.
+
+        Args:
+            directory: where to; replaced in one step once the new one is complete.
+            tokenizer: written beside the weights. Without one, a tokenizer.json that is already there stays.
+            weights: what `weights_of` gave, of a model that this process cannot put together alone.
+
+        Raises:
+            CheckpointError: the directory cannot be written (for example: the disk is full); the old one stays whole.
+        """
+        save_model(self.config, weights_of(self) if weights is None else weights, directory, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: torch.dtype | None = None, implementation: str = "auto"
+    ) -> "TaipanLM":
+        """Build the model of a directory and load its weights; it comes back in eval mode.
+
+        Args:
+            directory: what `save_pretrained` wrote.
+            dtype: of the parameters; None keeps the stored one. Mamba-2's `A_log`, `D` and `dt_bias` stay as stored.
+            implementation: `auto`, or the name of an op implementation to use throughout.
+
+        Raises:
+            ConfigError: config.json is missing, damaged or of another kind.
+            CheckpointError: the weights are missing, truncated, corrupt or do not fit the configuration.
+        """
+        config, tensors = read_model(directory, dtype=dtype)
+        with torch.device("meta"):
+            model = cls(config, implementation=implementation)
+        check_fit(Path(directory) / WEIGHTS, tensors, weights_of(model))
+        model.load_state_dict(tensors, strict=False, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model.eval()
+
+
+def weights_of(model: TaipanLM) -> dict[str, Tensor]:
+    """Tensors to write: whole, contiguous, and without the head where it is the embedding.
+
+    Of a sharded model every process must ask for them at once.
+    """
+    return {
+        name: whole(tensor.detach()).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
+    }
+
+
+def model_fingerprint(module: nn.Module, config: TaipanConfig) -> str:
+    """Hash of the configuration and of 16 values from every parameter and buffer."""
+    digest = hashlib.sha256(architecture_fingerprint(config).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 16)][:16].to(device="cpu", dtype=torch.float64)
+        digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
+    return digest.hexdigest()

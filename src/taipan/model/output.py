@@ -1,0 +1,55 @@
+"""What a call of the language model returns."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from taipan.model.decoder import DecoderOutput
+from taipan.shapes import FloatBTV
+from taipan.state import DecoderState
+
+
+class TaipanOutput:
+    """Result of `TaipanLM.forward`.
+
+    Attributes:
+        hidden_BTD: final normed hidden states; zero at padding.
+        gates: what the gate of every SAL decided, in order of layers.
+        loss: cross-entropy plus budget, if labels were given.
+        cross_entropy: mean nats per predicted token, if labels were given.
+        budget: λ Σ_n ‖C − rate_n‖² (Eq. 7), if labels were given.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderOutput,
+        head: Callable[[Tensor], Tensor],
+        *,
+        loss: Tensor | None = None,
+        cross_entropy: Tensor | None = None,
+        budget: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> None:
+        self.hidden_BTD = decoder.hidden_BTD
+        self.gates = decoder.gates
+        self.loss = loss
+        self.cross_entropy = cross_entropy
+        self.budget = budget
+        self._build_state = decoder.build_state
+        self._head = head
+        self._keep = logits_to_keep
+        self._grad = torch.is_grad_enabled()
+
+    @cached_property
+    def logits(self) -> FloatBTV:
+        """(B, T or `logits_to_keep`, V); computed when first read, so that a training step never holds them."""
+        with torch.set_grad_enabled(self._grad):
+            return self._head(self.hidden_BTD[:, -self._keep :] if self._keep else self.hidden_BTD)
+
+    @cached_property
+    def state(self) -> DecoderState:
+        """State after the tokens of this call; built when first read."""
+        with torch.set_grad_enabled(self._grad):
+            return self._build_state()
