@@ -8,13 +8,16 @@ import pytest
 import torch
 import yaml
 
+from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, TrainingError
 from taipan.model import TaipanLM
+from taipan.training.checkpoint import checkpoints
 from taipan.training.loop import TrainResult, train
 from taipan.training.metrics import read_records
 from taipan.training.model_card import FILE as MODEL_CARD
 from taipan.training.recipe import Recipe
 from taipan.training.run_record import RunRecord, read_run_record
+from taipan.training.samples import sample_text
 from tests.training.test_loop import Watcher, assert_equal, interrupt, metrics, weights
 
 MakeRecipe = Callable[..., Recipe]
@@ -53,6 +56,21 @@ def test_a_resumed_run_writes_the_same_samples(make_recipe: MakeRecipe, tmp_path
     assert len(read_records(Path(recipe.output) / "samples.jsonl")) == 2
     resumed = train(None, resume=recipe.output)
     assert read_records(resumed.run / "samples.jsonl") == read_records(whole.run / "samples.jsonl")
+
+
+def test_every_sample_is_written_by_the_weights_of_its_step(make_recipe: MakeRecipe) -> None:
+    """A fused optimizer leaves no trace of its steps but the values of the weights."""
+    changes = {"training.sample_every": 2, "training.checkpoint_every": 2, "training.sample_tokens": 60}
+    recipe = make_recipe(**changes, **{"optimizer.learning_rate": 0.03})
+    result = train(recipe)
+    samples = {sample["step"]: sample["text"] for sample in read_records(result.run / "samples.jsonl")}
+    compared = 0
+    for step, path in checkpoints(result.run):
+        model = TaipanLM.from_pretrained(path)
+        alone = sample_text(model, Tokenizer.load(path), recipe.training.sample_prompt, 60, seed=step)
+        assert samples[step] == alone, step
+        compared += step > 2
+    assert compared
 
 
 def test_a_start_removes_what_killed_writers_left_in_the_run(make_recipe: MakeRecipe) -> None:

@@ -14,7 +14,7 @@ from taipan.errors import InputError
 from taipan.generation import sampling
 from taipan.generation.decoding import Decoding, require_native, start_decoding
 from taipan.generation.prefill import check_prompt, read_prompt
-from taipan.generation.program import program_of
+from taipan.generation.program import why_no_program
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
 from taipan.generation.stopping import StopWatch
@@ -106,7 +106,7 @@ def stream(
         raise InputError(f"stop_strings {chosen.stop_strings!r} need the tokenizer too: pass tokenizer=….")
     if isinstance(tokens, Tensor):
         check_prompt(tokens, attention_mask, vocabulary)
-    if chosen.weights != "auto" and isinstance(reason := program_of(model, chosen.weights), str):
+    if chosen.weights != "auto" and (reason := why_no_program(model)) is not None:
         require_native(reason, chosen.weights)
     return _steps(model, tokens, attention_mask, state, tokenizer, chosen)
 
@@ -128,7 +128,7 @@ def _steps(
         return start_decoding(model, state, weights=settings.weights)
 
     token_B = None if attention_mask is not None or state is None else _single(tokens)
-    if token_B is not None and not isinstance(program_of(model, settings.weights), str):
+    if token_B is not None and why_no_program(model) is None:
         # a decoding step like any other: the model's own forward takes ten times as long
         if seen is not None:
             seen.scatter_(1, token_B[:, None], True)

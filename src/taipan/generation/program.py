@@ -22,7 +22,7 @@ from taipan.layers.mamba2 import GatedNorm, Mamba2
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
 from taipan.layers.selective_attention import SelectiveAttention
-from taipan.native import native_status
+from taipan.native import call, native_status
 from taipan.native.memory import Arena
 from taipan.ops.dispatch import AUTO
 
@@ -120,7 +120,19 @@ def pack(weight: Tensor, weights: str, arena: Arena | None = None) -> Packed:
 class DecoderProgram:
     """A model packed for the native step.
 
-    It stays right as long as the weights do not change: `program_of` makes a new one when they have.
+    What the kernel can read where it lies it is pointed at, so that a change of it is seen at once: in `auto` the
+    matrices, and in a model of fp32 or fp64 norms and gates. The rest is copied: the convolution's taps and A always,
+    norms and gates of a model in bfloat16, and what is not contiguous; in `bfloat16` and `int8` every matrix that is
+    not stored so. A copy is right as long as the weights it was made of are: `is_current` tells, by the place, dtype
+    and shape of every tensor of the model and by a digest of all bytes that were copied, which is what no way to write
+    a weight can pass by (PyTorch's version counters do not count a fused optimizer, `.data`, or inference tensors).
+    It reads those bytes once, at the speed of memory (as much as a token or two), so it is asked when a text begins
+    (`program_of`), never for a token: whoever changes weights in the middle of a text begins another `Decoding`.
+
+    Args:
+        model: what the parts are of.
+        parts: of the model.
+        weights: `auto`, `bfloat16` or `int8`.
 
     Attributes:
         config: of the model.
@@ -130,13 +142,14 @@ class DecoderProgram:
         sizes, layers, head, embedding, norm, constants: what the kernel is called with.
     """
 
-    def __init__(self, parts: DecoderParts, weights: str) -> None:
+    def __init__(self, model: "Decodable", parts: DecoderParts, weights: str) -> None:
         config = self.config = parts.config
         dtype = parts.head.weight.dtype
         self.real = torch.promote_types(dtype, torch.float32)
         self.rounds = dtype == torch.bfloat16
         self._weights = weights
         self._kept: list[Tensor] = []  # addresses below point into these
+        self._copied: list[Tensor] = []  # what copies were made of
         self._arena: Arena | None = None
         if weights == "int8" or (weights == "bfloat16" and dtype != torch.bfloat16):
             narrow = torch.int8 if weights == "int8" else torch.bfloat16
@@ -144,6 +157,7 @@ class DecoderProgram:
             self._arena = Arena([(linear.weight.shape, narrow) for linear in linears])
         self.nbytes = 0
         self.embedding = parts.embedding.weight.detach().contiguous()
+        self._note(parts.embedding.weight, self.embedding)
         self.norm = self._vector(parts.norm.weight)
         layers = [self._layer(block, kind) for block, kind in zip(parts.blocks, config.layer_types, strict=True)]
         self.layers = _words([word for layer in layers for word in layer])
@@ -169,9 +183,30 @@ class DecoderProgram:
                 int(self.rounds),
             )
         )
+        # Addresses only: a program does not keep weights alive that the model has let go of.
+        self._pieces = _words([word for source in self._copied for word in (source.data_ptr(), _span(source))])
+        self._identity = (weights, config, _places(model))
+        self._digest = self._digest_now()
+        self._copied.clear()
+
+    def is_current(self, model: "Decodable", config: TaipanConfig, weights: str) -> bool:
+        """Whether this is still the model in this format: every tensor where it was, what was copied as it was."""
+        # in this order: the addresses that the digest reads are then those of the model's own tensors
+        return self._identity == (weights, config, _places(model)) and self._digest == self._digest_now()
+
+    def _digest_now(self) -> int:
+        digest = torch.empty(1, dtype=torch.int64)
+        call(self.real, "digest", self._pieces, len(self._pieces) // 2, digest)
+        return int(digest)
+
+    def _note(self, source: Tensor, used: Tensor) -> None:
+        """What `used` was made of, unless it is the same memory."""
+        if used.data_ptr() != source.data_ptr():
+            self._copied.append(source.detach())
 
     def _packed(self, linear: nn.Linear) -> Packed:
         packed = pack(linear.weight, self._weights, self._arena)
+        self._note(linear.weight, packed.weight)
         self._kept += [packed.weight] if packed.scale is None else [packed.weight, packed.scale]
         self.nbytes += packed.nbytes
         return packed
@@ -179,10 +214,16 @@ class DecoderProgram:
     def _matrix(self, linear: nn.Linear) -> tuple[int, ...]:
         return self._packed(linear).words
 
-    def _vector(self, tensor: Tensor) -> int:
-        vector = tensor.detach().to(self.real).contiguous()
+    def _vector(self, source: Tensor, value: Tensor | None = None) -> int:
+        """Address of a parameter as the kernel reads it, or of a value that is made of one."""
+        vector = (source if value is None else value).detach().to(self.real).contiguous()
+        self._note(source, vector)
         self._kept.append(vector)
         return vector.data_ptr()
+
+    def _constant(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
 
     def _layer(self, block: DecoderBlock, kind: str) -> list[int]:
         """Fields of `Layer`."""
@@ -193,9 +234,10 @@ class DecoderProgram:
             words[0] = _MAMBA2
             words += [*self._matrix(mixer.in_proj), *_NO_MATRIX, *_NO_MATRIX, *self._matrix(mixer.out_proj)]
             taps_KC = mixer.conv1d.weight.squeeze(1).t()
+            words += [self._vector(mixer.conv1d.weight, taps_KC), self._vector(mixer.conv1d.bias)]
             A_H = -torch.exp(mixer.A_log.detach().to(self.real))
-            vectors = (taps_KC, mixer.conv1d.bias, mixer.dt_bias, A_H, mixer.D, mixer.norm.weight)
-            words += [self._vector(vector) for vector in vectors]
+            words += [self._vector(mixer.dt_bias), self._vector(mixer.A_log, A_H)]
+            words += [self._vector(mixer.D), self._vector(mixer.norm.weight)]
             words += [0] * 11
         else:
             words += self._attention(words, mixer, kind)
@@ -215,7 +257,7 @@ class DecoderProgram:
         frequency = 0
         if mixer.rope:
             even_E = torch.arange(0, config.head_dim, 2, dtype=self.real)
-            frequency = self._vector(1 / config.rope_theta ** (even_E / config.head_dim))
+            frequency = self._constant(1 / config.rope_theta ** (even_E / config.head_dim))
         out += [0] * 6 + [frequency, mixer.window or 0]
         if not selective:
             return out + [0] * 9
@@ -226,11 +268,19 @@ class DecoderProgram:
         return [*out, int(config.window_unit == "selected"), int(config.refinement == "add")]
 
 
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to its last, what lies between them included."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
 def _words(words: Sequence[int]) -> "ctypes.Array[ctypes.c_ssize_t]":
     return (ctypes.c_ssize_t * len(words))(*words)
 
 
-_programs: "WeakKeyDictionary[Any, tuple[Any, DecoderProgram]]" = WeakKeyDictionary()
+_programs: "WeakKeyDictionary[Any, DecoderProgram]" = WeakKeyDictionary()
 
 
 def program_of(model: object, weights: str = "auto") -> DecoderProgram | str:
@@ -246,17 +296,27 @@ def program_of(model: object, weights: str = "auto") -> DecoderProgram | str:
     parts = _parts(model)
     if isinstance(parts, str):
         return parts
-    identity = (weights, parts.config, *map(_identity, cast(Decodable, model).modules()))
-    kept = _programs.get(model)
-    if kept is None or kept[0] != identity:
-        kept = _programs[model] = (identity, DecoderProgram(parts, weights))
-    return kept[1]
+    model = cast(Decodable, model)
+    program = _programs.get(model)
+    if program is None or not program.is_current(model, parts.config, weights):
+        program = _programs[model] = DecoderProgram(model, parts, weights)
+    return program
 
 
-def _identity(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where the tensors of a module are and how often they were written."""
-    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+def why_no_program(model: object) -> str | None:
+    """The reason why `program_of` would give none, without packing anything."""
+    parts = _parts(model)
+    return parts if isinstance(parts, str) else None
+
+
+def _places(model: Decodable) -> tuple[object, ...]:
+    """Where the tensors of a model are, and what they are there."""
+    tensors = (
+        tensor
+        for module in model.modules()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )
+    return tuple((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
 
 
 def _parts(model: object) -> DecoderParts | str:
