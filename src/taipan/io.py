@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
@@ -166,6 +167,24 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not data:
         raise DataError(f"{path} is empty; expected a file with text in it.")
     return decode_utf8(data, str(path))
+
+
+@contextmanager
+def utf8_name(path: str | os.PathLike[str]) -> Generator[Path]:
+    """A name of a file or directory that libraries take which know UTF-8 names only (safetensors, tokenizers).
+
+    It is the path itself, or if that is not UTF-8 a link to it that is there inside the context.
+    """
+    path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory(prefix="taipan-") as scratch:
+            link = Path(scratch, "link").with_suffix(path.suffix if path.suffix.isascii() else "")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def parse_json(text: str | bytes, source: str, *, refused: type[TaipanError] = DataError) -> Any:

@@ -1,5 +1,6 @@
 """Everything a decoder remembers, as a value: passed in, passed out, never written in place."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,11 +13,22 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from taipan.config import TaipanConfig
-from taipan.errors import StateError
-from taipan.io import atomic_write
+from taipan.errors import StateError, brief, shown
+from taipan.io import atomic_write, utf8_name
 from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
 
 NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: whatever comes continues the document
+_FORMAT = "taipan-state-2"
+_OLD_FORMAT = "taipan-state-1"
+_MOST_TOKENS = 1 << 53
+_GROWING = ("key_BWGE", "value_BWGE", "index_BW")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,7 @@ class AttentionState:
         count_B = old_B + kept_B
         if window is None:
             window = int(count_B.max())
-        slot_W = torch.arange(window, device=count_B.device)
-        # the newest ordinal that lives in each slot
-        ordinal_BW = slot_W + window * torch.div(count_B[:, None] - 1 - slot_W, window, rounding_mode="floor")
+        ordinal_BW = newest_ordinals(count_B, window)
         filled_BW = ordinal_BW >= 0
         fresh_BW = filled_BW & (ordinal_BW >= old_B[:, None])
         source_BW = (total_B - kept_B - old_B)[:, None] + ordinal_BW
@@ -101,6 +111,12 @@ class AttentionState:
 LayerState = Mamba2State | AttentionState
 StateBuilder = Callable[[], LayerState]
 """A layer hands over how to build its next state; in training nobody asks and the work is saved."""
+
+
+def newest_ordinals(count_B: IntB, slots: int) -> IntBW:
+    """The ordinal of the newest of `count_B` entries that lives in each slot of a ring; negative where none does."""
+    slot_W = torch.arange(slots, device=count_B.device)
+    return slot_W + slots * torch.div(count_B[:, None] - 1 - slot_W, slots, rounding_mode="floor")
 
 
 def take(values: Tensor, index_BW: Tensor) -> Tensor:
@@ -204,45 +220,54 @@ class DecoderState:
         return self.map(lambda tensor: tensor.index_select(0, rows_B))
 
     def save(self, path: str | Path, model: Fingerprinted) -> None:
-        """Write the state as safetensors, with the fingerprint of the model it belongs to; atomic.
+        """Write the state as safetensors, with the fingerprint of the model it belongs to and a checksum; atomic.
 
         Raises:
-            StateError: the state is not this model's.
+            StateError: the state is not this model's, or holds a number that is not finite.
         """
         self.require(model.config)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.tensors().items()}
-        metadata = {"format": "taipan-state-1", "model": model.fingerprint, "architecture": self.architecture}
-        atomic_write(Path(path), serialize(tensors, metadata=metadata))
+        _check("This state", tensors, model)
+        atomic_write(Path(path), serialize(tensors, metadata=_metadata(tensors, model.config, model.fingerprint)))
 
     @classmethod
     def load(cls, path: str | Path, model: Fingerprinted) -> "DecoderState":
         """Read a state that `save` wrote.
 
+        Name, shape, dtype and range of every tensor are checked, and that the entries of every window are where they
+        belong, before anything computes with them: whoever made the file, no index in it leads out of a tensor.
+
         Raises:
-            StateError: the file is missing or damaged, or belongs to another model.
+            StateError: the file is missing, damaged or changed, or belongs to another model.
         """
-        path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with utf8_name(path) as name, safe_open(name, framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if metadata.get("format") == _OLD_FORMAT:
+                    raise StateError(
+                        f"{path} was saved by an earlier version, without the checksum that protects it: read the text "
+                        "again and save its state."
+                    )
+                if metadata.get("format") != _FORMAT:
+                    raise StateError(
+                        f"{path} is a safetensors file, but not a saved state: expected one written by state.save()."
+                    )
+                fingerprint = model.fingerprint
+                if metadata.get("model") != fingerprint:
+                    raise StateError(
+                        f"{path} belongs to another model (its fingerprint is {shown(metadata.get('model', '?')[:12])},"
+                        f" this model's is {fingerprint[:12]!r}): load the model that made it, or build the "
+                        "state again from the text."
+                    )
+                tensors = _read(str(path), file, model)
         except (OSError, SafetensorError) as error:
-            raise StateError(f"{path} cannot be read as a saved state ({error}): save it again.") from error
-        if metadata.get("format") != "taipan-state-1":
+            raise StateError(f"{path} cannot be read as a saved state ({brief(error)}): save it again.") from error
+        _check(str(path), tensors, model)
+        if metadata != _metadata(tensors, model.config, fingerprint):
             raise StateError(
-                f"{path} is a safetensors file, but not a saved state: expected one written by state.save()."
+                f"{path} was changed after it was saved, or damaged: its checksum does not fit. Save the state again."
             )
-        if metadata.get("model") != model.fingerprint:
-            raise StateError(
-                f"{path} belongs to another model (its fingerprint is {metadata.get('model', '?')[:12]}, this "
-                f"model's is {model.fingerprint[:12]}): load the model that made it, or build the state again from "
-                "the text."
-            )
-        rows = tensors["position_B"].shape[0] if "position_B" in tensors else 0
-        like = model.empty_state(rows)
-        if set(like.tensors()) != set(tensors):
-            raise StateError(f"{path} is damaged: its tensors are not those of this model's state. Save it again.")
-        return like.with_tensors(tensors)
+        return model.empty_state(0).with_tensors(tensors)
 
     def require(self, config: TaipanConfig, batch_size: int | None = None) -> None:
         """Refuse a model or batch this state does not belong to.
@@ -262,12 +287,108 @@ class DecoderState:
             )
 
 
+def _metadata(tensors: Mapping[str, Tensor], config: TaipanConfig, fingerprint: str) -> dict[str, str]:
+    """What stands in a state file beside these tensors: whose they are, and the SHA-256 of all of them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return {
+        "format": _FORMAT,
+        "model": fingerprint,
+        "architecture": architecture_fingerprint(config),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _read(source: str, file: Any, model: Fingerprinted) -> dict[str, Tensor]:
+    """The tensors of an open file that has those of this model's state, in shapes and dtypes that it can have."""
+    like = model.empty_state(0).tensors()
+    names: set[str] = set(file.keys())
+    if names != set(like):
+        odd = sorted(names ^ set(like))
+        raise StateError(
+            f"{source} is damaged: its tensors are not those of this model's state ({brief(', '.join(odd))}). Save the "
+            "state again."
+        )
+    rows: list[int] = file.get_slice("position_B").get_shape()
+    for name, tensor in like.items():
+        part = file.get_slice(name)
+        dtype, shape = str(part.get_dtype()), list(part.get_shape())
+        fixed = list(tensor.shape[1:])
+        if name.endswith(_GROWING) and _kind(name, model.config) == "full_attention":
+            fixed[:1] = shape[1:2]  # as long as the text; one length for all tensors of the layer, checked below
+        if dtype != _DTYPES.get(tensor.dtype) or shape != [*rows[:1], *fixed] or 0 in rows:
+            expected = f"{_DTYPES.get(tensor.dtype)} of shape ({', '.join(['rows', *map(str, fixed)])})"
+            raise StateError(
+                f"{source} is damaged: {name} is {dtype} of shape {brief(tuple(shape))}, but must be {expected}. Save "
+                "the state again."
+            )
+    return {name: file.get_tensor(name) for name in like}
+
+
+def _check(source: str, tensors: Mapping[str, Tensor], model: Fingerprinted) -> None:
+    """Refuse values that no text gives.
+
+    Raises:
+        StateError: naming the tensor.
+    """
+
+    def require(ok: Tensor | bool, name: str, words: str) -> None:
+        if not ok:
+            raise StateError(
+                f"{source} cannot be this model's state: {name} {words}. Build the state again from the text."
+            )
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            require(torch.isfinite(tensor).all(), name, "holds a number that is not finite")
+    position_B = tensors["position_B"]
+    require(((position_B >= 0) & (position_B < _MOST_TOKENS)).all(), "position_B", "is no number of tokens")
+    for number, kind in enumerate(model.config.layer_types):
+        if kind == "mamba2":
+            continue
+        prefix = f"layers.{number}."
+        index_BW, count_B = tensors[f"{prefix}index_BW"], tensors[f"{prefix}count_B"]
+        slots = index_BW.shape[1]
+        for name in ("key_BWGE", "value_BWGE"):
+            require(tensors[prefix + name].shape[1] == slots, prefix + name, f"has another window than {slots} slots")
+        require(((count_B >= 0) & (count_B <= position_B)).all(), f"{prefix}count_B", "is no count of the tokens read")
+        closed = kind == "selective_attention" and model.config.attention_capacity == 0
+        every = kind != "selective_attention" or model.config.key_value_scope == "all"
+        if closed:
+            require((count_B == 0).all(), f"{prefix}count_B", "counts entries behind a gate that is always closed")
+        elif every:
+            require((count_B == position_B).all(), f"{prefix}count_B", "is not the number of tokens read")
+        if kind == "full_attention":
+            require((count_B <= slots).all(), f"{prefix}count_B", f"is larger than the window of {slots} slots")
+        if slots == 0:
+            continue
+        ordinal_BW = newest_ordinals(count_B, slots)
+        filled_BW = ordinal_BW >= 0
+        if every or model.config.window_unit == "selected":
+            right_BW = index_BW == torch.where(filled_BW, ordinal_BW, -1)
+        else:  # positions of the selected tokens: they rise, and each has its ordinal's number of others before it
+            right_BW = torch.where(
+                filled_BW, (index_BW >= ordinal_BW) & (index_BW < position_B[:, None]), index_BW == -1
+            )
+            order_BW = ordinal_BW.argsort(1)
+            rising_BW = index_BW.gather(1, order_BW).diff(dim=1) > 0
+            empty_BW = ~filled_BW.gather(1, order_BW)[:, :-1]
+            require((rising_BW | empty_BW).all(), f"{prefix}index_BW", "is not in the order of the text")
+        require(right_BW.all(), f"{prefix}index_BW", "names tokens that are not in the window")
+
+
+def _kind(name: str, config: TaipanConfig) -> str:
+    """The mixer of the layer a tensor belongs to."""
+    return config.layer_types[int(name.split(".")[1])]
+
+
 def architecture_fingerprint(config: TaipanConfig) -> str:
     """Hash of all configuration fields that shape a state or its meaning; cached per configuration object."""
     cached: str | None = config.__dict__.get("_architecture_fingerprint")
     if cached is None:
-        import hashlib
-
         values: dict[str, Any] = config.to_dict()
         cached = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         object.__setattr__(config, "_architecture_fingerprint", cached)
