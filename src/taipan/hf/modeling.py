@@ -14,7 +14,7 @@ from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
 from taipan.hf.output import TaipanCausalLMOutput
 from taipan.layers.gating import GateSchedule
-from taipan.model import TaipanLM, TaipanOutput, compute_loss
+from taipan.model import Loss, TaipanLM, TaipanOutput, compute_loss
 
 _GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
@@ -91,20 +91,20 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         if segment_ids is None:
             segment_ids = packed_segments(input_ids, {name: kwargs.get(name) for name in PACKING}, fresh=state is None)
         decoder = self.model(input_ids, state, attention_mask, segment_ids)
-        if labels is None:
-            output = TaipanOutput(decoder, self.lm_head, logits_to_keep=keep)
-        else:
-            output = compute_loss(
+        loss: Loss | None = None
+        if labels is not None:
+            loss = compute_loss(
                 decoder,
-                self.lm_head,
-                self.model.config,
-                self.model.schedule,
-                labels,
-                attention_mask,
-                segment_ids,
-                num_items_in_batch,
-                keep,
+                head=self.lm_head,
+                config=self.model.config,
+                schedule=self.model.schedule,
+                labels=labels,
+                attention_mask=attention_mask,
+                segment_ids=segment_ids,
+                num_items_in_batch=num_items_in_batch,
+                implementation=self.implementations["linear_cross_entropy"],
             )
+        output = TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=keep)
         if use_cache if use_cache is not None else self.config.use_cache and not self.training:
             cache = TaipanCache() if cache is None else cache
             cache.advance(output.state, length)

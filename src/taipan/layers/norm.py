@@ -9,7 +9,7 @@ from taipan.ops.gated_rms_norm import rms_norm, rms_norm_of_sum
 class RMSNorm(nn.Module):
     """x / rms(x) × weight over the last dimension, computed in at least fp32, returned in the weight's dtype."""
 
-    def __init__(self, size: int, eps: float, implementation: str = "auto") -> None:
+    def __init__(self, size: int, eps: float, implementation: str) -> None:
         super().__init__()
         self.eps = eps
         self.implementation = implementation

@@ -5,13 +5,14 @@ from taipan.model.decoder import DecoderOutput, TaipanDecoder
 from taipan.model.directory import load_tokenizer
 from taipan.model.implementations import IMPLEMENTATIONS, resolve_implementations
 from taipan.model.language_model import TaipanLM, weights_of
-from taipan.model.loss import compute_loss
+from taipan.model.loss import Loss, compute_loss
 from taipan.model.output import TaipanOutput
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Block",
     "DecoderOutput",
+    "Loss",
     "TaipanDecoder",
     "TaipanLM",
     "TaipanOutput",

@@ -18,7 +18,7 @@ from taipan.model.block import Block
 from taipan.model.decoder import TaipanDecoder, init_decoder
 from taipan.model.directory import WEIGHTS, check_fit, read_model, save_model
 from taipan.model.implementations import resolve_implementations
-from taipan.model.loss import compute_loss
+from taipan.model.loss import Loss, compute_loss
 from taipan.model.output import TaipanOutput
 from taipan.model.sharding import whole
 from taipan.shapes import IntBT
@@ -83,20 +83,20 @@ class TaipanLM(nn.Module):
             StateError: the state is of another model or batch.
         """
         decoder = self.model(tokens_BT, state, attention_mask, segment_ids)
-        if labels is None:
-            return TaipanOutput(decoder, self.lm_head, logits_to_keep=logits_to_keep)
-        return compute_loss(
-            decoder,
-            self.lm_head,
-            self.config,
-            self.model.schedule,
-            labels,
-            attention_mask,
-            segment_ids,
-            num_items_in_batch,
-            logits_to_keep,
-            self.implementations["linear_cross_entropy"],
-        )
+        loss: Loss | None = None
+        if labels is not None:
+            loss = compute_loss(
+                decoder,
+                head=self.lm_head,
+                config=self.config,
+                schedule=self.model.schedule,
+                labels=labels,
+                attention_mask=attention_mask,
+                segment_ids=segment_ids,
+                num_items_in_batch=num_items_in_batch,
+                implementation=self.implementations["linear_cross_entropy"],
+            )
+        return TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=logits_to_keep)
 
     def generate(self, tokens_BT: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Continue each row; see `taipan.generation.engine.generate` for all options and the result."""

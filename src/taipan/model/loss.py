@@ -1,5 +1,7 @@
 """The loss of Eq. 7: cross-entropy of the next token, and the budget of the gates."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,13 +11,27 @@ from taipan.errors import InputError
 from taipan.layers.gating import GateSchedule
 from taipan.layers.linear import is_plain
 from taipan.model.decoder import DecoderOutput
-from taipan.model.output import TaipanOutput
-from taipan.ops.dispatch import AUTO
 from taipan.ops.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step of training minimises, and its parts.
+
+    Attributes:
+        total: cross-entropy plus budget; with `num_items_in_batch` this call's share of it.
+        cross_entropy: mean nats per predicted token.
+        budget: λ Σ_n ‖C − rate_n‖².
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    budget: Tensor
 
 
 def compute_loss(
     decoder: DecoderOutput,
+    *,
     head: nn.Module,
     config: TaipanConfig,
     schedule: GateSchedule,
@@ -23,13 +39,24 @@ def compute_loss(
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
     num_items_in_batch: Tensor | int | None,
-    logits_to_keep: int,
-    implementation: str = AUTO,
-) -> TaipanOutput:
+    implementation: str,
+) -> Loss:
     """Cross-entropy of the next token plus the budget of Eq. 7; logits are never held whole.
 
-    With `num_items_in_batch` both parts are weighted by this call's share of the predicted tokens, so that the losses
-    of an accumulated batch add up to that of the whole.
+    Args:
+        decoder: what the decoder returned for the tokens.
+        head: from hidden states to logits; one that is no plain linear (an adapter) is called.
+        config: of the model.
+        schedule: the budget C of the moment.
+        labels: (B, T) ids, shifted inside; −100 is ignored.
+        attention_mask: (B, T), nonzero where a token is real; None when all are.
+        segment_ids: (B, T), a change starts a document, whose first token is not predicted; None for one document.
+        num_items_in_batch: predicted tokens of the whole accumulated batch: both parts are then weighted by this call's
+            share of them, so that the losses of the batch add up to that of the whole.
+        implementation: of `linear_cross_entropy`.
+
+    Raises:
+        InputError: the labels do not fit the tokens, or one is no id.
     """
     if labels.shape != decoder.hidden_BTD.shape[:2]:
         raise InputError(
@@ -55,6 +82,4 @@ def compute_loss(
     loss = cross_entropy + budget
     if num_items_in_batch is not None:
         loss = loss * (count / num_items_in_batch)
-    return TaipanOutput(
-        decoder, head, loss=loss, cross_entropy=cross_entropy, budget=budget, logits_to_keep=logits_to_keep
-    )
+    return Loss(total=loss, cross_entropy=cross_entropy, budget=budget)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from taipan.model.decoder import DecoderOutput
+from taipan.model.loss import Loss
 from taipan.shapes import FloatBTV
 from taipan.state import DecoderState
 
@@ -26,17 +27,15 @@ class TaipanOutput:
         self,
         decoder: DecoderOutput,
         head: Callable[[Tensor], Tensor],
+        loss: Loss | None,
         *,
-        loss: Tensor | None = None,
-        cross_entropy: Tensor | None = None,
-        budget: Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int,
     ) -> None:
         self.hidden_BTD = decoder.hidden_BTD
         self.gates = decoder.gates
-        self.loss = loss
-        self.cross_entropy = cross_entropy
-        self.budget = budget
+        self.loss = None if loss is None else loss.total
+        self.cross_entropy = None if loss is None else loss.cross_entropy
+        self.budget = None if loss is None else loss.budget
         self._build_state = decoder.build_state
         self._head = head
         self._keep = logits_to_keep
