@@ -12,8 +12,8 @@ RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
-RELIABILITY := $(addprefix tests/training/test_, checkpoint.py damage.py distributed.py kills.py non_finite.py resume.py \
-	storage_faults.py)
+RELIABILITY := $(addprefix tests/training/, processes/test_distributed.py step/test_non_finite.py \
+	$(patsubst %,run/test_%.py,checkpoint damage kills resume storage_faults))
 
 .NOTPARALLEL:
 .PHONY: help setup quickstart test test-all stress dist check lint types floors format clean

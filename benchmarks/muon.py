@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from taipan.hardware import training_dtype
-from taipan.training.muon import Muon
+from taipan.training.step.muon import Muon
 
 # in_proj and out_proj of four Mamba-2 layers; attention and SwiGLU of one SAL
 SHAPES = [(1160, 256)] * 4 + [(256, 512)] * 4 + [(256, 256)] * 4 + [(768, 256)] * 2 + [(256, 768)]

@@ -1,14 +1,13 @@
 """The one configuration of every model here, its presets and the two settings of the gate. Torch-free."""
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, suggestion
 
 LayerType = Literal["mamba2", "selective_attention", "full_attention", "sliding_attention"]
 Gate = Literal["linear", "mlp"]
@@ -28,12 +27,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate_gradient": get_args(GateGradient),
     "refinement": get_args(Refinement),
 }
-
-
-def suggestion(name: str, known: list[str]) -> str:
-    """ " (did you mean 'x'?)" for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def interpolate(start: float, end: float, span: tuple[float, float], progress: float) -> float:

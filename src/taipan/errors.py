@@ -1,5 +1,6 @@
 """Errors for people: each message says what was given, what was expected and what to do."""
 
+import difflib
 import reprlib
 
 _SHOWN = 200  # characters of a value in a message
@@ -74,3 +75,9 @@ _SHOWING.maxlevel = 3
 _SHOWING.maxstring = _SHOWING.maxother = _SHOWN
 _SHOWING.maxlist = _SHOWING.maxtuple = _SHOWING.maxdict = _SHOWING.maxset = _SHOWING.maxfrozenset = 8
 _SHOWING.fillvalue = "…"
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """ " (did you mean 'x'?)" for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -106,11 +106,3 @@ def arrange(
     position_B = torch.where(empty_B, state.position_B, position_BT.gather(1, end_B)[:, 0] + 1)
     layout = Layout(position_BT, length_B, real_BT, segment_BT, segment_BT[:, -1])
     return Arrangement(tokens_BT, layout, position_B, segment_B, origin_BT, mask_BT)
-
-
-def masked_mean(values_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Mean over the real tokens of the whole batch, in at least float32; 0 if there are none."""
-    values_BT = values_BT.to(torch.promote_types(values_BT.dtype, torch.float32))
-    if real_BT is None:
-        return values_BT.mean()
-    return (values_BT * real_BT).sum() / real_BT.sum().clamp_min(1)

@@ -9,7 +9,7 @@ import torch
 
 from taipan.cli.display import TrainingDisplay
 from taipan.data.tokenizer import Tokenizer
-from taipan.training.listener import StepInfo
+from taipan.training.watch.listener import StepInfo
 from tests.command import Finished, run
 from tests.models import small_model
 

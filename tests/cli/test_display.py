@@ -8,9 +8,10 @@ from taipan.cli.display import TrainingDisplay
 from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
-from taipan.training.listener import RunInfo, StepInfo
 from taipan.training.recipe import Recipe
-from taipan.training.step import GateStatistics, StepResult
+from taipan.training.step.statistics import GateStatistics
+from taipan.training.step.train_step import StepResult
+from taipan.training.watch.listener import RunInfo, StepInfo
 from tests.models import small_config
 
 

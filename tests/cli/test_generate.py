@@ -10,7 +10,7 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.model import TaipanLM
 from taipan.state import DecoderState
 from tests.cli.conftest import Cli
-from tests.kernels import needs_kernels
+from tests.compilers import needs_kernels
 from tests.models import small_model
 
 PROMPT = "The taipan waits"

@@ -13,7 +13,7 @@ import pytest
 
 from taipan.config import TaipanConfig
 from taipan.training.recipe import Recipe
-from taipan.training.runs import differences, find_runs, summarize
+from taipan.training.watch.summary import differences, find_runs, summarize
 from tests.cli.conftest import Cli
 
 CONFIG = TaipanConfig.preset("taipan-tiny")

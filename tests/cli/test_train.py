@@ -15,7 +15,7 @@ from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.model import TaipanLM
-from taipan.training.checkpoint import verify
+from taipan.training.run.checkpoint import verify
 from tests.cli.conftest import TEXT, Cli, interrupt_after
 from tests.cli.test_main import START
 

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taipan.data.mqar import IGNORE, MQARMixture, chance_level, mqar_batch
-from taipan.data.seeding import derive_seed, seeded_generator
 from taipan.errors import InputError
+from taipan.seeding import derive_seed, seeded_generator
 
 
 @st.composite

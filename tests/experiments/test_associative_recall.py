@@ -13,7 +13,7 @@ from taipan.config import SETTINGS, TaipanConfig
 from taipan.experiments import associative_recall
 from taipan.experiments.associative_recall import MODELS, SCALES, TASKS, Report, Scale, accuracy, declare, train
 from taipan.experiments.associative_recall_report import recurrent_state_values, sections, write
-from taipan.experiments.runs import Result, Run
+from taipan.experiments.execution import Result, Run
 from taipan.model import TaipanLM
 
 SMALL = dataclasses.replace(SCALES["full"], steps=4)

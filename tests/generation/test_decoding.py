@@ -11,7 +11,7 @@ from taipan.errors import ConfigError, InputError, StateError
 from taipan.generation import decode, generate, prefill, start_decoding, stream
 from taipan.generation.decoding import ModelDecoding, NativeDecoding
 from taipan.generation.program import DecoderProgram, pack, program_of
-from tests.kernels import needs_kernels
+from tests.compilers import needs_kernels
 from tests.models import VARIANTS, force_gates, random_tokens, small_model
 from tests.tolerance import relative_error
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from taipan import TaipanLM
 from taipan.generation import start_decoding
 from taipan.generation.program import program_of
-from taipan.training.muon import Muon
-from tests.kernels import needs_kernels
+from taipan.training.step.muon import Muon
+from tests.compilers import needs_kernels
 from tests.models import small_model
 
 pytestmark = needs_kernels

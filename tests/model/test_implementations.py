@@ -10,7 +10,7 @@ from taipan import TaipanLM
 from taipan.hf import TaipanForCausalLM, TaipanHFConfig
 from taipan.model import IMPLEMENTATIONS, compute_loss
 from taipan.ops.gated_rms_norm import api as norms
-from tests.kernels import needs_kernels
+from tests.compilers import needs_kernels
 from tests.models import random_tokens, small_config
 
 TABLES = {**IMPLEMENTATIONS, "gated": norms.GATED_IMPLEMENTATIONS, "norm of a sum": norms.SUM_IMPLEMENTATIONS}

@@ -19,7 +19,7 @@ from taipan.errors import ConfigError
 from taipan.native import build, library, native_status
 from taipan.native.build import found_or_built
 from taipan.ops.dispatch import select
-from tests.kernels import answer, forget, leftovers, needs_compiler, reason, tiny_kernels, use_compiler, write_kernels
+from tests.compilers import answer, forget, leftovers, needs_compiler, reason, tiny_kernels, use_compiler, write_kernels
 
 pytestmark = needs_compiler
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from taipan.native.library import SWITCH
-from tests.kernels import REAL, needs_compiler
+from tests.compilers import REAL, needs_compiler
 
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = torch.cpu.get_capabilities()

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.attention import portable, windowed_attention
-from tests.kernels import NATIVE, needs_kernels
+from tests.compilers import NATIVE, needs_kernels
 
 
 @dataclass(frozen=True)

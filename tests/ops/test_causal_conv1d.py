@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.causal_conv1d import causal_conv1d, portable
-from tests.kernels import NATIVE
+from tests.compilers import NATIVE
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 CHANNELS = 16  # as the kernels want them

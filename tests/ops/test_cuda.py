@@ -19,8 +19,8 @@ from taipan.ops.dispatch import chosen, select
 from taipan.ops.gated_rms_norm.api import rms_norm
 from taipan.ops.ssd.api import ssd
 from tests.models import random_tokens, small_config
+from tests.ops.cuda_stand_ins import SIGNATURE, newer_mamba_chunk_scan_combined, stand_ins, varlen_attn
 from tests.ops.fuzz import OPS, Draw, describe, results
-from tests.ops.kernels import SIGNATURE, newer_mamba_chunk_scan_combined, stand_ins, varlen_attn
 
 CASES = 24
 # Of so many random cases the kernels must do at least these, or the test would show nothing.

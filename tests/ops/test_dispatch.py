@@ -6,7 +6,7 @@ import torch
 from taipan.errors import ConfigError
 from taipan.ops.dispatch import select
 from taipan.ops.precision import accumulation_dtype
-from tests.kernels import needs_kernels
+from tests.compilers import needs_kernels
 
 
 def test_select_returns_what_was_named() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from taipan.ops.dispatch import chosen
-from tests.kernels import needs_kernels
+from tests.compilers import needs_kernels
 from tests.ops.fuzz import OPS, Draw, ratios, worst
 
 ALLOWED = 2.0  # times what is measured

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.gated_rms_norm import gated_rms_norm, portable, rms_norm, rms_norm_of_sum
-from tests.kernels import NATIVE
+from tests.compilers import NATIVE
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 EPS = 1e-5

@@ -10,7 +10,7 @@ from taipan.ops.attention.native import windowed_attention
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native, rms_norm_of_sum_native
 from taipan.ops.ssd.native import ssd_native
-from tests.kernels import needs_kernels
+from tests.compilers import needs_kernels
 
 TOKENS = 96
 

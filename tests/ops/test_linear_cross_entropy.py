@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_per_token, portable
-from tests.kernels import NATIVE
+from tests.compilers import NATIVE
 
 
 def problem(tokens: int, width: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from taipan.ops.ssd import portable, ssd
 from taipan.ops.ssd.native import ssd_native
 from taipan.ops.ssd.portable import ssd_portable
 from taipan.ops.ssd.reference import ssd_chunked, ssd_quadratic, ssd_recurrent
-from tests.kernels import NATIVE, needs_kernels
+from tests.compilers import NATIVE, needs_kernels
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 LENGTHS = [1, 2, 31, 63, 64, 65, 127, 200]

@@ -25,8 +25,8 @@ from taipan.ops.gated_rms_norm.api import gated_rms_norm, rms_norm
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 from taipan.ops.ssd.api import ssd
 from taipan.ops.ssd.reference import ssd_chunked, ssd_recurrent
+from tests.ops.cuda_stand_ins import allow_reduced_precision, run_on_cpu
 from tests.ops.fuzz import Case, Draw, results
-from tests.ops.kernels import allow_reduced_precision, run_on_cpu
 from tests.tolerance import assert_as_exact_as
 
 MISSING = [name for name in ("triton", "mamba_ssm") if find_spec(name) is None]

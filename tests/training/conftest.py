@@ -10,8 +10,8 @@ import pytest
 from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
-from taipan.training.loop import TrainResult, train
 from taipan.training.recipe import Recipe
+from taipan.training.run.loop import TrainResult, train
 
 WORDS = [
     "taipan",

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from taipan.config import TaipanConfig
-from taipan.data.seeding import seeded_generator
 from taipan.hardware import describe
 from taipan.model import TaipanLM
+from taipan.seeding import seeded_generator
 from taipan.training.recipe import OptimizerSection, ScheduleSection
-from taipan.training.step import Batch
-from taipan.training.trainer import Trainer
+from taipan.training.step.batch import Batch
+from taipan.training.step.stepper import Stepper
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 50
@@ -73,7 +73,7 @@ def curve(name: str) -> Curve:
     torch.set_num_threads(1)
     try:
         model = TaipanLM(config, implementation="portable", generator=seeded_generator(0, "init"))
-        trainer = Trainer.build(
+        stepper = Stepper.build(
             model,
             OptimizerSection(learning_rate=3e-3),
             ScheduleSection(warmup=0.1),
@@ -81,7 +81,7 @@ def curve(name: str) -> Curve:
             dtype="float32",
             seed=0,
         )
-        results = [trainer.step(number, (number - 0.5) / STEPS, [batch(number)]) for number in range(1, STEPS + 1)]
+        results = [stepper.step(number, (number - 0.5) / STEPS, [batch(number)]) for number in range(1, STEPS + 1)]
     finally:
         torch.set_num_threads(threads)
     return {"loss": [result.loss for result in results], "grad_norm": [result.grad_norm for result in results]}

@@ -4,8 +4,8 @@ Whatever is compared runs in one process, interleaved, and is compared repetitio
 machine does hits both sides.
 """
 
-from taipan.benchmark.report import Report, run
 from taipan.benchmark.results import Comparison, Measurement, Spread
+from taipan.benchmark.session import Session, run
 from taipan.benchmark.settings import PEERS, SUITES, Settings
 
-__all__ = ["PEERS", "SUITES", "Comparison", "Measurement", "Report", "Settings", "Spread", "run"]
+__all__ = ["PEERS", "SUITES", "Comparison", "Measurement", "Session", "Settings", "Spread", "run"]

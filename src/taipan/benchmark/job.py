@@ -13,9 +13,10 @@ from taipan.benchmark.settings import Settings
 from taipan.benchmark.suites.common import TAIPAN
 from taipan.benchmark.suites.prefill import PIECE
 from taipan.generation import prefill, stream
-from taipan.training.optimizer import build_optimizer
 from taipan.training.recipe import OptimizerSection
-from taipan.training.step import precision, train_step
+from taipan.training.step.batch import precision
+from taipan.training.step.optimizer import build_optimizer
+from taipan.training.step.train_step import train_step
 
 
 def run(settings: Settings, job: str, subject: str) -> None:

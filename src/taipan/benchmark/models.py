@@ -8,11 +8,11 @@ from torch import Tensor
 
 from taipan.benchmark.settings import Settings, require_known
 from taipan.config import TaipanConfig
-from taipan.data.seeding import seeded_generator
 from taipan.hardware import training_dtype
 from taipan.model import TaipanLM
 from taipan.model.directory import PRECISE
 from taipan.native.memory import in_large_pages
+from taipan.seeding import seeded_generator
 
 _GROUP = ["mamba2"] * 6 + ["selective_attention"]
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def build(settings: Settings, dtype: torch.dtype) -> TaipanLM:
     generator = seeded_generator(settings.seed, "weights")
     model = TaipanLM(config, implementation=settings.implementation, generator=generator).eval()
     if model.sals and config.attention_capacity > 0:
-        from taipan.training.calibration import calibrate
+        from taipan.training.run.calibration import calibrate
 
         calibrate(model, [{"tokens": random_tokens(config, 1, _CALIBRATION_TOKENS, settings.seed)}])
     for name, parameter in model.named_parameters():

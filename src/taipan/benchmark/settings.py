@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taipan.config import suggestion
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, suggestion
 
 SUITES = ("prefill", "train", "decode", "memory", "ops")
 PEERS = ("transformers", "transformers-mamba2", "transformers-llama")

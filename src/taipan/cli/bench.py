@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from taipan.benchmark import Comparison, Measurement, Report
+    from taipan.benchmark import Comparison, Measurement, Session
 
 
 def register(app: typer.Typer) -> None:
@@ -85,7 +85,7 @@ def register(app: typer.Typer) -> None:
             note(f"Results: {json_file}")
 
 
-def _print(report: "Report") -> None:
+def _print(report: "Session") -> None:
     from taipan.accounting import parameter_count
     from taipan.cli.console import console, print_table, quantity
 
@@ -137,7 +137,7 @@ def _value(unit: str, value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.4g} ms"
 
 
-def _write(path: Path, report: "Report") -> None:
+def _write(path: Path, report: "Session") -> None:
     import json
     import shlex
     import sys

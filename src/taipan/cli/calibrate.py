@@ -35,8 +35,8 @@ def register(app: typer.Typer) -> None:
         from taipan.cli.models import load_model
         from taipan.data.sampler import WindowSampler
         from taipan.errors import ConfigError
-        from taipan.training.calibration import calibrate as run
-        from taipan.training.step import Batch
+        from taipan.training.run.calibration import calibrate as run
+        from taipan.training.step.batch import Batch
 
         loaded, tokenizer = load_model(model)
         if not loaded.sals:

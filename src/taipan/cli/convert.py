@@ -71,7 +71,7 @@ def register(app: typer.Typer) -> None:
 
         from taipan.accounting import parameter_count
         from taipan.cli.console import note, quantity
-        from taipan.training.upcycling import upcycle_directory
+        from taipan.conversion.upcycling import upcycle_directory
 
         overrides = {} if window is None else {"sliding_window": window}
         with TemporaryDirectory() as scratch:

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from taipan.cli.console import console, duration, quantity
-from taipan.training.listener import RunInfo, StepInfo, TrainingListener
-from taipan.training.metrics import Record
+from taipan.training.watch.listener import RunInfo, StepInfo, TrainingListener
+from taipan.training.watch.metrics import Record
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -18,8 +18,7 @@ def load_model(directory: Path, dtype: str | None = None) -> "tuple[TaipanLM, To
     """
     import torch
 
-    from taipan.config import suggestion
-    from taipan.errors import CheckpointError, ConfigError
+    from taipan.errors import CheckpointError, ConfigError, suggestion
     from taipan.hardware import tune_allocator
     from taipan.model import TaipanLM, load_tokenizer
 

@@ -36,8 +36,8 @@ def register(app: typer.Typer) -> None:
         """
         from taipan.accounting import parameter_count
         from taipan.cli.console import note, print_table, quantity
-        from taipan.training.distributed import Strategy
-        from taipan.training.planning import Cluster, memory, step_time
+        from taipan.planning import Cluster, memory, step_time
+        from taipan.training.processes.parallel import Strategy
 
         chosen = _recipe(recipe, override or [])
         config = _config(chosen)

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
         from taipan.cli.console import duration, note, print_table
         from taipan.experiments.associative_recall import SCALES, accuracy, reproduce
         from taipan.experiments.associative_recall_report import sections, write
-        from taipan.experiments.runs import Result, Run
+        from taipan.experiments.execution import Result, Run
 
         def finished(run: Run, result: Result, done: int, of: int) -> None:
             note(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from taipan.training.runs import RunSummary
+    from taipan.training.watch.summary import RunSummary
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
             taipan runs runs/a runs/b
         """
         from taipan.errors import ConfigError
-        from taipan.training.runs import differences, find_runs, is_run, summarize
+        from taipan.training.watch.summary import differences, find_runs, is_run, summarize
 
         given = paths or [Path("runs")]
         compared = len(given) > 1 and all(is_run(path) for path in given)

@@ -38,10 +38,10 @@ def register(app: typer.Typer) -> None:
         from taipan.cli.display import TrainingDisplay
         from taipan.errors import CheckpointError, ConfigError
         from taipan.hardware import tune_allocator
-        from taipan.training.checkpoint import checkpoints
-        from taipan.training.distributed import this_process_leads
-        from taipan.training.loop import train as run
+        from taipan.training.processes.world import this_process_leads
         from taipan.training.recipe import Recipe
+        from taipan.training.run.checkpoint import checkpoints
+        from taipan.training.run.loop import train as run
 
         if recipe is None and resume is None:
             raise ConfigError("Neither a RECIPE nor --resume RUN was given: give one of them (taipan train --help).")

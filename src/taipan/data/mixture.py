@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taipan.data.sampler import WindowSampler, batch
-from taipan.data.seeding import derive_seed
 from taipan.data.shards import Manifest, TokenDataset
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError, DataError
+from taipan.seeding import derive_seed
 from taipan.shapes import IntT
 
 MAX_PERIOD = 1_000_000

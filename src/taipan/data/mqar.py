@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from taipan.data.seeding import seeded_generator
 from taipan.errors import InputError
+from taipan.seeding import seeded_generator
 from taipan.shapes import IntBT
 
 IGNORE = -100

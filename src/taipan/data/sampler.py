@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taipan.data.seeding import derive_seed
 from taipan.data.shards import TokenDataset
 from taipan.errors import ConfigError, DataError
+from taipan.seeding import derive_seed
 from taipan.shapes import IntT
 
 _ROUNDS = 4

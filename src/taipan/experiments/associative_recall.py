@@ -14,7 +14,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from taipan.config import SETTINGS, TaipanConfig
-from taipan.experiments.runs import Listener, Result, Run, execute
+from taipan.experiments.execution import Listener, Result, Run, execute
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,18 +112,18 @@ def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, st
 
 def train(run: Run) -> Result:
     """Train one model from scratch on fresh batches and measure it; a module-level function for worker processes."""
-    from taipan.data.seeding import seeded_generator
     from taipan.model import TaipanLM
-    from taipan.training.calibration import calibrate
+    from taipan.seeding import seeded_generator
     from taipan.training.recipe import OptimizerSection, ScheduleSection
-    from taipan.training.step import Batch
-    from taipan.training.trainer import Trainer
+    from taipan.training.run.calibration import calibrate
+    from taipan.training.step.batch import Batch
+    from taipan.training.step.stepper import Stepper
 
     settings = run.settings
     seed, steps = int(settings["seed"]), int(settings["steps"])
     config = TaipanConfig.from_dict(settings["config"])
     model = TaipanLM(config, generator=seeded_generator(seed, "mqar-init"))
-    trainer = Trainer.build(
+    stepper = Stepper.build(
         model,
         OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1),
         ScheduleSection(kind="linear", warmup=0.05, final=0.02),
@@ -136,7 +136,7 @@ def train(run: Run) -> Result:
     curve: list[dict[str, float]] = []
     for step in range(steps):
         tokens, labels = draw(seed, step)
-        done = trainer.step(step + 1, step / steps, [{"tokens": tokens, "labels": labels}])
+        done = stepper.step(step + 1, step / steps, [{"tokens": tokens, "labels": labels}])
         point = {"step": float(step), "cross_entropy": done.cross_entropy, "capacity": model.model.schedule.capacity}
         for gate in done.gates:
             point |= {"rate": gate.rate, "noise_free_rate": gate.noise_free_rate, "alpha_mean": gate.alpha_mean}
@@ -155,7 +155,7 @@ def train(run: Run) -> Result:
 def draw(seed: int, step: int) -> "tuple[Tensor, Tensor]":
     """The fresh training batch of a step, tokens and labels; the tasks take turns."""
     from taipan.data.mqar import mqar_batch
-    from taipan.data.seeding import seeded_generator
+    from taipan.seeding import seeded_generator
 
     length, pairs = TASKS[step % len(TASKS)]
     generator = seeded_generator(seed, "mqar-train", step)

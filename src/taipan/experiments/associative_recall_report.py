@@ -10,7 +10,7 @@ from typing import Any
 from taipan.accounting import parameter_count
 from taipan.config import TaipanConfig
 from taipan.experiments.associative_recall import TASKS, Report, accuracy
-from taipan.experiments.runs import Result
+from taipan.experiments.execution import Result
 from taipan.hardware import describe
 from taipan.io import atomic_write
 

@@ -14,9 +14,9 @@ from taipan.experiments.phases import Phase, PhaseTimer
 if TYPE_CHECKING:
     from taipan.data.corpus import Document
     from taipan.experiments.quickstart_findings import Findings
-    from taipan.training.listener import TrainingListener
-    from taipan.training.loop import TrainResult
     from taipan.training.recipe import Recipe
+    from taipan.training.run.loop import TrainResult
+    from taipan.training.watch.listener import TrainingListener
 
 REPORT = "report.html"
 _RECIPE = "quickstart.yaml"
@@ -177,8 +177,8 @@ def _prepare(directory: Path, recipe: "Recipe", train: "Sequence[Document]", val
 
 def _train(directory: Path, recipe: "Recipe", listener: "TrainingListener | None") -> "TrainResult | None":
     """Train, go on with an interrupted training, or do nothing if a finished model is there."""
-    from taipan.training.checkpoint import checkpoints
-    from taipan.training.loop import train
+    from taipan.training.run.checkpoint import checkpoints
+    from taipan.training.run.loop import train
 
     if (directory / "model").is_dir():
         return None

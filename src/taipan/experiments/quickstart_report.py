@@ -22,8 +22,8 @@ from taipan.experiments.quickstart_findings import SAMPLE_PROMPT, SAMPLE_SETTING
 from taipan.io import atomic_write
 from taipan.report.curves import Curve, alpha_figure, loss_figure, position_figure, selection_figure
 from taipan.report.page import render
-from taipan.training.metrics import Record, read_records
 from taipan.training.recipe import Recipe
+from taipan.training.watch.metrics import Record, read_records
 
 _RESULTS = "results.json"
 

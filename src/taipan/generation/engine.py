@@ -8,7 +8,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from taipan.data.seeding import seeded_generator
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.generation import sampling
@@ -18,6 +17,7 @@ from taipan.generation.program import why_no_program
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
 from taipan.generation.stopping import StopWatch
+from taipan.seeding import seeded_generator
 from taipan.shapes import BoolB, BoolBV, FloatBV, IntB, IntBT
 
 FinishReason = Literal["eos", "stop_string", "length"]

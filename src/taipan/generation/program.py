@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from taipan.config import TaipanConfig, suggestion
-from taipan.errors import InputError
+from taipan.config import TaipanConfig
+from taipan.errors import InputError, suggestion
 from taipan.layers.attention import Attention
 from taipan.layers.gating import Gate
 from taipan.layers.linear import is_plain

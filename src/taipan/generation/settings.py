@@ -4,8 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from taipan.config import suggestion
-from taipan.errors import InputError
+from taipan.errors import InputError, suggestion
 from taipan.generation import sampling
 from taipan.generation.program import check_weights
 

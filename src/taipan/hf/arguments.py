@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taipan.config import suggestion
-from taipan.errors import InputError, StateError
+from taipan.errors import InputError, StateError, suggestion
 from taipan.hf.cache import TaipanCache
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "position_ids")

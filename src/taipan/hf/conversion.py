@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from taipan.config import TaipanConfig, suggestion
+from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import CheckpointError, ConfigError, DataError
+from taipan.errors import CheckpointError, ConfigError, DataError, suggestion
 from taipan.hf.mamba2_config import STATE_SPACES_EPS, read_config, state_spaces_config, transformers_config
 from taipan.hf.weights import read_weights
 from taipan.io import atomic_directory

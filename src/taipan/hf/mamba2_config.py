@@ -8,8 +8,8 @@ from typing import Any, cast
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Mamba2Config
 
-from taipan.config import TaipanConfig, suggestion
-from taipan.errors import CheckpointError, ConfigError
+from taipan.config import TaipanConfig
+from taipan.errors import CheckpointError, ConfigError, suggestion
 from taipan.hf.weights import read_json
 
 STATE_SPACES_EPS = 1e-5  # of every norm there; not in the configuration

@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 from taipan.config import TaipanConfig
 from taipan.layers.init import linear_
 from taipan.layers.linear import is_plain
-from taipan.layout import masked_mean
 from taipan.ops.gumbel import expected_rate, gumbel_select
+from taipan.ops.masked_mean import masked_mean
 from taipan.shapes import BoolBT, FloatBT, FloatBT2
 
 

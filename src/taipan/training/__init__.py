@@ -1,1 +1,1 @@
-"""Training: recipes, optimizers, schedule, the loop, checkpoints, calibration of the gates."""
+"""Training: recipe, processes, step, watch, run; each room imports only from those before it."""

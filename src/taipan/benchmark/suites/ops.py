@@ -13,7 +13,6 @@ from taipan.benchmark.results import Comparison, Measurement, Spread, speed_rati
 from taipan.benchmark.settings import Settings
 from taipan.benchmark.timing import Progress, Run, interleaved
 from taipan.config import TaipanConfig
-from taipan.data.seeding import seeded_generator
 from taipan.layers.gating import GateSchedule
 from taipan.layout import Layout
 from taipan.ops.attention import api as attention
@@ -22,6 +21,7 @@ from taipan.ops.dispatch import AUTO, chosen
 from taipan.ops.gated_rms_norm import api as norm
 from taipan.ops.linear_cross_entropy import api as linear_cross_entropy
 from taipan.ops.ssd import api as ssd
+from taipan.seeding import seeded_generator
 
 FORWARD, BOTH, SAL = "forward", "forward and backward", "selective attention layer"
 PORTABLE = "portable"

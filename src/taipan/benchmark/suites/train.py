@@ -14,7 +14,7 @@ from taipan.benchmark.settings import Settings
 from taipan.benchmark.suites.common import FLOOR, TAIPAN, measurements
 from taipan.benchmark.timing import Progress, Run, interleaved
 from taipan.model import TaipanLM
-from taipan.training.step import precision
+from taipan.training.step.batch import precision
 
 
 def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:

@@ -1,0 +1,1 @@
+"""Models made from other models. Those of Hugging Face formats are in `taipan.hf.conversion`."""

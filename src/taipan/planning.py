@@ -1,0 +1,209 @@
+"""What a recipe needs of every GPU, by arithmetic: memory, communication, time. Estimates; nothing is run.
+
+Weights, gradients and moments are counted exactly. Activations count what the portable ops keep for the backward pass
+(a test compares them with what autograd keeps: within a factor of two for every kind of layer); fused kernels keep
+less. Not counted: PyTorch's context and fragmentation (some GB on a GPU), and the peak inside an op. Time is FLOPs over
+what you say the hardware reaches.
+"""
+
+from dataclasses import dataclass
+
+from taipan.accounting import flops_per_token, parameter_count
+from taipan.config import TaipanConfig
+from taipan.errors import ConfigError
+from taipan.training.processes.parallel import Strategy
+from taipan.training.recipe import Recipe
+
+_LOGITS = 2**21
+_LOGIT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The hardware, in numbers that the reader knows better than we do.
+
+    Attributes:
+        gpus: processes, one per GPU.
+        gpus_per_node: of one machine; `hsdp` shards within it.
+        flops: of matrix products of one GPU in the recipe's dtype, per second, at its peak.
+        utilisation: share of that peak that training reaches.
+        bandwidth: bytes per second that one GPU sends and receives in a collective.
+    """
+
+    gpus: int
+    gpus_per_node: int = 8
+    flops: float = 312e12
+    utilisation: float = 0.35
+    bandwidth: float = 100e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU at the peak of a step.
+
+    Attributes:
+        weights, gradients, optimizer: this GPU's share, fp32.
+        gathered: what sharding puts together for a while: two blocks, embedding and head, and all gradients while
+            they accumulate unreduced.
+        copies: weights cast to bfloat16 for their products.
+        activations: kept for the backward pass.
+        logits: of one chunk, with their gradient and that of the head.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    copies: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.gathered
+            + self.copies
+            + self.activations
+            + self.logits
+        )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step: its products, and its communication if none of it is hidden behind them."""
+
+    compute: float
+    communication: float
+
+
+def activation_bytes(config: TaipanConfig, layer: int, context: int, *, narrow: int) -> float:
+    """Bytes per token that the backward pass of one block needs.
+
+    Args:
+        config: the model.
+        layer: number of the block.
+        context: tokens of a window.
+        narrow: bytes of a value that goes into a product: 2 under bfloat16 autocast, else 4.
+    """
+    hidden, kind = config.hidden_size, config.layer_types[layer]
+    cast = hidden * narrow if narrow < 4 else 0
+    norm = 8 * hidden + cast  # input and output in fp32, and the output as products take it
+    if kind == "mamba2":
+        inner, heads, bc = config.inner_size, config.num_mamba_heads, config.n_groups * config.state_size
+        chunk = min(config.chunk_size, context)
+        projected = (2 * inner + 2 * bc + heads) * narrow
+        convolved = 2 * config.conv_size * narrow
+        steps = 6 * heads * 4
+        # decays and scores inside a chunk, one row per token; states between chunks
+        scan = (heads + config.n_groups) * chunk * 4 + 2 * inner * config.state_size * 4 / chunk + 2 * inner * 4
+        total = norm + projected + convolved + steps + scan + 2 * inner * narrow
+    else:
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.kv_heads * config.head_dim
+        share_queries = share_keys = 1.0
+        if kind == "selective_attention":
+            share_queries = 1.0 if config.gate_gradient == "dense" else config.attention_capacity
+            share_keys = 1.0 if config.key_value_scope == "all" else config.attention_capacity
+            norm += 12 * hidden  # the gate reads in fp32; what is mixed and where it goes
+        total = norm + share_queries * (3 * queries + hidden) * narrow + share_keys * (2 * hidden + 2 * keys) * narrow
+    if config.has_mlp(layer):
+        total += 8 * hidden + cast + 4 * config.intermediate_size * narrow
+    return total
+
+
+def memory(
+    recipe: Recipe, config: TaipanConfig, cluster: Cluster, strategy: Strategy, *, recompute: bool, bfloat16: bool
+) -> Memory:
+    """Memory of one GPU.
+
+    Args:
+        recipe: batch, context, optimizer.
+        config: its model.
+        cluster: the hardware.
+        strategy: how the model is spread.
+        recompute: as in the recipe.
+        bfloat16: whether products are in bfloat16 (autocast over fp32 weights).
+
+    Raises:
+        ConfigError: the processes cannot share the batch equally.
+    """
+    settings, gpus = recipe.training, cluster.gpus
+    if settings.batch_size % gpus:
+        raise ConfigError(
+            f"training.batch_size is {settings.batch_size}, which {gpus} GPUs cannot share equally: take a multiple of "
+            f"{gpus} (and less training.accumulation, {settings.accumulation} now, for the same tokens per step)."
+        )
+    parameters = parameter_count(config)
+    shards = shard_count(cluster, strategy)
+    narrow = 2 if bfloat16 else 4
+    ends = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    block = (parameters - ends) / max(1, config.num_hidden_layers)
+    gathered = 0.0
+    if shards > 1:
+        gathered = 4 * (2 * block + ends) + 4 * (parameters if settings.accumulation > 1 else block + ends)
+    tokens = settings.batch_size // gpus * recipe.data.context_length
+    blocks = [
+        activation_bytes(config, layer, recipe.data.context_length, narrow=narrow)
+        for layer in range(config.num_hidden_layers)
+    ]
+    kept = max(blocks) + 4 * config.hidden_size * len(blocks) if recompute else sum(blocks)
+    logits = max(_LOGITS, _LOGIT_ROWS * config.vocab_size) * (4 + narrow) + 4 * config.vocab_size * config.hidden_size
+    return Memory(
+        weights=4 * parameters // shards,
+        gradients=4 * parameters // shards,
+        optimizer=optimizer_bytes(recipe, config) // shards,
+        gathered=round(gathered),
+        copies=round(0 if not bfloat16 else 2 * (block if recompute else parameters)),
+        activations=round(tokens * (kept + 12 * config.hidden_size)),
+        logits=logits,
+    )
+
+
+def optimizer_bytes(recipe: Recipe, config: TaipanConfig) -> int:
+    """Bytes of the moments of the whole model: two fp32 numbers per parameter, one where Muon takes it."""
+    parameters = parameter_count(config)
+    if recipe.optimizer.name == "adamw":
+        return 8 * parameters
+    return 8 * parameters - 4 * hidden_matrix_parameters(config)
+
+
+def hidden_matrix_parameters(config: TaipanConfig) -> int:
+    """Parameters that Muon takes: matrices from hidden to hidden."""
+    hidden = config.hidden_size
+    total = 0
+    for layer, kind in enumerate(config.layer_types):
+        if kind == "mamba2":
+            total += hidden * (config.inner_size + config.conv_size + config.num_mamba_heads + config.inner_size)
+        else:
+            total += 2 * hidden * config.head_dim * (config.num_attention_heads + config.kv_heads)
+        if config.has_mlp(layer):
+            total += 3 * hidden * config.intermediate_size
+    return total
+
+
+def shard_count(cluster: Cluster, strategy: Strategy) -> int:
+    """Over how many GPUs weights, gradients and moments are spread."""
+    if strategy == "fsdp":
+        return cluster.gpus
+    return min(cluster.gpus, cluster.gpus_per_node) if strategy == "hsdp" else 1
+
+
+def step_time(
+    recipe: Recipe, config: TaipanConfig, cluster: Cluster, strategy: Strategy, *, recompute: bool
+) -> StepTime:
+    """Time of one optimizer step.
+
+    `ddp` reduces all gradients once a step. Sharding gathers all weights for every forward and for every backward, and
+    reduces once a step.
+    """
+    flops = flops_per_token(config, recipe.data.context_length, training=True) * recipe.tokens_per_step
+    flops *= 4 / 3 if recompute else 1.0
+    parameters, shards, gpus = parameter_count(config), shard_count(cluster, strategy), cluster.gpus
+    gather = 4 * parameters * (shards - 1) / shards
+    reduce = gather + 2 * 4 * parameters / shards * (gpus // shards - 1) / max(1, gpus // shards)
+    sent = 2 * gather * recipe.training.accumulation + reduce
+    return StepTime(flops / (gpus * cluster.flops * cluster.utilisation), sent / cluster.bandwidth)

@@ -1,0 +1,68 @@
+"""What may not change when a run is resumed, because the curve would be another one."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from taipan.config import TaipanConfig
+from taipan.data.mixture import Mixture
+from taipan.errors import ConfigError
+from taipan.training.recipe import Recipe
+
+Identity = dict[str, dict[str, Any]]
+
+
+def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
+    """Model, data and settings that make the curve of a run; plain values, for the checkpoint."""
+    return {
+        "model": config.to_dict(),
+        "data": {
+            "tokens": [shard.sha256 for manifest in data.manifests for shard in manifest.shards],
+            "documents": " ".join(manifest.documents_sha256 for manifest in data.manifests),
+            "tokenizer": data.manifests[0].tokenizer_fingerprint,
+            "weights": list(data.weights),
+            "context_length": recipe.data.context_length,
+            "packing": recipe.data.packing,
+        },
+        "optimizer": {"name": recipe.optimizer.name},
+        "training": {
+            "batch_size": recipe.training.batch_size,
+            "accumulation": recipe.training.accumulation,
+            "seed": recipe.training.seed,
+            "state_passing": recipe.training.state_passing,
+        },
+    }
+
+
+def data_fingerprint(identity: Identity) -> str:
+    """One hash of the training data: shards, documents and tokenizer, whatever their directory is called."""
+    facts = {name: value for name, value in identity["data"].items() if name not in ("context_length", "packing")}
+    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def require_same(saved: Identity, given: Identity, checkpoint: Path) -> None:
+    """Refuse to resume with a recipe or data other than those of the run.
+
+    Raises:
+        ConfigError: naming every change.
+    """
+    changes: list[str] = []
+    for section, old in saved.items():
+        new = given[section]
+        changes += [
+            _change(f"{section}.{name}", old.get(name), new.get(name))
+            for name in sorted(set(old) | set(new))
+            if old.get(name) != new.get(name)
+        ]
+    if changes:
+        raise ConfigError(
+            f"The recipe is not the one of {checkpoint}: {'; '.join(changes)}. Resume with the run's own recipe "
+            "(name only the run), or start a new run in another output."
+        )
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    if name in ("data.tokens", "data.documents", "data.tokenizer"):
+        return f"the {name.removeprefix('data.')} of the training data have changed"
+    return f"{name} was {old!r} and is now {new!r}"

@@ -1,0 +1,109 @@
+"""The README.md beside a finished model: metadata for tools, facts for people. Only what the run knows is said."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from taipan.accounting import flops_per_token, parameter_count, state_bytes
+from taipan.config import TaipanConfig
+from taipan.training.recipe import Recipe
+from taipan.training.run.calibration import Calibration
+from taipan.training.watch.metrics import Record
+
+FILE = "README.md"
+
+
+def model_card(
+    recipe: Recipe,
+    config: TaipanConfig,
+    record: dict[str, Any],
+    final: Record,
+    calibration: Sequence[Calibration],
+    licences: Sequence[str],
+) -> str:
+    """Markdown with a YAML head, as the Hugging Face hub reads it.
+
+    Args:
+        recipe: of the run, as given.
+        config: of the model.
+        record: of the run, see `taipan.training.watch.record`.
+        final: the last line of its metrics.
+        calibration: what was set for each SAL.
+        licences: what the data sets say about the licence of their texts.
+    """
+    name = Path(recipe.output).name
+    kinds = config.layer_types
+    layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    session = record["sessions"][-1]
+    context = recipe.data.context_length
+    training = recipe.training
+    rate = f"{recipe.optimizer.learning_rate:g}, {recipe.schedule.kind}"
+    facts = [
+        ("layers", layers),
+        ("parameters", f"{parameter_count(config):,}"),
+        ("width, vocabulary", f"{config.hidden_size}, {config.vocab_size:,}"),
+        ("forward FLOPs per token", f"{flops_per_token(config, context):.3g} at {context:,} tokens"),
+        ("state of one row", f"{state_bytes(config, context):,} bytes in float32 at {context:,} tokens"),
+        ("started from", recipe.model.start or "random weights"),
+        ("steps, tokens", f"{final['step']:,}, {final['tokens']:,}"),
+        ("tokens per step", f"{recipe.tokens_per_step:,} in windows of {context:,} ({recipe.data.packing})"),
+        ("optimizer", f"{recipe.optimizer.name}, learning rate {rate}, clip {recipe.optimizer.clip}"),
+        ("dtype, seed", f"{session['dtype']}, {training.seed}"),
+        ("time", f"{final['seconds']:,.0f} s on {session['environment']['cpu']}, {session['processes']} process(es)"),
+        ("data", ", ".join(recipe.data.train) if isinstance(recipe.data.train, dict) else recipe.data.train),
+        ("data fingerprint", f"`{record['data']['fingerprint']}`"),
+        ("run", f"`{record['id']}`, begun {record['created']}"),
+        ("software", f"taipan {session['environment']['taipan']}, torch {session['environment']['torch']}"),
+        *((f"commit of {key}", _commit(value)) for key, value in session["commit"].items()),
+    ]
+    head: dict[str, Any] = {
+        "library_name": "taipan",
+        "pipeline_tag": "text-generation",
+        "tags": ["taipan", *_tags(kinds)],
+    }
+    parts = [f"# {name}", "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts)]
+    if "valid_bits_per_byte" in final:
+        bits, loss = final["valid_bits_per_byte"], final["valid_loss"]
+        head["model-index"] = [
+            {
+                "name": name,
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "held-out text", "type": str(recipe.data.valid)},
+                        "metrics": [{"type": "bits_per_byte", "value": round(bits, 4)}],
+                    }
+                ],
+            }
+        ]
+        parts.append(
+            f"Held-out text (`{recipe.data.valid}`): {bits:.4f} bits per byte, loss {loss:.4f} nats per token "
+            f"(perplexity {math.exp(min(loss, 700.0)):.2f}) in windows of {context:,} tokens."
+        )
+    if calibration:
+        rows = "\n".join(
+            f"| {gate.layer} | {gate.threshold:.4f} | {100 * gate.rate_before:.1f} % | {100 * gate.rate:.1f} % |"
+            for gate in calibration
+        )
+        parts.append(
+            f"What the gates select at inference (budget {100 * config.attention_capacity:.1f} %), calibrated on "
+            f"training text:\n\n| layer | threshold | before | after |\n|---|---|---|---|\n{rows}"
+        )
+    parts.append(
+        '```python\nfrom taipan import TaipanLM\n\nmodel = TaipanLM.from_pretrained("DIRECTORY")\n```\n\n'
+        '```bash\ntaipan generate DIRECTORY "The "\n```'
+    )
+    notes = "\n".join(f"* {note}" for note in dict.fromkeys(licences))
+    parts.append(f"The licence of the weights is for whoever publishes them to say. Of the data:\n\n{notes}")
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _tags(kinds: Sequence[str]) -> list[str]:
+    return [kind.replace("_", "-") for kind in dict.fromkeys(kinds)]
+
+
+def _commit(value: dict[str, Any]) -> str:
+    return f"`{value['commit']}`" + (" with uncommitted changes" if value["changed"] else "")

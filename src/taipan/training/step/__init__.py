@@ -1,0 +1,1 @@
+"""One step: batch, forward, backward, optimizer, schedule, and the state carried to the next step."""

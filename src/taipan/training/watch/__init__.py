@@ -1,0 +1,1 @@
+"""Who watches a run, and what is kept of it: listeners, trackers, metrics, samples, held-out loss, the record."""

@@ -1,0 +1,72 @@
+"""Signs that the gates do not learn what they should, found in the statistics of a step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from taipan.config import TaipanConfig
+from taipan.training.step.statistics import GateStatistics
+
+WarningKind = Literal["selects_none", "selects_all", "inference_gap", "saturated_alpha"]
+
+_SETTLING = 0.1  # share of training that the gates get to follow the budget once it has arrived at C
+_END_PHASE = 0.9
+_LARGEST_GAP = 0.05
+_SATURATION = 0.01
+
+
+@dataclass(frozen=True)
+class GateWarning:
+    """One sign of failure: its kind, the layer, and a sentence for people."""
+
+    kind: WarningKind
+    layer: int
+    message: str
+
+
+def gate_warnings(config: TaipanConfig, progress: float, gates: Sequence[GateStatistics]) -> Iterator[GateWarning]:
+    """The signs of failure in one step.
+
+    Nothing is said while the budget is still on its way to C, nor in the tenth of training after that.
+
+    Args:
+        config: of the model.
+        progress: fraction of training of this step.
+        gates: statistics of every SAL in this step.
+    """
+    capacity = config.attention_capacity
+    arrival = config.budget_anneal[1] if config.budget_start is not None else 0.0
+    if capacity == 0.0 or progress < min(arrival + _SETTLING, _END_PHASE):
+        return
+    for gate in gates:
+        name, share = f"The gate of layer {gate.layer}", f"(the budget is {capacity:.3f})"
+        if gate.training_rate < 0.1 * capacity:
+            yield GateWarning(
+                "selects_none",
+                gate.layer,
+                f"{name} selects almost nothing in training: {gate.training_rate:.3f} of the tokens {share}. "
+                "Start with an open gate (gate_bias_init) and a budget that falls to C (budget_start, budget_anneal).",
+            )
+        elif gate.training_rate > 0.95 and capacity < 0.9:
+            yield GateWarning(
+                "selects_all",
+                gate.layer,
+                f"{name} selects almost everything in training: {gate.training_rate:.3f} of the tokens {share}. "
+                "The budget does not bind: raise budget_weight.",
+            )
+        gap = abs(gate.training_rate - gate.noise_free_rate)
+        if progress >= _END_PHASE and gap > _LARGEST_GAP:
+            yield GateWarning(
+                "inference_gap",
+                gate.layer,
+                f"{name} selects {gate.training_rate:.3f} of the tokens in training, but {gate.noise_free_rate:.3f} "
+                "without noise, as at inference. End training without noise (gumbel_noise_end: 0), raise "
+                "budget_weight, or calibrate the threshold.",
+            )
+        if not _SATURATION <= gate.alpha_mean <= 1.0 - _SATURATION:
+            yield GateWarning(
+                "saturated_alpha",
+                gate.layer,
+                f"{name} has a mean mixing weight α of {gate.alpha_mean:.4f}: it hardly learns any more. "
+                "Lower the learning rate or budget_weight.",
+            )
