@@ -131,6 +131,10 @@ def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], 
     save_file(tensors, directory / "model.safetensors")
 
 
+def not_finite(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["backbone.norm_f.weight"][0] = torch.nan
+
+
 def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["backbone.norm_f.weight"] = torch.ones(3)
 
@@ -138,7 +142,7 @@ def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
 TRANSFORMERS_FAULTS: list[tuple[str, Callable[[Path], object]]] = [
     ("config.json does not exist", lambda d: (d / "config.json").unlink()),
     ("cannot be read as JSON", lambda d: (d / "config.json").write_text("{")),
-    ("holds a JSON list", lambda d: (d / "config.json").write_text("[]")),
+    ("must hold a JSON object", lambda d: (d / "config.json").write_text("[]")),
     ("model_type 'mamba'", lambda d: edit(d / "config.json", model_type="mamba")),
     ("Taipan model already", lambda d: edit(d / "config.json", model_type="taipan")),
     ("use_bias = True", lambda d: edit(d / "config.json", use_bias=True)),
@@ -150,6 +154,7 @@ TRANSFORMERS_FAULTS: list[tuple[str, Callable[[Path], object]]] = [
     ("eos_token_id = 99", lambda d: edit(d / "config.json", eos_token_id=99)),
     ("eos_token_id = \\[1, 2\\]", lambda d: edit(d / "config.json", eos_token_id=[1, 2])),
     ("holds no weights", lambda d: (d / "model.safetensors").unlink()),
+    ("not finite in 1 of its tensors", lambda d: change_weights(d, not_finite)),
     ("model.safetensors is damaged", lambda d: os.truncate(d / "model.safetensors", 900)),
     ("missing lm_head.weight", lambda d: change_weights(d, lambda t: t.pop("lm_head.weight"))),
     ("unexpected backbone.extra", lambda d: change_weights(d, lambda t: t.update({"backbone.extra": torch.ones(1)}))),

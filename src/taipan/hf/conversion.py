@@ -19,10 +19,11 @@ from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, suggestion
 from taipan.hf.mamba2_config import STATE_SPACES_EPS, read_config, state_spaces_config, transformers_config
-from taipan.hf.weights import read_weights
+from taipan.hf.weights import read_checkpoint
 from taipan.io import atomic_directory
 from taipan.model import TaipanLM, weights_of
 from taipan.model.directory import check_fit, write_model
+from taipan.model.weights import check_numbers
 
 LAYOUTS = ("transformers", "state-spaces")
 
@@ -52,7 +53,8 @@ def from_mamba2(source: str | Path, target: str | Path) -> TaipanConfig:
     source, target = Path(source), Path(target)
     _check_paths(source, target)
     config = _with_end_of_text(read_config(source), source)
-    path, foreign = read_weights(source)
+    path, foreign = read_checkpoint(source)
+    check_numbers(path, foreign, one_dtype=False)
     tensors = {_to_native_name(name): tensor for name, tensor in foreign.items()}
     embedding, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
     if config.tie_word_embeddings and embedding is not None:

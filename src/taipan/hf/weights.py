@@ -1,19 +1,18 @@
 """Reading the files of foreign checkpoints: whole or sharded, safetensors or .bin, with errors that name the file."""
 
-import json
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from taipan.errors import CheckpointError
+from taipan.errors import CheckpointError, brief
+from taipan.io import parse_json_object
+from taipan.model.weights import INDEX, WEIGHTS, read_safetensors, read_weights
 
-_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_NAMES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,41 +24,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: expected a checkpoint directory with a {path.name}.")
     try:
-        values: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): it is damaged, copy it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(values).__name__}, but must hold an object: copy it again.")
-    return cast("dict[str, Any]", values)
+        return parse_json_object(path.read_bytes(), str(path), refused=CheckpointError)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Read all tensors of a checkpoint directory to the CPU; safetensors are preferred.
+def read_checkpoint(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """All tensors of a checkpoint directory on the CPU, as `taipan.model.weights.read_weights`; safetensors preferred.
 
     A `.bin` is read with `weights_only=True`: a pickle that would run code is refused.
-
-    Returns:
-        The file that was read (of a sharded checkpoint: its index), for messages; and the tensors by name.
 
     Raises:
         CheckpointError: no weights, or damaged, truncated, incomplete or dangerous ones.
     """
-    path = next((directory / name for name in _NAMES if (directory / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(f"{directory} holds no weights: expected one of {', '.join(_NAMES)}.")
-    if path.suffix != ".json":
-        return path, read_tensors(path)
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map: it is damaged, copy it again.")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted({str(shard) for shard in cast("dict[str, object]", weight_map).values()}):
-        # an index is data from elsewhere: it may only name its neighbours
-        shard = directory / Path(name).name
-        if not shard.is_file():
-            raise CheckpointError(f"{shard} does not exist, but {path} names it: copy the missing shard.")
-        tensors.update(read_tensors(shard))
-    return path, tensors
+    return read_weights(directory, _NAMES, read_tensors)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -68,17 +46,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is damaged or truncated, or holds anything but tensors.
     """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         values: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} cannot be read as tensors alone: it is damaged, or reading it would run code ({error}). Copy it "
-            "again, or convert it to safetensors where it is trusted."
+            f"{path} cannot be read as tensors alone: it is damaged, or reading it would run code ({brief(error)}). "
+            "Copy it again, or convert it to safetensors where it is trusted."
         ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}): copy it again.") from error
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({brief(error)}): copy it again.") from error
     if not isinstance(values, dict) or not all(
         isinstance(value, Tensor) for value in cast("dict[str, object]", values).values()
     ):

@@ -1,4 +1,4 @@
-"""A model as a directory: config.json, model.safetensors and, with its text, tokenizer.json.
+"""A model as a directory: config.json, model.safetensors (or its shards) and, with its text, tokenizer.json.
 
 What is read is a configuration and tensors, and so is what is written: nothing here knows a module.
 """
@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError
 from taipan.io import atomic_directory
+from taipan.model.weights import PRECISE, WEIGHTS, check_numbers, read_weights, shards
 from taipan.native.memory import in_large_pages
 
 if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
 
-WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-PRECISE = ("A_log", "D", "dt_bias", "gate.threshold")
-"""Tensors that keep their dtype where a model is cast, by the end of their names."""
 
 
 def hub_config(config: TaipanConfig) -> dict[str, Any]:
@@ -61,8 +58,9 @@ def save_model(
     size = sum(tensor.nbytes for tensor in weights.values())
     with atomic_directory(directory, needed_bytes=size) as temporary:
         if directory.is_dir():
+            replaced = {CONFIG, WEIGHTS, *shards(directory)}
             for entry in directory.iterdir():
-                if entry.is_file() and entry.name not in (CONFIG, WEIGHTS):
+                if entry.is_file() and entry.name not in replaced:
                     shutil.copy2(entry, temporary / entry.name)
         write_model(config, weights, temporary, tokenizer)
 
@@ -79,21 +77,19 @@ def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tu
 
     Raises:
         ConfigError: config.json is missing, damaged or of another kind.
-        CheckpointError: the weights are missing, truncated or corrupt.
+        CheckpointError: the weights are missing, truncated or corrupt, of a wrong type, or not finite.
     """
     directory = Path(directory)
     config = TaipanConfig.from_json_file(directory / CONFIG)
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: expected the weights beside {CONFIG}. Was the copy complete?")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or truncated ({error}): copy it again, or go back to an earlier checkpoint."
-        ) from error
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    path, tensors = read_weights(directory)
+    if config.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
+        embedding = tensors.get("model.embed_tokens.weight")
+        if embedding is not None and not torch.equal(head, embedding):
+            raise CheckpointError(
+                f"{path} has a head of its own, but {directory / CONFIG} ties it to the embedding: set "
+                "tie_word_embeddings to false there to use it."
+            )
+    check_numbers(path, tensors, one_dtype=dtype is None)
     if dtype is not None:
         tensors = {name: t if name.endswith(PRECISE) else t.to(dtype) for name, t in tensors.items()}
     return config, dict(zip(tensors, in_large_pages(list(tensors.values())), strict=True))

@@ -16,11 +16,12 @@ from taipan.layers.linear import Linear
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.model.block import Block
 from taipan.model.decoder import TaipanDecoder, init_decoder
-from taipan.model.directory import WEIGHTS, check_fit, read_model, save_model
+from taipan.model.directory import check_fit, read_model, save_model
 from taipan.model.implementations import resolve_implementations
 from taipan.model.loss import Loss, compute_loss
 from taipan.model.output import TaipanOutput
 from taipan.model.sharding import whole
+from taipan.model.weights import weights_file
 from taipan.shapes import IntBT
 from taipan.state import DecoderState, architecture_fingerprint
 
@@ -196,7 +197,7 @@ class TaipanLM(nn.Module):
         config, tensors = read_model(directory, dtype=dtype)
         with torch.device("meta"):
             model = cls(config, implementation=implementation)
-        check_fit(Path(directory) / WEIGHTS, tensors, weights_of(model))
+        check_fit(weights_file(Path(directory)), tensors, weights_of(model))
         model.load_state_dict(tensors, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
