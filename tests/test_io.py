@@ -249,9 +249,27 @@ def test_read_text_is_exact(tmp_path: Path) -> None:
     assert io.read_text(tmp_path / "f") == text
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"\xef\xbb\xbftext\xef\xbb\xbf")
+    assert io.read_text(tmp_path / "f") == "text\ufeff"
+
+
+def test_a_path_is_text_that_can_be_printed() -> None:
+    assert io.path_text(Path("été")) == "été"
+    assert io.path_text(os.fsdecode(b"caf\xe9/\xff")) == r"caf\xe9/\xff"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "does not exist"), (b"", "is empty"), (b"abc\xff", "byte 0xff at offset 3"), (b"\xc3", "offset 0")],
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"abc\xff", "byte 0xff at offset 3.*iconv -f ENCODING"),
+        (b"\xc3", "offset 0"),
+        (b"\xef\xbb\xbfabc\xff", "byte 0xff at offset 6"),
+        ("abc".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        (b"\x1f\x8b\x08\0", "It is gzip data. Unpack it"),
+    ],
 )
 def test_read_text_names_what_is_wrong(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content is not None:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
+from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, not_text
 from taipan.errors import CheckpointError, DataError, TaipanError, brief, shown
 
 _CHUNK_BYTES = 1 << 20
@@ -253,18 +254,30 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def decode_utf8(data: bytes, source: str) -> str:
-    """Return ``data`` as text.
+    """Return ``data`` as text, without the byte order mark that it may begin with.
 
     Raises:
-        DataError: the bytes are not UTF-8; the message names ``source``, the offending byte and its offset.
+        DataError: the bytes are not UTF-8; the message names ``source``, the offending byte and its offset, and says
+            what they are if that can be told.
     """
+    text = data.removeprefix(BYTE_ORDER_MARK)
     try:
-        return data.decode("utf-8")
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
+        place = error.start + len(data) - len(text)
+        what = not_text(data[:HEAD_BYTES]) or (
+            "Convert it from its encoding, which only its author knows (`file --mime-encoding` guesses): "
+            "iconv -f ENCODING -t UTF-8 FILE > NEW"
+        )
         raise DataError(
-            f"{source} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}). "
-            f"Convert it first, for example: iconv -f ISO-8859-1 -t UTF-8 {source}"
+            f"{source} is not UTF-8 text: byte 0x{data[place]:02x} at offset {place} ({error.reason}). "
+            f"{what[0].upper()}{what[1:]}"
         ) from error
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    r"""Return a path as text that can be printed and stored: bytes of its name that are not UTF-8 become ``\xe9``."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:

@@ -4,6 +4,7 @@ import json
 import lzma
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +109,7 @@ def test_a_file_reached_twice_is_read_once(tree: Path) -> None:
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 1}\n', r"a\.jsonl:2 has no text"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1 has no text"),
-        ("a.jsonl", b'{"text": "x"}\n{"tex\n', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"tex\n', r"a\.jsonl:2 cannot be read as JSON"),
         ("a.jsonl", b'{"text": "\xfc"}\n', r"a\.jsonl:1 is not UTF-8"),
         ("a.jsonl", b'{"text": ""}\n', "no text was found"),
     ],
@@ -184,7 +185,8 @@ def test_every_form_is_read_row_by_row(every_form: Path) -> None:
     assert found[10].source == f"{every_form / 'saved'}:3"
     assert found[14].source == f"hf:{every_form / 'streamed'}:3"
     assert len({document.source for document in found[:11]}) == 11
-    assert corpus.skipped["empty"] == 1 + 2 + 1 + 1 + 1
+    assert corpus.skipped["empty"] == 1 + 1
+    assert corpus.skipped["null"] == 1 + 1 + 1 + 1
     assert corpus.streamed
     assert corpus.progress() == (0, 0), "nobody knows how much a stream holds"
     plain = Corpus([every_form / "sub", every_form / "saved"], text_column="body")
@@ -258,7 +260,7 @@ def test_damaged_tables_are_named(every_form: Path, tmp_path: Path, name: str, d
     ("module", "path", "extra"),
     [
         ("pyarrow.parquet", "sub/rows.parquet", "data"),
-        ("pyarrow", "zst", "data"),
+        ("backports.zstd", "zst", "data"),
         ("datasets", "saved", "datasets"),
         ("datasets", "hf:streamed", "datasets"),
     ],
@@ -266,8 +268,8 @@ def test_damaged_tables_are_named(every_form: Path, tmp_path: Path, name: str, d
 def test_a_missing_extra_is_named(
     every_form: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, path: str, extra: str
 ) -> None:
-    (tmp_path / "a.txt.zst").write_bytes(pa.compress(b"x", "zstd", asbytes=True))
-    full = tmp_path / "a.txt.zst" if path == "zst" else every_form / path
+    (tmp_path / "a.jsonl.zst").write_bytes(pa.compress(b"{}", "zstd", asbytes=True))
+    full = tmp_path / "a.jsonl.zst" if path == "zst" else every_form / path
     full = f"hf:{every_form / 'streamed'}" if path.startswith("hf:") else full
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"not installed: pip install '\.\[{extra}\]'"):
@@ -307,6 +309,52 @@ def test_what_changes_a_file_changes_the_stamp(tmp_path: Path) -> None:
     touched = Corpus([tmp_path]).stamp()
     (tmp_path / "b.txt").write_text("b")
     assert len({json.dumps(stamp) for stamp in (before, touched, Corpus([tmp_path]).stamp())}) == 3
+
+
+def test_links_to_directories_are_followed_each_once(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "books").mkdir(parents=True)
+    (tmp_path / "disk" / "books" / "b.txt").write_text("book")
+    (tmp_path / "corpus" / "own").mkdir(parents=True)
+    (tmp_path / "corpus" / "own" / "a.txt").write_text("own")
+    (tmp_path / "corpus" / "books").symlink_to("../disk/books")
+    (tmp_path / "corpus" / "own" / "loop").symlink_to("..")
+    (tmp_path / "disk" / "books" / "itself").symlink_to(".")
+    (tmp_path / "corpus" / "zooks").symlink_to("../disk/books")
+    corpus = Corpus([tmp_path / "corpus"])
+    assert [document.source for document in corpus] == [
+        str(tmp_path / "corpus" / "books" / "b.txt"),
+        str(tmp_path / "corpus" / "own" / "a.txt"),
+    ]
+    assert corpus.skipped == {"given twice": 3, "hidden": 0}, "two loops, and a second link to one place"
+    link = tmp_path / "link"
+    link.symlink_to("corpus")
+    assert list(Corpus([link, tmp_path / "disk"]).texts()) == ["book", "own"]
+
+
+def test_a_directory_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.txt").write_text("b")
+    listed = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if os.fspath(path) == str(tmp_path / "a"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    corpus = Corpus([tmp_path])
+    assert list(corpus.texts()) == ["b"]
+    assert corpus.skipped["unreadable"] == 1
+
+
+def test_a_pipe_is_read(tmp_path: Path) -> None:
+    for name, data in (("a", b"text"), ("b.jsonl", gzip.compress(LINES.encode()))):
+        os.mkfifo(tmp_path / name)
+        writer = threading.Thread(target=(tmp_path / name).write_bytes, args=[data])
+        writer.start()
+        found = list(Corpus([tmp_path / name]).texts())
+        writer.join()
+        assert found == (["text"] if name == "a" else ["one", "zwei ü"])
 
 
 def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:

@@ -135,13 +135,13 @@ def test_a_damaged_megatron_file_is_refused_by_name(megatron: Path, suffix: str,
 def test_no_flipped_bit_of_an_index_changes_the_tokens_in_silence(megatron: Path) -> None:
     """Header and tables contradict each other. (Which of two sequences begins a document nothing else can tell.)"""
     data = megatron.read_bytes()
-    tokens = open_tokens(megatron).tokens.tolist()
+    tokens = open_tokens(megatron, 257).tokens.tolist()
     messages: list[str] = []
     flips = [(place, bit) for place in range(len(data)) for bit in {0, place % 8}]
     for place, bit in flips:
         megatron.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
         try:
-            found = open_tokens(megatron)
+            found = open_tokens(megatron, 257)
         except DataError as error:
             messages.append(str(error))
             continue
@@ -182,6 +182,29 @@ def test_other_damage_is_refused_by_name(tmp_path: Path) -> None:
     np.array([97], "<u2").tofile(path)
     with pytest.raises(DataError, match="holds files but no data set"):
         import_tokens([path], BYTES, tmp_path / "full")
+
+
+def test_ids_without_a_header_are_taken_for_uint16_only_if_nothing_speaks_against_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"Thirty-two bytes of plain text.\n" * 99)
+    with pytest.raises(DataError, match=r"a\.bin looks like text.*--dtype uint16"):
+        open_tokens(path, 50_257)
+    assert len(open_tokens(path, 50_257, "uint16").tokens) == 99 * 16
+    ids = np.random.default_rng(0).integers(0, 50_257, 1 << 21)
+    ids.astype("<u2").tofile(path)
+    assert open_tokens(path, 50_257).tokens.tolist() == ids.tolist()
+    with pytest.raises(DataError, match=r"a\.bin has no header .*128,256 ids do not fit uint16.*--dtype"):
+        open_tokens(path, 128_256)
+    for kind, asked in (("<u4", "uint16 or uint32"), ("<i8", "uint16, uint32 or int64")):
+        ids.astype(kind).tofile(path)
+        with pytest.raises(DataError, match=rf"a\.bin has no header.* % of the 16-bit numbers are 0.*{asked}"):
+            open_tokens(path, 50_257)
+    ids.astype("<u4").tofile(path)
+    with path.open("r+b") as file:  # a tail that was overwritten does not make it another type
+        file.seek(-2, 2)
+        file.write(b"\xff\xff")
+    with pytest.raises(DataError, match="has no header"):
+        open_tokens(path, 50_257)
 
 
 def test_a_foreign_file_in_a_recipe_says_how_to_take_it_over(tmp_path: Path) -> None:

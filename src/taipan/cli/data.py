@@ -1,7 +1,7 @@
 """`taipan data`: text, or tokens made elsewhere, become token shards; and are those of a data set whole?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,8 +28,8 @@ def register(app: typer.Typer) -> None:
         paths: Annotated[
             list[str],
             typer.Argument(
-                help="Files and directories: UTF-8 text, .jsonl or .parquet, also compressed (.gz .bz2 .xz .zst); "
-                "a saved Hugging Face data set; `hf:NAME[:CONFIGURATION][@REVISION]` to stream one."
+                help="Files and directories: UTF-8 text, JSON lines or Parquet, also compressed (gzip, bzip2, xz, "
+                "zstd); a saved Hugging Face data set; `hf:NAME[:CONFIGURATION][@REVISION]` to stream one."
             ),
         ],
         out: Annotated[Path, typer.Option(help="Data set to make; with --valid-fraction, OUT/train and OUT/valid.")],
@@ -39,8 +39,16 @@ def register(app: typer.Typer) -> None:
         valid_fraction: Annotated[
             float, typer.Option(help="Share of the text to hold out, in whole documents where there are several.")
         ] = 0.0,
-        text_column: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
-        split: Annotated[str, typer.Option(help="Split of a Hugging Face data set that has several.")] = "train",
+        text_column: Annotated[
+            str | None, typer.Option(help="Field or column with the text.", show_default="text")
+        ] = None,
+        split: Annotated[
+            str | None, typer.Option(help="Split of a Hugging Face data set that has several.", show_default="train")
+        ] = None,
+        format: Annotated[
+            Literal["auto", "text", "jsonl"],
+            typer.Option(help="What files without a name of their own kind hold, if it is not to be recognised."),
+        ] = "auto",
         licence: Annotated[str | None, typer.Option("--license", help=_LICENCE_HELP)] = None,
         workers: Annotated[
             int | None, typer.Option(min=1, help="Processes that encode; all cores if not given. Changes no byte.")
@@ -61,9 +69,10 @@ def register(app: typer.Typer) -> None:
         from taipan.data.manifest import LICENCE_NOTE
         from taipan.data.preparation import prepare_corpus
         from taipan.hardware import usable_cores
+        from taipan.io import path_text
 
-        corpus = Corpus(paths, text_column=text_column, split=split)
-        note(f"reading {', '.join(paths)}")
+        corpus = Corpus(paths, text_column=text_column, split=split, format=format)
+        note(f"reading {', '.join(map(path_text, paths))}")
         with progress_bar(f"encoding to {out}", "bytes") as report:
             made = prepare_corpus(
                 corpus,
@@ -76,24 +85,31 @@ def register(app: typer.Typer) -> None:
                 progress=_reporter(report),
                 announce=note,
             )
+        for kind, count in sorted(corpus.recognised.items()):
+            note(f"told by their content, not their names: {count} {'file' if count == 1 else 'files'} of {kind}")
         for reason, count in sorted(corpus.skipped.items()):
             if count:
                 note(f"passed over: {count} {reason}")
         _print(made)
-        valid = f" -o data.valid={made[1].path}" if len(made) > 1 else ""
-        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={made[0].path}{valid}")
+        valid = f" -o data.valid={path_text(made[1].path)}" if len(made) > 1 else ""
+        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={path_text(made[0].path)}{valid}")
 
     @group.command("import")
     def import_(
         paths: Annotated[
-            list[Path], typer.Argument(help="Token files in order: nanoGPT's or llm.c's .bin, or Megatron's .idx.")
+            list[Path],
+            typer.Argument(help="Token files in order: NumPy's .npy, nanoGPT's or llm.c's .bin, or Megatron's .idx."),
         ],
         tokenizer: Annotated[str, typer.Option(help="tokenizer.json that made the ids, or its directory; or `bytes`.")],
         out: Annotated[Path, typer.Option(help="Data set to make.")],
+        dtype: Annotated[
+            Literal["uint16", "uint32", "int32", "int64"] | None,
+            typer.Option(help="Type of the ids in files without a header, little-endian."),
+        ] = None,
         licence: Annotated[str | None, typer.Option("--license", help=_LICENCE_HELP)] = None,
         shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens per shard file.")] = 1 << 26,
     ) -> None:
-        """Take over tokens that nanoGPT, llm.c or Megatron prepared.
+        """Take over tokens that nanoGPT, llm.c, Megatron or a program of your own prepared.
 
         Example:
 
@@ -104,18 +120,20 @@ def register(app: typer.Typer) -> None:
         from taipan.data.foreign import import_tokens
         from taipan.data.manifest import LICENCE_NOTE
         from taipan.data.tokenizer import Tokenizer
+        from taipan.io import path_text
 
         with progress_bar(f"importing to {out}", "tokens") as report:
             made = import_tokens(
                 paths,
                 Tokenizer.from_spec(tokenizer),
                 out,
+                dtype=dtype,
                 shard_tokens=shard_tokens,
                 licence=licence or LICENCE_NOTE,
                 progress=report,
             )
         _print([made])
-        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={out}")
+        note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={path_text(out)}")
 
     @group.command("check")
     def check(directories: Annotated[list[Path], typer.Argument(help="Prepared data sets.")]) -> None:
@@ -143,10 +161,11 @@ def register(app: typer.Typer) -> None:
 
 def _print(made: "Iterable[TokenDataset]") -> None:
     from taipan.cli.console import print_table
+    from taipan.io import path_text
 
     rows = [
         [
-            str(dataset.path),
+            path_text(dataset.path),
             f"{dataset.n_documents:,}",
             f"{dataset.n_bytes:,}",
             f"{dataset.n_tokens:,}",

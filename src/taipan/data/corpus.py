@@ -9,15 +9,31 @@ from pathlib import Path
 
 from taipan.data.hub import HUB_PREFIX, HubReader, SavedReader, is_saved_dataset
 from taipan.data.manifest import DOCUMENTS_FILE, MANIFEST_FILE
-from taipan.data.readers import JSON_LINES_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, FileReader, Reader, file_kind
-from taipan.errors import DataError
-from taipan.io import decode_utf8
+from taipan.data.readers import (
+    ARCHIVE_SUFFIXES,
+    JSON_LINES_SUFFIXES,
+    PARQUET_SUFFIX,
+    TEXT_SUFFIXES,
+    FileReader,
+    Format,
+    file_kind,
+)
+from taipan.data.records import Option, Reader
+from taipan.errors import DataError, shown
+from taipan.io import decode_utf8, path_text
 
 _VALID_PACKAGES = frozenset({"asyncio", "email", "xml"})
 # lib2to3 is gone from newer interpreters; pydoc_data is one generated file of documentation, 7 % of all the text.
 _SKIPPED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 )
+
+_BYTE_ORDER_MARK = "\ufeff"
+_USED_BY: dict[Option, str] = {
+    "text_column": "has columns or fields",
+    "split": "is a data set of several splits",
+    "format": "is a file that could be text or JSON lines",
+}
 
 
 @dataclass(frozen=True)
@@ -39,41 +55,58 @@ class Place:
 class Corpus:
     """The documents of files, directories and data sets, in a fixed order; can be read as often as needed.
 
-    A directory is walked recursively in sorted order; of its files those with a text suffix, ``.jsonl`` and
-    ``.parquet`` are taken, prepared data sets are left out, and hidden, binary, non-UTF-8, unreadable and empty ones
-    are counted in :attr:`skipped`. A file that is named explicitly is taken whatever its suffix, and must be text.
-    JSON lines give one document per line and Parquet one per row, from the text column. All may be compressed
-    (``.gz``, ``.bz2``, ``.xz``, ``.zst``). A directory that ``datasets.Dataset.save_to_disk`` wrote gives one document
-    per row; ``hf:NAME`` or ``hf:NAME:CONFIGURATION`` streams a data set of the Hugging Face hub. A file that is
-    reached twice is read once.
+    A directory is walked recursively in sorted order, links to directories followed; of its files those with a text
+    suffix, ``.jsonl`` and ``.parquet`` are taken, prepared data sets are left out, and hidden, binary, non-UTF-8,
+    unreadable and empty ones are counted in :attr:`skipped`. A file that is named explicitly is taken whatever its
+    suffix, and must be text. JSON lines, whatever their file is called, give one document per line and Parquet one per
+    row, from the text column; null texts are counted in :attr:`skipped`. All may be compressed (gzip, bzip2, xz,
+    Zstandard). A directory that ``datasets.Dataset.save_to_disk`` wrote gives one document per row; ``hf:NAME`` or
+    ``hf:NAME:CONFIGURATION`` streams a data set of the Hugging Face hub. A file or directory that is reached twice is
+    read once. A byte order mark before a text is taken off.
 
     Args:
         paths: files, directories, ``hf:`` names.
-        text_column: field or column with the text.
-        split: which part of a Hugging Face data set that has several.
+        text_column: field or column with the text; by default ``text``.
+        split: which part of a Hugging Face data set that has several; by default ``train``.
+        format: what all files but data sets and Parquet are, where they are not to be recognised.
 
     Raises:
         DataError: a path does not exist, or ``paths`` is empty. While reading: an explicitly named file is empty,
             unreadable or not UTF-8; a JSON line is malformed; compressed data is damaged; the text column or an extra
-            is missing; no document was found.
+            is missing; an option was given that no file uses; no document was found.
     """
 
     def __init__(
-        self, paths: Sequence[str | os.PathLike[str]], *, text_column: str = "text", split: str = "train"
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        *,
+        text_column: str | None = None,
+        split: str | None = None,
+        format: Format = "auto",
     ) -> None:
         self.paths = tuple(os.fspath(path) for path in paths)
-        self._text_column = text_column
-        self._split = split
-        self._hubs = {path: HubReader(path, text_column, split) for path in self.paths if path.startswith(HUB_PREFIX)}
+        self._text_column = text_column or "text"
+        self._split = split or "train"
+        self._format: Format = format
+        given: dict[Option, str | None] = {"text_column": text_column, "split": split, "format": format}
+        self._given: dict[Option, str | None] = {
+            option: value for option, value in given.items() if value not in (None, "auto")
+        }
+        hubs = [path for path in self.paths if path.startswith(HUB_PREFIX)]
+        self._hubs = {path: HubReader(path, self._text_column, self._split) for path in hubs}
         self._readers: list[Reader] = []
         self._current = 0
         self.skipped: Counter[str] = Counter()
-        """Number of files and empty records passed over in the last reading, by reason."""
+        """Number of files and of records without a text passed over in the last reading, by reason."""
+        self.recognised: Counter[str] = Counter()
+        """Number of files in the last reading that were told by their content, against their names, by what it is."""
         if not self.paths:
             raise DataError("no paths were given; expected at least one file or directory with text.")
         for path in self.paths:
             if path not in self._hubs and not Path(path).exists():
-                raise DataError(f"{path} does not exist (looked from {Path.cwd()}); expected a file or a directory.")
+                raise DataError(
+                    f"{path_text(path)} does not exist (looked from {Path.cwd()}); expected a file or a directory."
+                )
 
     def __iter__(self) -> Iterator[Document]:
         n_documents = 0
@@ -91,7 +124,7 @@ class Corpus:
         """
         summary = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()) if count)
         raise DataError(
-            f"no text was found in {', '.join(self.paths)} (passed over: {summary or 'nothing'}). "
+            f"no text was found in {', '.join(map(path_text, self.paths))} (passed over: {summary or 'nothing'}). "
             "Name the files themselves if their suffix is not a usual one of text."
         )
 
@@ -102,16 +135,31 @@ class Corpus:
         """
         start = start or Place()
         self.skipped = Counter()
+        self.recognised = Counter()
         self._readers = list(self._list())
+        self._require_used()
         for number, reader in enumerate(self._readers):
             if number < start.file:
                 continue
             self._current = number
             for record in reader.read(start.record if number == start.file else 0, self.skipped):
-                if record.text:
-                    yield Document(record.where, record.text), Place(number, record.number + 1)
+                text = record.text and record.text.removeprefix(_BYTE_ORDER_MARK)
+                if text:
+                    yield Document(record.where, text), Place(number, record.number + 1)
                 else:
-                    self.skipped["empty"] += 1
+                    self.skipped["null" if text is None else "empty"] += 1
+            if reader.recognised:
+                self.recognised[reader.recognised] += 1
+
+    def _require_used(self) -> None:
+        """Refuse an option that changes nothing: whoever gave it believes that the files are something else."""
+        for option, value in self._given.items():
+            if self._readers and not any(reader.uses(option) for reader in self._readers):
+                raise DataError(
+                    f"--{option.replace('_', '-')} {shown(value)} was given, and nothing in "
+                    f"{', '.join(map(path_text, self.paths))} {_USED_BY[option]}. Leave the option out, or name the "
+                    "files it is meant for."
+                )
 
     def texts(self) -> Iterator[str]:
         """Yield only the texts of the documents, for example to train a tokenizer."""
@@ -129,11 +177,11 @@ class Corpus:
     @property
     def options(self) -> dict[str, str]:
         """What else decides which texts are read."""
-        return {"text_column": self._text_column, "split": self._split}
+        return {"text_column": self._text_column, "split": self._split, "format": self._format}
 
     def sources(self) -> tuple[str, ...]:
         """Where the texts come from: what the user named, with the revision of what comes from the hub."""
-        return tuple(self._hubs[path].source() if path in self._hubs else path for path in self.paths)
+        return tuple(self._hubs[path].source() if path in self._hubs else path_text(path) for path in self.paths)
 
     def progress(self) -> tuple[int, int]:
         """Bytes read in the current reading, and in all; (0, 0) if that is not known."""
@@ -157,16 +205,23 @@ class Corpus:
             if resolved.is_dir():
                 yield SavedReader(Path(path), self._text_column, self._split)
             else:
-                yield FileReader(Path(path), explicit=explicit, text_column=self._text_column)
+                yield FileReader(Path(path), explicit=explicit, text_column=self._text_column, format=self._format)
 
     def _paths(self) -> Iterator[tuple[str, bool]]:
         """Every file, directory that is a data set, and hub name; and whether the user named it."""
-        suffixes = TEXT_SUFFIXES | JSON_LINES_SUFFIXES | {PARQUET_SUFFIX}
+        walked: set[str] = set()
         for path in self.paths:
             if path in self._hubs or not Path(path).is_dir() or is_saved_dataset(Path(path)):
                 yield path, True
                 continue
-            for directory, subdirectories, names in os.walk(path):
+            # A directory that links make reachable from itself is met again, and known by its real name.
+            for directory, subdirectories, names in os.walk(path, onerror=self._unreadable, followlinks=True):
+                real = os.path.realpath(directory)
+                if real in walked:
+                    subdirectories.clear()
+                    self.skipped["given twice"] += 1
+                    continue
+                walked.add(real)
                 if is_saved_dataset(Path(directory)):
                     subdirectories.clear()
                     yield directory, False
@@ -178,15 +233,27 @@ class Corpus:
                 self.skipped["hidden"] += sum(name.startswith(".") for name in (*subdirectories, *names))
                 subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
                 for name in sorted(names):
-                    if name.startswith("."):
-                        continue
-                    file = Path(directory, name)
-                    if not file.is_file():
-                        self.skipped["not a file"] += 1
-                    elif file_kind(file) not in suffixes:
-                        self.skipped["not a text suffix"] += 1
-                    else:
-                        yield str(file), False
+                    if self._taken(directory, name):
+                        yield str(Path(directory, name)), False
+
+    def _taken(self, directory: str, name: str) -> bool:
+        """Whether a file in a directory is read, by its name; if not, it is counted."""
+        if name.startswith("."):
+            return False
+        file = Path(directory, name)
+        kind = file_kind(file)
+        if not file.is_file():
+            self.skipped["not a file"] += 1
+        elif kind in ARCHIVE_SUFFIXES:
+            self.skipped["archive (unpack it to have its texts)"] += 1
+        elif kind not in TEXT_SUFFIXES | JSON_LINES_SUFFIXES | {PARQUET_SUFFIX}:
+            self.skipped["not a text suffix"] += 1
+        else:
+            return True
+        return False
+
+    def _unreadable(self, error: OSError) -> None:
+        self.skipped["unreadable"] += 1
 
 
 def stdlib_corpus() -> tuple[list[Document], list[Document]]:
@@ -210,7 +277,7 @@ def stdlib_corpus() -> tuple[list[Document], list[Document]]:
             file = Path(directory, name)
             source = file.relative_to(root)
             try:
-                text = decode_utf8(file.read_bytes(), str(file))
+                text = decode_utf8(file.read_bytes(), path_text(file))
             except (DataError, OSError):
                 continue
             if text:

@@ -1,10 +1,12 @@
-"""Tokens that other projects prepared: nanoGPT, llm.c and Megatron, taken over into a data set of ours.
+"""Tokens that other projects prepared: nanoGPT, llm.c, Megatron and NumPy files, taken over into a data set of ours.
 
 They are copied and not read in place: what they lack (the tokenizer, checksums, where documents begin, how many bytes
 of text they stand for) is what the rest of the project relies on.
 
 ======== ========== ==============================================================================================
-nanoGPT  ``.bin``   uint16 ids and nothing else; the end-of-document token follows (or precedes) every document
+nanoGPT  ``.bin``   ids and nothing else (uint16, if nobody says otherwise and nothing speaks against it); the
+                    end-of-document token follows (or precedes) every document
+NumPy    ``.npy``   what ``numpy.save`` writes of a 1-d array of whole numbers; documents as for nanoGPT
 llm.c    ``.bin``   256 int32 of header (magic 20240520: uint16 ids, 20240801: uint32; version; number of ids), ids
 Megatron ``.idx``   ``MMIDIDX\\0\\0``, int64 version 1, uint8 type code, int64 sequences, int64 document bounds, then
                     int32 length and int64 byte offset of every sequence, and int64 first sequence of every document;
@@ -21,14 +23,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from taipan.content import HEAD_BYTES, other_format
 from taipan.data.manifest import LICENCE_NOTE
 from taipan.data.shards import TokenDataset, require_replaceable
 from taipan.data.tokenizer import Tokenizer
 from taipan.data.writer import DatasetWriter
-from taipan.errors import DataError
-from taipan.io import atomic_directory
+from taipan.errors import ConfigError, DataError, brief, shown
+from taipan.io import atomic_directory, path_text
+
+RAW_TYPES = ("uint16", "uint32", "int32", "int64")
+"""Types that ids in files without a header can be said to have."""
 
 _CHUNK_TOKENS = 1 << 20
+_SAMPLE_BYTES = 1 << 20
+_MOST = 0.99  # of the numbers make ids: the others may be damaged
+
+_NUMPY_MAGIC = b"\x93NUMPY"
 
 _LLMC_HEADER_BYTES = 1024
 _LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
@@ -46,38 +56,56 @@ class TokenFile:
         path: the file.
         tokens: its ids, memory-mapped; 1-d.
         bounds: first id of every document, and then the number of ids; None: documents end at the end token.
+        raw: whether nothing in the file says what type its ids have.
     """
 
     path: Path
     tokens: NDArray[Any]
     bounds: NDArray[np.int64] | None
+    raw: bool = False
 
 
-def open_tokens(path: Path) -> TokenFile:
-    """Open a token file of nanoGPT, llm.c (``.bin``) or Megatron (its ``.idx``, or its ``.bin`` with one beside it).
+def open_tokens(path: Path, vocab_size: int, dtype: str | None = None) -> TokenFile:
+    """Open a token file: NumPy's, nanoGPT's, llm.c's, or Megatron's (``.idx``, or its ``.bin`` with one beside it).
+
+    A file without a header is taken for uint16 only if nothing speaks against it: the tokenizer has no more ids than
+    that, the file is nothing else by its first bytes, and its numbers do not make ids of a wider type as well.
+
+    Args:
+        path: the file.
+        vocab_size: ids that the tokenizer has.
+        dtype: one of :data:`RAW_TYPES`, little-endian: what a file without a header holds.
 
     Raises:
-        DataError: it is missing, empty, of another format, or its size is not what its header says.
+        DataError: it is missing, empty, of another format or perhaps of another type, or its size is not what its
+            header says.
     """
     index = path.with_suffix(".idx")
     if index.is_file():
         return _open_megatron(index)
     if path.suffix == ".idx" or not path.is_file():
-        raise DataError(f"{path} does not exist; expected a token file (.bin of nanoGPT or llm.c, .idx of Megatron).")
+        raise DataError(
+            f"{path_text(path)} does not exist; expected a token file: .npy, .bin, or the .idx of Megatron."
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(12)
-    magic, version, count = struct.unpack("<iii", head) if len(head) == 12 else (0, 0, 0)
+        head = file.read(HEAD_BYTES)
+    magic, version, count = struct.unpack("<iii", head[:12]) if len(head) >= 12 else (0, 0, 0)
     if magic in _LLMC_TYPES and size >= _LLMC_HEADER_BYTES:
-        dtype = np.dtype(_LLMC_TYPES[magic])
-        _require_size(path, size, _LLMC_HEADER_BYTES + count * dtype.itemsize, f"llm.c header, version {version}")
-        return TokenFile(path, _map(path, dtype, _LLMC_HEADER_BYTES, count), None)
-    if size == 0 or size % 2:
+        kind = np.dtype(_LLMC_TYPES[magic])
+        _require_size(path, size, _LLMC_HEADER_BYTES + count * kind.itemsize, f"llm.c header, version {version}")
+        return TokenFile(path, _map(path, kind, _LLMC_HEADER_BYTES, count), None)
+    if head.startswith(_NUMPY_MAGIC):
+        return TokenFile(path, _open_numpy(path), None)
+    kind = np.dtype(dtype or "uint16").newbyteorder("<")
+    if size == 0 or size % kind.itemsize:
         raise DataError(
-            f"{path} has {size:,} bytes; expected a positive even number, the uint16 ids of nanoGPT. It is truncated "
-            "or of another format."
+            f"{path_text(path)} has {size:,} bytes; expected a positive multiple of {kind.itemsize}, the "
+            f"{kind.name} ids of a file without a header. It is truncated or of another format."
         )
-    return TokenFile(path, _map(path, np.dtype("<u2"), 0, size // 2), None)
+    if dtype is None:
+        _require_uint16(path, head, vocab_size)
+    return TokenFile(path, _map(path, kind, 0, size // kind.itemsize), None, raw=True)
 
 
 def import_tokens(
@@ -85,6 +113,7 @@ def import_tokens(
     tokenizer: Tokenizer,
     out_dir: Path,
     *,
+    dtype: str | None = None,
     shard_tokens: int = 1 << 26,
     licence: str = LICENCE_NOTE,
     progress: Callable[[int, int], None] | None = None,
@@ -98,6 +127,7 @@ def import_tokens(
         paths: files as :func:`open_tokens` takes them, in the order of the data set.
         tokenizer: the one that made the ids.
         out_dir: the directory to make. A data set that is there is replaced; anything else in the way is an error.
+        dtype: what files without a header hold, see :func:`open_tokens`.
         shard_tokens: tokens per shard file.
         licence: what the manifest says about the licence of the texts.
         progress: is told how many ids are done, of how many.
@@ -106,10 +136,17 @@ def import_tokens(
         The opened data set.
 
     Raises:
+        ConfigError: ``dtype`` is none of them.
         DataError: a file is not what it should be, or holds an id that the tokenizer does not have; there is no
-            document; ``out_dir`` holds something else.
+            document; ``dtype`` was given and every file has a header; ``out_dir`` holds something else.
     """
-    files = [open_tokens(path) for path in paths]
+    if dtype is not None and dtype not in RAW_TYPES:
+        raise ConfigError(f"--dtype is {shown(dtype)}; expected one of {', '.join(RAW_TYPES)}.")
+    files = [open_tokens(path, tokenizer.vocab_size, dtype) for path in paths]
+    if dtype is not None and not any(file.raw for file in files):
+        raise DataError(
+            f"--dtype {dtype} was given, and every file says in its header what it holds. Leave the option out."
+        )
     require_replaceable(out_dir)
     total, done = sum(len(file.tokens) for file in files), 0
     measure = _measure(tokenizer)
@@ -122,7 +159,7 @@ def import_tokens(
                 if progress is not None:
                     done = min(total, done + len(ids))
                     progress(done, total)
-        writer.finish(sources=[str(path) for path in paths], licence=licence)
+        writer.finish(sources=[path_text(path) for path in paths], licence=licence)
     return TokenDataset.open(out_dir, verify=False)
 
 
@@ -134,8 +171,9 @@ def _documents(file: TokenFile, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[
             wrong = np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))
             if len(wrong):
                 raise DataError(
-                    f"{file.path} holds the id {ids[wrong[0]]} at {first + wrong[0]:,}, and the tokenizer has "
-                    f"{tokenizer.vocab_size:,} ids. Name the tokenizer that made the file by --tokenizer."
+                    f"{path_text(file.path)} holds the id {ids[wrong[0]]} at {first + wrong[0]:,}, and the tokenizer "
+                    f"has {tokenizer.vocab_size:,} ids. Name the tokenizer that made the file by --tokenizer"
+                    f"{', or the type of its ids by --dtype.' if file.raw else '.'}"
                 )
             yield ids, first + _CHUNK_TOKENS >= stop
 
@@ -167,19 +205,82 @@ def _measure(tokenizer: Tokenizer) -> Callable[[NDArray[np.int64]], int]:
     return lambda ids: int(sizes[ids].sum())
 
 
+def _open_numpy(path: Path) -> NDArray[Any]:
+    """The array of a ``.npy`` file, memory-mapped."""
+    name = path_text(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # of a damaged header NumPy's parser says much, in many classes
+        raise DataError(f"{name} is damaged or no NumPy array of numbers: {brief(error)}. Save it again.") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"{name} holds an array of {array.dtype} of shape {array.shape}; expected whole numbers in one dimension, "
+            "the ids one after the other. Save it so: numpy.save(FILE, array.reshape(-1))."
+        )
+    _require_size(path, path.stat().st_size, array.offset + array.nbytes, "NumPy header")
+    return array
+
+
+def _require_uint16(path: Path, head: bytes, vocab_size: int) -> None:
+    """Refuse to take a file without a header for uint16 ids if something speaks against it."""
+    name = path_text(path)
+    if what := other_format(head):
+        raise DataError(f"{name} is no file of token ids: {what}")
+    if vocab_size > 1 << 16:
+        raise DataError(
+            f"{name} has no header that says what type its ids have, and {vocab_size:,} ids do not fit uint16, which "
+            "such files usually hold. Name the type by --dtype (uint32, say)."
+        )
+    if _is_text(head):
+        raise DataError(
+            f"{name} looks like text, not like token ids. `taipan data prepare` encodes text; if these are ids, say "
+            "by --dtype uint16 that they are."
+        )
+    sample = _sample(path)
+    for wider in ("<u8", "<u4"):
+        kind = np.dtype(wider)
+        if path.stat().st_size % kind.itemsize == 0 and (sample.view(kind) < vocab_size).mean() > _MOST:
+            zeros = float((sample.view("<u2") == 0).mean())
+            raise DataError(
+                f"{name} has no header, and its numbers make ids of this tokenizer as uint16 and as {kind.name} "
+                f"({100 * zeros:.0f} % of the 16-bit numbers are 0). Say by --dtype which they are: "
+                f"{'uint16, uint32 or int64' if kind.itemsize == 8 else 'uint16 or uint32'}."
+            )
+
+
+def _sample(path: Path) -> NDArray[np.uint8]:
+    """The first and the last mebibyte of a file, or all of it; a multiple of 8 bytes unless it is all."""
+    data = np.memmap(path, np.uint8, mode="r")
+    if len(data) <= 2 * _SAMPLE_BYTES:
+        return np.asarray(data)
+    tail = len(data) // 8 * 8 - _SAMPLE_BYTES
+    return np.concatenate([data[:_SAMPLE_BYTES], data[tail : tail + _SAMPLE_BYTES]])
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether bytes are UTF-8 without the control characters that no text has."""
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # the last character may be cut
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(character.isprintable() or character.isspace() for character in text)
+
+
 def _open_megatron(index: Path) -> TokenFile:
     with index.open("rb") as file:
         head = file.read(_MEGATRON_HEADER.size)
     if not head.startswith(_MEGATRON_MAGIC) or len(head) < _MEGATRON_HEADER.size:
         raise DataError(
-            f"{index} is no index of Megatron: it begins with {head[:9]!r}, expected {_MEGATRON_MAGIC!r}. "
+            f"{path_text(index)} is no index of Megatron: it begins with {head[:9]!r}, expected {_MEGATRON_MAGIC!r}. "
             "Copy it again."
         )
     _, version, code, n_sequences, n_bounds = _MEGATRON_HEADER.unpack(head)
     if version != 1 or code not in _MEGATRON_TYPES:
         raise DataError(
-            f"{index} is of version {version} with type code {code}; expected version 1 and a type of whole numbers "
-            f"({', '.join(map(str, _MEGATRON_TYPES))})."
+            f"{path_text(index)} is of version {version} with type code {code}; expected version 1 and a type of "
+            f"whole numbers ({', '.join(map(str, _MEGATRON_TYPES))})."
         )
     dtype = np.dtype(_MEGATRON_TYPES[code])
     size = index.stat().st_size
@@ -200,10 +301,14 @@ def _open_megatron(index: Path) -> TokenFile:
         and bool((np.diff(first_sequences) >= 0).all())
     )
     if not consistent:
-        raise DataError(f"{index} is damaged: its lengths, offsets and documents contradict each other. Copy it again.")
+        raise DataError(
+            f"{path_text(index)} is damaged: its lengths, offsets and documents contradict each other. Copy it again."
+        )
     data = index.with_suffix(".bin")
     if not data.is_file():
-        raise DataError(f"{data} is missing: it holds the ids that {index} speaks of. Copy it beside.")
+        raise DataError(
+            f"{path_text(data)} is missing: it holds the ids that {path_text(index)} speaks of. Copy it beside."
+        )
     _require_size(data, data.stat().st_size, int(starts[-1]) * dtype.itemsize, f"{index.name}")
     return TokenFile(data, _map(data, dtype, 0, int(starts[-1])), starts[first_sequences])
 
@@ -211,7 +316,7 @@ def _open_megatron(index: Path) -> TokenFile:
 def _require_size(path: Path, size: int, expected: int, says: str) -> None:
     if size != expected:
         raise DataError(
-            f"{path} has {size:,} bytes, expected {expected:,} by its {says}: it is truncated or damaged. "
+            f"{path_text(path)} has {size:,} bytes, expected {expected:,} by its {says}: it is truncated or damaged. "
             "Copy it again."
         )
 

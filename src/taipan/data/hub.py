@@ -3,16 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from taipan.data.readers import Record, needed
-from taipan.errors import DataError
+from taipan.data.records import Option, Record, column_records, require_text_column
+from taipan.data.streams import needed
+from taipan.errors import DataError, brief, shown
+from taipan.io import path_text
 
 HUB_PREFIX = "hf:"
 
 _EXTRA = "datasets"
 _ONE = "dataset_info.json"
 _SEVERAL = "dataset_dict.json"
+_ROWS = 1024
 
 
 class SavedReader:
@@ -29,9 +31,11 @@ class SavedReader:
 
     def __init__(self, path: Path, text_column: str, split: str) -> None:
         self._path = path
+        self._name = path_text(path)
         self._text_column = text_column
         self._split = split
         self.position = 0
+        self.recognised = None
 
     @property
     def _directory(self) -> Path:
@@ -41,7 +45,7 @@ class SavedReader:
         if not (directory / _ONE).is_file():
             splits = sorted(entry.name for entry in self._path.iterdir() if (entry / _ONE).is_file())
             raise DataError(
-                f"{self._path} has no split {self._split!r}. It has: {', '.join(splits) or 'none'}. "
+                f"{self._name} has no split {shown(self._split)}. It has: {', '.join(splits) or 'none'}. "
                 "Name one by --split."
             )
         return directory
@@ -56,24 +60,37 @@ class SavedReader:
         files = sorted(self._directory.iterdir())
         return [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
 
+    def uses(self, option: Option) -> bool:
+        """Whether what is read depends on this option."""
+        return option == "text_column" or (option == "split" and (self._path / _SEVERAL).is_file())
+
     def read(self, start: int, skipped: "Counter[str]") -> Iterator[Record]:
         """Yield the rows from number ``start`` on."""
-        datasets = needed("datasets", _EXTRA, f"{self._path}, a saved Hugging Face data set,")
+        datasets = needed("datasets", _EXTRA, f"{self._name}, a saved Hugging Face data set,")
         directory = self._directory
         try:
             data = datasets.load_from_disk(str(directory))
-            _require_text(data.features, self._text_column, str(self._path))
+            require_text_column(data.data.schema, self._text_column, self._name)
             n_bytes, n_rows = self.n_bytes, len(data)
             if start >= n_rows:
                 return
-            rows = data.select_columns([self._text_column]).select(range(start, n_rows))
-            for number, row in enumerate(rows, start):
+            rows = data.select_columns([self._text_column]).select(range(start, n_rows)).with_format("arrow")
+            number = start
+            for table in rows.iter(_ROWS):
                 self.position = n_bytes * number // n_rows
-                yield Record(number, f"{self._path}:{number + 1}", row[self._text_column] or "")
-        except (OSError, ValueError) as error:  # pyarrow's errors are these
+                yield from column_records(table.column(0), number, self._text_column, self._name)
+                number += len(table)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self._name} cannot be read: the name of the directory is not UTF-8, and the library `datasets` "
+                "takes no other. Rename it."
+            ) from error
+        except Exception as error:  # of a damaged file the libraries say much, in many classes
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{self._path} is damaged or no data set: {error}. Copy or save it again.") from error
+            raise DataError(
+                f"{self._name} is damaged or no data set: {brief(error)}. Copy or save it again."
+            ) from error
 
 
 class HubReader:
@@ -100,10 +117,15 @@ class HubReader:
         self._split = split
         self._revision = revision or None
         self.position = 0
+        self.recognised = None
 
     def stamp(self) -> list[object]:
         """Name, configuration, split and revision."""
         return [self._repository, self._configuration, self._split, self._resolved()]
+
+    def uses(self, option: Option) -> bool:
+        """Whether what is read depends on this option."""
+        return option in ("text_column", "split")
 
     def source(self) -> str:
         """Name with the revision that is read, for the manifest."""
@@ -117,19 +139,17 @@ class HubReader:
             data = datasets.load_dataset(
                 self._repository, self._configuration, split=self._split, revision=self._resolved(), streaming=True
             )
-            if data.features is not None:
-                _require_text(data.features, self._text_column, self._name)
-            for number, row in enumerate(data.skip(start), start):
-                text = row.get(self._text_column)
-                if text is not None and not isinstance(text, str):
-                    raise DataError(f"{self._name}, row {number + 1}: the column {self._text_column!r} holds no text.")
-                yield Record(number, f"{self._name}:{number + 1}", text or "")
+            number = start
+            for table in (data.skip(start) if start else data).with_format("arrow").iter(_ROWS):
+                require_text_column(table.schema, self._text_column, self._name)
+                yield from column_records(table.column(self._text_column), number, self._text_column, self._name)
+                number += len(table)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{self._name} cannot be read: {error}. Check name, configuration (hf:NAME:CONFIGURATION), --split and "
-                "the network; what was prepared so far is kept."
+                f"{self._name} cannot be read: {brief(error)}. Check name, configuration (hf:NAME:CONFIGURATION), "
+                "--split and the network; what was prepared so far is kept."
             ) from error
 
     def _resolved(self) -> str | None:
@@ -138,21 +158,12 @@ class HubReader:
             try:
                 self._revision = hub.HfApi().dataset_info(self._repository).sha
             except (OSError, ValueError, RuntimeError) as error:
-                raise DataError(f"{self._name} cannot be found: {error}. Check its name and the network.") from error
+                raise DataError(
+                    f"{self._name} cannot be found: {brief(error)}. Check its name and the network."
+                ) from error
         return self._revision
 
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether ``save_to_disk`` wrote this directory."""
     return (path / _SEVERAL).is_file() or ((path / _ONE).is_file() and (path / "state.json").is_file())
-
-
-def _require_text(features: Any, column: str, name: str) -> None:
-    if column not in features:
-        raise DataError(
-            f"{name} has no column {column!r}. It has: {', '.join(features)}. Name the one with the text by "
-            "--text-column."
-        )
-    kind = getattr(features[column], "dtype", None)
-    if kind not in ("string", "large_string"):
-        raise DataError(f"{name}: the column {column!r} holds {kind or features[column]}; expected text.")

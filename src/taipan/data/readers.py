@@ -1,20 +1,23 @@
-"""The records of one file: plain text, JSON lines or Parquet, compressed or not."""
+"""The records of one file: plain text, JSON lines or Parquet, compressed or not.
 
-import bz2
-import gzip
+What a file holds is told by its content. Its name decides only where the content leaves a choice: what is called JSON
+lines or Parquet must be that. What is something else, or could be two things, is refused (or, in a directory and not
+meant as data by its name, passed over and counted).
+"""
+
 import json
-import lzma
-import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from importlib import import_module
-from io import BufferedIOBase, BufferedReader
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import IO, Any, Literal, cast
 
-from taipan.errors import DataError, how_to_install
-from taipan.io import decode_utf8
+from taipan.content import BYTE_ORDER_MARK, encoding, is_parquet, not_text
+from taipan.data.records import Option, Record, column_records, listed, require_text_column
+from taipan.data.streams import COMPRESSION_SUFFIXES, Unpacked, needed, on_disk, unpacked
+from taipan.errors import DataError, brief, shown
+from taipan.io import decode_utf8, parse_json, path_text
 
 _PROSE = ".txt .text .md .markdown .rst .adoc .org .tex .bib .srt .tokens .log"
 _CODE = (
@@ -26,61 +29,40 @@ _MARKUP = ".json .yaml .yml .toml .ini .cfg .conf .xml .csv .tsv .cmake .mk .gra
 TEXT_SUFFIXES = frozenset(f"{_PROSE} {_CODE} {_MARKUP}".split())
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PARQUET_SUFFIX = ".parquet"
-COMPRESSION_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
+ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"})
 
+Format = Literal["auto", "text", "jsonl"]
+"""What files are read as: what they are recognised to be, or text or JSON lines because the user says so."""
+
+_Kind = Literal["text", "JSON lines", "Parquet"]
 _PARQUET_ROWS = 1024
-
-
-class Record(NamedTuple):
-    """A text: its number in what it was read from, where it stands for people, and the text."""
-
-    number: int
-    where: str
-    text: str
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """Texts in a fixed order that can be entered at any record."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of what is read, for progress; 0 if it is not known."""
-        ...
-
-    @property
-    def position(self) -> int:
-        """How much of it has been read."""
-        ...
-
-    def stamp(self) -> list[object]:
-        """Plain values that change when the content does."""
-        ...
-
-    def read(self, start: int, skipped: "Counter[str]") -> Iterator[Record]:
-        """Yield the records from number ``start`` on; what is passed over is counted by reason."""
-        ...
 
 
 class FileReader:
     """The records of one file: the lines of JSON lines, the rows of Parquet, and of any other file its whole text.
 
     Args:
-        path: the file. What it holds is told by its suffix, below one of compression.
+        path: the file.
         explicit: whether the user named it. Then it must be readable text; otherwise what is not is passed over.
         text_column: field or column with the text.
+        format: what it holds, if the user says so.
 
     Raises (while reading):
-        DataError: damaged, without the text column, not UTF-8, empty (if explicit), or needing an extra.
+        DataError: damaged, without the text column, not UTF-8, empty (if explicit), not what its name or ``format``
+            says, or needing an extra.
     """
 
-    def __init__(self, path: Path, *, explicit: bool = True, text_column: str = "text") -> None:
+    def __init__(
+        self, path: Path, *, explicit: bool = True, text_column: str = "text", format: Format = "auto"
+    ) -> None:
         self.path = path
         self.position = 0
-        self._raw: BufferedIOBase | None = None
+        self.recognised: str | None = None
+        self._name = path_text(path)
         self._explicit = explicit
         self._text_column = text_column
-        self._kind = file_kind(path)
+        self._format = format
+        self._named = file_kind(path)
 
     @property
     def n_bytes(self) -> int:
@@ -92,141 +74,219 @@ class FileReader:
         status = self.path.stat()
         return [str(self.path), status.st_size, status.st_mtime_ns]
 
+    def uses(self, option: Option) -> bool:
+        """Whether it holds records with fields, for the text column; whether it is no Parquet file, for the format."""
+        if option == "split":
+            return False
+        if self._named == PARQUET_SUFFIX or self._named in JSON_LINES_SUFFIXES:
+            return option == "text_column" or self._named != PARQUET_SUFFIX
+        if option == "format" or self._format == "jsonl" or not self.path.is_file():  # a pipe can be read only once
+            return True
+        with suppress(DataError, OSError), unpacked(self.path) as content:
+            return self._kind(content) in ("JSON lines", "Parquet")
+        return False
+
     def read(self, start: int, skipped: "Counter[str]") -> Iterator[Record]:
         """Yield the records from number ``start`` on."""
         try:
-            if self._kind == PARQUET_SUFFIX:
-                yield from self._read_parquet(start)
-                return
-            with self._open() as stream:
-                if self._kind in JSON_LINES_SUFFIXES:
-                    yield from self._read_json_lines(stream, start, skipped)
+            with unpacked(self.path) as content:
+                kind = self._kind(content)
+                if kind == "Parquet":
+                    yield from self._read_parquet(content, start)
+                elif kind == "JSON lines":
+                    yield from self._read_json_lines(content, start, skipped)
                 elif start == 0:
-                    yield from self._read_text(stream.read(), skipped)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            if not isinstance(error, OSError) or error.errno is None:  # from a decompressor, not from the system
-                raise DataError(f"{self.path} is damaged: {error}. Copy or compress it again.") from error
+                    yield from self._read_text(content, skipped)
+        except OSError as error:
             if self._explicit:
-                raise DataError(f"{self.path} cannot be read: {error.strerror}.") from error
+                raise DataError(f"{self._name} cannot be read: {error.strerror or error}.") from error
             skipped["unreadable"] += 1
 
-    @contextmanager
-    def _open(self) -> Generator[BufferedIOBase]:
-        """The content of the file."""
-        with ExitStack() as stack:
-            raw = self._raw = stack.enter_context(self.path.open("rb"))
-            suffix = self.path.suffix.lower()
-            if suffix == ".gz":
-                yield stack.enter_context(gzip.GzipFile(fileobj=raw))
-            elif suffix == ".bz2":
-                yield stack.enter_context(bz2.BZ2File(raw))
-            elif suffix == ".xz":
-                yield stack.enter_context(lzma.LZMAFile(raw))
-            elif suffix == ".zst":
-                # Not the zstandard package: its stream reader takes a truncated file for a whole one.
-                arrow = needed("pyarrow", "data", str(self.path))
-                inner = arrow.CompressedInputStream(arrow.PythonFile(raw, mode="r"), "zstd")
-                yield stack.enter_context(BufferedReader(inner))
-            else:
-                yield raw
-
-    def _read_text(self, data: bytes, skipped: "Counter[str]") -> Iterator[Record]:
-        name = str(self.path)
-        if self._explicit:
-            if not data:
-                raise DataError(f"{name} is empty; expected text.")
-            yield Record(0, name, decode_utf8(data, name))
-        elif not data:
-            skipped["empty"] += 1
-        elif b"\0" in data:
-            skipped["binary"] += 1
+    def _kind(self, content: Unpacked) -> _Kind:
+        """What it holds; by its name and what the user says as far as the content leaves a choice."""
+        self.recognised = None
+        if self._format == "text":
+            return "text"
+        head = content.head()
+        if is_parquet(head) or self._named == PARQUET_SUFFIX:
+            if self._format != "auto":
+                raise DataError(f"{self._name} is a Parquet file, and --format {self._format} says otherwise.")
+            kind: _Kind = "Parquet"
+        elif self._format == "jsonl" or self._named in JSON_LINES_SUFFIXES:
+            if what := not_text(head):
+                raise DataError(f"{self._name} holds no JSON lines: {what}")
+            return "JSON lines"
         else:
-            try:
-                text = decode_utf8(data, name)
-            except DataError:
-                skipped["not UTF-8"] += 1
-                return
-            yield Record(0, name, text)
+            kind = "JSON lines" if _holds_json_lines(content.stream, head, self._text_column) else "text"
+            content.stream.seek(0)
+        if kind == "JSON lines" or (kind == "Parquet" and self._named != PARQUET_SUFFIX):
+            self.recognised = kind
+        return kind
 
-    def _read_json_lines(self, stream: BufferedIOBase, start: int, skipped: "Counter[str]") -> Iterator[Record]:
+    def _read_text(self, content: Unpacked, skipped: "Counter[str]") -> Iterator[Record]:
+        data = content.stream.read()
+        if reason := self._why_no_text(data):
+            what, advice = reason
+            if self._explicit:
+                raise DataError(f"{self._name}{advice}")
+            skipped[what] += 1
+            return
+        try:
+            text = decode_utf8(data, self._name)
+        except DataError:
+            if self._explicit:
+                raise
+            skipped["not UTF-8"] += 1
+            return
+        if self._format == "auto" and _is_json_with(text, self._text_column):
+            raise DataError(
+                f"{self._name} is JSON that holds its texts in a field {shown(self._text_column)}, but no JSON lines: "
+                f"{_ONE_A_LINE}. Write it so (for a list: jq -c '.[]' FILE > FILE.jsonl), or say by --format text that "
+                "the JSON itself is the text."
+            )
+        self.position = self.n_bytes
+        yield Record(0, self._name, text)
+
+    def _why_no_text(self, data: bytes) -> tuple[str, str] | None:
+        """Why the content cannot be taken for text: in a word to count it by, and as the rest of a sentence."""
+        if not data:
+            return "empty", " is empty; expected text."
+        if self._format == "text":
+            return None
+        if what := not_text(data):
+            return "not UTF-8" if encoding(data[:4096]) else "binary", f" cannot be read as text: {what}"
+        if (place := data.find(b"\0")) >= 0:
+            return "binary", f" is binary: it has a zero byte at offset {place:,}. Name files of text."
+        return None
+
+    def _read_json_lines(self, content: Unpacked, start: int, skipped: "Counter[str]") -> Iterator[Record]:
         n_lines = 0
-        for number, line in enumerate(stream):
+        for number, line in enumerate(content.stream):
+            line = line.removeprefix(BYTE_ORDER_MARK)  # files that were joined bring theirs along
             if not line.strip():
                 continue
             n_lines += 1
             if number < start:
                 continue
-            self.position = self._raw.tell() if self._raw is not None else 0
-            where = f"{self.path}:{number + 1}"
-            try:
-                record: object = json.loads(decode_utf8(line, where))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON: {error}.") from error
-            column = self._text_column
-            text = cast("dict[str, object]", record).get(column) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{where} has no text; expected an object with a string field {column!r} on every line. "
-                    "--text-column names another field."
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot
-                raise DataError(
-                    f"{where}: the character {text[error.start]!r} at offset {error.start} of the field {column!r} is "
-                    "a lone surrogate, not text. Repair or remove the line."
-                ) from error
-            yield Record(number, where, text)
+            self.position = content.raw.tell()
+            where = f"{self._name}:{number + 1}"
+            yield Record(number, where, self._field(parse_json(decode_utf8(line, where), where), where))
         if n_lines == 0:
             if self._explicit:
-                raise DataError(f"{self.path} is empty; expected one JSON object per line.")
+                raise DataError(f"{self._name} is empty; expected {_ONE_A_LINE}.")
             skipped["empty"] += 1
 
-    def _read_parquet(self, start: int) -> Iterator[Record]:
-        parquet = needed("pyarrow.parquet", "data", str(self.path))
-        arrow = needed("pyarrow", "data", str(self.path))
+    def _field(self, record: object, where: str) -> str | None:
+        """The text of a line; None if it is null."""
         column = self._text_column
+        if not isinstance(record, dict) or column not in record:
+            fields = f"the fields {listed(list(cast('dict[str, object]', record)))}" if isinstance(record, dict) else ""
+            raise DataError(
+                f"{where} has no text: it holds {fields or shown(record)}; expected an object with a string field "
+                f"{shown(column)} on every line. --text-column names another field"
+                f"{'; --format text takes the file as it is.' if self.recognised else '.'}"
+            )
+        text = cast("dict[str, object]", record)[column]
+        if text is None:
+            return None
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where} has no text: its field {shown(column)} is {shown(text)}; expected a string (or null, which "
+                "is passed over). --text-column names another field."
+            )
         try:
-            with parquet.ParquetFile(self.path) as file:
-                if column not in file.schema_arrow.names:
-                    names = ", ".join(file.schema_arrow.names)
-                    raise DataError(
-                        f"{self.path} has no column {column!r}. It has: {names}. Name the one with the text by "
-                        "--text-column."
-                    )
-                kind = file.schema_arrow.field(column).type
-                if kind not in (arrow.string(), arrow.large_string()):
-                    raise DataError(f"{self.path}: the column {column!r} holds {kind}; expected text.")
-                number, n_bytes, n_rows = 0, self.n_bytes, file.metadata.num_rows
-                for group in range(file.num_row_groups):
-                    rows = file.metadata.row_group(group).num_rows
-                    if number + rows <= start:
-                        number += rows
-                        continue
-                    for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[column]):
-                        self.position = n_bytes * number // n_rows
-                        for text in batch.column(0).to_pylist():
-                            if number >= start:
-                                yield Record(number, f"{self.path}:{number + 1}", text or "")
-                            number += 1
-        except arrow.ArrowException as error:
-            raise DataError(f"{self.path} is damaged or no Parquet file: {error}. Copy it again.") from error
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot
+            raise DataError(
+                f"{where}: the character {text[error.start]!r} at offset {error.start} of the field {shown(column)} is "
+                "a lone surrogate, not text. Repair or remove the line."
+            ) from error
+        return text
+
+    def _read_parquet(self, content: Unpacked, start: int) -> Iterator[Record]:
+        parquet = needed("pyarrow.parquet", "data", self._name)
+        arrow = needed("pyarrow", "data", self._name)
+        column = self._text_column
+        with on_disk(content) as opened:
+            try:
+                # Opened here: pyarrow takes no name that is not UTF-8.
+                with parquet.ParquetFile(opened) as file:
+                    require_text_column(file.schema_arrow, column, self._name)
+                    number, n_bytes, n_rows = 0, self.n_bytes, file.metadata.num_rows
+                    for group in range(file.num_row_groups):
+                        rows = file.metadata.row_group(group).num_rows
+                        if number + rows <= start:
+                            number += rows
+                            continue
+                        # pyarrow takes a name for a path: "b.text" is also the field "text" of a column "b"
+                        for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[column]):
+                            self.position = n_bytes * number // n_rows
+                            array = batch.column(batch.schema.get_field_index(column))
+                            for record in column_records(array, number, column, self._name):
+                                if record.number >= start:
+                                    yield record
+                            number += len(array)
+            except (arrow.ArrowException, OSError) as error:  # an OSError without a number is pyarrow's
+                if getattr(error, "errno", None) is not None:
+                    raise
+                raise DataError(
+                    f"{self._name} is damaged or no Parquet file: {brief(error)}. Copy it again."
+                ) from error
 
 
 def file_kind(path: Path) -> str:
-    """Return the suffix that tells what a file holds, below one of compression if there is one."""
+    """Return the suffix that says what a file holds, below one of compression if there is one."""
     inner = Path(path.stem) if path.suffix.lower() in COMPRESSION_SUFFIXES else path
     return inner.suffix.lower()
 
 
-def needed(module: str, extra: str, for_what: str) -> Any:
-    """Import a module of an optional dependency.
+_ONE_A_LINE = "one JSON object per line"
 
-    Raises:
-        DataError: it is not installed; names the extra.
+
+def _holds_json_lines(stream: IO[bytes], head: bytes, column: str) -> bool:
+    """Whether the first lines are JSON objects, one a line.
+
+    Two of the first three lines are (or would be, were they not damaged); or the first one, and it has the column.
     """
+    if encoding(head) or not head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{"):
+        return False
+    lines = (line.removeprefix(BYTE_ORDER_MARK).strip() for line in stream)
+    first = list(islice((line for line in lines if line), 3))
+    objects = [_json_object(line) for line in first]
+    if objects[0] is not None and column in objects[0]:
+        return True
+    likely = [line for line in first if line.startswith(b"{") and line.endswith(b"}")]
+    return len(likely) > 1 and any(found is not None for found in objects)
+
+
+def _json_object(line: bytes) -> Collection[str] | None:
+    """The fields of the object on a line; None if it holds none."""
     try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise DataError(f"{for_what} needs {package}, which is not installed: {how_to_install(extra)}.") from error
+        value: object = json.loads(line.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    except (ValueError, RecursionError):  # endless numbers, endless nesting: it may have any, and reading will say so
+        return _ANY
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+class _Any(frozenset[str]):
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+_ANY = _Any()
+
+
+def _is_json_with(text: str, column: str) -> bool:
+    """Whether a text is a JSON object with a text in this field, or a list of such objects."""
+    text = text.lstrip()
+    if text.startswith("["):
+        text = text[1:].lstrip()
+    if not text.startswith("{"):
+        return False
+    try:
+        first: object = json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and isinstance(cast("dict[str, Any]", first).get(column), str)

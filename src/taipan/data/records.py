@@ -1,0 +1,105 @@
+"""What every reader gives: texts in a fixed order that can be entered anywhere; and the columns they come from."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from taipan.data.streams import needed
+from taipan.errors import DataError, brief, shown
+
+Option = Literal["text_column", "split", "format"]
+
+_LISTED = 20
+
+
+class Record(NamedTuple):
+    """A text: its number in what it was read from, where it stands for people, and the text; None: a null value."""
+
+    number: int
+    where: str
+    text: str | None
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Texts in a fixed order that can be entered at any record."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of what is read, for progress; 0 if it is not known."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """How much of it has been read."""
+        ...
+
+    @property
+    def recognised(self) -> str | None:
+        """What the content was taken for in the last reading, where the name says something else."""
+        ...
+
+    def stamp(self) -> list[object]:
+        """Plain values that change when the content does."""
+        ...
+
+    def uses(self, option: Option) -> bool:
+        """Whether what is read depends on this option."""
+        ...
+
+    def read(self, start: int, skipped: "Counter[str]") -> Iterator[Record]:
+        """Yield the records from number ``start`` on; what is passed over is counted by reason."""
+        ...
+
+
+def listed(names: "list[str]") -> str:
+    """Names for a message, the first of many."""
+    rest = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return f"{', '.join(brief(name, 40) for name in names[:_LISTED])}{rest}" or "nothing"
+
+
+def require_text_column(schema: Any, column: str, name: str) -> None:
+    """Refuse an Arrow schema without exactly one column of this name, or where it holds no text.
+
+    Text is ``string``, ``large_string``, ``string_view`` or a dictionary of one of them (the categories of pandas and
+    Polars).
+
+    Raises:
+        DataError: it is so.
+    """
+    arrow = needed("pyarrow", "data", name)
+    places: list[int] = schema.get_all_field_indices(column)
+    if not places:
+        raise DataError(
+            f"{name} has no column {shown(column)}. It has: {listed(schema.names)}. Name the one with the text by "
+            "--text-column."
+        )
+    if len(places) > 1:
+        raise DataError(
+            f"{name} has {len(places)} columns that are called {shown(column)}, and which one is meant nobody can "
+            "tell. Write it again with names that differ."
+        )
+    kind = schema.field(places[0]).type
+    inner = kind.value_type if arrow.types.is_dictionary(kind) else kind
+    if inner not in (arrow.string(), arrow.large_string(), arrow.string_view()):
+        raise DataError(f"{name}: the column {shown(column)} holds {brief(kind)}; expected text.")
+
+
+def column_records(array: Any, first: int, column: str, name: str) -> Iterator[Record]:
+    """The records of an Arrow array of text, of which the first has this number.
+
+    Raises:
+        DataError: a text is not UTF-8; names the row.
+    """
+    arrow = needed("pyarrow", "data", name)
+    texts: list[bytes | None] = array.cast(arrow.large_binary()).to_pylist()
+    for number, data in enumerate(texts, first):
+        where = f"{name}:{number + 1}"
+        try:
+            yield Record(number, where, None if data is None else data.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{where}: the text in the column {shown(column)} is not UTF-8: byte "
+                f"0x{error.object[error.start]:02x} at offset {error.start} ({error.reason}). Write the file again "
+                "with text that is UTF-8, or without the row."
+            ) from error
