@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from taipan.benchmark import Comparison, Measurement, Session
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("bench")
+    @app.command("bench", rich_help_panel=panel)
     def bench(
         suites: Annotated[
             list[str] | None, typer.Argument(help="prefill, train, decode, memory, ops; all if none is given.")

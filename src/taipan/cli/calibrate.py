@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("calibrate")
+    @app.command("calibrate", rich_help_panel=panel)
     def calibrate(
         model: Annotated[Path, typer.Argument(help="Model directory; its thresholds are replaced.")],
         data: Annotated[list[str], typer.Argument(help="Prepared data set, or text files, like those to come.")],

@@ -19,8 +19,18 @@ def console(*, err: bool = False) -> "Console":
     return Console(stderr=err, highlight=False, width=width, soft_wrap=not stream.isatty())
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> None:
-    """Print a table whose first `text_columns` columns are left-aligned and the others, numbers, right-aligned."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text_columns: int = 1,
+    width: int | None = None,
+) -> None:
+    """Print a table whose first `text_columns` columns are left-aligned and the others, numbers, right-aligned.
+
+    It is as wide as the terminal at most, and in a pipe as wide as it needs to be; with `width` nowhere wider than that.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -30,7 +40,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(name, justify="left" if number < text_columns else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # as it is: "[hf]" is no markup
-    console().print(table)
+    console().print(table, width=width, soft_wrap=False if width is not None else None)
 
 
 def note(message: str) -> None:

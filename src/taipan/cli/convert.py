@@ -6,10 +6,10 @@ from typing import Annotated, Any, cast
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
     group = typer.Typer(no_args_is_help=True, help="Convert Mamba-2 checkpoints.", rich_markup_mode="markdown")
-    app.add_typer(group, name="convert")
+    app.add_typer(group, name="convert", rich_help_panel=panel)
 
     @group.command("from-mamba2")
     def from_mamba2(

@@ -15,10 +15,10 @@ _LOG_SECONDS = 30.0
 _LICENCE_HELP = "Licence of the texts, for the manifest."
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
     group = typer.Typer(no_args_is_help=True, help="Prepare text for training.", rich_markup_mode="markdown")
-    app.add_typer(group, name="data")
+    app.add_typer(group, name="data", rich_help_panel=panel)
 
     @group.callback()
     def _group() -> None: ...

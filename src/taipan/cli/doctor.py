@@ -19,6 +19,8 @@ _NEEDED = (
     "matplotlib",
     "Jinja2",
 )
+_COLUMNS = 80  # so that what is pasted into a message stays a table
+_MISSING = "not installed"
 _EXTRA = {
     "transformers": ("hf", "taipan.hf"),
     "accelerate": ("hf", "Trainer of taipan.hf"),
@@ -29,10 +31,10 @@ _EXTRA = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("doctor")
+    @app.command("doctor", rich_help_panel=panel)
     def doctor() -> None:
         """Show the hardware, the versions, and which implementations are in use and why.
 
@@ -42,9 +44,13 @@ def register(app: typer.Typer) -> None:
         """
         from taipan.cli.console import print_table
 
-        print_table("Machine", ["what", "found"], list(_machine()), text_columns=2)
-        print_table("In use", ["what", "choice", "why"], list(_choices()), text_columns=3)
-        print_table("Versions", ["package", "version", "for"], list(_versions()), text_columns=3)
+        for title, columns, rows in (
+            ("Machine", ["what", "found"], _machine()),
+            ("In use", ["what", "choice", "why"], _choices()),
+            ("Ops", ["op", "here", "on a GPU", "its kernel on a GPU"], _ops()),
+            ("Versions", ["package", "version", "for"], _versions()),
+        ):
+            print_table(title, columns, list(rows), text_columns=len(columns), width=_COLUMNS)
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -68,10 +74,7 @@ def _choices() -> Iterator[tuple[str, str, str]]:
     import torch
 
     from taipan import hardware
-    from taipan.model import IMPLEMENTATIONS
     from taipan.native import native_status
-    from taipan.ops.cuda import cuda_status
-    from taipan.ops.dispatch import chosen
 
     dtype = hardware.training_dtype("auto")
     yield "training dtype", dtype.dtype, dtype.reason
@@ -89,17 +92,23 @@ def _choices() -> Iterator[tuple[str, str, str]]:
     yield "native kernels", "none" if kernels.library is None else made, kernels.reason
     if kernels.flags:
         name, _, flags = kernels.flags.partition(" ")
-        yield "their compiler and flags", name, flags
-        yield "their products of bfloat16", kernels.products, "the best this processor and system offer inside an op"
-    for op, implementations in IMPLEMENTATIONS.items():
-        choice = chosen(op, implementations, torch.zeros(1))
-        others = [name for name in implementations if name not in (choice, "cuda")]
-        yield f"op {op}", choice, f"the best that runs here; also there: {', '.join(others)}"
-    for op in IMPLEMENTATIONS:
-        status = cuda_status(op)
-        yield f"op {op} on a GPU", "cuda" if status.available else "portable", status.reason
+        yield "compiled by", name, flags
+        yield "bfloat16 products", kernels.products, "the best this processor and system offer inside an op"
     decoding = "the model's forward" if kernels.library is None else "native"
-    yield "decoding step", decoding, "one call a token; --weights bfloat16 or int8 reads less memory, less exactly"
+    yield "decoding step", decoding, "one call a token; --weights bfloat16 or int8 is faster and less exact"
+
+
+def _ops() -> Iterator[tuple[str, str, str, str]]:
+    import torch
+
+    from taipan.model import IMPLEMENTATIONS
+    from taipan.ops.cuda import cuda_status
+    from taipan.ops.dispatch import chosen
+
+    for op, implementations in IMPLEMENTATIONS.items():
+        on_gpu = cuda_status(op)
+        here = chosen(op, implementations, torch.zeros(1))
+        yield op, here, "cuda" if on_gpu.available else "portable", on_gpu.reason
 
 
 def _versions() -> Iterator[tuple[str, str, str]]:
@@ -109,11 +118,12 @@ def _versions() -> Iterator[tuple[str, str, str]]:
     for name in _NEEDED:
         yield name, _version(name), "needed"
     for name, (extra, purpose) in _EXTRA.items():
-        yield name, _version(name), f"{purpose} ({how_to_install(extra)})"
+        version = _version(name)
+        yield name, version, f"{purpose}: {how_to_install(extra)}" if version == _MISSING else purpose
 
 
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return _MISSING

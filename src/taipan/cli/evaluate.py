@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from taipan.evaluation import EvaluationResult
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("evaluate")
+    @app.command("evaluate", rich_help_panel=panel)
     def evaluate(
         model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
         data: Annotated[list[str], typer.Argument(help="Prepared data set, or text files and directories.")],

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("generate")
+    @app.command("generate", rich_help_panel=panel)
     def generate(
         model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
         prompt: Annotated[str | None, typer.Argument(help="Text to continue; - reads it from standard input.")] = None,

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("inspect")
+    @app.command("inspect", rich_help_panel=panel)
     def inspect(
         model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
         text: Annotated[Path, typer.Argument(help="UTF-8 text file; code works too.")],

@@ -4,9 +4,11 @@ import errno
 import logging
 import os
 import sys
-from typing import NoReturn
+from types import ModuleType
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from taipan.cli import (
     bench,
@@ -30,12 +32,36 @@ from taipan.errors import TaipanError
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
 
+# The panels of `taipan --help`, in its order.
+PANELS = {
+    "Start": (quickstart, doctor),
+    "Data": (data,),
+    "Train": (train, runs, presets, plan, calibrate),
+    "Use": (generate, inspect, convert),
+    "Measure": (evaluate, bench, reproduce),
+}
+_HELP = ["-h", "--help"]
+
+
+class _Verbs(TyperGroup):
+    """The verbs in the order of the panels; typer would put those with verbs of their own last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Every verb."""
+        return [_name(verb) for verbs in PANELS.values() for verb in verbs]
+
+
+def _name(verb: ModuleType) -> str:
+    return verb.__name__.rpartition(".")[2]
+
+
 app = typer.Typer(
     name="taipan",
+    cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": _HELP},
     help="Taipan: Mamba-2 with selective attention. Trains, evaluates and generates in constant memory.\n\n"
     "Start with `taipan quickstart`: it trains a small model on the Python standard library and writes a report.",
 )
@@ -56,23 +82,23 @@ def _options(
 ) -> None: ...
 
 
-for verb in (
-    quickstart,
-    data,
-    train,
-    runs,
-    evaluate,
-    generate,
-    inspect,
-    calibrate,
-    convert,
-    reproduce,
-    presets,
-    plan,
-    doctor,
-    bench,
-):
-    verb.register(app)
+for panel, verbs in PANELS.items():
+    for verb in verbs:
+        verb.register(app, panel)
+
+
+def _command_line() -> TyperGroup:
+    """The verbs as one command. Its flags show no type: typer would write `--greedy <bool>`, which takes no value."""
+    root: Any = typer.main.get_command(app)
+    context = typer.Context(root, help_option_names=_HELP)
+    commands = [root]
+    for command in commands:
+        for parameter in command.get_params(context):
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        commands += getattr(command, "commands", {}).values()
+    return root
+
 
 _notes = Notes()
 
@@ -86,7 +112,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = os.environ.get("TAIPAN_DEBUG", "") not in ("", "0")
     _tell_of_compiling()
     try:
-        app(arguments)
+        _command_line()(arguments)
     except SystemExit as end:
         # typer makes a bare exit of a KeyboardInterrupt
         if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):

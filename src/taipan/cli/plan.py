@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from taipan.config import TaipanConfig
     from taipan.training.recipe import Recipe
 
+_COLUMNS = 80
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
 
-    @app.command("plan")
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
+
+    @app.command("plan", rich_help_panel=panel)
     def plan(
         recipe: Annotated[str, typer.Argument(help="YAML recipe, or the name of a preset (`taipan presets`).")],
         gpus: Annotated[int, typer.Option(min=1, help="Processes, one per GPU.")],
@@ -34,10 +36,15 @@ def register(app: typer.Typer) -> None:
 
             taipan plan taipan-450m --gpus 16 --gpu-memory 40 -o training.batch_size=32
         """
+        from textwrap import fill
+
         from taipan.accounting import parameter_count
-        from taipan.cli.console import note, print_table, quantity
+        from taipan.cli.console import print_table, quantity
         from taipan.planning import Cluster, memory, step_time
         from taipan.training.processes.parallel import Strategy
+
+        def echo(text: str) -> None:
+            typer.echo(fill(text, _COLUMNS))
 
         chosen = _recipe(recipe, override or [])
         config = _config(chosen)
@@ -45,37 +52,45 @@ def register(app: typer.Typer) -> None:
         bfloat16 = chosen.training.dtype != "float32"
         several = gpus > gpus_per_node
         strategies: list[Strategy] = ["ddp", "fsdp", *(["hsdp"] if several else [])] if gpus > 1 else ["alone"]
-        rows: list[list[str]] = []
-        for strategy in strategies:
-            for recompute in (False, True):
-                need = memory(chosen, config, cluster, strategy, recompute=recompute, bfloat16=bfloat16)
-                time = step_time(chosen, config, cluster, strategy, recompute=recompute)
-                parts = (need.weights, need.gradients, need.optimizer, need.gathered, need.copies, need.activations)
-                rows.append(
-                    [
-                        strategy,
-                        "yes" if recompute else "no",
-                        *(f"{part / 1e9:.2f}" for part in (*parts, need.logits, need.total)),
-                        "yes" if need.total <= 0.9 * gpu_memory * 1e9 else "no",
-                        f"{time.compute:.2f}",
-                        f"{time.communication:.2f}",
-                    ]
-                )
-        columns = ["strategy", "recompute", "weights", "gradients", "optimizer", "gathered", "bf16 copies"]
-        columns += ["activations", "logits", "total GB", "fits", "compute s", "network s"]
-        title = (
-            f"{quantity(parameter_count(config))} parameters on {gpus} GPUs of {gpu_memory:g} GB; a step is "
-            f"{quantity(chosen.tokens_per_step)} tokens, {chosen.training.batch_size // gpus} windows of "
-            f"{chosen.data.context_length} per GPU and forward, {chosen.training.accumulation} forwards"
+        arrangements = [(strategy, recompute) for strategy in strategies for recompute in (False, True)]
+        needs = [
+            memory(chosen, config, cluster, strategy, recompute=recompute, bfloat16=bfloat16)
+            for strategy, recompute in arrangements
+        ]
+        times = [
+            step_time(chosen, config, cluster, strategy, recompute=recompute) for strategy, recompute in arrangements
+        ]
+        fits = ["yes" if need.total <= 0.9 * gpu_memory * 1e9 else "no" for need in needs]
+        parts = {
+            "weights": [need.weights for need in needs],
+            "gradients": [need.gradients for need in needs],
+            "optimizer": [need.optimizer for need in needs],
+            "gathered": [need.gathered for need in needs],
+            "bf16 copies": [need.copies for need in needs],
+            "activations": [need.activations for need in needs],
+            "logits": [need.logits for need in needs],
+            "total": [need.total for need in needs],
+        }
+        rows = [
+            *([f"{name}, GB", *(f"{part / 1e9:.2f}" for part in values)] for name, values in parts.items()),
+            ["fits", *fits],
+            ["compute, s", *(f"{time.compute:.2f}" for time in times)],
+            ["network, s", *(f"{time.communication:.2f}" for time in times)],
+        ]
+        echo(
+            f"{quantity(parameter_count(config))} parameters on {gpus} GPU{'s' if gpus > 1 else ''} of {gpu_memory:g} GB. A step is "
+            f"{quantity(chosen.tokens_per_step)} tokens: {chosen.training.accumulation} forwards, each with "
+            f"{chosen.training.batch_size // gpus} windows of {chosen.data.context_length} per GPU."
         )
-        print_table(title, columns, rows, text_columns=2)
+        columns = ["", *(f"{name}\n{'recompute' if recompute else ''}" for name, recompute in arrangements)]
+        print_table("", columns, rows, width=_COLUMNS)
         steps = chosen.total_steps
         if steps is not None:
-            seconds = step_time(chosen, config, cluster, strategies[0], recompute=chosen.training.recompute).compute
-            note(f"{steps:,} steps at {seconds:.2f} s: {steps * seconds / 86400:.1f} days of products alone.")
-        note(
-            f"Estimates: {utilisation:.0%} of {tflops:g} TFLOP/s is assumed, network time is what it takes if none of "
-            'it is hidden, and "fits" leaves a tenth of the memory for what is not counted.'
+            seconds = times[arrangements.index((strategies[0], chosen.training.recompute))].compute
+            echo(f"{steps:,} steps at {seconds:.2f} s: {steps * seconds / 86400:.1f} days of matrix products alone.")
+        echo(
+            f"These are estimates: {utilisation:.0%} of {tflops:g} TFLOP/s is assumed, network time is what it takes if "
+            'none of it is hidden, and "fits" leaves a tenth of the memory for what is not counted.'
         )
 
 

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("presets")
+    @app.command("presets", rich_help_panel=panel)
     def presets(
         context: Annotated[int, typer.Option(min=1, help="Tokens of context the costs are computed for.")] = 4096,
     ) -> None:

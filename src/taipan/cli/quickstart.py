@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("quickstart")
+    @app.command("quickstart", rich_help_panel=panel)
     def quickstart(
         seconds: Annotated[
             float | None, typer.Option(min=1, help="Length of the training; as tuned if not given.")

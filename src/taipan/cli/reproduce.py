@@ -14,10 +14,10 @@ class ScaleName(StrEnum):
     tiny = "tiny"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
     reproduce = typer.Typer(no_args_is_help=True, help="Run an experiment again; prints tables, writes figures.")
-    app.add_typer(reproduce, name="reproduce")
+    app.add_typer(reproduce, name="reproduce", rich_help_panel=panel)
 
     @reproduce.callback()
     def _experiments() -> None: ...

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from taipan.training.watch.summary import RunSummary
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("runs")
+    @app.command("runs", rich_help_panel=panel)
     def runs(
         paths: Annotated[
             list[Path] | None, typer.Argument(help="A directory of runs (default: runs), or runs to compare.")

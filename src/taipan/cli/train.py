@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
 
-    @app.command("train")
+    @app.command("train", rich_help_panel=panel)
     def train(
         recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; not needed with --resume.")] = None,
         override: Annotated[
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
         auto_resume: Annotated[
-            bool, typer.Option(help="Go on with the run in the recipe's output, if it has a checkpoint.")
+            bool, typer.Option("--auto-resume", help="Go on with the run in the recipe's output, if it has a checkpoint.")
         ] = False,
     ) -> None:
         """Train a model. Ctrl-C saves and says how to go on; a second Ctrl-C stops at once.
