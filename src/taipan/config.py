@@ -352,8 +352,8 @@ class TaipanConfig:
         path = Path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path} does not exist: expected a model directory with a config.json.") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError(_no_model(path)) from error
         except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise ConfigError(
                 f"{path} cannot be read as JSON ({error}): the file is damaged, restore or re-save it."
@@ -405,6 +405,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "gate_gradient": "gathered",
     },
 }
+
+
+def _no_model(path: Path) -> str:
+    """Why there is no config.json at this path, and what to do."""
+    directory = path.parent
+    if (directory / "model" / path.name).is_file():
+        return f"{directory} is a run, not a model: its model is {directory / 'model'}."
+    if directory.is_dir():
+        return (
+            f"{directory} is no model directory: it has no {path.name}. Name the directory that a model was saved in."
+        )
+    if directory.exists():
+        return f"{directory} is a file; expected a model directory with a {path.name}."
+    if str(directory) in PRESETS:
+        return (
+            f"{directory} is a preset, an architecture without weights; expected a model directory with a {path.name}. "
+            f"Train a model of it: {{model: {{preset: {directory}}}}} in a recipe."
+        )
+    return f"{directory} does not exist; expected a model directory with a {path.name} (it is taken from {Path.cwd()})."
 
 
 def _hybrid(mixer: str, groups: int, every: int = 6) -> list[str]:

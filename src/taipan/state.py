@@ -240,6 +240,9 @@ class DecoderState:
         Raises:
             StateError: the file is missing, damaged or changed, or belongs to another model.
         """
+        if not Path(path).is_file():
+            found = "is a directory" if Path(path).is_dir() else "does not exist"
+            raise StateError(f"{path} {found}: expected a file that state.save() or --save-state wrote.")
         try:
             with utf8_name(path) as name, safe_open(name, framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}

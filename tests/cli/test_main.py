@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from taipan.cli import presets
-from taipan.cli.main import app, main
+from taipan.cli.main import PANELS, app, main
 from taipan.errors import DataError
 from tests.cli.conftest import Cli
 
@@ -149,3 +150,32 @@ def test_every_verb_is_tested_here() -> None:
     groups = {name for group in app.registered_groups if (name := group.name)}
     commands = {name for command in app.registered_commands if (name := command.name)}
     assert {verb[0] for verb in VERBS} == groups | commands
+
+
+def panels(text: str) -> dict[str, list[str]]:
+    """The first words of the lines in each panel of a help text, by the panel's title."""
+    found: dict[str, list[str]] = {}
+    title = ""
+    for line in text.splitlines():
+        if head := re.match(r"╭─ (\w+) ─", line):
+            found[title := head[1]] = []
+        elif entry := re.match(r"│ (\S+)", line):
+            found[title].append(entry[1])
+    return found
+
+
+def test_the_help_has_panels(cli: Cli) -> None:
+    found = panels(cli("--help").out)
+    assert list(found) == ["Options", "Start", "Data", "Train", "Use", "Measure"]
+    assert found["Start"] == ["quickstart", "doctor"]
+    assert [verb for title, verbs in found.items() if title != "Options" for verb in verbs] == [
+        verb.__name__.rpartition(".")[2] for verbs in PANELS.values() for verb in verbs
+    ]
+
+
+@pytest.mark.parametrize("verb", [(), ("data",), *VERBS], ids=" ".join)
+def test_flags_show_no_type(cli: Cli, verb: tuple[str, ...]) -> None:
+    out = cli(*verb, "--help").out
+    assert "--help" in out
+    assert "bool" not in out
+    assert "--no-" not in out

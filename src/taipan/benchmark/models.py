@@ -8,6 +8,7 @@ from torch import Tensor
 
 from taipan.benchmark.settings import Settings, require_known
 from taipan.config import TaipanConfig
+from taipan.errors import ConfigError
 from taipan.hardware import training_dtype
 from taipan.model import TaipanLM
 from taipan.model.directory import PRECISE
@@ -52,6 +53,8 @@ def configuration(model: str) -> TaipanConfig:
         return TaipanConfig.from_dict(CONFIGURATIONS[model])
     if Path(model).is_dir():
         return TaipanConfig.from_json_file(Path(model) / "config.json")
+    if "/" in model:
+        raise ConfigError(f"{model} is no directory: expected a model directory, or one of {', '.join(names())}.")
     require_known("model", model, names())
     return TaipanConfig.preset(model)
 

@@ -42,7 +42,9 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = None,
         new_tokens: Annotated[int, typer.Option(help="Tokens decoded in a repetition.")] = 32,
         weights: Annotated[str, typer.Option(help="What decoding reads: auto (as stored), bfloat16 or int8.")] = "auto",
-        json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+        json_file: Annotated[
+            Path | None, typer.Option("--json", dir_okay=False, help="Write everything to this file.")
+        ] = None,
     ) -> None:
         """Measure speed and memory, with medians, spreads and what they are compared with.
 

@@ -29,7 +29,7 @@ def print_table(
 ) -> None:
     """Print a table whose first `text_columns` columns are left-aligned and the others, numbers, right-aligned.
 
-    It is as wide as the terminal at most, and in a pipe as wide as it needs to be; with `width` nowhere wider than that.
+    It is no wider than the terminal, and in a pipe as wide as it needs to be; with `width` no wider than that.
     """
     from rich import box
     from rich.table import Table

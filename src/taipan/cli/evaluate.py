@@ -23,7 +23,9 @@ def register(app: typer.Typer, panel: str) -> None:
         piece: Annotated[int, typer.Option(help="Tokens of a document read at once: speed and memory only.")] = 2048,
         batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 8192,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
-        json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
+        json_file: Annotated[
+            Path | None, typer.Option("--json", dir_okay=False, help="Write all results to this file.")
+        ] = None,
     ) -> None:
         """Measure bits per byte, by position in the context, and what the gates select.
 

@@ -18,7 +18,7 @@ def load_model(directory: Path, dtype: str | None = None) -> "tuple[TaipanLM, To
     """
     import torch
 
-    from taipan.errors import CheckpointError, ConfigError, suggestion
+    from taipan.errors import ConfigError, suggestion
     from taipan.hardware import tune_allocator
     from taipan.model import TaipanLM, load_tokenizer
 
@@ -26,8 +26,6 @@ def load_model(directory: Path, dtype: str | None = None) -> "tuple[TaipanLM, To
         raise ConfigError(
             f"--dtype is {dtype!r}{suggestion(dtype, list(DTYPES))}, but must be one of {', '.join(DTYPES)}."
         )
-    if not (directory / "config.json").is_file() and (directory / "model" / "config.json").is_file():
-        raise CheckpointError(f"{directory} is a run, not a model: its model is {directory / 'model'}.")
     tune_allocator()
     model = TaipanLM.from_pretrained(directory, dtype=None if dtype is None else getattr(torch, dtype))
     return model, load_tokenizer(directory, model.config)

@@ -52,7 +52,9 @@ def register(app: typer.Typer, panel: str) -> None:
         bfloat16 = chosen.training.dtype != "float32"
         several = gpus > gpus_per_node
         strategies: list[Strategy] = ["ddp", "fsdp", *(["hsdp"] if several else [])] if gpus > 1 else ["alone"]
-        arrangements = [(strategy, recompute) for strategy in strategies for recompute in (False, True)]
+        arrangements: list[tuple[Strategy, bool]] = [
+            (strategy, recompute) for strategy in strategies for recompute in (False, True)
+        ]
         needs = [
             memory(chosen, config, cluster, strategy, recompute=recompute, bfloat16=bfloat16)
             for strategy, recompute in arrangements
@@ -78,9 +80,9 @@ def register(app: typer.Typer, panel: str) -> None:
             ["network, s", *(f"{time.communication:.2f}" for time in times)],
         ]
         echo(
-            f"{quantity(parameter_count(config))} parameters on {gpus} GPU{'s' if gpus > 1 else ''} of {gpu_memory:g} GB. A step is "
-            f"{quantity(chosen.tokens_per_step)} tokens: {chosen.training.accumulation} forwards, each with "
-            f"{chosen.training.batch_size // gpus} windows of {chosen.data.context_length} per GPU."
+            f"{quantity(parameter_count(config))} parameters on {gpus} GPU{'s' if gpus > 1 else ''} of {gpu_memory:g} "
+            f"GB. A step is {quantity(chosen.tokens_per_step)} tokens: {chosen.training.accumulation} forwards, each "
+            f"with {chosen.training.batch_size // gpus} windows of {chosen.data.context_length} per GPU."
         )
         columns = ["", *(f"{name}\n{'recompute' if recompute else ''}" for name, recompute in arrangements)]
         print_table("", columns, rows, width=_COLUMNS)
@@ -89,18 +91,26 @@ def register(app: typer.Typer, panel: str) -> None:
             seconds = times[arrangements.index((strategies[0], chosen.training.recompute))].compute
             echo(f"{steps:,} steps at {seconds:.2f} s: {steps * seconds / 86400:.1f} days of matrix products alone.")
         echo(
-            f"These are estimates: {utilisation:.0%} of {tflops:g} TFLOP/s is assumed, network time is what it takes if "
-            'none of it is hidden, and "fits" leaves a tenth of the memory for what is not counted.'
+            f"These are estimates: {utilisation:.0%} of {tflops:g} TFLOP/s is assumed, network time is what it takes "
+            'if none of it is hidden, and "fits" leaves a tenth of the memory for what is not counted.'
         )
 
 
 def _recipe(name: str, overrides: list[str]) -> "Recipe":
     """A recipe from its file, or one of the paper's sizes around a preset."""
     from taipan.config import TaipanConfig
+    from taipan.errors import ConfigError, suggestion
     from taipan.training.recipe import Recipe, apply_override
 
-    if name not in TaipanConfig.presets():
-        return Recipe.load(Path(name), overrides)
+    presets = list(TaipanConfig.presets())
+    if name not in presets:
+        path = Path(name)
+        if path.exists() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+            return Recipe.load(path, overrides)
+        raise ConfigError(
+            f"{name} is neither a recipe (a YAML file) nor a preset{suggestion(name, presets)}. "
+            f"Presets: {', '.join(presets)}."
+        )
     values: dict[str, Any] = {
         "model": {"preset": name},
         "data": {"train": "(not read)", "context_length": 4096},

@@ -17,7 +17,8 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = None,
         resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
         auto_resume: Annotated[
-            bool, typer.Option("--auto-resume", help="Go on with the run in the recipe's output, if it has a checkpoint.")
+            bool,
+            typer.Option("--auto-resume", help="Go on with the run in the recipe's output, if it has a checkpoint."),
         ] = False,
     ) -> None:
         """Train a model. Ctrl-C saves and says how to go on; a second Ctrl-C stops at once.

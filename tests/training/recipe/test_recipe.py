@@ -217,7 +217,7 @@ def test_a_model_to_start_from_gives_its_configuration(tmp_path: Path) -> None:
     assert resolved.model.start == str(tmp_path)
     (tmp_path / "config.json").unlink()
     assert resolved.model.config(257, 256) == config
-    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
         recipe.model.config(257, 256)
 
 

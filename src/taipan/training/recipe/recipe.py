@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar, cast, get_type_hints
 import yaml
 
 from taipan.config import SETTINGS, TaipanConfig
-from taipan.errors import ConfigError, suggestion
+from taipan.errors import ConfigError, DataError, suggestion
+from taipan.io import decode_utf8
 from taipan.training.recipe.schema import check_keys, check_mapping, convert
 
 _Section = TypeVar("_Section")
@@ -340,15 +341,35 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     target[last] = _parse_yaml(text, f"The value of the override {override!r}")
 
 
+def _no_recipe(path: Path, reader: str, error: OSError) -> str:
+    """Why there is no recipe to read at this path, and what to do."""
+    if str(path) in TaipanConfig.presets():
+        return (
+            f"{path} is a preset, not a recipe: a recipe names it as model.preset, and the data to train on. "
+            "recipes/tiny.yaml shows how."
+        )
+    if (path / "recipe.yaml").is_file():
+        return f"{path} is a run. Its recipe is {path / 'recipe.yaml'}; `taipan train --resume {path}` continues it."
+    if path.is_dir():
+        return f"{path}{reader} is a directory; expected a recipe, a YAML file."
+    if isinstance(error, FileNotFoundError):
+        beside = [entry.name for entry in path.parent.glob("*.yaml")]
+        return (
+            f"There is no recipe {path}{reader}{suggestion(path.name, beside)}: give the path of a YAML file "
+            f"(it is taken from {Path.cwd()})."
+        )
+    return f"The recipe {path}{reader} cannot be read: {error.strerror or error}."
+
+
 def _read_extended(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """The plain values of a recipe file over those of the file it extends, if it does."""
+    reader = f" (named by `extends` in {readers[-1]})" if readers else ""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reader = f" (named by `extends` in {readers[-1]})" if readers else ""
-        raise ConfigError(
-            f"The recipe {path}{reader} cannot be read ({error}): give the path of a YAML recipe."
-        ) from error
+        text = decode_utf8(path.read_bytes(), f"The recipe {path}{reader}")
+    except OSError as error:
+        raise ConfigError(_no_recipe(path, reader, error)) from error
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     if path.resolve() in readers:
         raise ConfigError(f"The recipe {path} extends itself: {' → '.join(map(str, (*readers, path)))}. Remove one.")
     values = check_mapping(_parse_yaml(text, f"The recipe {path}") or {}, f"the recipe {path}")
