@@ -130,7 +130,10 @@ def test_stream_never_shows_a_part_of_a_character(make: Callable[[], Tokenizer])
     for index in ids:
         shown += stream.push(index)
         assert tokenizer.decode(ids).startswith(shown), shown
-    assert stream.flush() == ""
+    if tokenizer.is_byte_level:
+        assert stream.flush() == ""
+    else:
+        shown += stream.flush()  # a run of bytes that no other token has ended yet
     assert shown == tokenizer.decode(ids)
     assert "\ufffd" not in shown
 

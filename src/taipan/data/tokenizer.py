@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +26,7 @@ TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _REPLACEMENT = "\ufffd"
 _PIECE_CHARS = 1 << 16
+_MOST_SPACES = 32  # more than any decoder takes from the beginning of a text
 # What the end-of-document token is called by GPT-2/NeoX, Llama 3, SentencePiece models and Gemma.
 _EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
@@ -270,24 +272,52 @@ class Tokenizer:
         if text := "".join(gathered):
             yield self.encode(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> str:
         """Return the text of token ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: the tokens.
+            after: tokens that come before them, as those of a prompt (the last few are enough): many tokenizers drop
+                the space of a word that begins a text, and only of that one.
 
         Raises:
             InputError: an id is not in the vocabulary.
         """
         ids = list(ids)
-        table = self._token_bytes
-        try:
-            data = [table[index] for index in ids]
-        except KeyError as error:
-            raise InputError(
-                f"token id {error.args[0]} is not in the tokenizer's vocabulary of {self.vocab_size}. "
-                "The model and the tokenizer may not belong together."
-            ) from None
+        data = self._bytes_of(ids)
         if self.is_byte_level:
             return b"".join(data).decode("utf-8", errors="replace")
-        return self._backend.decode(ids, skip_special_tokens=True)
+        context = self.context(after)
+        return self._text([*context, *ids])[len(self._text(context)) :]
+
+    def context(self, ids: Sequence[int]) -> list[int]:
+        """Return the last of some ids, so many that what comes next is decoded as after all of them.
+
+        Special tokens leave no trace in a text; nor do bytes at the end, which would be one run with those that come
+        next (a run that is not UTF-8 is U+FFFD as a whole). What has no visible text stands for no beginning.
+        """
+        context: list[int] = []
+        for index in reversed(ids):
+            if self.is_special(index) or (not context and self.is_byte(index)):
+                continue
+            context.insert(0, index)
+            if not self.is_byte(index):
+                text = self._text(context)
+                if text.strip() or len(text) > _MOST_SPACES:
+                    break
+        return context
+
+    def is_special(self, index: int) -> bool:
+        """Whether a token leaves no trace in a text, as the end of a document."""
+        return index in self._special
+
+    def is_byte(self, index: int) -> bool:
+        """Whether a token is one byte of a run that is decoded together (byte fallback)."""
+        return index in self._fallback_bytes
+
+    def ids_without_token(self, size: int) -> tuple[int, ...]:
+        """Return the ids below `size` that are no token: a model's vocabulary is often padded to a round number."""
+        return tuple(index for index in range(size) if index not in self._token_bytes)
 
     def token_bytes(self, index: int) -> "bytes":
         """Return the bytes that one token stands for: b"" for a special token."""
@@ -341,10 +371,33 @@ class Tokenizer:
         parts = (self._json["pre_tokenizer"] or {}).get("pretokenizers", [])
         return any(part.get("pattern") == {"Regex": _SPLIT} for part in parts)
 
+    def _bytes_of(self, ids: Iterable[int]) -> "list[bytes]":
+        table = self._token_bytes
+        try:
+            return [table[index] for index in ids]
+        except KeyError as error:
+            raise InputError(
+                f"token id {error.args[0]} is not in the tokenizer's vocabulary of {self.vocab_size}. "
+                "The model and the tokenizer may not belong together."
+            ) from None
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _special(self) -> "set[int]":
+        return {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _fallback_bytes(self) -> "set[int]":
+        if '"ByteFallback"' not in json.dumps(self._json["decoder"]):
+            return set()
+        byte = re.compile("<0x[0-9A-Fa-f]{2}>")
+        return {index for token, index in self._backend.get_vocab().items() if byte.fullmatch(token)} - self._special
+
     @cached_property
     def _token_bytes(self) -> "dict[int, bytes]":
         value_of = {character: value for value, character in enumerate(_byte_alphabet())}
-        special = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
         def text_bytes(token: str) -> "bytes":
             if self.is_byte_level and all(character in value_of for character in token):
@@ -352,22 +405,29 @@ class Tokenizer:
             return token.encode()
 
         vocabulary = self._backend.get_vocab().items()
-        return {index: b"" if index in special else text_bytes(token) for token, index in vocabulary}
+        return {index: b"" if index in self._special else text_bytes(token) for token, index in vocabulary}
 
 
 class StreamDecoder:
     """Turns token ids that come one by one into text, holding back a character until all of its bytes are there.
 
     The pieces joined are ``tokenizer.decode`` of all the ids. Bytes that can no longer become a character are shown
-    as U+FFFD; the first bytes of a character that may still be completed never are.
+    as U+FFFD; the first bytes of a character that may still be completed never are. Bytes of a tokenizer that falls
+    back to them are held until another token comes, since a later one may make the whole run invalid.
+
+    Args:
+        tokenizer: of the ids.
+        after: tokens that come before the first, as those of a prompt: see ``Tokenizer.decode``.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # For tokenizers whose tokens are not bytes: the last ids, of which the first few have been shown.
-        self._ids: list[int] = []
-        self._n_shown = 0
+        # For tokenizers whose tokens are not bytes: those that what comes next depends on, and those not shown yet.
+        self._context: list[int] = []
+        self._shown = ""
+        self._held: list[int] = []
+        self._stand_after([] if tokenizer.is_byte_level else after)
 
     def push(self, index: int) -> str:
         """Return the text that is complete now that the token ``index`` has come.
@@ -375,28 +435,36 @@ class StreamDecoder:
         Raises:
             InputError: the id is not in the vocabulary.
         """
-        if self._tokenizer.is_byte_level:
-            self._tokenizer.decode([index])
-            return self._utf8.decode(self._tokenizer.token_bytes(index))
-        self._ids.append(index)
-        text = self._unshown()
-        if text.endswith(_REPLACEMENT):
+        tokenizer = self._tokenizer
+        [data] = tokenizer._bytes_of([index])
+        if tokenizer.is_byte_level:
+            return self._utf8.decode(data)
+        if tokenizer.is_special(index):
             return ""
-        # What is shown depends on its neighbour on the left (a leading space), so the last shown ids are kept.
-        del self._ids[: self._n_shown]
-        self._n_shown = len(self._ids)
+        self._held.append(index)
+        if tokenizer.is_byte(index) or (text := self.held).endswith(_REPLACEMENT):
+            return ""
+        self._stand_after([*self._context, *self._held])
         return text
+
+    @property
+    def held(self) -> str:
+        """What the text that is held back will be if no other byte comes."""
+        if not self._held:
+            return ""
+        return self._tokenizer._text([*self._context, *self._held])[len(self._shown) :]
 
     def flush(self) -> str:
         """Return what is left at the end of the stream: U+FFFD for a character that was never completed."""
-        rest = self._utf8.decode(b"", final=True) + self._unshown()
-        self._ids, self._n_shown = [], 0
+        rest = self._utf8.decode(b"", final=True) + self.held
         self._utf8.reset()
+        self._stand_after([])
         return rest
 
-    def _unshown(self) -> str:
-        shown = self._tokenizer.decode(self._ids[: self._n_shown])
-        return self._tokenizer.decode(self._ids)[len(shown) :]
+    def _stand_after(self, ids: Sequence[int]) -> None:
+        self._context = self._tokenizer.context(ids)
+        self._shown = self._tokenizer._text(self._context)
+        self._held = []
 
 
 def _byte_alphabet() -> list[str]:
