@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from taipan.data.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ def continuation(directory: Path, prompt: str, **options: object) -> str:
     ids = tokenizer.encode(prompt)
     model = TaipanLM.from_pretrained(directory)
     sequence = model.generate(torch.tensor([ids]), tokenizer=tokenizer, **options)[0].tolist()
-    return tokenizer.decode(sequence[len(ids) :])
+    return tokenizer.decode(sequence)[len(tokenizer.decode(ids)) :]
 
 
 def test_prints_what_the_engine_makes(cli: Cli, model_directory: Path) -> None:
@@ -42,6 +43,78 @@ def test_prints_what_the_engine_makes(cli: Cli, model_directory: Path) -> None:
     )
     assert sampled.out == expected + "\n"
     assert "16 tokens read" in sampled.err
+
+
+def llama_like() -> Tokenizer:
+    """Words with their space, bytes as a way out, and the first space of a text taken off."""
+    words = [f"<0x{value:02X}>" for value in range(256)] + [
+        "▁The",
+        "▁snake",
+        "▁waits",
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+    ]
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "</s>", *words])}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, ignore_merges=True)
+    )
+    decoders = tokenizers.decoders
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()  # pyright: ignore
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)  # pyright: ignore
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, "</s>")
+
+
+@pytest.fixture
+def llama_directory(tmp_path: Path) -> Path:
+    """Its vocabulary is padded, and it likes words and what is no token."""
+    tokenizer = llama_like()
+    model = small_model(dtype=torch.float32, vocab_size=tokenizer.vocab_size + 7, eos_token_id=tokenizer.eos_id)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:258] *= 0.01
+        model.model.embed_tokens.weight[tokenizer.vocab_size :] *= 3
+    model.save_pretrained(tmp_path / "llama", tokenizer)
+    return tmp_path / "llama"
+
+
+def test_a_tokenizer_of_words_keeps_its_spaces_and_a_padded_vocabulary_is_not_drawn(
+    cli: Cli, llama_directory: Path
+) -> None:
+    options = ["--max-new-tokens", 60, "--ignore-eos", "--temperature", 2]
+    written = [cli("generate", llama_directory, "The snake", "--seed", seed, *options) for seed in range(4)]
+    assert [said.code for said in written] == [0] * 4
+    assert any(said.out.startswith((" snake", " waits", " The")) for said in written)
+    seed, word = next((n, w) for n, said in enumerate(written) for w in (" snake", " waits") if w in said.out)
+    stopped = cli("generate", llama_directory, "The snake", "--seed", seed, *options, "--stop", word)
+    assert stopped.out == written[seed].out.partition(word)[0] + word + "\n"
+    for seed, said in enumerate(written):
+        expected = continuation(
+            llama_directory,
+            "The snake",
+            max_new_tokens=60,
+            do_sample=True,
+            seed=seed,
+            temperature=2.0,
+            top_p=0.95,
+            eos_token_id=(),
+        )
+        assert said.out == expected + "\n"
+
+
+def test_a_new_document_begins_with_the_end_token(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
+    options = ["--greedy", "--max-new-tokens", 5, "--ignore-eos"]
+    model, state = TaipanLM.from_pretrained(model_directory), tmp_path / "state.safetensors"
+    expected = model.generate(torch.tensor([[256]]), max_new_tokens=5, eos_token_id=())[0, 1:].tolist()
+    for prompt in ([], [""]):
+        begun = cli("generate", model_directory, *prompt, "--new-document", *options)
+        assert begun.out == Tokenizer.bytes().decode(expected) + "\n"
+        assert "1 tokens read" in begun.err
+    read = cli("generate", model_directory, "ab", "--new-document", "--max-new-tokens", 0, "--save-state", state)
+    assert "3 tokens" in read.err
+    found = DecoderState.load(state, model).tensors()
+    for name, tensor in model(torch.tensor([[256, 97, 98]])).state.tensors().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels
@@ -114,7 +187,9 @@ def test_bad_input_is_refused(refused: Callable[..., str], model_directory: Path
     def message(*arguments: object) -> str:
         return refused("generate", *arguments)
 
-    assert "no tokens" in message(model_directory, "")
+    said = message(model_directory, "")
+    assert "no tokens" in said
+    assert "--new-document" in said
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
     empty.touch()
     latin.write_bytes(b"caf\xe9")
@@ -124,7 +199,7 @@ def test_bad_input_is_refused(refused: Callable[..., str], model_directory: Path
     assert "offset 3" in said
     assert "does not exist" in message(model_directory, "--prompt-file", tmp_path / "missing.txt")
     assert "directory" in message(model_directory, "--prompt-file", tmp_path)
-    assert "PROMPT" in message(model_directory)
+    assert "--new-document" in message(model_directory)
     assert "PROMPT" in message(model_directory, "a", "--prompt-file", empty)
     said = message(model_directory, "a", "--temperature", 0)
     assert "temperature is 0" in said

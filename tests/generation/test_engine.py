@@ -370,3 +370,72 @@ def test_settings_can_be_prepared_and_overridden() -> None:
     out = generate(MODEL, torch.tensor([[1]]), settings=prepared)
     assert out.equal(generate(MODEL, torch.tensor([[1]]), max_new_tokens=3, do_sample=True, seed=4))
     assert generate(MODEL, torch.tensor([[1]]), settings=prepared, max_new_tokens=5).shape == (1, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}, {"repetition_penalty": 1.5}])
+def test_ids_without_a_token_are_never_drawn(options: dict[str, Any]) -> None:
+    """The model wants nothing else: 270 to 299 are no bytes."""
+    model = Scripted([[270, 299, 65, 280]], eos_token_id=256)
+    tokens = torch.tensor([[66]])
+    free = generate(model, tokens, max_new_tokens=4, **options)[0, 1:].tolist()
+    if not options.get("do_sample"):
+        assert free == [270, 299, 65, 280]
+    for known in ({"tokenizer": Tokenizer.bytes()}, {"suppress_tokens": list(range(257, 300))}):
+        found = generate(model, tokens, max_new_tokens=40, eos_token_id=(), **known, **options)[0, 1:].tolist()
+        assert max(found) < 257
+        if not options.get("do_sample"):
+            assert found[2] == 65
+    assert generate(model, tokens, max_new_tokens=4, suppress_tokens=[270, 280], **options)[0, 1] != 270
+
+
+def test_a_model_that_wants_only_ids_without_a_token_draws_evenly_from_the_others() -> None:
+    model = Scripted([[270] * 300])
+    found = generate(
+        model, torch.tensor([[66]]), tokenizer=Tokenizer.bytes(), max_new_tokens=300, do_sample=True, seed=0, top_k=5
+    )
+    assert int(found.max()) < 257
+
+
+def test_the_text_of_a_prompt_is_before_the_first_stop_string() -> None:
+    """Tokenizers with words that hold their space: the first new word has one, unless a text begins with it."""
+    tokenizer = sentences()
+    snake, waits, end = (tokenizer._backend.token_to_id(token) or 0 for token in ("▁Snake", "▁waits", "</s>"))  # pyright: ignore
+    script = [waits, snake, waits, snake]
+    mask = torch.tensor([[0, 1], [1, 1]])
+    tokens = torch.tensor([[snake, snake], [snake, end]])
+
+    def lengths(prompt: Any, mask: Any, script: list[list[int]], count: int, stop: str) -> list[int]:
+        model = Scripted(script, prompt=count)
+        options = {"tokenizer": tokenizer, "stop_strings": stop, "max_new_tokens": 4}
+        return details(model, prompt, mask, **options).lengths.tolist()
+
+    for stop, expected in ((" waits", 1), ("waits", 1), (" waits Sn", 2), (" Snake waits", 3)):
+        assert lengths(torch.tensor([[snake]]), None, [script], 1, stop) == [expected], stop
+    assert lengths(torch.tensor([[end]]), None, [script], 1, " waits") == [3]  # the first begins a text
+    assert lengths(torch.tensor([[snake, end]]), None, [script], 2, " waits") == [1]
+    pieces = iter([torch.tensor([[snake]]), torch.tensor([[end]])])
+    model = Scripted([script], prompt=2)
+    assert len(list(stream(model, pieces, tokenizer=tokenizer, stop_strings=" waits", max_new_tokens=4))) == 1
+    assert lengths(tokens, mask, [[snake, *script], script], 1, " waits") == [2, 2]
+
+
+def sentences() -> Tokenizer:
+    import tokenizers
+
+    words = ["<unk>", "</s>", "▁Snake", "▁waits", "▁", "<0xE6>", "<0xBC>", "<0xA2>"]
+    vocabulary = {token: index for index, token in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    decoders = tokenizers.decoders
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, "</s>")
+
+
+def test_a_stop_string_of_bytes_is_found_before_the_run_of_bytes_is_over() -> None:
+    tokenizer = sentences()
+    han = [tokenizer._backend.token_to_id(f"<0x{value:02X}>") or 0 for value in "漢".encode()]  # pyright: ignore
+    out = details(
+        Scripted([[*han, *han]]), torch.tensor([[2]]), tokenizer=tokenizer, stop_strings="漢", max_new_tokens=6
+    )
+    assert out.lengths.tolist() == [3]

@@ -14,7 +14,7 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError, StateError
 from taipan.hf import TaipanCache, TaipanForCausalLM
 from tests.hf.models import pair, saved
-from tests.models import STACKS, random_tokens
+from tests.models import STACKS, random_tokens, small_model
 
 
 def generated(face: TaipanForCausalLM, tokens: Tensor, **options: Any) -> Tensor:
@@ -243,3 +243,17 @@ def test_a_misspelt_option_is_refused() -> None:
     _, face = pair()
     with pytest.raises(ValueError, match="max_new_tokenz"):
         generated(face, random_tokens(1, 6), max_new_tokenz=3)
+
+
+def test_ids_without_a_token_are_never_drawn(tmp_path: Path) -> None:
+    """A vocabulary padded above the tokenizer's: what is saved with it tells transformers."""
+    native = small_model(dtype=torch.float32, vocab_size=300, eos_token_id=256)
+    with torch.no_grad():
+        native.model.embed_tokens.weight[257:] *= 20
+    native.save_pretrained(tmp_path, Tokenizer.bytes())
+    face: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.tensor([[65, 66]])
+    assert int(face(tokens).logits[0, -1].argmax()) > 256
+    for options in ({}, {"do_sample": True}, {"num_beams": 2}):
+        assert int(generated(face, tokens, max_new_tokens=12, **options).max()) < 257
+    assert face.generation_config.eos_token_id == 256

@@ -1,9 +1,12 @@
 """`taipan generate`: a model goes on writing."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+_LAST = 64  # tokens of the prompt: more than the text of the next one depends on
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -16,6 +19,9 @@ def register(app: typer.Typer, panel: str) -> None:
         prompt_file: Annotated[
             Path | None, typer.Option(help="Read the prompt from this file instead: any length, in bounded memory.")
         ] = None,
+        new_document: Annotated[
+            bool, typer.Option("--new-document", help="Begin a document; the prompt may then be empty or left out.")
+        ] = False,
         max_new_tokens: Annotated[int, typer.Option(min=0, help="0 only reads the prompt (see --save-state).")] = 256,
         greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")] = False,
         temperature: Annotated[float, typer.Option(help="Below 1: safer; above 1: wilder.")] = 0.8,
@@ -44,6 +50,8 @@ def register(app: typer.Typer, panel: str) -> None:
 
             taipan generate quickstart/model "def read_lines(path):"
 
+            taipan generate quickstart/model --new-document
+
             taipan generate quickstart/model --prompt-file long.txt --max-new-tokens 0 --save-state long.safetensors
 
             taipan generate quickstart/model "And so" --load-state long.safetensors
@@ -51,8 +59,12 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.errors import InputError
         from taipan.generation import GenerationSettings
 
-        if (prompt is None) == (prompt_file is None):
-            raise InputError("Give either a PROMPT or --prompt-file, not both and not none (- reads standard input).")
+        if prompt is not None and prompt_file is not None:
+            raise InputError("Give either a PROMPT or --prompt-file, not both.")
+        if prompt is None and prompt_file is None and not new_document:
+            raise InputError(
+                "Give a PROMPT (- reads standard input) or --prompt-file; or --new-document to begin with no text."
+            )
         settings = GenerationSettings(
             max_new_tokens=max(1, max_new_tokens),
             do_sample=not greedy,
@@ -67,13 +79,14 @@ def register(app: typer.Typer, panel: str) -> None:
             prefill_chunk=prefill_chunk,
             weights=weights,
         )
-        _run(model, prompt, prompt_file, settings, max_new_tokens == 0, save_state, load_state, dtype)
+        _run(model, prompt, prompt_file, new_document, settings, max_new_tokens == 0, save_state, load_state, dtype)
 
 
 def _run(
     model_directory: Path,
     prompt: str | None,
     prompt_file: Path | None,
+    new_document: bool,
     settings: Any,
     only_read: bool,
     save_state: Path | None,
@@ -91,7 +104,8 @@ def _run(
 
     model, tokenizer = load_model(model_directory, dtype)
     state = None if load_state is None else DecoderState.load(load_state, model)
-    reader = _Reader(tokenizer, str(prompt_file) if prompt_file is not None else "-" if prompt == "-" else None, prompt)
+    source = str(prompt_file) if prompt_file is not None else "-" if prompt == "-" else None
+    reader = _Reader(tokenizer, source, prompt, new_document)
     if only_read:
         state = prefill(model, reader, state=state, chunk=settings.prefill_chunk).state
         note(f"Read {reader.tokens:,} tokens.")
@@ -99,17 +113,18 @@ def _run(
         out = sys.stdout
         if prompt is not None and prompt != "-" and out.isatty():
             typer.secho(prompt, nl=False, bold=True)
-        decoder = StreamDecoder(tokenizer)
+        decoder = None
         begin = first = time.perf_counter()
         new = 0
         step = None
         for step in stream(model, reader, state=state, tokenizer=tokenizer, settings=settings):
             first = time.perf_counter() if new == 0 else first
             new += 1
+            decoder = decoder or StreamDecoder(tokenizer, reader.last)  # now the prompt is read
             out.write(decoder.push(int(step.tokens_B[0])))  # nothing for an end-of-document token
             out.flush()
         end = time.perf_counter()
-        out.write(decoder.flush() + "\n")
+        out.write(("" if decoder is None else decoder.flush()) + "\n")
         out.flush()
         speed = f", {(new - 1) / (end - first):,.0f} tokens/s" if new > 1 else ""
         note(f"[{reader.tokens:,} tokens read in {first - begin:.1f} s, {new:,} written{speed}]")
@@ -120,13 +135,15 @@ def _run(
 
 
 class _Reader:
-    """The prompt as pieces of token ids (1, T), counted as they are read."""
+    """The prompt as pieces of token ids (1, T), counted as they are read; `last` are the last ones."""
 
-    def __init__(self, tokenizer: Any, source: str | None, text: str | None) -> None:
+    def __init__(self, tokenizer: Any, source: str | None, text: str | None, new_document: bool) -> None:
         self._tokenizer = tokenizer
         self._source = source
         self._text = text
+        self._new_document = new_document
         self.tokens = 0
+        self.last: list[int] = []
 
     def __iter__(self) -> Any:
         import torch
@@ -134,7 +151,9 @@ class _Reader:
         from taipan.cli.text import text_pieces
 
         pieces = iter([self._text or ""]) if self._source is None else text_pieces(self._source)
-        for ids in self._tokenizer.iter_encode(pieces):
+        begin = [[self._tokenizer.eos_id]] if self._new_document else []
+        for ids in chain(begin, self._tokenizer.iter_encode(pieces)):
             if ids:
                 self.tokens += len(ids)
+                self.last = [*self.last, *ids[-_LAST:]][-_LAST:]
                 yield torch.tensor([ids])

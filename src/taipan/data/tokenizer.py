@@ -284,11 +284,11 @@ class Tokenizer:
             InputError: an id is not in the vocabulary.
         """
         ids = list(ids)
-        data = self._bytes_of(ids)
+        data = [self.token_bytes(index) for index in ids]
         if self.is_byte_level:
             return b"".join(data).decode("utf-8", errors="replace")
         context = self.context(after)
-        return self._text([*context, *ids])[len(self._text(context)) :]
+        return self.text([*context, *ids])[len(self.text(context)) :]
 
     def context(self, ids: Sequence[int]) -> list[int]:
         """Return the last of some ids, so many that what comes next is decoded as after all of them.
@@ -302,7 +302,7 @@ class Tokenizer:
                 continue
             context.insert(0, index)
             if not self.is_byte(index):
-                text = self._text(context)
+                text = self.text(context)
                 if text.strip() or len(text) > _MOST_SPACES:
                     break
         return context
@@ -317,11 +317,27 @@ class Tokenizer:
 
     def ids_without_token(self, size: int) -> tuple[int, ...]:
         """Return the ids below `size` that are no token: a model's vocabulary is often padded to a round number."""
-        return tuple(index for index in range(size) if index not in self._token_bytes)
+        known = np.zeros(max(size, self.vocab_size), bool)
+        known[self._ids] = True
+        return tuple(np.flatnonzero(~known[:size]).tolist())
 
     def token_bytes(self, index: int) -> "bytes":
-        """Return the bytes that one token stands for: b"" for a special token."""
-        return self._token_bytes[index]
+        """Return the bytes that one token stands for: b"" for a special token.
+
+        Raises:
+            InputError: the id is not in the vocabulary.
+        """
+        try:
+            return self._token_bytes[index]
+        except KeyError:
+            raise InputError(
+                f"token id {index} is not in the tokenizer's vocabulary of {self.vocab_size}. "
+                "The model and the tokenizer may not belong together."
+            ) from None
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return what the ``tokenizers`` library makes of known ids: `decode` of tokens that begin a text."""
+        return self._backend.decode(ids, skip_special_tokens=True)
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
@@ -371,18 +387,9 @@ class Tokenizer:
         parts = (self._json["pre_tokenizer"] or {}).get("pretokenizers", [])
         return any(part.get("pattern") == {"Regex": _SPLIT} for part in parts)
 
-    def _bytes_of(self, ids: Iterable[int]) -> "list[bytes]":
-        table = self._token_bytes
-        try:
-            return [table[index] for index in ids]
-        except KeyError as error:
-            raise InputError(
-                f"token id {error.args[0]} is not in the tokenizer's vocabulary of {self.vocab_size}. "
-                "The model and the tokenizer may not belong together."
-            ) from None
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+    @cached_property
+    def _ids(self) -> NDArray[np.int64]:
+        return np.fromiter(self._token_bytes, np.int64)
 
     @cached_property
     def _special(self) -> "set[int]":
@@ -436,7 +443,7 @@ class StreamDecoder:
             InputError: the id is not in the vocabulary.
         """
         tokenizer = self._tokenizer
-        [data] = tokenizer._bytes_of([index])
+        data = tokenizer.token_bytes(index)
         if tokenizer.is_byte_level:
             return self._utf8.decode(data)
         if tokenizer.is_special(index):
@@ -452,7 +459,7 @@ class StreamDecoder:
         """What the text that is held back will be if no other byte comes."""
         if not self._held:
             return ""
-        return self._tokenizer._text([*self._context, *self._held])[len(self._shown) :]
+        return self._tokenizer.text([*self._context, *self._held])[len(self._shown) :]
 
     def flush(self) -> str:
         """Return what is left at the end of the stream: U+FFFD for a character that was never completed."""
@@ -463,7 +470,7 @@ class StreamDecoder:
 
     def _stand_after(self, ids: Sequence[int]) -> None:
         self._context = self._tokenizer.context(ids)
-        self._shown = self._tokenizer._text(self._context)
+        self._shown = self._tokenizer.text(self._context)
         self._held = []
 
 

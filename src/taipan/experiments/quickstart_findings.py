@@ -176,9 +176,9 @@ def _gates(results: Sequence[EvaluationResult], capacity: float) -> Iterator[Gat
 
 
 def _sample(model: TaipanLM, tokenizer: Tokenizer) -> str:
-    decoder = StreamDecoder(tokenizer)
-    ids = torch.tensor([tokenizer.encode(SAMPLE_PROMPT)])
+    prompt = tokenizer.encode(SAMPLE_PROMPT)
+    decoder = StreamDecoder(tokenizer, prompt)
     text = ""
-    for step in stream(model, ids, tokenizer=tokenizer, settings=SAMPLE_SETTINGS):
+    for step in stream(model, torch.tensor([prompt]), tokenizer=tokenizer, settings=SAMPLE_SETTINGS):
         text += decoder.push(int(step.tokens_B[0]))
     return text + decoder.flush()

@@ -1,7 +1,9 @@
 """Reading one token of every row after another: by the native step where it runs, else by the model itself."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -214,6 +216,44 @@ class NativeDecoding:
             slots = buffers[0].shape[2] if len(buffers) == 4 else 0
             words += [*addresses, *[0] * (4 - len(addresses)), slots]
         self._words = (ctypes.c_ssize_t * len(words))(*words)
+
+
+class Continuation:
+    """The new tokens of a text, each read when somebody asks what comes after it; finished rows stay what they were.
+
+    Args:
+        model: reads them.
+        state: what came before.
+        weights: as in `start_decoding`; so are the errors.
+    """
+
+    def __init__(self, model: RecurrentLM, state: Any, weights: str) -> None:
+        self._start = partial(start_decoding, model, state, weights=weights)
+        self._decoding = self._start()
+        self._tokens: list[tuple[IntB, BoolB | None]] = []
+        self._read = 0
+
+    def append(self, token_B: IntB, active_B: BoolB | None = None) -> Callable[[], Any]:
+        """Take a token of every row, or of the active ones; returns what gives the state after it."""
+        self._tokens.append((token_B, active_B))
+        return partial(self._state_after, len(self._tokens))
+
+    def read(self) -> FloatBV:
+        """Read the last token; logits of what comes next."""
+        if self._read < len(self._tokens):
+            self._logits_BV = self._decoding.step(*self._tokens[self._read])
+            self._read += 1
+        return self._logits_BV
+
+    def _state_after(self, number: int) -> Any:
+        if number > self._read:
+            self.read()
+        if number == self._read:
+            return self._decoding.state
+        again = self._start()
+        for tokens in self._tokens[:number]:
+            again.step(*tokens)
+        return again.state
 
 
 def _buffers(state: LayerState, real: torch.dtype, arena: Arena) -> list[Tensor]:

@@ -10,17 +10,14 @@ from torch import Tensor
 
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
-from taipan.generation import sampling
-from taipan.generation.decoding import Decoding, require_native, start_decoding
+from taipan.generation.choosing import Chooser
+from taipan.generation.decoding import Continuation, require_native
 from taipan.generation.prefill import check_prompt, read_prompt
 from taipan.generation.program import why_no_program
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
-from taipan.generation.stopping import StopWatch
-from taipan.seeding import seeded_generator
-from taipan.shapes import BoolB, BoolBV, FloatBV, IntB, IntBT
-
-FinishReason = Literal["eos", "stop_string", "length"]
+from taipan.generation.stopping import Endings, FinishReason
+from taipan.shapes import BoolB, BoolBT, IntB, IntBT
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,8 @@ def stream(
         tokens: the prompts, (B, T) ids; or an iterable of pieces (B, Tᵢ), read as they come in bounded memory.
         attention_mask: (B, T), nonzero where a prompt token is real; left or right padding, or holes.
         state: what was read before (`GenerateOutput.state`, `DecoderState.load`); `tokens` are then the new ones only.
-        tokenizer: needed for stop strings.
+        tokenizer: needed for stop strings; ids that are none of its tokens (a vocabulary padded to a round number has
+            such) are never drawn.
         settings: how to generate.
         options: single fields of `GenerationSettings`, over `settings`.
 
@@ -108,7 +106,11 @@ def stream(
         check_prompt(tokens, attention_mask, vocabulary)
     if chosen.weights != "auto" and (reason := why_no_program(model)) is not None:
         require_native(reason, chosen.weights)
-    return _steps(model, tokens, attention_mask, state, tokenizer, chosen)
+    excluded = () if tokenizer is None else tokenizer.ids_without_token(vocabulary)
+    ends = chosen.end_tokens(model.config.eos_token_id)
+    pad = chosen.pad_token(model.config.pad_token_id, ends)
+    choose, endings = Chooser(chosen, vocabulary, excluded), Endings(chosen, ends, tokenizer)
+    return _steps(model, tokens, attention_mask, state, chosen, choose, endings, pad)
 
 
 def _steps(
@@ -116,53 +118,34 @@ def _steps(
     tokens: Tensor | Iterable[Tensor],
     attention_mask: Tensor | None,
     state: Any,
-    tokenizer: Tokenizer | None,
     settings: GenerationSettings,
+    choose: Chooser,
+    endings: Endings,
+    pad: int,
 ) -> Iterator[StepOutput]:
-    seen: BoolBV | None = None
-    if settings.repetition_penalty != 1.0:
-        tokens, rows, device = _peek(tokens)
-        seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device)
-
-    def start(state: Any) -> Decoding:
-        return start_decoding(model, state, weights=settings.weights)
+    def listen(tokens_BT: IntBT, real_BT: BoolBT | None) -> None:
+        choose.hear(tokens_BT, real_BT)
+        endings.hear(tokens_BT, real_BT)
 
     token_B = None if attention_mask is not None or state is None else _single(tokens)
     if token_B is not None and why_no_program(model) is None:
         # a decoding step like any other: the model's own forward takes ten times as long
-        if seen is not None:
-            seen.scatter_(1, token_B[:, None], True)
-        text = _Text(start, state)
-        text.append(token_B, None)
+        listen(token_B[:, None], None)
+        text = Continuation(model, state, settings.weights)
+        text.append(token_B)
         logits_BV = text.read()
     else:
-        reading = read_prompt(model, tokens, attention_mask, state=state, chunk=settings.prefill_chunk, seen_BV=seen)
-        text = _Text(start, reading.state)
+        reading = read_prompt(model, tokens, attention_mask, state=state, chunk=settings.prefill_chunk, listen=listen)
+        text = Continuation(model, reading.state, settings.weights)
         logits_BV = reading.logits_BV
         del reading
-    rows, device = logits_BV.shape[0], logits_BV.device
-    choose = _Chooser(settings, rows)
-    ends = settings.end_tokens(model.config.eos_token_id)
-    pad = settings.pad_token(model.config.pad_token_id, ends)
-    watches: list[StopWatch] = []
-    if settings.stop_strings and tokenizer is not None:
-        watches = [StopWatch(settings.stop_strings, tokenizer) for _ in range(rows)]
-    reasons: list[FinishReason | None] = [None] * rows
-    finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
-    for step in range(settings.max_new_tokens):
+    finished_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=logits_BV.device)
+    for _ in range(settings.max_new_tokens):
         generated_B = ~finished_B
-        token_B = torch.where(generated_B, choose(logits_BV, seen), pad)
-        if seen is not None:
-            seen.scatter_(1, token_B[:, None], True)  # of a finished row nobody asks any more
-        for row, token in enumerate(token_B.tolist()):
-            if reasons[row] is None:
-                if token in ends:
-                    reasons[row] = "eos"
-                elif watches and watches[row].push(token):
-                    reasons[row] = "stop_string"
-                elif step + 1 == settings.max_new_tokens:
-                    reasons[row] = "length"
-        finished_B = torch.tensor([reason is not None for reason in reasons], device=device)
+        token_B = torch.where(generated_B, choose(logits_BV), pad)
+        choose.hear(token_B[:, None])  # finished rows are ignored
+        reasons = endings.after(token_B)
+        finished_B = torch.tensor([reason is not None for reason in reasons], device=logits_BV.device)
         state_after = text.append(token_B, None if bool(generated_B.all()) else generated_B)
         yield StepOutput(token_B, generated_B, finished_B, tuple(reasons), state_after)
         if bool(finished_B.all()):
@@ -173,80 +156,6 @@ def _steps(
 def _single(tokens: Tensor | Iterable[Tensor]) -> Tensor | None:
     """The only token of every row of a prompt on the CPU."""
     return tokens[:, 0] if isinstance(tokens, Tensor) and tokens.is_cpu and tokens.shape[1] == 1 else None
-
-
-class _Text:
-    """The new tokens, each read when somebody asks what comes after it; rows that have finished stay what they were."""
-
-    def __init__(self, start: Callable[[Any], Decoding], state: Any) -> None:
-        self._start = start
-        self._before = state
-        self._decoding = start(state)
-        self._tokens: list[tuple[IntB, BoolB | None]] = []
-        self._read = 0
-
-    def append(self, token_B: IntB, active_B: BoolB | None) -> Callable[[], Any]:
-        """Take a token of every row; returns what gives the state after it."""
-        self._tokens.append((token_B, active_B))
-        number = len(self._tokens)
-        return lambda: self._state_after(number)
-
-    def read(self) -> FloatBV:
-        """Read the last token; logits of what comes next."""
-        if self._read < len(self._tokens):
-            self._logits_BV = self._decoding.step(*self._tokens[self._read])
-            self._read += 1
-        return self._logits_BV
-
-    def _state_after(self, number: int) -> Any:
-        if number > self._read:
-            self.read()
-        if number == self._read:
-            return self._decoding.state
-        again = self._start(self._before)
-        for tokens in self._tokens[:number]:
-            again.step(*tokens)
-        return again.state
-
-
-class _Chooser:
-    """Picks the next token of every row from its logits."""
-
-    def __init__(self, settings: GenerationSettings, rows: int) -> None:
-        self.settings = settings
-        self.generators: list[torch.Generator] = []
-        if settings.do_sample:
-            seed = settings.seed if settings.seed is not None else int(torch.randint(2**62, ()))
-            self.generators = [seeded_generator(seed, "sampling", row) for row in range(rows)]
-
-    def __call__(self, logits_BV: FloatBV, seen_BV: BoolBV | None) -> IntB:
-        settings = self.settings
-        if seen_BV is not None:
-            logits_BV = sampling.apply_repetition_penalty(logits_BV, seen_BV, settings.repetition_penalty)
-        if not settings.do_sample:
-            return sampling.greedy(logits_BV)
-        logits_BV = sampling.apply_temperature(logits_BV, settings.temperature)
-        logits_BV = sampling.keep_top_k(logits_BV, settings.top_k)
-        logits_BV = sampling.keep_top_p(logits_BV, settings.top_p)
-        logits_BV = sampling.keep_min_p(logits_BV, settings.min_p)
-        numbers = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
-        return sampling.draw(logits_BV, torch.stack(numbers).to(logits_BV.device))
-
-
-def _peek(tokens: Tensor | Iterable[Tensor]) -> tuple[Tensor | Iterable[Tensor], int, torch.device]:
-    """Rows and device of the prompt, and the prompt again."""
-    if isinstance(tokens, Tensor):
-        return tokens, tokens.shape[0], tokens.device
-    pieces = iter(tokens)
-    first = next(pieces, None)
-    if first is None:
-        return (), 1, torch.device("cpu")
-
-    def again() -> Iterator[Tensor]:
-        yield first
-        yield from pieces
-
-    return again(), first.shape[0], first.device
 
 
 @overload

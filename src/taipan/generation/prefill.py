@@ -1,6 +1,6 @@
 """Reading a prompt in pieces of bounded memory."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,12 @@ from torch import Tensor
 from taipan.errors import InputError
 from taipan.generation.mode import inference
 from taipan.generation.protocol import RecurrentLM
-from taipan.shapes import BoolBT, BoolBV, FloatBV, IntBT
+from taipan.shapes import BoolBT, FloatBV, IntBT
+
+_NO_TOKENS = (
+    "The prompt has no tokens: give at least one. To begin a text of its own, give the end-of-document token "
+    "(model.config.eos_token_id, or tokenizer.eos_id); on the command line, --new-document."
+)
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,16 @@ def read_prompt(
     *,
     state: Any,
     chunk: int,
-    seen_BV: BoolBV | None = None,
+    listen: Callable[[IntBT, BoolBT | None], None] | None = None,
 ) -> Reading:
-    """`prefill` without the release; the tokens of each row are marked in `seen_BV`."""
+    """`prefill` without the release; `listen` is called with the tokens of every piece, and where they are real."""
     reading: Reading | None = None
     for piece_BT, mask_BT in _pieces(tokens, attention_mask, chunk, model.config.vocab_size):
-        if seen_BV is not None:
-            _mark(seen_BV, piece_BT, mask_BT)
+        if listen is not None:
+            listen(piece_BT, mask_BT)
         reading = read(model, piece_BT, mask_BT, state if reading is None else reading.state)
     if reading is None:
-        raise InputError("The prompt has no tokens: give at least one (for an empty text, the model's eos token).")
+        raise InputError(_NO_TOKENS)
     return reading
 
 
@@ -87,7 +92,7 @@ def check_prompt(tokens_BT: Tensor, attention_mask: Tensor | None, vocab_size: i
     """Raise `InputError` unless these are (B, T) ids of the vocabulary with a real token in every row."""
     _check_piece(tokens_BT, None)
     if tokens_BT.shape[1] == 0:
-        raise InputError("The prompt has no tokens: give at least one (for an empty text, the model's eos token).")
+        raise InputError(_NO_TOKENS)
     real_BT = None
     if attention_mask is not None:
         if attention_mask.shape != tokens_BT.shape:
@@ -148,14 +153,6 @@ def _left_padded(tokens_BT: IntBT, attention_mask: Tensor | None) -> tuple[Tenso
     longest = int(real_BT.sum(1).max())
     tokens_BT = tokens_BT.gather(1, order_BT).masked_fill(~real_BT, 0)
     return tokens_BT[:, -longest:], real_BT[:, -longest:]
-
-
-def _mark(seen_BV: BoolBV, tokens_BT: IntBT, real_BT: BoolBT | None) -> None:
-    if real_BT is None:
-        seen_BV.scatter_(1, tokens_BT, True)
-        return
-    row_BT = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)[:, None].expand_as(tokens_BT)
-    seen_BV[row_BT[real_BT], tokens_BT[real_BT]] = True
 
 
 def _check_piece(tokens_BT: Tensor, rows: int | None) -> None:

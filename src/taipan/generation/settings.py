@@ -17,6 +17,7 @@ class GenerationSettings:
         max_new_tokens: tokens each row may get.
         do_sample: draw from the distribution; False takes the likeliest token and ignores the next four.
         temperature, top_k, top_p, min_p: applied in this order, see `taipan.generation.sampling`.
+        suppress_tokens: ids that are never drawn.
         repetition_penalty: over the tokens of this call, prompt and generated; not over what a given state has read.
         seed: row number b draws from a stream that depends on (seed, b) alone, so equal calls give equal tokens and
             the other rows of a batch do not matter. None takes a seed from torch's global generator.
@@ -40,6 +41,7 @@ class GenerationSettings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    suppress_tokens: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     seed: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -60,6 +62,11 @@ class GenerationSettings:
         self._require(_whole(self.prefill_chunk, 1), "prefill_chunk", "a whole number of at least 1")
         self._require(self.seed is None or _whole(self.seed, 0), "seed", "a whole number of at least 0, or None")
         self._require(self.pad_token_id is None or _whole(self.pad_token_id, 0), "pad_token_id", "a token id, or None")
+        self._require(
+            isinstance(self.suppress_tokens, tuple) and all(_whole(token, 0) for token in self.suppress_tokens),  # pyright: ignore[reportUnnecessaryIsInstance]
+            "suppress_tokens",
+            "a tuple of token ids",
+        )
         ends = () if self.eos_token_id is None else self._ends()
         self._require(all(_whole(end, 0) for end in ends), "eos_token_id", "a token id, several, or None")
         self._require(
@@ -82,8 +89,9 @@ class GenerationSettings:
                 raise InputError(f"Unknown generation setting {name!r}{hint}. Known: {', '.join(known)}.")
         stop = options.get("stop_strings", ())
         tuples: dict[str, Any] = {"stop_strings": (stop,) if isinstance(stop, str) else tuple(stop)}
-        if isinstance(options.get("eos_token_id"), list):
-            tuples["eos_token_id"] = tuple(options["eos_token_id"])
+        for name in ("eos_token_id", "suppress_tokens"):
+            if isinstance(options.get(name), list):
+                tuples[name] = tuple(options[name])
         return cls(**{**options, **tuples})
 
     def end_tokens(self, configured: int | None) -> tuple[int, ...]:

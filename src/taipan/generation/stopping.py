@@ -1,6 +1,15 @@
-"""Stop strings, watched for in the text of a row as it grows."""
+"""When a row is finished: at an end token, at a stop string in its text, or at the last step."""
+
+from collections.abc import Sequence
+from typing import Literal
 
 from taipan.data.tokenizer import StreamDecoder, Tokenizer
+from taipan.generation.settings import GenerationSettings
+from taipan.shapes import BoolBT, IntB, IntBT
+
+FinishReason = Literal["eos", "stop_string", "length"]
+
+_CONTEXT = 64  # tokens of a prompt that are kept: more than the text of the next one depends on
 
 
 class StopWatch:
@@ -12,11 +21,12 @@ class StopWatch:
     Args:
         strings: at least one, none of them empty.
         tokenizer: decodes the row's tokens.
+        after: the last tokens of the prompt, without which the first word would have no space before it.
     """
 
-    def __init__(self, strings: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    def __init__(self, strings: tuple[str, ...], tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._strings = strings
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, after)
         self._kept = max(len(text) for text in strings) - 1
         self._tail = ""
 
@@ -24,4 +34,55 @@ class StopWatch:
         """Take the row's next token; True when its text completes one of the strings."""
         text = self._tail + self._decoder.push(token)
         self._tail = text[max(0, len(text) - self._kept) :]
+        held = self._decoder.held
+        if held and not held.endswith("\ufffd"):
+            text += held  # whole characters, though more bytes may come
         return any(stop in text for stop in self._strings)
+
+
+class Endings:
+    """Why each row ended, None where it goes on.
+
+    Args:
+        settings: when rows end.
+        ends: ids after which one ends.
+        tokenizer: needed for stop strings.
+    """
+
+    def __init__(self, settings: GenerationSettings, ends: tuple[int, ...], tokenizer: Tokenizer | None) -> None:
+        self._settings = settings
+        self._ends = ends
+        self._tokenizer = tokenizer if settings.stop_strings else None
+        self._prompts: list[list[int]] = []
+        self._watches: list[StopWatch] = []
+        self._steps = 0
+        self.reasons: list[FinishReason | None] = []
+
+    def hear(self, tokens_BT: IntBT, real_BT: BoolBT | None = None) -> None:
+        """Take a piece of the prompt; where `real_BT` is not set there is no token."""
+        if self._tokenizer is None:
+            return
+        self._prompts = self._prompts or [[] for _ in range(tokens_BT.shape[0])]
+        for row, own in enumerate(self._prompts):
+            real = tokens_BT[row] if real_BT is None else tokens_BT[row][real_BT[row]]
+            own[:] = [*own, *real[-_CONTEXT:].tolist()][-_CONTEXT:]
+
+    def after(self, token_B: IntB) -> list[FinishReason | None]:
+        """Take the next token of every row; those of rows that have ended are ignored."""
+        tokens: list[int] = token_B.tolist()
+        self.reasons = self.reasons or [None] * len(tokens)
+        if self._tokenizer is not None and not self._watches:
+            strings, prompts = self._settings.stop_strings, self._prompts or [[] for _ in tokens]
+            self._watches = [StopWatch(strings, self._tokenizer, prompt) for prompt in prompts]
+        self._steps += 1
+        for row, token in enumerate(tokens):
+            if self.reasons[row] is None:
+                self.reasons[row] = self._reason(row, token)
+        return self.reasons
+
+    def _reason(self, row: int, token: int) -> FinishReason | None:
+        if token in self._ends:
+            return "eos"
+        if self._watches and self._watches[row].push(token):
+            return "stop_string"
+        return "length" if self._steps == self._settings.max_new_tokens else None

@@ -9,6 +9,7 @@ Both spell the parameters as Taipan does, below other prefixes; weights are copi
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from taipan.hf.mamba2_config import STATE_SPACES_EPS, read_config, state_spaces_
 from taipan.hf.weights import read_checkpoint
 from taipan.io import atomic_directory
 from taipan.model import TaipanLM, weights_of
-from taipan.model.directory import check_fit, write_model
+from taipan.model.directory import check_fit, write_generation_config, write_model
 from taipan.model.weights import check_numbers
 
 LAYOUTS = ("transformers", "state-spaces")
@@ -71,6 +72,8 @@ def from_mamba2(source: str | Path, target: str | Path) -> TaipanConfig:
     with atomic_directory(target, needed_bytes=_size(tensors)) as directory:
         write_model(model.config, weights_of(model), directory)
         _copy_tokenizer(source, directory)
+        with suppress(DataError):  # of a kind that only transformers reads
+            write_generation_config(config, Tokenizer.load(source), directory)
     return config
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 
 
 def hub_config(config: TaipanConfig) -> dict[str, Any]:
@@ -38,6 +39,16 @@ def write_model(
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(directory)
+        write_generation_config(config, tokenizer, directory)
+
+
+def write_generation_config(config: TaipanConfig, tokenizer: "Tokenizer", directory: Path) -> None:
+    """Tell `generate` of transformers which ids have no token, where a vocabulary is padded and nothing is told yet."""
+    path, unknown = directory / GENERATION, tokenizer.ids_without_token(config.vocab_size)
+    if unknown and not path.exists():
+        ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        values = {**{name: end for name, end in ends.items() if end is not None}, "suppress_tokens": list(unknown)}
+        path.write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def save_model(

@@ -33,4 +33,6 @@ def traced_view(model: TaipanLM, tokenizer: Tokenizer, text: str) -> SelectionVi
         for layer in trace(model, ids)
     ]
     decoder = StreamDecoder(tokenizer)
-    return selection_view([decoder.push(index) for index in ids], layers)
+    pieces = [decoder.push(index) for index in ids]
+    pieces[-1] += decoder.flush()
+    return selection_view(pieces, layers)

@@ -73,6 +73,32 @@ def test_every_sample_is_written_by_the_weights_of_its_step(make_recipe: MakeRec
     assert compared
 
 
+def test_a_padded_vocabulary_is_trained_and_never_drawn_from(make_recipe: MakeRecipe) -> None:
+    """257 ids of bytes in 320 rows: a new model would draw each fifth token from those that are none."""
+    changes = {"training.sample_every": 2, "training.sample_tokens": 60, "training.steps": 4, "model.vocab_size": 320}
+    watcher = Watcher()
+    result = train(make_recipe(**changes), listener=watcher)
+    assert result.model.config.vocab_size == 320
+    assert [sample["step"] for sample in read_records(result.run / "samples.jsonl")] == [2, 4]
+    assert not any("sample" in warning for warning in watcher.warnings)
+
+
+def test_a_sample_that_fails_ends_no_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, whole: TrainResult
+) -> None:
+    def fails(*_: Any, **options: Any) -> str:
+        if options["seed"] == 3:
+            raise RuntimeError("no memory for a sample")
+        return "text"
+
+    monkeypatch.setattr("taipan.training.loop.sample_text", fails)
+    watcher = Watcher()
+    result = train(make_recipe(**SAMPLING), listener=watcher)
+    assert_equal(whole, result)
+    assert "No sample after step 3: no memory for a sample" in watcher.warnings
+    assert [sample["step"] for sample in read_records(result.run / "samples.jsonl")] == [6]
+
+
 def test_a_start_removes_what_killed_writers_left_in_the_run(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(**{"training.steps": 2, "training.checkpoint_every": 1})
     run = Path(recipe.output)

@@ -447,10 +447,15 @@ class _Run:
         """Let the model write; every process does, since all may hold a part of it."""
         settings, step = self.recipe.training, self.pace.step
         self.listener.phase("writing a sample")
-        text = sample_text(
-            self.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed=step, dtype=self.dtype
-        )
-        self.parallel.settle()
+        try:
+            text = sample_text(
+                self.model, self.tokenizer, settings.sample_prompt, settings.sample_tokens, seed=step, dtype=self.dtype
+            )
+        except Exception as error:  # whatever it is: a look at the model is not worth the run
+            self.listener.warned(f"No sample after step {step}: {error}")
+            return
+        finally:
+            self.parallel.settle()
         record: Record = {"kind": "sample", "step": step, "prompt": settings.sample_prompt, "text": text}
         with self.world.together():
             if self.world.leads:

@@ -32,6 +32,7 @@ def sample_text(
         output: Any = model.generate(
             torch.tensor([ids], device=device),
             return_details=True,
+            tokenizer=tokenizer,
             max_new_tokens=tokens,
             do_sample=True,
             temperature=_TEMPERATURE,
@@ -39,4 +40,4 @@ def sample_text(
             seed=derive_seed(seed, "sample") % (1 << 32),
         )
     written: list[int] = output.sequences[0, len(ids) : len(ids) + int(output.lengths[0])].tolist()
-    return tokenizer.decode(token for token in written if token != tokenizer.eos_id)
+    return tokenizer.decode((token for token in written if token != tokenizer.eos_id), after=ids)

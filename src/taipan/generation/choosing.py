@@ -1,0 +1,76 @@
+"""Which token comes next: from the logits of one step to one token of every row."""
+
+import torch
+
+from taipan.errors import InputError
+from taipan.generation import sampling
+from taipan.generation.settings import GenerationSettings
+from taipan.seeding import seeded_generator
+from taipan.shapes import BoolBT, BoolBV, FloatBV, IntB, IntBT
+
+
+class Chooser:
+    """Picks the next token of every row from its logits, and remembers which ones the row has had.
+
+    Args:
+        settings: how.
+        vocabulary: number of ids.
+        excluded: ids that are never picked, those of `settings` besides.
+
+    Raises:
+        InputError: no id would be left, or an id is out of range.
+    """
+
+    def __init__(self, settings: GenerationSettings, vocabulary: int, excluded: tuple[int, ...] = ()) -> None:
+        self._settings = settings
+        self._vocabulary = vocabulary
+        ids = sorted({*excluded, *settings.suppress_tokens})
+        if ids and ids[-1] >= vocabulary:
+            raise InputError(f"suppress_tokens {ids[-1]} is out of range: this model knows ids 0 to {vocabulary - 1}.")
+        if len(ids) == vocabulary:
+            raise InputError("suppress_tokens leaves no token that could be drawn: leave some out.")
+        self._excluded = torch.tensor(ids, dtype=torch.int64)
+        self._seen_BV: BoolBV | None = None
+        self._seed = 0
+        if settings.do_sample:
+            self._seed = settings.seed if settings.seed is not None else int(torch.randint(2**62, ()))
+        self._generators: list[torch.Generator] = []
+
+    def hear(self, tokens_BT: IntBT, real_BT: BoolBT | None = None) -> None:
+        """Remember tokens that the rows have had, of the prompt or new; where `real_BT` is not set there is none."""
+        if self._settings.repetition_penalty == 1.0:
+            return
+        if self._seen_BV is None:
+            shape = (tokens_BT.shape[0], self._vocabulary)
+            self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=tokens_BT.device)
+        if real_BT is None:
+            self._seen_BV.scatter_(1, tokens_BT, True)
+            return
+        row_BT = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)[:, None].expand_as(tokens_BT)
+        self._seen_BV[row_BT[real_BT], tokens_BT[real_BT]] = True
+
+    def __call__(self, logits_BV: FloatBV) -> IntB:
+        """The next token of each row.
+
+        Raises:
+            InputError: a row holds NaN or no token with a finite logit.
+        """
+        settings = self._settings
+        if len(self._excluded):
+            logits_BV = logits_BV.index_fill(1, self._excluded.to(logits_BV.device), -torch.inf)
+        if self._seen_BV is not None:
+            logits_BV = sampling.apply_repetition_penalty(logits_BV, self._seen_BV, settings.repetition_penalty)
+        if not settings.do_sample:
+            return sampling.greedy(logits_BV)
+        logits_BV = sampling.apply_temperature(logits_BV, settings.temperature)
+        logits_BV = sampling.keep_top_k(logits_BV, settings.top_k)
+        logits_BV = sampling.keep_top_p(logits_BV, settings.top_p)
+        logits_BV = sampling.keep_min_p(logits_BV, settings.min_p)
+        numbers = [torch.rand((), generator=own, dtype=torch.float64) for own in self._of_rows(len(logits_BV))]
+        return sampling.draw(logits_BV, torch.stack(numbers).to(logits_BV.device))
+
+    def _of_rows(self, rows: int) -> list[torch.Generator]:
+        """A stream of random numbers for each row, which the other rows do not touch."""
+        if not self._generators:
+            self._generators = [seeded_generator(self._seed, "sampling", row) for row in range(rows)]
+        return self._generators
