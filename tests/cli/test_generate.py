@@ -232,7 +232,7 @@ def test_damaged_models_are_refused(refused: Callable[..., str], copy: Path) -> 
     assert "model.safetensors" in said
     assert "truncated" in said
     weights.unlink()
-    assert "does not exist" in refused("generate", copy, "a")
+    assert "holds no weights" in refused("generate", copy, "a")
     weights.write_bytes(whole)
     (copy / "config.json").write_text("{")
     assert "config.json" in refused("generate", copy, "a")

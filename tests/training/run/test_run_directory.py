@@ -91,7 +91,7 @@ def test_a_sample_that_fails_ends_no_run(
             raise RuntimeError("no memory for a sample")
         return "text"
 
-    monkeypatch.setattr("taipan.training.loop.sample_text", fails)
+    monkeypatch.setattr("taipan.training.run.loop.sample_text", fails)
     watcher = Watcher()
     result = train(make_recipe(**SAMPLING), listener=watcher)
     assert_equal(whole, result)
