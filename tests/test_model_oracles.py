@@ -29,8 +29,8 @@ def test_open_gates_with_mixing_weight_one_are_sliding_window_attention(variant:
     selective, plain = model.model.layers[0], sliding.model.layers[0]
     x = selective.norm(h)
     layout = Layout(torch.arange(40).expand(2, 40))
-    refined, _, gate = selective.mixer.refine(h, x, None, layout, model.model.schedule)
-    attended, _ = plain.mixer(x, None, layout)
+    refined, _, _, gate = selective.mixer(h, x, None, layout, model.model.schedule)
+    _, attended, _, _ = plain.mixer(h, x, None, layout, model.model.schedule)
     assert gate.rate == 1
     assert_same(refined, attended)
 
@@ -46,7 +46,7 @@ def test_closed_gates_are_the_mamba2_stack_with_its_mlps() -> None:
     layout = Layout(torch.arange(25).expand(2, 25))
     for layer in model.model.layers:
         if layer.mlp is None:
-            h = h + layer.mixer(layer.norm(h), None, layout)[0]
+            h = h + layer.mixer(h, layer.norm(h), None, layout, model.model.schedule).branch_BTD
         else:
             h = h + layer.mlp(layer.mlp_norm(h))
     assert_same(out.logits, model.lm_head(model.model.norm(h)))

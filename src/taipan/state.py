@@ -32,7 +32,17 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Mamba2State:
+class LayerState:
+    """What one layer remembers: a frozen dataclass of tensors, each with the rows of the batch first."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that reading one more token of every row must move: all are read and written."""
+        return 2.0 * sum(getattr(self, field.name).nbytes for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Mamba2State(LayerState):
     """State of one Mamba-2 mixer: the last K − 1 inputs of the convolution and the fp32 SSM state."""
 
     conv_BLC: FloatBLC
@@ -40,7 +50,7 @@ class Mamba2State:
 
 
 @dataclass(frozen=True)
-class AttentionState:
+class AttentionState(LayerState):
     """Keys and values of one attention mixer, a ring of W slots.
 
     The o-th entry appended in the current document sits in slot o % W, so equal histories give equal states whatever
@@ -52,6 +62,25 @@ class AttentionState:
     value_BWGE: FloatBWGE
     index_BW: IntBW
     count_B: IntB
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that reading one more token of every row must move: the keys and values that are there are read."""
+        slots, filled = self.index_BW.numel(), int((self.index_BW >= 0).sum())
+        return filled / slots * (self.key_BWGE.nbytes + self.value_BWGE.nbytes) if slots else 0.0
+
+    @classmethod
+    def empty(
+        cls, batch: int, slots: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> "AttentionState":
+        """State before any token, of `slots` slots for keys and values of G = `groups` heads."""
+        shape = (batch, slots, groups, head_dim)
+        return cls(
+            key_BWGE=torch.zeros(shape, dtype=dtype, device=device),
+            value_BWGE=torch.zeros(shape, dtype=dtype, device=device),
+            index_BW=torch.full((batch, slots), -1, dtype=torch.int64, device=device),
+            count_B=torch.zeros(batch, dtype=torch.int64, device=device),
+        )
 
     def chronological(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and indices from the oldest slot to the newest, empty slots first."""
@@ -105,10 +134,14 @@ class AttentionState:
             return torch.where(fresh_BW.view(shape), moved, merged)
 
         index_BW = torch.where(filled_BW, merge(index_BS, self.index_BW), -1)
-        return AttentionState(merge(key_BSGE, self.key_BWGE), merge(value_BSGE, self.value_BWGE), index_BW, count_B)
+        return AttentionState(
+            key_BWGE=merge(key_BSGE, self.key_BWGE),
+            value_BWGE=merge(value_BSGE, self.value_BWGE),
+            index_BW=index_BW,
+            count_B=count_B,
+        )
 
 
-LayerState = Mamba2State | AttentionState
 StateBuilder = Callable[[], LayerState]
 """A layer hands over how to build its next state; in training nobody asks and the work is saved."""
 
@@ -431,10 +464,4 @@ def empty_attention_state(
     slots = 0 if kind == "full_attention" else config.sliding_window
     if kind == "selective_attention" and config.attention_capacity == 0:
         slots = 0
-    shape = (batch_size, slots, config.kv_heads, config.head_dim)
-    return AttentionState(
-        torch.zeros(shape, dtype=dtype, device=device),
-        torch.zeros(shape, dtype=dtype, device=device),
-        torch.full((batch_size, slots), -1, dtype=torch.int64, device=device),
-        torch.zeros(batch_size, dtype=torch.int64, device=device),
-    )
+    return AttentionState.empty(batch_size, slots, config.kv_heads, config.head_dim, dtype, device)

@@ -50,7 +50,7 @@ def test_layer_is_the_dense_masked_form(variant: str, window: int, training: boo
         h = model.model.embed_tokens(random_tokens(2, LENGTH))
         x = block.norm(h)
         layout = Layout(torch.arange(LENGTH).expand(2, LENGTH))
-        refined, _, gate = block.mixer.refine(h, x, None, layout, model.model.schedule)
+        refined, _, _, gate = block.mixer(h, x, None, layout, model.model.schedule)
         assert 0.1 < gate.rate < 0.9
         for row in range(2):
             torch.testing.assert_close(refined[row], dense(block.mixer, h[row], x[row], gate.selected_BT[row]))
@@ -65,7 +65,7 @@ def test_surrogate_gradient_is_alpha_times_the_refinement(variant: str) -> None:
         block = model.model.layers[1]
         h = model.model.embed_tokens(random_tokens(1, LENGTH))
         layout = Layout(torch.arange(LENGTH).expand(1, LENGTH))
-        refined, _, gate = block.mixer.refine(h, block.norm(h), None, layout, model.model.schedule)
+        refined, _, _, gate = block.mixer(h, block.norm(h), None, layout, model.model.schedule)
         weight = torch.randn_like(refined)
         (slope,) = torch.autograd.grad((refined * weight).sum(), gate.mask_BT)
         received = slope[0] != 0

@@ -9,7 +9,7 @@ from taipan.benchmark.timing import interleaved
 from taipan.config import TaipanConfig
 from taipan.model import TaipanLM
 from taipan.native.memory import Arena
-from taipan.state import AttentionState, DecoderState
+from taipan.state import DecoderState
 
 BUFFER_BYTES = 2**28
 """Larger than the caches of any ordinary machine."""
@@ -62,10 +62,7 @@ def bytes_per_token(model: TaipanLM, state: DecoderState, weights: str = "auto")
     if not config.tie_word_embeddings:
         total -= model.model.embed_tokens.weight.nbytes
     for number, layer in enumerate(state.layers):
-        if not isinstance(layer, AttentionState):
-            total += 2 * (layer.conv_BLC.nbytes + layer.ssm_BHPN.nbytes)
-            continue
-        total += _share(config, number) * _filled_bytes(layer)
+        total += _share(config, number) * layer.bytes_per_token
     for sal in model.sals:
         unread = [sal.q_proj, sal.o_proj]
         if config.key_value_scope == "selected":
@@ -84,9 +81,3 @@ def _matrix_bytes(linear: nn.Linear, weights: str) -> int:
 
 def _share(config: TaipanConfig, layer: int) -> float:
     return config.attention_capacity if config.layer_types[layer] == "selective_attention" else 1.0
-
-
-def _filled_bytes(state: AttentionState) -> float:
-    slots = state.index_BW.numel()
-    filled = int((state.index_BW >= 0).sum())
-    return filled / slots * (state.key_BWGE.nbytes + state.value_BWGE.nbytes) if slots else 0.0

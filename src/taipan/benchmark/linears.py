@@ -67,7 +67,7 @@ def linears(
                 add(f"{place}.gate.hidden", mixer.gate.hidden, rows, precise)
                 add(f"{place}.gate.proj", mixer.gate.proj, rows, precise)
                 queries, keys = _attended(mixer, rows, selected[number])
-            assert isinstance(mixer, Attention)
+            assert isinstance(mixer, Attention | SelectiveAttention)
             add(f"{place}.q_proj", mixer.q_proj, queries)
             add(f"{place}.k_proj", mixer.k_proj, keys)
             add(f"{place}.v_proj", mixer.v_proj, keys)

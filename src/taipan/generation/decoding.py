@@ -264,6 +264,7 @@ def _buffers(state: LayerState, real: torch.dtype, arena: Arena) -> list[Tensor]
 
     if isinstance(state, Mamba2State):
         return [copied(state.conv_BLC), copied(state.ssm_BHPN)]
+    assert isinstance(state, AttentionState)
     heads = (copied(tensor.transpose(1, 2)) for tensor in (state.key_BWGE, state.value_BWGE))
     return [*heads, state.index_BW.clone(), state.count_B.clone()]
 
@@ -283,7 +284,8 @@ def _layer_state(buffers: list[Tensor], like: LayerState, *, grown: bool) -> Lay
     """The state that the buffers hold, in the dtypes of `like`; without the spare room of one that has grown."""
     if isinstance(like, Mamba2State):
         return Mamba2State(_copy(buffers[0], like.conv_BLC.dtype), _copy(buffers[1], like.ssm_BHPN.dtype))
+    assert isinstance(like, AttentionState)
     key_BGWE, value_BGWE, index_BW, count_B = buffers
     slots = int(count_B.max()) if grown else index_BW.shape[1]
     key, value = (_copy(t.transpose(1, 2)[:, :slots], like.key_BWGE.dtype) for t in (key_BGWE, value_BGWE))
-    return AttentionState(key, value, index_BW[:, :slots].clone(), count_B.clone())
+    return AttentionState(key_BWGE=key, value_BWGE=value, index_BW=index_BW[:, :slots].clone(), count_B=count_B.clone())

@@ -19,6 +19,7 @@ from taipan.layers.attention import Attention
 from taipan.layers.gating import Gate
 from taipan.layers.linear import is_plain
 from taipan.layers.mamba2 import GatedNorm, Mamba2
+from taipan.layers.mixer import AnyMixer
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
 from taipan.layers.selective_attention import SelectiveAttention
@@ -37,7 +38,7 @@ class DecoderBlock(Protocol):
     """A layer: pre-norm mixer and, where it has one, pre-norm MLP."""
 
     norm: RMSNorm
-    mixer: Mamba2 | Attention
+    mixer: AnyMixer
     mlp_norm: RMSNorm | None
     mlp: SwiGLU | None
 
@@ -159,7 +160,7 @@ class DecoderProgram:
         self.embedding = parts.embedding.weight.detach().contiguous()
         self._note(parts.embedding.weight, self.embedding)
         self.norm = self._vector(parts.norm.weight)
-        layers = [self._layer(block, kind) for block, kind in zip(parts.blocks, config.layer_types, strict=True)]
+        layers = [self._layer(block) for block in parts.blocks]
         self.layers = _words([word for layer in layers for word in layer])
         packed = self._packed(parts.head)
         self.head = _words(packed.words)
@@ -225,7 +226,7 @@ class DecoderProgram:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _layer(self, block: DecoderBlock, kind: str) -> list[int]:
+    def _layer(self, block: DecoderBlock) -> list[int]:
         """Fields of `Layer`."""
         mixer = block.mixer
         words = [0, self._vector(block.norm.weight)]
@@ -240,14 +241,15 @@ class DecoderProgram:
             words += [self._vector(mixer.D), self._vector(mixer.norm.weight)]
             words += [0] * 11
         else:
-            words += self._attention(words, mixer, kind)
+            assert isinstance(mixer, Attention | SelectiveAttention)
+            words += self._attention(words, mixer)
         if block.mlp is None or block.mlp_norm is None:
             return [*words, 0, *_NO_MATRIX, *_NO_MATRIX, *_NO_MATRIX]
         linears = (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
         matrices = [word for linear in linears for word in self._matrix(linear)]
         return [*words, self._vector(block.mlp_norm.weight), *matrices]
 
-    def _attention(self, words: list[int], mixer: Attention, kind: str) -> list[int]:
+    def _attention(self, words: list[int], mixer: Attention | SelectiveAttention) -> list[int]:
         config = self.config
         selective = isinstance(mixer, SelectiveAttention)
         closed = selective and config.attention_capacity == 0
@@ -255,10 +257,10 @@ class DecoderProgram:
         linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
         out = [word for linear in linears for word in (_NO_MATRIX if closed else self._matrix(linear))]
         frequency = 0
-        if mixer.rope:
+        if mixer.attention.rope:
             even_E = torch.arange(0, config.head_dim, 2, dtype=self.real)
             frequency = self._constant(1 / config.rope_theta ** (even_E / config.head_dim))
-        out += [0] * 6 + [frequency, mixer.window or 0]
+        out += [0] * 6 + [frequency, mixer.attention.window or 0]
         if not selective:
             return out + [0] * 9
         gate = mixer.gate
@@ -355,9 +357,8 @@ def _linears(parts: DecoderParts) -> Iterator[nn.Module]:
         mixer, mlp = block.mixer, block.mlp
         if type(mixer) is Mamba2 and type(mixer.norm) is GatedNorm and type(mixer.conv1d) is nn.Conv1d:
             yield from (mixer.in_proj, mixer.out_proj)
-        elif type(mixer) in (Attention, SelectiveAttention):
-            attention = cast(Attention, mixer)
-            yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        elif isinstance(mixer, Attention | SelectiveAttention) and type(mixer) in (Attention, SelectiveAttention):
+            yield from (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
             if isinstance(mixer, SelectiveAttention):
                 gate = mixer.gate
                 inner = (gate.proj,) if gate.hidden is None else (gate.proj, gate.hidden)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from taipan.config import TaipanConfig
 from taipan.layers.init import linear_
-from taipan.layers.linear import is_plain
+from taipan.layers.linear import PreciseLinear
 from taipan.ops.gumbel import expected_rate, gumbel_select
 from taipan.ops.masked_mean import masked_mean
 from taipan.shapes import BoolBT, FloatBT, FloatBT2
@@ -133,9 +133,9 @@ class Gate(nn.Module):
         width = config.hidden_size
         self.hidden: nn.Linear | None = None
         if config.gate == "mlp":
-            self.hidden = nn.Linear(width, config.gate_hidden_size)
+            self.hidden = PreciseLinear(width, config.gate_hidden_size)
             width = config.gate_hidden_size
-        self.proj = nn.Linear(width, 2)
+        self.proj = PreciseLinear(width, 2)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
 
     def scores(self, x_BTD: Tensor) -> FloatBT2:
@@ -171,7 +171,14 @@ class Gate(nn.Module):
             selected_BT, mask_BT = selected_BT & real_BT, mask_BT * real_BT
         alpha_BT = torch.softmax(scores_BT2, dim=-1)[..., 1]
         return GateOutput(
-            self.layer, scores_BT2, selected_BT, mask_BT, alpha_BT, real_BT, schedule.noise, float(self.threshold)
+            layer=self.layer,
+            scores_BT2=scores_BT2,
+            selected_BT=selected_BT,
+            mask_BT=mask_BT,
+            alpha_BT=alpha_BT,
+            real_BT=real_BT,
+            noise=schedule.noise,
+            threshold=float(self.threshold),
         )
 
     def reset_parameters(self, generator: Generator | None) -> None:
@@ -188,6 +195,6 @@ class Gate(nn.Module):
 
 def precise_linear(linear: nn.Module, x: Tensor) -> Tensor:
     """A linear in its input's precision; a wrapped one (an adapter) computes more than its weight says, so call it."""
-    if is_plain(linear):
-        return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+    if type(linear) is PreciseLinear:
+        return linear(x)
     return linear(x.to(cast(Tensor, linear.weight).dtype)).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from typing import TypeGuard
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taipan.ops.linear import linear
@@ -18,6 +19,14 @@ class Linear(nn.Linear):
         return linear(input, self.weight)
 
 
+class PreciseLinear(nn.Linear):
+    """``nn.Linear`` in the precision of its input, whatever that of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (…, K) to (…, N)."""
+        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+
+
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is its weight and bias; a wrapped one (an adapter, quantised) computes more than those say."""
-    return type(module) in (nn.Linear, Linear)
+    return type(module) in (nn.Linear, Linear, PreciseLinear)

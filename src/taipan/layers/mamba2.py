@@ -5,14 +5,16 @@ import torch.nn.functional as F
 from torch import Generator, nn
 
 from taipan.config import TaipanConfig
+from taipan.layers.gating import GateSchedule
 from taipan.layers.init import a_log_, linear_, time_step_bias_
 from taipan.layers.linear import Linear
+from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.causal_conv1d import causal_conv1d
 from taipan.ops.gated_rms_norm import gated_rms_norm
 from taipan.ops.ssd import ssd
 from taipan.shapes import FloatBTD
-from taipan.state import Mamba2State, StateBuilder
+from taipan.state import Mamba2State
 
 
 class GatedNorm(nn.Module):
@@ -23,7 +25,7 @@ class GatedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer[Mamba2State]):
     """in_proj → causal convolution + SiLU → SSD → gated RMSNorm → out_proj.
 
     h_t = exp(dt_t A) h_{t−1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, per head; dt = softplus(dt + dt_bias) clamped to
@@ -43,17 +45,10 @@ class Mamba2(nn.Module):
         self.norm = GatedNorm(inner)
         self.out_proj = Linear(inner, config.hidden_size)
 
-    def forward(self, x_BTD: FloatBTD, state: Mamba2State | None, layout: Layout) -> tuple[FloatBTD, StateBuilder]:
-        """Mix over time.
-
-        Args:
-            x_BTD: normed hidden states.
-            state: what came before; None for an empty context.
-            layout: padding and documents of this call.
-
-        Returns:
-            The branch's output (B, T, D), and how to build the state after it.
-        """
+    def forward(
+        self, h_BTD: FloatBTD, x_BTD: FloatBTD, state: Mamba2State | None, layout: Layout, schedule: GateSchedule
+    ) -> Mixed:
+        """See `Mixer.forward`: a branch."""
         config, names = self.config, self.implementations
         assert self.conv1d.bias is not None
         inner, bc = config.inner_size, config.n_groups * config.state_size
@@ -96,7 +91,11 @@ class Mamba2(nn.Module):
             eps=config.norm_eps,
             implementation=names["gated_rms_norm"],
         )
-        return self.out_proj(y), lambda: Mamba2State(conv_BLC, ssm_BHPN)
+        return Mixed(
+            h_BTD=h_BTD,
+            branch_BTD=self.out_proj(y),
+            build_state=lambda: Mamba2State(conv_BLC=conv_BLC, ssm_BHPN=ssm_BHPN),
+        )
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
         """Upstream's distributions; `out_proj` scaled by `residual_scale`."""

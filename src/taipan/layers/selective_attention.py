@@ -1,89 +1,98 @@
 """The Selective Attention Layer (SAL), Eq. 1–5; Eq. 6 is the MLP of its block, Eq. 7 the loss of the model."""
 
+from typing import ClassVar
+
 from torch import Generator, Tensor
 
 from taipan.config import TaipanConfig
-from taipan.layers.attention import Attention, absent_to_minus_one, everything
-from taipan.layers.gating import Gate, GateOutput, GateSchedule
+from taipan.layers.attention import Attended, GatheredAttention, everything
+from taipan.layers.gating import Gate, GateSchedule
+from taipan.layers.init import linear_
+from taipan.layers.linear import Linear
+from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.selection import gather, scatter, select_tokens
 from taipan.shapes import FloatBTD
 from taipan.state import AttentionState, StateBuilder
 
 
-class SelectiveAttention(Attention):
+class SelectiveAttention(Mixer[AttentionState]):
     """Attention for the tokens its gate selects; the others pass unchanged.
 
     h_i ← (1 − α_i) h_i + α_i o_i for the selected tokens (Eq. 5), o_i their attention in a sliding window (Eq. 4);
     with `refinement` = `add`, h_i ← h_i + α_i o_i.
+
+    Args:
+        config: of the model.
+        implementations: of the ops.
+        layer: its number.
     """
 
+    shapes_depend_on_data: ClassVar[bool] = True  # how many tokens the gate selects
+
     def __init__(self, config: TaipanConfig, implementations: dict[str, str], layer: int) -> None:
-        super().__init__(config, implementations, window=config.sliding_window, rope=config.selective_rope)
+        super().__init__()
+        self.config = config
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = Linear(hidden, config.num_attention_heads * head_dim)
+        self.k_proj = Linear(hidden, config.kv_heads * head_dim)
+        self.v_proj = Linear(hidden, config.kv_heads * head_dim)
+        self.o_proj = Linear(config.num_attention_heads * head_dim, hidden)
+        self.attention = GatheredAttention(
+            config, implementations["attention"], window=config.sliding_window, rope=config.selective_rope
+        )
         self.gate = Gate(config, layer)
 
-    def refine(
-        self,
-        h_BTD: FloatBTD,
-        x_BTD: FloatBTD,
-        state: AttentionState | None,
-        layout: Layout,
-        schedule: GateSchedule,
-    ) -> tuple[FloatBTD, StateBuilder, GateOutput]:
-        """Refine the residual stream.
+    @property
+    def closed(self) -> bool:
+        """Whether no token is ever selected."""
+        return self.config.attention_capacity == 0
 
-        Args:
-            h_BTD: the residual stream.
-            x_BTD: the same, normed.
-            state: keys and values from before this call; None for an empty context.
-            layout: padding and documents of this call.
-            schedule: temperature and noise of the moment, used in training mode only.
-
-        Returns:
-            The refined stream, how to build the state after it, and what the gate decided.
-        """
+    def forward(
+        self, h_BTD: FloatBTD, x_BTD: FloatBTD, state: AttentionState | None, layout: Layout, schedule: GateSchedule
+    ) -> Mixed:
+        """See `Mixer.forward`: the refined stream, no branch."""
         config = self.config
         gate = self.gate(x_BTD if config.gate_input == "normed" else h_BTD, layout.real_BT, schedule)
-        if config.attention_capacity == 0:
-            return h_BTD, self._unchanged(x_BTD, state), gate
+        if self.closed:
+            build = self._unchanged(x_BTD, state)
+            return Mixed(h_BTD=h_BTD, branch_BTD=None, build_state=build, gate=gate)
         selected = select_tokens(gate.selected_BT)
         # a dense gradient wants o_i of the unselected tokens too: m̃_i weighs it in the backward pass (Eq. 3)
         dense = config.gate_gradient == "dense" and self.training
-        queries = everything(x_BTD, layout) if dense else selected
-        keys = everything(x_BTD, layout) if config.key_value_scope == "all" else selected
         index_BT = layout.position_BT
         if config.window_unit == "selected":
             index_BT = selected_ordinals(gate.selected_BT, state, layout)
-        out_BSD, build = self.attend(
-            x_BTD,
-            state,
-            layout,
-            queries=queries,
-            keys=keys,
-            query_index=absent_to_minus_one(index_BT, queries),
-            key_index=absent_to_minus_one(index_BT, keys),
-        )
+        queries = Attended.of(everything(x_BTD, layout) if dense else selected, index_BT)
+        keys = Attended.of(everything(x_BTD, layout) if config.key_value_scope == "all" else selected, index_BT)
+        x_queries, x_keys = gather(x_BTD, queries.tokens), gather(x_BTD, keys.tokens)
+        q, k, v = self.q_proj(x_queries), self.k_proj(x_keys), self.v_proj(x_keys)
+        out, build = self.attention(q, k, v, state, layout, queries=queries, keys=keys)
+        out_BSD = self.o_proj(out)
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
-        h_BSD = gather(h_BTD, queries)
+        h_BSD = gather(h_BTD, queries.tokens)
         change_BSD = out_BSD.to(h_BTD.dtype)
         if config.refinement == "mix":
             change_BSD = change_BSD - h_BSD
-        refined_BSD = h_BSD + gather(weight_BT1, queries) * change_BSD
-        return scatter(refined_BSD, queries, h_BTD), build, gate
+        refined_BSD = h_BSD + gather(weight_BT1, queries.tokens) * change_BSD
+        h_BTD = scatter(refined_BSD, queries.tokens, h_BTD)
+        return Mixed(h_BTD=h_BTD, branch_BTD=None, build_state=build, gate=gate)
 
     def _unchanged(self, x_BTD: Tensor, state: AttentionState | None) -> StateBuilder:
         def build() -> AttentionState:
             if state is not None:
                 return state
-            keys = x_BTD.new_zeros(x_BTD.shape[0], 0, self.config.kv_heads, self.config.head_dim)
-            index = x_BTD.new_zeros(x_BTD.shape[:1], dtype=x_BTD.dtype).long()
-            return AttentionState(keys, keys, index[:, None][:, :0], index)
+            config = self.config
+            return AttentionState.empty(len(x_BTD), 0, config.kv_heads, config.head_dim, x_BTD.dtype, x_BTD.device)
 
         return build
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
-        """As attention; an output that is mixed in (Eq. 5), not added, is not scaled down."""
-        super().reset_parameters(generator, 1.0 if self.config.refinement == "mix" else residual_scale)
+        """Default linears and gate; an output that is mixed in (Eq. 5), not added, is not scaled down."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            linear_(linear.weight, generator)
+        if self.config.refinement == "add":
+            self.o_proj.weight.data.mul_(residual_scale)
         self.gate.reset_parameters(generator)
 
 

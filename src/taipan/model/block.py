@@ -8,14 +8,15 @@ from torch.utils.checkpoint import checkpoint
 
 from taipan.config import TaipanConfig
 from taipan.layers.attention import Attention
-from taipan.layers.gating import GateOutput, GateSchedule
+from taipan.layers.gating import GateSchedule
 from taipan.layers.mamba2 import Mamba2
+from taipan.layers.mixer import AnyMixer, Mixed
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.layout import Layout
 from taipan.shapes import FloatBTD
-from taipan.state import AttentionState, LayerState, StateBuilder
+from taipan.state import LayerState
 
 
 class Block(nn.Module):
@@ -30,7 +31,7 @@ class Block(nn.Module):
         self.recompute = False
         kind = config.layer_types[layer]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
-        self.mixer: Mamba2 | Attention
+        self.mixer: AnyMixer
         if kind == "mamba2":
             self.mixer = Mamba2(config, implementations)
         elif kind == "selective_attention":
@@ -51,28 +52,24 @@ class Block(nn.Module):
         state: LayerState | None,
         layout: Layout,
         schedule: GateSchedule,
-    ) -> tuple[FloatBTD, FloatBTD | None, StateBuilder, GateOutput | None]:
+    ) -> Mixed:
         """One layer.
 
         Args:
             h_BTD: the residual stream.
-            branch_BTD: what is still to be added to it: the norm that reads the sum makes it.
+            branch_BTD: pending update of it; the next norm adds it.
             state: of the layer, from before this call.
             layout: padding and documents of this call.
             schedule: temperature and noise of the gate.
 
         Returns:
-            The residual stream and what is to be added to it, how to build the next state, and the gate's decision if
-            any.
+            What the mixer returned, with stream and pending update as they are behind the MLP.
         """
         if self.recompute and self.training and torch.is_grad_enabled():
             if branch_BTD is not None:  # one tensor is kept, not two
                 h_BTD = h_BTD + branch_BTD
             # its generator is put back for the second pass, so that the gate's noise is the same
-            return cast(
-                tuple[Tensor, Tensor | None, StateBuilder, GateOutput | None],
-                checkpoint(self._forward, h_BTD, None, state, layout, schedule, use_reentrant=False),
-            )
+            return cast(Mixed, checkpoint(self._forward, h_BTD, None, state, layout, schedule, use_reentrant=False))
         return self._forward(h_BTD, branch_BTD, state, layout, schedule)
 
     def _forward(
@@ -82,19 +79,13 @@ class Block(nn.Module):
         state: LayerState | None,
         layout: Layout,
         schedule: GateSchedule,
-    ) -> tuple[FloatBTD, FloatBTD | None, StateBuilder, GateOutput | None]:
+    ) -> Mixed:
         x_BTD, h_BTD = normed_and_sum(self.norm, h_BTD, branch_BTD)
-        gate: GateOutput | None = None
-        if isinstance(self.mixer, SelectiveAttention):
-            attention_state = cast(AttentionState | None, state)
-            h_BTD, build, gate = self.mixer.refine(h_BTD, x_BTD, attention_state, layout, schedule)
-            branch_BTD = None
-        else:
-            branch_BTD, build = self.mixer(x_BTD, state, layout)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD, h_BTD = normed_and_sum(self.mlp_norm, h_BTD, branch_BTD)
-            branch_BTD = self.mlp(x_BTD)
-        return h_BTD, branch_BTD, build, gate
+        mixed: Mixed = self.mixer(h_BTD, x_BTD, state, layout, schedule)
+        if self.mlp is None or self.mlp_norm is None:
+            return mixed
+        x_BTD, h_BTD = normed_and_sum(self.mlp_norm, mixed.h_BTD, mixed.branch_BTD)
+        return Mixed(h_BTD=h_BTD, branch_BTD=self.mlp(x_BTD), build_state=mixed.build_state, gate=mixed.gate)
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
         """Draw all parameters of the layer."""

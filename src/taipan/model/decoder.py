@@ -1,7 +1,7 @@
 """The decoder: embedding, layers, final norm; one forward for training, prefill in pieces and decoding."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from taipan.config import TaipanConfig
 from taipan.errors import InputError, StateError
 from taipan.layers.gating import GateOutput, GateSchedule
+from taipan.layers.mixer import Mixed
 from taipan.layers.norm import RMSNorm
 from taipan.layout import arrange
 from taipan.model.block import Block, normed_and_sum
@@ -67,11 +68,12 @@ class TaipanDecoder(nn.Module):
         branch_BTD: Tensor | None = None
         for number, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
-            h_BTD, branch_BTD, build, gate = layer(h_BTD, branch_BTD, layer_state, call.layout, self.schedule)
+            mixed: Mixed = layer(h_BTD, branch_BTD, layer_state, call.layout, self.schedule)
+            h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
             if self.keeps_states:  # a builder holds keys and values
-                builders.append(build)
-            if gate is not None:
-                gates.append(gate)
+                builders.append(mixed.build_state)
+            if mixed.gate is not None:
+                gates.append(mixed.gate)
 
         def build_state() -> DecoderState:
             if len(builders) < len(self.layers):
@@ -79,11 +81,16 @@ class TaipanDecoder(nn.Module):
                     "This output has no state, because the model recomputes its activations: "
                     "call model.set_recompute(True, states=True), or set_recompute(False)."
                 )
-            layers = tuple(build() for build in builders)
-            return DecoderState(layers, call.position_B, call.segment_B, architecture_fingerprint(self.config))
+            return DecoderState(
+                layers=tuple(build() for build in builders),
+                position_B=call.position_B,
+                segment_B=call.segment_B,
+                architecture=architecture_fingerprint(self.config),
+            )
 
         restored = tuple(restore_gate(gate, call.restore, attention_mask) for gate in gates)
-        return DecoderOutput(call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0]), build_state, restored)
+        hidden_BTD = call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0])
+        return DecoderOutput(hidden_BTD=hidden_BTD, build_state=build_state, gates=restored)
 
     def _check(self, tokens_BT: Tensor) -> None:
         if tokens_BT.dim() != 2 or tokens_BT.shape[0] == 0 or tokens_BT.shape[1] == 0:
@@ -104,22 +111,25 @@ def restore_gate(gate: GateOutput, restore: Callable[[Tensor], Tensor], attentio
     if gate.real_BT is None:
         return gate
     assert attention_mask is not None
-    return GateOutput(
-        gate.layer,
-        restore(gate.scores_BT2),
-        restore(gate.selected_BT),
-        restore(gate.mask_BT),
-        restore(gate.alpha_BT),
-        attention_mask.bool(),
-        gate.noise,
-        gate.threshold,
+    return replace(
+        gate,
+        scores_BT2=restore(gate.scores_BT2),
+        selected_BT=restore(gate.selected_BT),
+        mask_BT=restore(gate.mask_BT),
+        alpha_BT=restore(gate.alpha_BT),
+        real_BT=attention_mask.bool(),
     )
 
 
 def no_layers_state(config: TaipanConfig, batch: int, device: torch.device) -> DecoderState:
     """Positions and documents of an empty context, without building the layers' tensors."""
-    position = torch.zeros(batch, dtype=torch.int64, device=device)
-    return DecoderState((), position, torch.full_like(position, NO_SEGMENT), architecture_fingerprint(config))
+    position_B = torch.zeros(batch, dtype=torch.int64, device=device)
+    return DecoderState(
+        layers=(),
+        position_B=position_B,
+        segment_B=torch.full_like(position_B, NO_SEGMENT),
+        architecture=architecture_fingerprint(config),
+    )
 
 
 def init_decoder(decoder: TaipanDecoder, generator: Generator | None) -> None:

@@ -110,7 +110,14 @@ class TaipanLM(nn.Module):
             return None
         blocks = tuple(cast(Block, block) for block in self.model.layers)
         names = tuple(self.implementations.values())
-        return DecoderParts(self.config, names, self.model.embed_tokens, blocks, self.model.norm, self.lm_head)
+        return DecoderParts(
+            config=self.config,
+            implementations=names,
+            embedding=self.model.embed_tokens,
+            blocks=blocks,
+            norm=self.model.norm,
+            head=self.lm_head,
+        )
 
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""

@@ -269,7 +269,7 @@ def _layer(settings: Settings, progress: Progress | None) -> list[Measurement]:
     def run(threshold: float) -> None:
         sal.gate.threshold.fill_(threshold)
         with torch.inference_mode():
-            sal.refine(h_BTD, x_BTD, None, layout, schedule)
+            sal(h_BTD, x_BTD, None, layout, schedule)
 
     runs: dict[float, Run] = {share: partial(run, threshold) for share, threshold in thresholds.items()}
     seconds = interleaved(runs, settings.repeats, progress)

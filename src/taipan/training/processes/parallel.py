@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from taipan.errors import ConfigError
-from taipan.layers.selective_attention import SelectiveAttention
 from taipan.model import Block, TaipanLM
 from taipan.training.processes.world import ALONE, World
 from taipan.training.recipe import ParallelSection
@@ -77,11 +76,10 @@ class Parallel:
         if world.device is not None and self.strategy in ("alone", "ddp"):
             model.to(world.device)
         if self.strategy == "ddp":
-            if model.config.attention_capacity == 0:  # or it would wait for their gradients
-                for block in (cast(Block, layer) for layer in model.model.layers):
-                    if isinstance(block.mixer, SelectiveAttention):
-                        block.mixer.requires_grad_(False)
-                        block.norm.requires_grad_(False)
+            for block in (cast(Block, layer) for layer in model.model.layers):
+                if block.mixer.closed:  # or it would wait for their gradients
+                    block.mixer.requires_grad_(False)
+                    block.norm.requires_grad_(False)
             self._distributed = nn.parallel.DistributedDataParallel(
                 model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )

@@ -7,7 +7,6 @@ import torch
 
 from taipan.errors import ConfigError
 from taipan.hardware import compiler
-from taipan.layers.selective_attention import SelectiveAttention
 from taipan.model import Block, TaipanLM
 from taipan.ops.attention import api as attention
 from taipan.ops.causal_conv1d import api as causal_conv1d
@@ -47,7 +46,7 @@ def compile_blocks(model: TaipanLM) -> None:
             implementations[name] = torch.compiler.disable(function)  # the same function again if it is already
     for layer in model.model.layers:
         block = cast(Block, layer)
-        if not isinstance(block.mixer, SelectiveAttention):
+        if not block.mixer.shapes_depend_on_data:
             block.compile()
         elif block.mlp is not None:
             block.mlp.compile()
