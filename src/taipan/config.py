@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_type_hints
 
-from taipan.errors import ConfigError, suggestion
+from taipan.errors import ConfigError, shown, suggestion
+from taipan.io import parse_json_object
+from taipan.schema import convert
 
 LayerType = Literal["mamba2", "selective_attention", "full_attention", "sliding_attention"]
 Gate = Literal["linear", "mlp"]
@@ -18,15 +21,35 @@ BudgetMean = Literal["batch", "sequence"]
 GateGradient = Literal["gathered", "dense"]
 Refinement = Literal["mix", "add"]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "gate": get_args(Gate),
-    "gate_input": get_args(GateInput),
-    "key_value_scope": get_args(KeyValueScope),
-    "window_unit": get_args(WindowUnit),
-    "budget_mean": get_args(BudgetMean),
-    "gate_gradient": get_args(GateGradient),
-    "refinement": get_args(Refinement),
-}
+_WIDEST = 1 << 24  # of any matrix: far above every model, and no product of two of them overflows
+_MOST = (1 << 31) - 1  # ids, positions of a window
+_LARGEST = 1e6  # times, temperatures, weights of losses: beyond it fp32 arithmetic ends in infinities
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    hints = get_type_hints(TaipanConfig)
+    hints["time_step_limit"] = tuple[float, float | None]  # JSON has no infinity
+    return hints
+
+
+def typed_field(name: str, value: Any, where: str) -> Any:
+    """The value of a field of `TaipanConfig` as its type: the one check for files, recipes and Python.
+
+    Args:
+        name: the field.
+        value: as JSON, YAML or Python give it.
+        where: the field as the user knows it, for the message.
+
+    Raises:
+        ConfigError: it is of another type, or no finite number (but for the end of `time_step_limit`).
+    """
+    if name != "time_step_limit":
+        return convert(value, _hints()[name], where)
+    if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], float) and value[1] == math.inf:
+        value = (value[0], None)
+    low, high = convert(value, _hints()[name], where)
+    return low, math.inf if high is None else high
 
 
 def interpolate(start: float, end: float, span: tuple[float, float], progress: float) -> float:
@@ -202,56 +225,54 @@ class TaipanConfig:
     # ------------------------------------------------------------------ checks
 
     def __post_init__(self) -> None:
-        """Turn lists (as JSON and YAML give them) into tuples, then check every field."""
+        """Give every field its type (lists, as JSON and YAML give them, become tuples), then check every value."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-        self._check_choices()
+            object.__setattr__(self, field.name, typed_field(field.name, getattr(self, field.name), field.name))
         self._check_sizes()
+        self._check_numbers()
         self._check_gate()
 
     def _require(self, ok: bool, field: str, expected: str, advice: str = "") -> None:
         if not ok:
             value = getattr(self, field)
-            raise ConfigError(f"{field} is {value!r}, but must be {expected}.{' ' + advice if advice else ''}")
+            raise ConfigError(f"{field} is {shown(value)}, but must be {expected}.{' ' + advice if advice else ''}")
 
-    def _check_choices(self) -> None:
-        known = list(get_args(LayerType))
-        if not self.layer_types:
-            raise ConfigError("layer_types is empty: name the mixer of every layer, for example ['mamba2', 'mamba2'].")
-        for index, kind in enumerate(self.layer_types):
-            if kind not in known:
-                raise ConfigError(
-                    f"layer_types[{index}] is {kind!r}, but must be one of {', '.join(known)}"
-                    f"{suggestion(str(kind), known)}."
-                )
-        for field, choices in _CHOICES.items():
-            value = getattr(self, field)
-            hint = suggestion(str(value), list(choices)).strip()
-            self._require(value in choices, field, f"one of {', '.join(choices)}", hint)
+    def _require_number(self, field: str, low: float, high: float) -> None:
+        value = getattr(self, field)
+        self._require(low <= value <= high, field, f"a number from {low:g} to {high:g}")
 
     def _check_sizes(self) -> None:
-        fields = ["vocab_size", "hidden_size", "state_size", "mamba_head_dim", "n_groups", "expand", "conv_kernel"]
+        if not self.layer_types:
+            raise ConfigError("layer_types is empty: name the mixer of every layer, for example ['mamba2', 'mamba2'].")
+        fields = ["vocab_size", "hidden_size", "state_size", "mamba_head_dim", "n_groups", "expand"]
         fields += ["chunk_size", "num_attention_heads", "gate_hidden_size", "sliding_window"]
         for field in fields:
+            self._require(getattr(self, field) >= 1, field, "a whole number of at least 1")
+        self._require(self.conv_kernel >= 2, "conv_kernel", "a whole number of at least 2: the taps of a convolution")
+        for field in ("num_key_value_heads", "attention_head_dim"):
             value = getattr(self, field)
-            self._require(isinstance(value, int) and value >= 1, field, "a whole number of at least 1")
+            self._require(value is None or value >= 1, field, "null or a whole number of at least 1")
+        self._require(self.intermediate_size >= 0, "intermediate_size", "a whole number of at least 0")
+        for field in ("vocab_size", "sliding_window", "chunk_size"):
+            self._require(getattr(self, field) <= _MOST, field, f"at most {_MOST:,}")
+        for field in ("hidden_size", "intermediate_size", "gate_hidden_size", "conv_kernel"):
+            self._require(getattr(self, field) <= _WIDEST, field, f"at most {_WIDEST:,}")
         if "mamba2" in self.layer_types:
             self._require(
                 self.inner_size % self.mamba_head_dim == 0,
                 "mamba_head_dim",
-                f"a divisor of expand × hidden_size = {self.inner_size}",
+                f"a divisor of expand × hidden_size = {shown(self.inner_size)}",
             )
             self._require(
                 self.num_mamba_heads % self.n_groups == 0,
                 "n_groups",
-                f"a divisor of the number of Mamba-2 heads, {self.num_mamba_heads}",
+                f"a divisor of the number of Mamba-2 heads, {shown(self.num_mamba_heads)}",
             )
-            low, high = self.time_step_min, self.time_step_max
-            self._require(0 < low <= high, "time_step_min", f"positive and at most time_step_max = {high}")
-            self._require(0 < self.A_init_range[0] <= self.A_init_range[1], "A_init_range", "0 < low ≤ high")
-            self._require(0 <= self.time_step_limit[0] < self.time_step_limit[1], "time_step_limit", "0 ≤ low < high")
+            self._require(
+                self.inner_size <= _WIDEST, "expand", f"such that expand × hidden_size is at most {_WIDEST:,}"
+            )
+            width = self.n_groups * self.state_size
+            self._require(width <= _WIDEST, "state_size", f"such that n_groups × state_size is at most {_WIDEST:,}")
         if set(self.layer_types) - {"mamba2"}:
             if self.attention_head_dim is None:
                 self._require(
@@ -263,31 +284,49 @@ class TaipanConfig:
             self._require(
                 self.num_attention_heads % self.kv_heads == 0,
                 "num_key_value_heads",
-                f"a divisor of num_attention_heads = {self.num_attention_heads}",
+                f"a divisor of num_attention_heads = {shown(self.num_attention_heads)}",
+            )
+            width = self.num_attention_heads * self.head_dim
+            self._require(
+                width <= _WIDEST,
+                "num_attention_heads",
+                f"such that it is, times the head dim of {shown(self.head_dim)}, at most {_WIDEST:,}",
             )
             if self.attention_rope or self.selective_rope:
                 self._require(self.head_dim % 2 == 0, "attention_head_dim", f"even for RoPE, not {self.head_dim}")
         if any(self.has_mlp(layer) for layer in range(self.num_hidden_layers)):
             self._require(self.intermediate_size >= 1, "intermediate_size", "at least 1: some layers carry an MLP")
-        self._require(0 < self.norm_eps < 1, "norm_eps", "between 0 and 1")
         for field in ("eos_token_id", "pad_token_id"):
             value = getattr(self, field)
             ok = value is None or 0 <= value < self.vocab_size
             self._require(ok, field, f"None or a token id below vocab_size = {self.vocab_size}")
 
+    def _check_numbers(self) -> None:
+        self._require(1e-30 <= self.norm_eps < 1, "norm_eps", "between 1e-30 and 1")
+        self._require_number("initializer_range", 0.0, _LARGEST)
+        self._require_number("rope_theta", 1.0, 1e30)
+        for field in ("time_step_min", "time_step_max", "time_step_floor"):
+            self._require_number(field, 1e-30, _LARGEST)
+        low, high = self.time_step_min, self.time_step_max
+        self._require(low <= high, "time_step_min", f"positive and at most time_step_max = {high}")
+        low, high = self.A_init_range
+        self._require(1e-30 <= low <= high <= _LARGEST, "A_init_range", f"1e-30 ≤ low ≤ high ≤ {_LARGEST:g}")
+        low, high = self.time_step_limit
+        ok = 0 <= low < high and low <= _LARGEST and (high <= 1e30 or high == math.inf)
+        self._require(ok, "time_step_limit", f"0 ≤ low < high, low ≤ {_LARGEST:g}, and high at most 1e+30 or null")
+
     def _check_gate(self) -> None:
         self._require(0.0 <= self.attention_capacity <= 1.0, "attention_capacity", "a share of tokens between 0 and 1")
         start = self.budget_start
         self._require(start is None or 0.0 <= start <= 1.0, "budget_start", "None or a share between 0 and 1")
-        self._require(self.budget_weight >= 0.0, "budget_weight", "0 or more")
+        self._require_number("gate_bias_init", -_LARGEST, _LARGEST)
+        for field in ("budget_weight", "gumbel_noise", "gumbel_noise_end"):
+            self._require_number(field, 0.0, _LARGEST)
         for field in ("gumbel_temperature", "gumbel_temperature_end"):
-            self._require(getattr(self, field) > 0.0, field, "above 0")
-        for field in ("gumbel_noise", "gumbel_noise_end"):
-            self._require(getattr(self, field) >= 0.0, field, "0 or more")
+            self._require(1e-6 <= getattr(self, field) <= _LARGEST, field, f"above 0, from 1e-06 to {_LARGEST:g}")
         for field in ("budget_anneal", "temperature_anneal", "noise_anneal"):
-            span = getattr(self, field)
-            ok = len(span) == 2 and 0.0 <= span[0] <= span[1] <= 1.0
-            self._require(ok, field, "two fractions of training, 0 ≤ begin ≤ until ≤ 1")
+            begin, until = getattr(self, field)
+            self._require(0.0 <= begin <= until <= 1.0, field, "two fractions of training, 0 ≤ begin ≤ until ≤ 1")
         if self.window_unit == "selected":
             self._require(
                 self.key_value_scope == "selected",
@@ -320,19 +359,12 @@ class TaipanConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(
-                    f"Unknown model setting {key!r}{suggestion(key, known)}. See TaipanConfig for all of them."
+                    f"Unknown model setting {shown(key)}{suggestion(key, known)}. See TaipanConfig for all of them."
                 )
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        limit = values.get("time_step_limit")
-        if limit is not None:
-            values["time_step_limit"] = tuple(math.inf if item is None else item for item in limit)
         missing = [name for name in ("vocab_size", "hidden_size", "layer_types") if name not in values]
         if missing:
             raise ConfigError(f"The model configuration lacks {', '.join(missing)}: give them, or start from a preset.")
-        try:
-            return cls(**values)
-        except TypeError as error:  # a value of the wrong type met an arithmetic check
-            raise ConfigError(f"A model setting has the wrong type: {error}.") from error
+        return cls(**values)
 
     def replace(self, **overrides: Any) -> "TaipanConfig":
         """Copy with some fields changed, checked again."""
@@ -351,17 +383,19 @@ class TaipanConfig:
         """
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(_no_model(path)) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(
-                f"{path} cannot be read as JSON ({error}): the file is damaged, restore or re-save it."
-            ) from error
-        if not isinstance(values, dict) or values.get("model_type") != "taipan":
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+        values = parse_json_object(text, str(path), refused=ConfigError)
+        if values.get("model_type") != "taipan":
             raise ConfigError(f"{path} is not a Taipan configuration (its model_type is not 'taipan').")
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls.from_dict({key: value for key, value in values.items() if key in known})
+        try:
+            return cls.from_dict({key: value for key, value in values.items() if key in known})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
@@ -383,10 +417,12 @@ class TaipanConfig:
         if name == "paper":
             name, setting = "taipan-1.3b", "paper"
         if name not in PRESETS:
-            raise ConfigError(f"Unknown preset {name!r}{suggestion(name, list(PRESETS))}. Known: {', '.join(PRESETS)}.")
+            raise ConfigError(
+                f"Unknown preset {shown(name)}{suggestion(name, list(PRESETS))}. Known: {', '.join(PRESETS)}."
+            )
         if setting not in SETTINGS:
             raise ConfigError(
-                f"Unknown setting {setting!r}{suggestion(setting, list(SETTINGS))}. Known: {', '.join(SETTINGS)}."
+                f"Unknown setting {shown(setting)}{suggestion(setting, list(SETTINGS))}. Known: {', '.join(SETTINGS)}."
             )
         return cls.from_dict({**PRESETS[name], **SETTINGS[setting], **overrides})
 

@@ -5,6 +5,7 @@ import reprlib
 
 _SHOWN = 200  # characters of a value in a message
 _DIGITS = 40  # a number longer than this is described, not written out
+_LONGEST_NAME = 100  # comparing takes time that grows with the square
 
 
 class TaipanError(Exception):
@@ -77,7 +78,9 @@ _SHOWING.maxlist = _SHOWING.maxtuple = _SHOWING.maxdict = _SHOWING.maxset = _SHO
 _SHOWING.fillvalue = "…"
 
 
-def suggestion(name: str, known: list[str]) -> str:
+def suggestion(name: object, known: list[str]) -> str:
     """ " (did you mean 'x'?)" for a misspelt name, or nothing."""
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        return ""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -233,9 +233,19 @@ def test_training_data_may_be_several_with_weights(tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "mixed.yaml", ["data.train=data/one"]).data.train == "data/one"
 
 
-@pytest.mark.parametrize("value", [{"data/web": "much"}, {"data/web": {"weight": 1}}, {7: 1.0}, ["data/web"], 3])
-def test_training_data_of_another_form_are_refused(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"data\.train is .*must be text or a section of `name: a number` lines"):
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"data/web": "much"}, r"data\.train\['data/web'\] is 'much', but must be a number"),
+        ({"data/web": {"weight": 1}}, r"data\.train\['data/web'\] is \{'weight': 1\}, but must be a number"),
+        ({"data/web": float("inf")}, r"data\.train\['data/web'\] is inf, but must be a finite number"),
+        ({7: 1.0}, r"data\.train has the key 7, but keys must be names"),
+        (["data/web"], r"data\.train is .*must be text or a section of `name: a number` lines"),
+        (3, r"data\.train is 3.*must be text or a section of `name: a number` lines"),
+    ],
+)
+def test_training_data_of_another_form_are_refused(value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
         Recipe.from_dict({**MINIMAL, "data": {"train": value}})
     with pytest.raises(ConfigError, match=r"data\.workers is -1, but must be 0 or more"):
         Recipe.from_dict(changed(data__workers=-1))

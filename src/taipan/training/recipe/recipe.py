@@ -1,7 +1,6 @@
 """A recipe: everything that decides a training run, from one YAML file and `key=value` overrides."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import yaml
 
-from taipan.config import SETTINGS, TaipanConfig
-from taipan.errors import ConfigError, DataError, suggestion
+from taipan.config import SETTINGS, TaipanConfig, typed_field
+from taipan.errors import ConfigError, DataError, shown, suggestion
 from taipan.io import decode_utf8
-from taipan.training.recipe.schema import check_keys, check_mapping, convert
+from taipan.schema import check_keys, check_mapping, convert
+from taipan.training.recipe.yaml_text import parse_yaml
 
 _Section = TypeVar("_Section")
 
@@ -43,22 +43,21 @@ class ModelSection:
         check_keys(values, ["from", "preset", "setting", *hints], "model")
         overrides: dict[str, Any] = {}
         for key, value in values.items():
-            if key == "time_step_limit":  # its null means "no limit"; checked by TaipanConfig
-                overrides[key] = value
-            elif key not in ("from", "preset", "setting"):
-                overrides[key] = convert(value, hints[key], f"model.{key}")
+            if key not in ("from", "preset", "setting"):
+                checked = typed_field(key, value, f"model.{key}")
+                overrides[key] = value if key == "time_step_limit" else checked  # its null means "no limit"
         start = convert(values.get("from"), str | None, "model.from")
         preset = convert(values.get("preset"), str | None, "model.preset")
         setting = convert(values.get("setting", "recommended"), str, "model.setting")
         presets = list(TaipanConfig.presets())
         if preset is not None and preset != "paper" and preset not in presets:
             raise ConfigError(
-                f"model.preset is {preset!r}{suggestion(preset, presets)}, "
+                f"model.preset is {shown(preset)}{suggestion(preset, presets)}, "
                 f"but must be one of {', '.join(presets)}, paper."
             )
         if setting not in SETTINGS:
             raise ConfigError(
-                f"model.setting is {setting!r}{suggestion(setting, list(SETTINGS))}, "
+                f"model.setting is {shown(setting)}{suggestion(setting, list(SETTINGS))}, "
                 f"but must be one of {', '.join(SETTINGS)}."
             )
         if preset is None and start is None and not {"hidden_size", "layer_types"} <= set(overrides):
@@ -331,14 +330,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"The override {override!r} is not of the form key=value, for example training.steps=100.")
+        raise ConfigError(
+            f"The override {shown(override)} is not of the form key=value, for example training.steps=100."
+        )
     *sections, last = key.split(".")
     target = values
     for depth, section in enumerate(sections):
         if target.get(section) is None:
             target[section] = {}
         target = check_mapping(target[section], ".".join(sections[: depth + 1]))
-    target[last] = _parse_yaml(text, f"The value of the override {override!r}")
+    target[last] = parse_yaml(text, f"The value of the override {shown(override)}")
 
 
 def _no_recipe(path: Path, reader: str, error: OSError) -> str:
@@ -372,7 +373,7 @@ def _read_extended(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
     if path.resolve() in readers:
         raise ConfigError(f"The recipe {path} extends itself: {' → '.join(map(str, (*readers, path)))}. Remove one.")
-    values = check_mapping(_parse_yaml(text, f"The recipe {path}") or {}, f"the recipe {path}")
+    values = check_mapping(parse_yaml(text, f"The recipe {path}") or {}, f"the recipe {path}")
     base = convert(values.pop("extends", None), str | None, f"extends of the recipe {path}")
     if base is None:
         return values
@@ -386,24 +387,6 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = {**out[key], **value} if both else value  # a mapping inside a section (data.train) is one value
     return out
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, except that `1e-3` is a number, as everybody means it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what} is not valid YAML: {error}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -475,4 +458,4 @@ def _check_values(recipe: Recipe) -> None:
 
 def _require(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} is {value!r}, but must be {expected}.")
+        raise ConfigError(f"{name} is {shown(value)}, but must be {expected}.")
