@@ -8,6 +8,7 @@ from taipan.evaluation import trace
 from taipan.model import TaipanLM
 from tests.cli.conftest import TEXT, Cli
 from tests.models import small_model
+from tests.report.accessible import faults
 
 
 def test_writes_a_page_and_the_shares(cli: Cli, model_directory: Path, text_file: Path, tmp_path: Path) -> None:
@@ -16,6 +17,11 @@ def test_writes_a_page_and_the_shares(cli: Cli, model_directory: Path, text_file
     assert finished.code == 0, finished.err
     content = page.read_text(encoding="utf-8")
     assert content.startswith("<!doctype html>")
+    assert faults(content) == []
+    assert str(tmp_path) not in content, "a page tells nobody where its files lay"
+    assert str(model_directory.parent) not in content
+    assert "word" in content
+    assert "vocabulary of 257" in content
     for layer in trace(TaipanLM.from_pretrained(model_directory), Tokenizer.bytes().encode(TEXT)):
         line = next(line for line in finished.out.splitlines() if line.split()[:1] == [str(layer.layer)])
         assert f"{int(layer.selected_T.sum()):,}" in line

@@ -1,7 +1,10 @@
+import html
 import json
 import re
 import shlex
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from tests.cli.conftest import TEXT, Cli, interrupt_after
+from tests.report.accessible import faults
 
 SMALL = [
     "model.vocab_size=300",
@@ -83,9 +87,17 @@ def test_measures_what_evaluate_measures(cli: Cli, made: Made) -> None:
     assert total["bytes"] == sum(len(document.text.encode()) for document in VALID) == again["bytes"]
     assert total["model"] == pytest.approx(again["bits_per_byte"], rel=1e-5)
     [gate], [expected] = results["gates"], again["gates"]
-    for name in ("training_rate", "noise_free_rate", "alpha_mean", "alpha_std"):
+    for name in ("training_rate", "noise_free_rate"):
         assert gate[name] == pytest.approx(expected[name], abs=1e-5)
-    for found, bucket in zip(results["positions"], again["by_position"], strict=True):
+    assert gate["alpha_selected"] == pytest.approx(expected["weight_mean"] / expected["rate"], abs=1e-5)
+    # one file is longer than the others: the positions are about it alone, up to the last bucket it fills
+    assert results["position_files"]["bytes"] == len(TEXT.encode())
+    assert {found["files"] for found in results["positions"]} == {1}
+    Path("long.py").write_text(TEXT)
+    assert cli("evaluate", "here/model", "long.py", "--json", "long.json").code == 0
+    [long] = json.loads(Path("long.json").read_text())["results"]
+    full = [bucket for bucket in long["by_position"] if bucket["stop"] <= long["tokens"]]
+    for found, bucket in zip(results["positions"], full, strict=True):
         assert found["bits_per_byte"] == pytest.approx(bucket["bits_per_byte"], rel=1e-5)
     # and the terminal says the same
     for value in (total["gzip"], total["xz"], total["model"]):
@@ -100,7 +112,40 @@ def test_the_report_is_self_contained() -> None:
     assert not re.findall(r'(?:src|href)="(?!#)', page)
     assert "url(http" not in page
     assert "NaN" not in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 2 * 5
+    assert faults(page) == []
+
+
+def test_the_report_says_nothing_of_this_machine_but_what_it_is(cli: Cli, made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    assert cli("quickstart", "--out", out, *OVERRIDES, "-o", "training.steps=1").code == 0
+    for page in (out / "report.html", Path("here/report.html")):
+        content = page.read_text()
+        for path in (tmp_path, made.place, Path.home(), Path(sysconfig.get_path("stdlib")), Path(sys.prefix)):
+            assert f"{path}" not in content or path == Path("/")
+    content = (out / "report.html").read_text()
+    assert "In the directory that holds <code>mine</code>" in content
+    assert "taipan evaluate mine/model" in content
+
+
+def test_the_headline_is_for_newcomers() -> None:
+    page = Path("here/report.html").read_text()
+    [headline] = re.findall("<h1>(.*?)</h1>", page)
+    assert re.fullmatch(r"\d+ % (smaller|larger) than xz, after \d+ (second|minute)s? on .+", headline)
+    assert "<strong>What bits per byte are.</strong>" in page
+    assert "arXiv:2410.18572" in page
+    assert '<meta name="description" content="' + headline in page
+
+
+def test_the_sample_can_be_made_again_and_is_no_line(cli: Cli, made: Made) -> None:
+    sample = json.loads(Path("here/results.json").read_text())["sample"]
+    assert "\n" in sample["prompt"]
+    [command] = re.findall("(taipan generate [^<]*--ignore-eos)", Path("here/report.html").read_text())
+    words = shlex.split(html.unescape(command))
+    again = cli(*words[1:])
+    assert again.out == sample["text"] + "\n"
+    assert words[words.index("--max-new-tokens") + 1] == "240"
+    assert "240 written" in again.err.replace("tokens ", "")
 
 
 def test_the_commands_it_prints_work(cli: Cli, made: Made) -> None:

@@ -27,7 +27,8 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.cli.console import note, print_table
         from taipan.cli.models import load_model
         from taipan.io import atomic_write, read_text
-        from taipan.report.page import render
+        from taipan.report.page import render, shareable
+        from taipan.report.selection import margins
         from taipan.report.traced import traced_view
 
         content = read_text(text)
@@ -35,13 +36,14 @@ def register(app: typer.Typer, panel: str) -> None:
         view = traced_view(loaded, tokenizer, content)
         page = render(
             "inspect.html.j2",
-            title=f"{text.name}: what was selected",
+            title=f"{text.name}: what the gates of Taipan selected",
             version=__version__,
             made="",
             source=text.name,
-            model=str(model),
-            command=shlex.join(["taipan", "inspect", str(model), str(text), "-o", str(out)]),
+            model=shareable(model),
+            command=shlex.join(["taipan", "inspect", *map(shareable, (model, text)), "-o", shareable(out)]),
             view=view,
+            margin_figure=margins(view.layers),
         )
         atomic_write(out, page.encode())
         rows = [

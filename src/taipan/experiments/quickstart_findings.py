@@ -1,7 +1,6 @@
 """What the quickstart measures after training: held-out text file by file, the gates, a sample."""
 
 import math
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,27 @@ from taipan.evaluation import EvaluationResult, TextDocuments, compress, evaluat
 from taipan.experiments.phases import PhaseTimer
 from taipan.generation import GenerationSettings, stream
 from taipan.model import TaipanLM, load_tokenizer
+from taipan.report.curves import PositionBar
 from taipan.report.selection import SelectionView
 from taipan.report.traced import traced_view
 
 if TYPE_CHECKING:
     from taipan.data.corpus import Document
 
-SAMPLE_PROMPT = "def read_lines(path):"
-SAMPLE_SETTINGS = GenerationSettings(max_new_tokens=240, do_sample=True, temperature=0.8, top_p=0.95, seed=0)
+SAMPLE_PROMPT = '''class JobQueue:
+    """A queue of jobs, done in the order in which they came."""
+
+    def __init__(self, maxsize=0):'''
+SAMPLE_SETTINGS = GenerationSettings(
+    max_new_tokens=240,
+    do_sample=True,
+    temperature=0.7,
+    top_p=0.9,
+    seed=0,
+    eos_token_id=(),  # a model that has read little ends its text early, and then there is nothing to see
+)
 _SHOWN = "asyncio/queues.py"
+_LONG_FILES = 0.1  # share of the files, the longest ones, that the bits by position are about
 
 
 @dataclass(frozen=True)
@@ -38,24 +49,14 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class PositionFindings:
-    """Bits per byte of the tokens that came after `start` to `stop` (exclusive) others of their file."""
-
-    start: int
-    stop: int
-    bits_per_byte: float
-
-
-@dataclass(frozen=True)
 class GateFindings:
-    """Selection of one layer over all held-out text; shares of tokens."""
+    """Selection of one layer over all held-out text; shares of tokens, and the mean α of the selected ones."""
 
     layer: int
     capacity: float
     training_rate: float
     noise_free_rate: float
-    alpha_mean: float
-    alpha_std: float
+    alpha_selected: float | None
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,21 @@ class Findings:
     Attributes:
         files: every held-out file.
         packages: the files of each package together, and last of all together.
-        positions: by how much of the file came before.
+        positions: by how much of the file came before, over the same files for every entry; may be empty.
+        position_files: those files as a whole; None if there are none.
         gates: one entry per selective attention layer.
         sample: what the model wrote after `SAMPLE_PROMPT`.
-        shown: path of the held-out file on the coloured page.
+        shown: the held-out file on the coloured page, as a path below the standard library.
         view: the coloured page; None for a model without selective attention.
     """
 
     files: Sequence[Compared]
     packages: Sequence[Compared]
-    positions: Sequence[PositionFindings]
+    positions: Sequence[PositionBar]
+    position_files: Compared | None
     gates: Sequence[GateFindings]
     sample: str
-    shown: Path
+    shown: str
     view: SelectionView | None
 
     @property
@@ -112,16 +115,18 @@ def measure(directory: Path, documents: "Sequence[Document]", timer: PhaseTimer)
         sample = _sample(model, tokenizer)
     packages = dict.fromkeys(file.name.split("/")[0] for file in files)
     results = [file.result for file in files]
+    positions, long_files = positions_of_same_files(results)
     return Findings(
         files=[_compared(file.name, [file]) for file in files],
         packages=[
             *(_compared(name, [file for file in files if file.name.split("/")[0] == name]) for name in packages),
             _compared("all held-out files", files),
         ],
-        positions=list(_positions(results)),
+        positions=positions,
+        position_files=_compared("files by position", [files[number] for number in long_files]) if long_files else None,
         gates=list(_gates(results, model.config.attention_capacity)),
         sample=sample,
-        shown=Path(sysconfig.get_path("stdlib"), shown.source),
+        shown=shown.source,
         view=view,
     )
 
@@ -144,34 +149,49 @@ def _compared(name: str, files: Sequence[_File]) -> Compared:
     )
 
 
-def _positions(results: Sequence[EvaluationResult]) -> Iterator[PositionFindings]:
-    """Buckets of all files together: bits over bytes, both summed."""
-    bits: dict[tuple[int, int], float] = {}
-    size: dict[tuple[int, int], float] = {}
-    for result in results:
-        for bucket in result.by_position:
-            edges = (bucket.start, bucket.stop)
-            amount = bucket.tokens * bucket.nats_per_token / math.log(2)
-            bits[edges] = bits.get(edges, 0.0) + amount
-            size[edges] = size.get(edges, 0.0) + amount / bucket.bits_per_byte
-    for start, stop in sorted(bits):
-        yield PositionFindings(start, stop, bits[start, stop] / size[start, stop])
+def positions_of_same_files(results: Sequence[EvaluationResult]) -> tuple[list[PositionBar], list[int]]:
+    """Bits per byte by position, with the same files in every bucket, and which files those are.
+
+    Files differ: were every file to count where it has tokens, the last buckets would be about a few long files, and
+    no difference between buckets would be one of context. So it is the files that reach as far as a tenth of them
+    (at least one) do, and every bucket up to there: each of these files fills them all.
+
+    Returns:
+        The buckets in order and the numbers of the files; both empty if no file fills the first bucket.
+    """
+    ends = sorted({bucket.stop for result in results for bucket in result.by_position})
+    reached = {end: [number for number, result in enumerate(results) if result.tokens >= end] for end in ends}
+    wanted = max(1, math.ceil(_LONG_FILES * len(results)))
+    shared = [end for end in ends if len(reached[end]) >= wanted]
+    if not shared:
+        return [], []
+    chosen = reached[shared[-1]]
+    bars: list[PositionBar] = []
+    for edges in zip(
+        *([bucket for bucket in results[number].by_position if bucket.stop <= shared[-1]] for number in chosen),
+        strict=True,
+    ):
+        bits = [bucket.tokens * bucket.nats_per_token / math.log(2) for bucket in edges]
+        size = sum(amount / bucket.bits_per_byte for amount, bucket in zip(bits, edges, strict=True))
+        bars.append(PositionBar(edges[0].start, edges[0].stop, len(chosen), sum(bits) / size))
+    return bars, chosen
 
 
 def _gates(results: Sequence[EvaluationResult], capacity: float) -> Iterator[GateFindings]:
     """Statistics of all files together, weighted by their tokens."""
     tokens = sum(result.tokens for result in results)
+
+    def mean(number: int, name: str) -> float:
+        return sum(result.tokens / tokens * getattr(result.gates[number], name) for result in results)
+
     for number, gate in enumerate(results[0].gates):
-        entries = [(result.tokens / tokens, result.gates[number]) for result in results]
-        mean = sum(weight * entry.alpha_mean for weight, entry in entries)
-        square = sum(weight * (entry.alpha_std**2 + entry.alpha_mean**2) for weight, entry in entries)
+        rate = mean(number, "rate")
         yield GateFindings(
             layer=gate.layer,
             capacity=capacity,
-            training_rate=sum(weight * entry.training_rate for weight, entry in entries),
-            noise_free_rate=sum(weight * entry.noise_free_rate for weight, entry in entries),
-            alpha_mean=mean,
-            alpha_std=math.sqrt(max(0.0, square - mean**2)),
+            training_rate=mean(number, "training_rate"),
+            noise_free_rate=mean(number, "noise_free_rate"),
+            alpha_selected=mean(number, "weight_mean") / rate if rate > 0 else None,
         )
 
 

@@ -10,10 +10,15 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-_ALPHA_STEPS = 32767  # 15 bits; the 16th says "selected"
+from taipan.report.curves import margin_figure
+
+_MARGIN_STEPS = 128  # per unit of the margin, in 15 bits; the 16th says "selected"
+_MARGIN_ZERO = 1 << 14
+_STRONG = 0.95  # share of the selected tokens' margins below the strongest colour
 _BLOCK_PIECES = 400  # pieces in one block that the browser lays out at once
 _FAVOURITES = 8
 _FAVOURITES_SEEN = 8
+_SIGNS = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +28,14 @@ class LayerSelection:
     Attributes:
         layer: its number in the stack.
         selected_T: which tokens it selected, bool.
-        alpha_T: α of Eq. 5 for every token, floating.
+        margin_T: s_1 − s_0 of Eq. 1 for every token, floating.
         capacity: the budget C.
-        threshold: the score s_1 − s_0 above which it selects.
+        threshold: the margin above which it selects.
     """
 
     layer: int
     selected_T: NDArray[np.bool_]
-    alpha_T: NDArray[np.floating]
+    margin_T: NDArray[np.floating]
     capacity: float
     threshold: float
 
@@ -45,19 +50,37 @@ class LayerSelection:
         return float(self.selected_T.mean())
 
     @property
-    def alpha_mean(self) -> float:
-        """Mean of α over all tokens."""
-        return float(self.alpha_T.mean())
-
-    @property
-    def alpha_std(self) -> float:
-        """Standard deviation of α over all tokens."""
-        return float(self.alpha_T.std())
+    def alpha_T(self) -> NDArray[np.floating]:
+        """α of Eq. 5 for every token: the second of softmax(s) is the sigmoid of the margin."""
+        return 0.5 * (1.0 + np.tanh(0.5 * self.margin_T.astype(np.float64)))
 
     @property
     def alpha_selected(self) -> float:
         """Mean of α over the selected tokens (NaN if there are none)."""
         return float(self.alpha_T[self.selected_T].mean()) if self.count else float("nan")
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Margins of the weakest and of the strongest colour.
+
+        From the threshold (for an open gate, which has none, from the smallest selected margin) to the margin that
+        95 % of the selected tokens stay below.
+        """
+        if not self.count:
+            return 0.0, 1.0
+        chosen = self.margin_T[self.selected_T].astype(np.float64)
+        low = self.threshold if np.isfinite(self.threshold) else float(chosen.min())
+        return float(low), float(max(np.quantile(chosen, _STRONG), low + 0.01))
+
+
+def margins(layers: Sequence[LayerSelection]) -> Markup | None:
+    """The figure of the margins above the threshold; None if no layer has a threshold."""
+    above = {
+        layer.layer: layer.margin_T.astype(np.float64) - layer.threshold
+        for layer in layers
+        if np.isfinite(layer.threshold)
+    }
+    return margin_figure(above) if above else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +96,14 @@ class Favourites:
 class SelectionView:
     """What the templates `selection_*.html.j2` show.
 
-    A piece is the text of one token, or of the few tokens that make up one character together. `first_base64` holds
-    the first token of every piece (uint32, little-endian), `layers_json` the layers' thresholds and, for every token,
-    α and whether it was selected.
+    `vocabulary` is the number of tokens the model knows. A piece is the text of one token, or of the few tokens that
+    make up one character together. `first_base64` holds the first token of every piece (uint32, little-endian),
+    `layers_json` the layers' thresholds and scales of colours and, for every token, the margin and whether it was
+    selected.
     """
 
     tokens: int
+    vocabulary: int
     blocks: list[list[str]]
     layers: Sequence[LayerSelection]
     favourites: list[Favourites]
@@ -87,17 +112,19 @@ class SelectionView:
     first_base64: Markup
 
 
-def selection_view(token_texts: Sequence[str], layers: Sequence[LayerSelection]) -> SelectionView:
+def selection_view(token_texts: Sequence[str], layers: Sequence[LayerSelection], *, vocabulary: int) -> SelectionView:
     """Prepare a text for the browser.
 
     Args:
         token_texts: for each of the T tokens the characters it completes; "" when a token ends inside a character,
             whose text then comes with the token that completes it.
         layers: one entry per selective attention layer, each of T tokens.
+        vocabulary: number of tokens the model knows.
     """
     pieces, first = _pieces(token_texts)
     return SelectionView(
         tokens=len(token_texts),
+        vocabulary=vocabulary,
         blocks=list(_blocks(pieces)),
         layers=layers,
         favourites=[_favourites(token_texts, layer) for layer in layers],
@@ -112,11 +139,17 @@ def _base64(values: NDArray[np.generic]) -> Markup:
 
 
 def _layer_json(layer: LayerSelection) -> dict[str, object]:
-    codes = np.round(layer.alpha_T.astype(np.float64) * _ALPHA_STEPS).astype("<u2") | (
-        layer.selected_T.astype("<u2") << 15
-    )
-    threshold = float(np.clip(layer.threshold, -1e9, 1e9))  # JSON has no infinity
-    return {"layer": layer.layer, "threshold": threshold, "codes": str(_base64(codes.astype("<u2")))}
+    steps = np.clip(np.round(layer.margin_T.astype(np.float64) * _MARGIN_STEPS), -_MARGIN_ZERO, _MARGIN_ZERO - 1)
+    codes = (steps + _MARGIN_ZERO).astype("<u2") | (layer.selected_T.astype("<u2") << 15)
+    threshold = layer.threshold if np.isfinite(layer.threshold) else None  # JSON has no infinity
+    low, high = layer.scale
+    return {
+        "layer": layer.layer,
+        "threshold": threshold,
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "codes": str(_base64(codes.astype("<u2"))),
+    }
 
 
 def _pieces(token_texts: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -149,7 +182,12 @@ def _favourites(token_texts: Sequence[str], layer: LayerSelection) -> Favourites
     chosen = Counter(text for text, selected in zip(token_texts, layer.selected_T.tolist(), strict=True) if selected)
     shares = [(text, chosen[text] / count, count) for text, count in seen.items() if text and count >= _FAVOURITES_SEEN]
     shares.sort(key=lambda entry: (-entry[1], -entry[2], entry[0]))
-    ranked = [(json.dumps(text, ensure_ascii=False)[1:-1], share) for text, share, _ in shares]
+    ranked = [(_visible(text), share) for text, share, _ in shares]
     most = [entry for entry in ranked[:_FAVOURITES] if entry[1] > 0]
     least = [entry for entry in reversed(ranked[len(most) :][-_FAVOURITES:])]
     return Favourites(layer=layer.layer, most=most, least=least)
+
+
+def _visible(text: str) -> str:
+    """A token's text with signs for what cannot be seen."""
+    return "".join(_SIGNS.get(sign, sign if sign.isprintable() else repr(sign)[1:-1]) for sign in text)

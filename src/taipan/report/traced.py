@@ -26,7 +26,7 @@ def traced_view(model: TaipanLM, tokenizer: Tokenizer, text: str) -> SelectionVi
         LayerSelection(
             layer=layer.layer,
             selected_T=layer.selected_T.numpy(),
-            alpha_T=layer.alpha_T.numpy(),
+            margin_T=layer.margin_T.numpy(),
             capacity=model.config.attention_capacity,
             threshold=layer.threshold,
         )
@@ -35,4 +35,4 @@ def traced_view(model: TaipanLM, tokenizer: Tokenizer, text: str) -> SelectionVi
     decoder = StreamDecoder(tokenizer)
     pieces = [decoder.push(index) for index in ids]
     pieces[-1] += decoder.flush()
-    return selection_view(pieces, layers)
+    return selection_view(pieces, layers, vocabulary=tokenizer.vocab_size)

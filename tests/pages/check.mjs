@@ -1,0 +1,118 @@
+// Opens pages in headless Chromium, at 1280 and 400 px, in light and dark, and fails if one of them
+// - breaks a rule of axe-core (WCAG A and AA, best practices),
+// - is wider than the window, reports an error, or loads anything,
+// - has a coloured text whose tokens cannot be reached by keyboard and by tap.
+//
+//   node check.mjs OUT PAGE.html …     screenshots go to OUT
+//
+// CHROMIUM names the browser if it is not found on the PATH.
+import { execFileSync } from "node:child_process";
+import { mkdirSync, readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import path from "node:path";
+import { pathToFileURL } from "node:url";
+import puppeteer from "puppeteer-core";
+
+const WIDTHS = [1280, 400];
+const SCHEMES = ["light", "dark"];
+const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+
+function browserPath() {
+  for (const name of [process.env.CHROMIUM, "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"])
+    try {
+      if (name) return execFileSync("sh", ["-c", 'command -v "$1"', "sh", name], { encoding: "utf8" }).trim();
+    } catch { /* the next one */ }
+  console.error("Error: no Chromium found. Install it (Debian: apt install chromium), or set CHROMIUM to its path.");
+  process.exit(2);
+}
+
+async function violations(page) {
+  await page.evaluate(axe);
+  const found = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations"] }));
+  return found.violations.flatMap(({ id, help, nodes }) =>
+    nodes.slice(0, 5).map((node) => `axe ${id}: ${help}: ${node.html.slice(0, 200)}\n      ${node.failureSummary.replace(/\s+/g, " ")}`));
+}
+
+// What a page with a coloured text promises: every token by keyboard and by tap.
+async function movement(page) {
+  if (!(await page.$("#text"))) return [];
+  const faults = [];
+  const state = () => page.evaluate(() => {
+    const tip = document.getElementById("tip"), piece = document.activeElement;
+    const box = tip.getBoundingClientRect();
+    return {
+      shown: getComputedStyle(tip).display !== "none" && /layer/.test(tip.textContent),
+      inside: box.left >= 0 && box.right <= innerWidth && box.top >= 0 && box.bottom <= innerHeight,
+      index: [...document.querySelectorAll("#text b")].indexOf(piece),
+      described: piece.getAttribute("aria-describedby"),
+      tag: piece.id,
+    };
+  });
+  const expect = async (what, wanted) => {
+    const now = await state();
+    for (const [key, value] of Object.entries(wanted))
+      if (now[key] !== value) faults.push(`${what}: ${key} is ${now[key]}, expected ${value}`);
+    return now;
+  };
+  await page.focus("#text");
+  await page.keyboard.press("ArrowRight");
+  await expect("first arrow key", { shown: true, inside: true, index: 0, described: "tip" });
+  await page.keyboard.press("ArrowRight");
+  await expect("second arrow key", { shown: true, index: 1 });
+  await page.keyboard.press("ArrowDown");
+  if ((await state()).index <= 1) faults.push("arrow down: stayed in its line");
+  await page.keyboard.press("End");
+  const last = await page.$$eval("#text b", (pieces) => pieces.length - 1);
+  await expect("End", { shown: true, inside: true, index: last });
+  await page.keyboard.press("Home");
+  await page.keyboard.press("n");
+  const chosen = await state();
+  const selected = await page.$$eval("#text b", (pieces) => pieces.findIndex((piece, i) => i > 0 && /^s\d/.test(piece.className)));
+  if (selected > 0 && chosen.index !== selected) faults.push(`N: went to ${chosen.index}, expected ${selected}`);
+  await page.keyboard.press("Escape");
+  await expect("Escape", { shown: false, tag: "text" });
+  const target = (await page.$$("#text b"))[Math.min(3, last)];
+  await target.scrollIntoView();
+  await target.tap();
+  await expect("tap", { shown: true, inside: true, index: Math.min(3, last) });
+  return faults;
+}
+
+const [out, ...files] = process.argv.slice(2);
+if (!out || !files.length) {
+  console.error("Usage: node check.mjs OUT PAGE.html …");
+  process.exit(2);
+}
+mkdirSync(out, { recursive: true });
+const browser = await puppeteer.launch({ executablePath: browserPath(), headless: true, args: ["--no-sandbox"] });
+let failed = 0;
+for (const file of files)
+  for (const width of WIDTHS)
+    for (const scheme of SCHEMES) {
+      const faults = [];
+      const page = await browser.newPage();
+      const url = pathToFileURL(path.resolve(file)).href;
+      page.on("pageerror", (error) => faults.push(`script error: ${error.message}`));
+      page.on("request", (request) => {
+        if (request.url() !== url && !request.url().startsWith("data:")) faults.push(`loads ${request.url()}`);
+      });
+      await page.setViewport({ width, height: 900, hasTouch: true });
+      await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
+      await page.goto(url);
+      // blocks out of sight have placeholders for their size: everything is laid out, as if it had been scrolled to
+      await page.addStyleTag({ content: "* { content-visibility: visible !important }" });
+      await page.$$eval("details", (all) => all.forEach((details) => { details.open = true; }));
+      const wide = await page.evaluate(() => document.documentElement.scrollWidth);
+      if (wide > width) faults.push(`${wide} px wide in a window of ${width} px`);
+      faults.push(...(await violations(page)));
+      faults.push(...(await movement(page)));
+      faults.push(...(await violations(page)).map((fault) => `with a token's scores shown: ${fault}`));
+      const name = `${path.basename(file, ".html")}-${width}-${scheme}.png`;
+      await page.screenshot({ path: path.join(out, name), fullPage: true });
+      await page.close();
+      console.log(`${faults.length ? "FAILED" : "ok"}  ${path.basename(file)}  ${width} px, ${scheme}`);
+      for (const fault of new Set(faults)) console.log(`    ${fault}`);
+      failed += faults.length > 0;
+    }
+await browser.close();
+process.exit(failed ? 1 : 0);
