@@ -7,9 +7,20 @@ if TYPE_CHECKING:
     from taipan.config import TaipanConfig
     from taipan.model import TaipanLM, TaipanOutput
     from taipan.state import DecoderState
+    from taipan.text import TextModel, TextScore, TextState, TextStream, load
 
 __version__ = "0.1.0"
-__all__ = ["DecoderState", "TaipanConfig", "TaipanLM", "TaipanOutput"]
+__all__ = [
+    "DecoderState",
+    "TaipanConfig",
+    "TaipanLM",
+    "TaipanOutput",
+    "TextModel",
+    "TextScore",
+    "TextState",
+    "TextStream",
+    "load",
+]
 
 # Lazy (PEP 562), so that `taipan.config` and `taipan --help` need no torch.
 _HOMES = {
@@ -17,6 +28,11 @@ _HOMES = {
     "TaipanConfig": "taipan.config",
     "TaipanLM": "taipan.model",
     "TaipanOutput": "taipan.model",
+    "TextModel": "taipan.text",
+    "TextScore": "taipan.text",
+    "TextState": "taipan.text",
+    "TextStream": "taipan.text",
+    "load": "taipan.text",
 }
 
 

@@ -32,24 +32,26 @@ def register(app: typer.Typer, panel: str) -> None:
 
         from taipan.cli.console import note, print_table
         from taipan.cli.datasets import open_data
-        from taipan.cli.models import load_model
         from taipan.data.sampler import WindowSampler
         from taipan.errors import ConfigError
+        from taipan.hardware import tune_allocator
+        from taipan.text import load
         from taipan.training.run.calibration import calibrate as run
         from taipan.training.step.batch import Batch
 
-        loaded, tokenizer = load_model(model)
-        if not loaded.sals:
+        tune_allocator()
+        loaded = load(model)
+        if not loaded.model.sals:
             raise ConfigError(f"{model} has no selective attention layer: there is no threshold to set.")
-        with open_data(data, tokenizer) as dataset:
+        with open_data(data, loaded.tokenizer) as dataset:
             sampler = WindowSampler(dataset, min(context, dataset.n_tokens), seed)
             windows = min(sampler.n_windows, math.ceil(tokens / sampler.context_length))
             batches: list[Batch] = []
             for index in range(windows):
                 window = sampler.batch(index, 1)
                 batches.append({"tokens": window["tokens"], "segment_ids": window["segment_ids"]})
-            results = run(loaded, batches, capacity)
-        loaded.save_pretrained(model, tokenizer)
+            results = run(loaded.model, batches, capacity)
+        loaded.model.save_pretrained(model, loaded.tokenizer)
         rows = [
             [
                 str(entry.layer),

@@ -38,17 +38,26 @@ def register(app: typer.Typer, panel: str) -> None:
         """
         from taipan.cli.console import note
         from taipan.cli.datasets import open_data
-        from taipan.cli.models import load_model
         from taipan.cli.progress import progress_bar
         from taipan.evaluation import evaluate as run
+        from taipan.hardware import tune_allocator
+        from taipan.text import load
 
-        loaded, tokenizer = load_model(model, dtype)
+        tune_allocator()
+        loaded = load(model, dtype=dtype)
         results: list[EvaluationResult] = []
-        with open_data(data, tokenizer) as dataset:
+        with open_data(data, loaded.tokenizer) as dataset:
             for length in context or [None]:
                 with progress_bar("whole documents" if length is None else f"context {length}", "tokens") as report:
                     results.append(
-                        run(loaded, dataset, context=length, piece=piece, batch_tokens=batch_tokens, progress=report)
+                        run(
+                            loaded.model,
+                            dataset,
+                            context=length,
+                            piece=piece,
+                            batch_tokens=batch_tokens,
+                            progress=report,
+                        )
                     )
         _print(results)
         if json_file is not None:

@@ -1,12 +1,9 @@
 """`taipan generate`: a model goes on writing."""
 
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-_LAST = 64  # tokens of the prompt: more than the text of the next one depends on
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -83,7 +80,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
 
 def _run(
-    model_directory: Path,
+    directory: Path,
     prompt: str | None,
     prompt_file: Path | None,
     new_document: bool,
@@ -97,63 +94,36 @@ def _run(
     import time
 
     from taipan.cli.console import note, size
-    from taipan.cli.models import load_model
-    from taipan.data.tokenizer import StreamDecoder
-    from taipan.generation import prefill, stream
-    from taipan.state import DecoderState
+    from taipan.cli.text import text_pieces
+    from taipan.hardware import tune_allocator
+    from taipan.text import load
 
-    model, tokenizer = load_model(model_directory, dtype)
-    state = None if load_state is None else DecoderState.load(load_state, model)
+    tune_allocator()
+    model = load(directory, dtype=dtype)
+    state = None if load_state is None else model.load_state(load_state)
     source = str(prompt_file) if prompt_file is not None else "-" if prompt == "-" else None
-    reader = _Reader(tokenizer, source, prompt, new_document)
+    text = prompt or "" if source is None else text_pieces(source)
     if only_read:
-        state = prefill(model, reader, state=state, chunk=settings.prefill_chunk).state
-        note(f"Read {reader.tokens:,} tokens.")
+        before = 0 if state is None else state.tokens
+        state = model.read(text, state=state, new_document=new_document, piece=settings.prefill_chunk)
+        note(f"Read {state.tokens - before:,} tokens.")
     else:
         out = sys.stdout
-        if prompt is not None and prompt != "-" and out.isatty():
-            typer.secho(prompt, nl=False, bold=True)
-        decoder = None
+        if source is None and out.isatty():
+            typer.secho(prompt or "", nl=False, bold=True)
         begin = first = time.perf_counter()
-        new = 0
-        step = None
-        for step in stream(model, reader, state=state, tokenizer=tokenizer, settings=settings):
-            first = time.perf_counter() if new == 0 else first
-            new += 1
-            decoder = decoder or StreamDecoder(tokenizer, reader.last)  # now the prompt is read
-            out.write(decoder.push(int(step.tokens_B[0])))  # nothing for an end-of-document token
+        stream = model.generate(text, state=state, new_document=new_document, stream=True, settings=settings)
+        for piece in stream:
+            first = time.perf_counter() if stream.tokens_written == 1 else first
+            out.write(piece)
             out.flush()
         end = time.perf_counter()
-        out.write(("" if decoder is None else decoder.flush()) + "\n")
+        out.write("\n")
         out.flush()
+        new = stream.tokens_written
         speed = f", {(new - 1) / (end - first):,.0f} tokens/s" if new > 1 else ""
-        note(f"[{reader.tokens:,} tokens read in {first - begin:.1f} s, {new:,} written{speed}]")
-        state = None if step is None or save_state is None else step.state
+        note(f"[{stream.tokens_read:,} tokens read in {first - begin:.1f} s, {new:,} written{speed}]")
+        state = None if save_state is None else stream.state
     if save_state is not None and state is not None:
-        state.save(save_state, model)
+        model.save_state(state, save_state)
         note(f"State of {size(state.nbytes)} saved: {save_state}. Continue with --load-state {save_state}")
-
-
-class _Reader:
-    """The prompt as pieces of token ids (1, T), counted as they are read; `last` are the last ones."""
-
-    def __init__(self, tokenizer: Any, source: str | None, text: str | None, new_document: bool) -> None:
-        self._tokenizer = tokenizer
-        self._source = source
-        self._text = text
-        self._new_document = new_document
-        self.tokens = 0
-        self.last: list[int] = []
-
-    def __iter__(self) -> Any:
-        import torch
-
-        from taipan.cli.text import text_pieces
-
-        pieces = iter([self._text or ""]) if self._source is None else text_pieces(self._source)
-        begin = [[self._tokenizer.eos_id]] if self._new_document else []
-        for ids in chain(begin, self._tokenizer.iter_encode(pieces)):
-            if ids:
-                self.tokens += len(ids)
-                self.last = [*self.last, *ids[-_LAST:]][-_LAST:]
-                yield torch.tensor([ids])

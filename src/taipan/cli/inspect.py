@@ -25,15 +25,17 @@ def register(app: typer.Typer, panel: str) -> None:
 
         from taipan import __version__
         from taipan.cli.console import note, print_table
-        from taipan.cli.models import load_model
+        from taipan.hardware import tune_allocator
         from taipan.io import atomic_write, read_text
         from taipan.report.page import render, shareable
         from taipan.report.selection import margins
         from taipan.report.traced import traced_view
+        from taipan.text import load
 
         content = read_text(text)
-        loaded, tokenizer = load_model(model)
-        view = traced_view(loaded, tokenizer, content)
+        tune_allocator()
+        loaded = load(model)
+        view = traced_view(loaded.model, loaded.tokenizer, content)
         page = render(
             "inspect.html.j2",
             title=f"{text.name}: what the gates of Taipan selected",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
-from taipan.generation.prefill import read
+from taipan.generation.prefill import Reading, read
 from taipan.generation.program import DecoderProgram, check_weights, program_of
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.sampling import greedy
@@ -233,10 +233,10 @@ class Continuation:
         self._tokens: list[tuple[IntB, BoolB | None]] = []
         self._read = 0
 
-    def append(self, token_B: IntB, active_B: BoolB | None = None) -> Callable[[], Any]:
-        """Take a token of every row, or of the active ones; returns what gives the state after it."""
+    def append(self, token_B: IntB, active_B: BoolB | None = None) -> Callable[[], Reading]:
+        """Take a token of every row, or of the active ones; returns what gives the reading after it."""
         self._tokens.append((token_B, active_B))
-        return partial(self._state_after, len(self._tokens))
+        return partial(self._reading_after, len(self._tokens))
 
     def read(self) -> FloatBV:
         """Read the last token; logits of what comes next."""
@@ -245,15 +245,14 @@ class Continuation:
             self._read += 1
         return self._logits_BV
 
-    def _state_after(self, number: int) -> Any:
+    def _reading_after(self, number: int) -> Reading:
         if number > self._read:
             self.read()
         if number == self._read:
-            return self._decoding.state
+            return Reading(self._logits_BV.clone(), self._decoding.state)
         again = self._start()
-        for tokens in self._tokens[:number]:
-            again.step(*tokens)
-        return again.state
+        logits_BV = [again.step(*tokens) for tokens in self._tokens[:number]][-1]
+        return Reading(logits_BV.clone(), again.state)
 
 
 def _buffers(state: LayerState, real: torch.dtype, arena: Arena) -> list[Tensor]:

@@ -12,7 +12,7 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.generation.choosing import Chooser
 from taipan.generation.decoding import Continuation, require_native
-from taipan.generation.prefill import check_prompt, read_prompt
+from taipan.generation.prefill import Reading, check_prompt, read_prompt
 from taipan.generation.program import why_no_program
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
@@ -35,16 +35,21 @@ class StepOutput:
     generated_B: BoolB
     finished_B: BoolB
     finish_reasons: tuple[FinishReason | None, ...]
-    _state: Callable[[], Any] = dataclasses.field(repr=False)
+    _reading: Callable[[], Reading] = dataclasses.field(repr=False)
 
     @property
-    def state(self) -> Any:
-        """State after this token: row by row, what the model remembers of prompt and new tokens.
+    def reading(self) -> Reading:
+        """What the model knows after this token: its state, and the logits of the next token of unfinished rows.
 
         Reading it computes the forward that the next step needs anyway (after the last step, one more) and copies.
         Once a later token has been read, all of them up to this one are read again.
         """
-        return self._state()
+        return self._reading()
+
+    @property
+    def state(self) -> Any:
+        """State after this token: row by row, what the model remembers of prompt and new tokens; costs a `reading`."""
+        return self._reading().state
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class GenerateOutput:
 
 def stream(
     model: RecurrentLM,
-    tokens: IntBT | Iterable[Tensor],
+    tokens: IntBT | Iterable[Tensor] | Reading,
     attention_mask: Tensor | None = None,
     *,
     state: Any = None,
@@ -78,7 +83,8 @@ def stream(
 
     Args:
         model: a `TaipanLM` or anything that is called like one.
-        tokens: the prompts, (B, T) ids; or an iterable of pieces (B, Tᵢ), read as they come in bounded memory.
+        tokens: the prompts, (B, T) ids; or an iterable of pieces (B, Tᵢ), read as they come in bounded memory;
+            or what was read already (`prefill`), to go on from without new ones.
         attention_mask: (B, T), nonzero where a prompt token is real; left or right padding, or holes.
         state: what was read before (`GenerateOutput.state`, `DecoderState.load`); `tokens` are then the new ones only.
         tokenizer: needed for stop strings; ids that are none of its tokens (a vocabulary padded to a round number has
@@ -102,6 +108,8 @@ def stream(
                 raise InputError(f"{name} {number} is out of range: this model knows the ids 0 to {vocabulary - 1}.")
     if chosen.stop_strings and tokenizer is None:
         raise InputError(f"stop_strings {chosen.stop_strings!r} need the tokenizer too: pass tokenizer=….")
+    if isinstance(tokens, Reading) and (state is not None or attention_mask is not None):
+        raise InputError("A Reading holds its own state: pass no state and no attention_mask beside it.")
     if isinstance(tokens, Tensor):
         check_prompt(tokens, attention_mask, vocabulary)
     if chosen.weights != "auto" and (reason := why_no_program(model)) is not None:
@@ -115,7 +123,7 @@ def stream(
 
 def _steps(
     model: RecurrentLM,
-    tokens: Tensor | Iterable[Tensor],
+    tokens: Tensor | Iterable[Tensor] | Reading,
     attention_mask: Tensor | None,
     state: Any,
     settings: GenerationSettings,
@@ -135,7 +143,10 @@ def _steps(
         text.append(token_B)
         logits_BV = text.read()
     else:
-        reading = read_prompt(model, tokens, attention_mask, state=state, chunk=settings.prefill_chunk, listen=listen)
+        reading = tokens
+        if not isinstance(reading, Reading):
+            chunk = settings.prefill_chunk
+            reading = read_prompt(model, reading, attention_mask, state=state, chunk=chunk, listen=listen)
         text = Continuation(model, reading.state, settings.weights)
         logits_BV = reading.logits_BV
         del reading
@@ -146,14 +157,14 @@ def _steps(
         choose.hear(token_B[:, None])  # finished rows are ignored
         reasons = endings.after(token_B)
         finished_B = torch.tensor([reason is not None for reason in reasons], device=logits_BV.device)
-        state_after = text.append(token_B, None if bool(generated_B.all()) else generated_B)
-        yield StepOutput(token_B, generated_B, finished_B, tuple(reasons), state_after)
+        reading_after = text.append(token_B, None if bool(generated_B.all()) else generated_B)
+        yield StepOutput(token_B, generated_B, finished_B, tuple(reasons), reading_after)
         if bool(finished_B.all()):
             return
         logits_BV = text.read()
 
 
-def _single(tokens: Tensor | Iterable[Tensor]) -> Tensor | None:
+def _single(tokens: object) -> Tensor | None:
     """The only token of every row of a prompt on the CPU."""
     return tokens[:, 0] if isinstance(tokens, Tensor) and tokens.is_cpu and tokens.shape[1] == 1 else None
 

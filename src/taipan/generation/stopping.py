@@ -9,7 +9,8 @@ from taipan.shapes import BoolBT, IntB, IntBT
 
 FinishReason = Literal["eos", "stop_string", "length"]
 
-_CONTEXT = 64  # tokens of a prompt that are kept: more than the text of the next one depends on
+CONTEXT = 64
+"""Tokens of a prompt that are kept: more than the text of the next one depends on."""
 
 
 class StopWatch:
@@ -65,7 +66,7 @@ class Endings:
         self._prompts = self._prompts or [[] for _ in range(tokens_BT.shape[0])]
         for row, own in enumerate(self._prompts):
             real = tokens_BT[row] if real_BT is None else tokens_BT[row][real_BT[row]]
-            own[:] = [*own, *real[-_CONTEXT:].tolist()][-_CONTEXT:]
+            own[:] = [*own, *real[-CONTEXT:].tolist()][-CONTEXT:]
 
     def after(self, token_B: IntB) -> list[FinishReason | None]:
         """Take the next token of every row; those of rows that have ended are ignored."""
