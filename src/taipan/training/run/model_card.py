@@ -93,7 +93,7 @@ def model_card(
             f"training text:\n\n| layer | threshold | before | after |\n|---|---|---|---|\n{rows}"
         )
     parts.append(
-        '```python\nfrom taipan import TaipanLM\n\nmodel = TaipanLM.from_pretrained("DIRECTORY")\n```\n\n'
+        '```python\nimport taipan\n\nmodel = taipan.load("DIRECTORY")\nprint(model.generate("The "))\n```\n\n'
         '```bash\ntaipan generate DIRECTORY "The "\n```'
     )
     notes = "\n".join(f"* {note}" for note in dict.fromkeys(licences))
