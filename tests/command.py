@@ -21,7 +21,9 @@ def run(*arguments: object) -> Finished:
     """Run `taipan ARGUMENTS…` as the shell would; nothing it does may end in a traceback."""
     from taipan.cli.main import main
 
-    out, err = io.StringIO(), io.StringIO()
+    # as a terminal has them: what cannot be encoded is an error on the one, and escaped on the other
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
     words = [str(argument) for argument in arguments]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["taipan", *words])
@@ -29,5 +31,11 @@ def run(*arguments: object) -> Finished:
             main(words)
     code = end.value.code or 0
     assert isinstance(code, int)
-    assert "Traceback" not in err.getvalue()
-    return Finished(code, out.getvalue(), err.getvalue())
+    finished = Finished(code, _written(out), _written(err))
+    assert "Traceback" not in finished.err
+    return finished
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    stream.seek(0)
+    return stream.read()

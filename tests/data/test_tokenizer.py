@@ -259,7 +259,7 @@ def test_missing_files_and_end_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="to end a document with"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         Tokenizer.load(tmp_path)
 
 

@@ -1,13 +1,14 @@
 """What a data set says about itself, and whether its files are those it speaks of."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from taipan.errors import DataError
-from taipan.io import read_text, sha256_file
+from taipan.errors import DataError, shown
+from taipan.io import parse_json_object, read_text, sha256_file
 
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.bin"
@@ -62,32 +63,70 @@ def read_manifest(directory: Path) -> Manifest:
     if directory.is_file():
         raise DataError(
             f"{directory} is a file, not a prepared data set (a directory). `taipan data prepare` makes one of text, "
-            "`taipan data import` of the tokens of nanoGPT, llm.c or Megatron."
+            "`taipan data import` of the tokens of NumPy files, nanoGPT, llm.c or Megatron."
         )
     if not file.is_file():
         raise DataError(
             f"{directory} is not a prepared data set: there is no {MANIFEST_FILE}. Make one with `taipan data prepare`."
         )
-    try:
-        loaded: object = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is damaged: {error}. Prepare the data again.") from error
-    fields = cast("dict[str, Any]", loaded) if isinstance(loaded, dict) else {}
+    fields = parse_json_object(read_text(file), str(file))
     if fields.get("format") != FORMAT:
         raise DataError(
-            f"{file} is not the manifest of a data set: format {fields.get('format')!r}, expected {FORMAT!r}."
+            f"{file} is not the manifest of a data set: format {shown(fields.get('format'))}, expected {FORMAT!r}."
         )
     if fields.get("version") != VERSION:
         raise DataError(
-            f"{file} is of version {fields.get('version')}, this program reads version {VERSION}. "
+            f"{file} is of version {shown(fields.get('version'))}, this program reads version {VERSION}. "
             "Prepare the data again."
         )
     if fields.pop(_SELF_CHECK, None) != _checksum(fields):
         raise DataError(f"{file} was changed after it was written: its checksum does not fit. Prepare the data again.")
     del fields["format"], fields["version"]
-    fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-    fields["sources"] = tuple(fields["sources"])
+    return _checked(fields, file)
+
+
+def _checked(fields: dict[str, Any], file: Path) -> Manifest:
+    """The manifest with these fields, each of them of the right kind: a checksum proves nothing about who wrote it."""
+
+    def require(ok: bool, what: str, value: object) -> None:
+        if not ok:
+            raise DataError(f"{file} is damaged: {what} is {shown(value)}. Prepare the data again.")
+
+    def count(value: object, what: str, least: int) -> None:
+        require(type(value) is int and least <= value < 1 << 63, what, value)
+
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    require(fields.keys() == names, "what it does not or should not hold", sorted(names ^ fields.keys()))
+    require(fields["dtype"] in ("uint16", "uint32"), "dtype", fields["dtype"])
+    for name in ("n_bytes", "eos_id"):
+        count(fields[name], name, 0)
+    for name in ("vocab_size", "n_documents", "n_tokens", "shard_tokens"):
+        count(fields[name], name, 1)
+    require(fields["eos_id"] < fields["vocab_size"], "eos_id", fields["eos_id"])
+    for name in ("tokenizer_fingerprint", "tokenizer_sha256", "documents_sha256", "licence"):
+        require(isinstance(fields[name], str), name, fields[name])
+    sources = fields["sources"]
+    require(isinstance(sources, list) and all(isinstance(source, str) for source in sources), "sources", sources)
+    shards = fields["shards"]
+    require(isinstance(shards, list) and len(shards) > 0, "shards", shards)
+    for number, shard in enumerate(shards):
+        what = f"shard {number}"
+        require(isinstance(shard, dict) and shard.keys() == {"file", "n_tokens", "sha256"}, what, shard)
+        require(shard["file"] == shard_name(number) and isinstance(shard["sha256"], str), what, shard)
+        count(shard["n_tokens"], f"n_tokens of {what}", 1)
+        full = shard["n_tokens"] == fields["shard_tokens"]
+        last = number == len(shards) - 1 and shard["n_tokens"] <= fields["shard_tokens"]
+        require(full or last, f"n_tokens of {what}", shard["n_tokens"])
+    total = sum(shard["n_tokens"] for shard in shards)
+    require(total == fields["n_tokens"], f"n_tokens, of which the shards hold {total:,},", fields["n_tokens"])
+    fields["shards"] = tuple(Shard(**shard) for shard in shards)
+    fields["sources"] = tuple(sources)
     return Manifest(**fields)
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard's file."""
+    return f"tokens-{number:05d}.bin"
 
 
 def check_file(file: Path, n_bytes: int | None, sha256: str, verify: bool) -> None:

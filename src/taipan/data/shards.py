@@ -154,6 +154,12 @@ class TokenDataset:
         for place, (name, n_bytes, sha256) in enumerate(files):
             check_file(directory / name, n_bytes, sha256, verify and place % count == number)
         documents = np.memmap(directory / DOCUMENTS_FILE, "<u8", mode="r", shape=(manifest.n_documents + 1, 2))
+        ends = [[0, 0], [manifest.n_tokens, manifest.n_bytes]]
+        if documents[[0, -1]].tolist() != ends or bool((documents[1:] < documents[:-1]).any()):
+            raise DataError(
+                f"{directory / DOCUMENTS_FILE} is damaged: its documents do not follow one another through "
+                f"the {manifest.n_tokens:,} tokens. Copy it again or prepare the data again."
+            )
         shards = [np.memmap(directory / shard.file, dtype, mode="r") for shard in manifest.shards]
         return cls(directory, manifest, shards, documents)
 

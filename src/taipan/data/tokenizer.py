@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from taipan.errors import ConfigError, DataError, InputError
-from taipan.io import atomic_write, read_text
+from taipan.errors import ConfigError, DataError, InputError, brief
+from taipan.io import atomic_write, parse_json_object, read_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -139,7 +139,9 @@ class Tokenizer:
         try:
             backend = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{file} is not a tokenizer of the `tokenizers` library: {error}") from error
+            raise DataError(
+                f"{file} is not a tokenizer of the `tokenizers` library: {brief(error)}. Copy or save it again."
+            ) from error
         name = _configured_eos(file.parent / _CONFIG_FILE)
         names = _EOS_NAMES if name is None else (name,)
         known = [name for name in names if backend.token_to_id(name) is not None]
@@ -501,11 +503,7 @@ def _add_end_of_text(backend: "tokenizers.Tokenizer") -> None:
 def _configured_eos(file: Path) -> str | None:
     if not file.exists():
         return None
-    try:
-        config: object = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not JSON: {error}. Repair or remove it.") from error
-    token = cast("dict[str, object]", config).get("eos_token") if isinstance(config, dict) else None
+    token = parse_json_object(read_text(file), str(file)).get("eos_token")
     if isinstance(token, dict):
         token = cast("dict[str, object]", token).get("content")
     return token if isinstance(token, str) else None

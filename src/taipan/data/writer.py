@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from taipan.data.manifest import DOCUMENTS_FILE, MANIFEST_FILE, Manifest, Shard, manifest_to_json
+from taipan.data.manifest import DOCUMENTS_FILE, MANIFEST_FILE, Manifest, Shard, manifest_to_json, shard_name
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from taipan.errors import ConfigError, DataError
 from taipan.io import sha256_file
@@ -149,7 +149,7 @@ class DatasetWriter:
 
     @property
     def _name(self) -> str:
-        return f"tokens-{len(self._shards):05d}.bin"
+        return shard_name(len(self._shards))
 
     def _write_place(self) -> None:
         self._documents.write(np.array([self.n_tokens, self.n_bytes], "<u8").tobytes())
