@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taipan.cli import data
+from taipan.data import encoding
 from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
 from tests.cli.conftest import TEXT, Cli
@@ -100,6 +103,18 @@ def test_lines_of_a_column_and_a_licence(cli: Cli, tmp_path: Path) -> None:
     assert finished.code == 0, finished.err
     assert texts(tmp_path / "out") == ["one", "two"]
     assert TokenDataset.open(tmp_path / "out").manifest.licence == "MIT"
+
+
+def test_in_a_pipe_lines_tell_how_far_it_is(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(encoding, "_GROUP_CHARS", 1 << 17)
+    (tmp_path / "a.txt").write_text(TEXT * 400, encoding="utf-8")
+    finished = cli("data", "prepare", tmp_path / "a.txt", "--workers", 1, "--out", tmp_path / "out")
+    shares = [float(share) for share in re.findall(r"encoding, ([\d.]+) % of the bytes", finished.err)]
+    assert len(shares) > 5
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 30
+    assert shares[-1] == 100
 
 
 def test_killed_it_goes_on_and_says_so(cli: Cli, tmp_path: Path) -> None:

@@ -79,12 +79,12 @@ class Killed(BaseException):
     """What no code catches."""
 
 
-def dying(after: int) -> Any:
+def dying(after: int, phase: str = "encoding") -> Any:
     """A listener that ends the process, so to speak, after some groups."""
     seen = count(1)
 
-    def progress(_: CorpusProgress) -> None:
-        if next(seen) >= after:
+    def progress(state: CorpusProgress) -> None:
+        if state.phase == phase and next(seen) >= after:
             raise Killed
 
     return progress
@@ -119,12 +119,47 @@ def test_what_was_read_is_what_is_there(corpus_dir: Path, tmp_path: Path) -> Non
     assert train.manifest.sources == (str(corpus_dir),)
     assert len(train.manifest.shards) > 3
     assert (seen[-1].n_documents, seen[-1].n_bytes) == (len(found), n_bytes)
-    assert [state.n_read for state in seen] == sorted(state.n_read for state in seen)
+    phases = list(dict.fromkeys(state.phase for state in seen))
+    assert phases == ["counting", "training", "encoding"]
     size = sum(file.stat().st_size for file in corpus_dir.iterdir())
-    assert all(0 < state.n_read <= state.n_to_read == size for state in seen)
+    for phase in phases:
+        read = [state.n_read for state in seen if state.phase == phase]
+        assert read == sorted(read), "a document that is cut in two, too"
+        assert 0 < read[0] <= read[-1] <= size
+    assert all(state.n_to_read == size for state in seen)
+    assert seen[-1].n_read == size
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "nothing is left beside it"
     for dataset in (train, valid):
         TokenDataset.open(dataset.path, verify=True, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_progress_is_seen_inside_one_large_file(tmp_path: Path, suffix: str, fraction: float) -> None:
+    text = "The taipan waits, strikes, and lets go.\n" * 300
+    (tmp_path / "a.txt").write_text("a small one before it")
+    large = tmp_path / f"b.txt{suffix}"
+    large.write_bytes(gzip.compress(text.encode()) if suffix else text.encode())
+    seen: list[CorpusProgress] = []
+    options = {**OPTIONS, "valid_fraction": fraction}
+    prepare_corpus(Corpus([tmp_path]), tmp_path / "out", **options, progress=seen.append)
+    total = 21 + large.stat().st_size
+    for phase in ("training", "encoding"):
+        read = [state.n_read for state in seen if state.phase == phase]
+        assert len(read) > 50
+        assert read == sorted(read)
+        assert len([place for place in read if 21 < place < total]) > min(50, large.stat().st_size // 3), phase
+    assert all(state.n_read <= state.n_to_read == total for state in seen)
+
+
+@pytest.mark.parametrize("phase", ["counting", "training"])
+def test_killed_before_anything_is_written_it_ends_with_the_same_bytes(
+    corpus_dir: Path, whole: dict[str, str], tmp_path: Path, phase: str
+) -> None:
+    with pytest.raises(Killed):
+        prepare_corpus(Corpus([corpus_dir]), tmp_path / "out", **OPTIONS, progress=dying(3, phase))
+    prepare_corpus(Corpus([corpus_dir]), tmp_path / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == whole
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -73,7 +73,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
         corpus = Corpus(paths, text_column=text_column, split=split, format=format)
         note(f"reading {', '.join(map(path_text, paths))}")
-        with progress_bar(f"encoding to {out}", "bytes") as report:
+        with progress_bar(f"preparing {path_text(out)}", "bytes") as report:
             made = prepare_corpus(
                 corpus,
                 out,
@@ -187,13 +187,13 @@ def _reporter(bar: "Callable[[int, int], None]") -> "Callable[[CorpusProgress], 
 
     def report(state: "CorpusProgress") -> None:
         nonlocal printed
-        bar(state.n_read or state.n_bytes, state.n_to_read)
+        bar(state.n_read if state.n_to_read else state.n_bytes, state.n_to_read)
         now = time.monotonic()
         if not terminal and now - printed >= _LOG_SECONDS:
             printed = now
-            share = f"{100 * state.n_read / state.n_to_read:.1f} % read, " if state.n_to_read else ""
+            share = f"{100 * state.n_read / state.n_to_read:.1f} % of the bytes, " if state.n_to_read else ""
             note(
-                f"{duration(now - began)}: {share}{quantity(state.n_documents)} documents, "
+                f"{duration(now - began)}: {state.phase}, {share}{quantity(state.n_documents)} documents, "
                 f"{quantity(state.n_tokens)} tokens"
             )
 

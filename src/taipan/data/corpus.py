@@ -94,8 +94,9 @@ class Corpus:
         }
         hubs = [path for path in self.paths if path.startswith(HUB_PREFIX)]
         self._hubs = {path: HubReader(path, self._text_column, self._split) for path in hubs}
-        self._readers: list[Reader] = []
-        self._current = 0
+        self._reader: Reader | None = None
+        self._n_read = 0  # bytes of the readers that are done
+        self._n_to_read = 0
         self.skipped: Counter[str] = Counter()
         """Number of files and of records without a text passed over in the last reading, by reason."""
         self.recognised: Counter[str] = Counter()
@@ -136,12 +137,14 @@ class Corpus:
         start = start or Place()
         self.skipped = Counter()
         self.recognised = Counter()
-        self._readers = list(self._list())
-        self._require_used()
-        for number, reader in enumerate(self._readers):
+        readers = list(self._list())
+        self._require_used(readers)
+        sizes = [reader.n_bytes for reader in readers]
+        self._n_read, self._n_to_read = sum(sizes[: start.file]), sum(sizes) if all(sizes) else 0
+        for number, (reader, size) in enumerate(zip(readers, sizes, strict=True)):
             if number < start.file:
                 continue
-            self._current = number
+            self._reader = reader
             for record in reader.read(start.record if number == start.file else 0, self.skipped):
                 text = record.text and record.text.removeprefix(_BYTE_ORDER_MARK)
                 if text:
@@ -150,11 +153,13 @@ class Corpus:
                     self.skipped["null" if text is None else "empty"] += 1
             if reader.recognised:
                 self.recognised[reader.recognised] += 1
+            self._reader = None
+            self._n_read += size
 
-    def _require_used(self) -> None:
+    def _require_used(self, readers: Sequence[Reader]) -> None:
         """Refuse an option that changes nothing: whoever gave it believes that the files are something else."""
         for option, value in self._given.items():
-            if self._readers and not any(reader.uses(option) for reader in self._readers):
+            if readers and not any(reader.uses(option) for reader in readers):
                 raise DataError(
                     f"--{option.replace('_', '-')} {shown(value)} was given, and nothing in "
                     f"{', '.join(map(path_text, self.paths))} {_USED_BY[option]}. Leave the option out, or name the "
@@ -185,10 +190,9 @@ class Corpus:
 
     def progress(self) -> tuple[int, int]:
         """Bytes read in the current reading, and in all; (0, 0) if that is not known."""
-        sizes = [reader.n_bytes for reader in self._readers]
-        if not sizes or not all(sizes):
+        if not self._n_to_read:
             return 0, 0
-        return sum(sizes[: self._current]) + self._readers[self._current].position, sum(sizes)
+        return self._n_read + (self._reader.position if self._reader is not None else 0), self._n_to_read
 
     def _list(self) -> Iterator[Reader]:
         """The files, each once."""

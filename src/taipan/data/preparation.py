@@ -17,12 +17,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +32,14 @@ from taipan.data.corpus import Corpus, Document, Place
 from taipan.data.encoding import Piece, encode
 from taipan.data.manifest import LICENCE_NOTE, MANIFEST_FILE
 from taipan.data.shards import TokenDataset, require_replaceable
-from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer, cut_at_lines
 from taipan.data.writer import DatasetWriter
 from taipan.errors import ConfigError, DataError, TaipanError
 from taipan.io import atomic_write, publish_directory, remove_abandoned
 
 _VERSION = 1
 _COMMIT_SECONDS = 15.0
+_TELLING_SECONDS = 0.2
 _JOURNAL = "journal.json"
 _HELD_OUT = "held_out.npz"
 _LOCK = "lock"
@@ -45,8 +47,13 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class CorpusProgress:
-    """How far the preparation has come: totals written so far, and bytes of the sources read, of how many (or 0)."""
+    """How far the preparation has come: totals written so far, and bytes of the sources done, of how many (or 0).
 
+    Within a document these are counted, too. There are up to three phases, each of which goes through all of the
+    sources: counting (to hold out whole documents), training the tokenizer, encoding.
+    """
+
+    phase: Literal["counting", "training", "encoding"]
     n_documents: int
     n_tokens: int
     n_bytes: int
@@ -80,7 +87,7 @@ def prepare_corpus(
         shard_tokens: tokens per shard file.
         licence: what the manifests say about the licence of the texts.
         workers: processes that encode.
-        progress: is told how far it is, after every group of documents.
+        progress: is told how far it is: some times a second, and after every group of texts that was encoded.
         announce: is told what is going on, in a sentence.
 
     Returns:
@@ -94,6 +101,7 @@ def prepare_corpus(
     if not 0.0 <= valid_fraction < 1.0:
         raise ConfigError(f"the share to hold out is {valid_fraction}; expected at least 0 and below 1.")
     announce = announce or (lambda _: None)
+    tell = _Telling(corpus, progress)
     parts = {"train": out / "train", "valid": out / "valid"} if valid_fraction else {"data": out}
     if valid_fraction and (out / MANIFEST_FILE).exists():
         raise DataError(f"{out} is a data set: to hold text out, name a directory for two of them.")
@@ -117,11 +125,11 @@ def prepare_corpus(
         if journal.n_read:
             announce(f"going on after {journal.n_read:,} documents (kept in {staging})")
         try:
-            split = _split(corpus, valid_fraction, journal, announce)
+            split = _split(corpus, valid_fraction, journal, announce, tell)
             if made is None:
-                made = _trained(tokenizer, corpus, split, staging, announce)
+                made = _trained(tokenizer, corpus, split, staging, announce, tell)
             if not journal.done:
-                _encode_all(corpus, split, made, journal, list(parts), shard_tokens, licence, workers, progress)
+                _encode_all(corpus, split, made, journal, list(parts), shard_tokens, licence, workers, tell)
             for name, target in parts.items():
                 if (staging / name).is_dir():  # else it was published before a crash
                     publish_directory(staging / name, target)
@@ -131,6 +139,34 @@ def prepare_corpus(
                 shutil.rmtree(staging, ignore_errors=True)
             raise
     return [TokenDataset.open(target, verify=False) for target in parts.values()]
+
+
+class _Telling:
+    """Tells how far the reading of a corpus has come."""
+
+    def __init__(self, corpus: Corpus, progress: Callable[[CorpusProgress], None] | None) -> None:
+        self._corpus = corpus
+        self._progress = progress
+        self._told = 0.0
+
+    def read(self, phase: Literal["counting", "training"], n_read: int) -> None:
+        """In a phase that writes nothing, when it has come so far; not more often than is worth it."""
+        if self._progress is not None and time.monotonic() - self._told >= _TELLING_SECONDS:
+            self._told = time.monotonic()
+            self._progress(CorpusProgress(phase, 0, 0, 0, n_read, self._corpus.progress()[1]))
+
+    def encoded(self, writers: list[DatasetWriter], n_read: int) -> None:
+        """What was written so far, and up to which place of the sources."""
+        if self._progress is not None:
+            counts = [(writer.n_documents, writer.n_tokens, writer.n_bytes) for writer in writers]
+            documents, tokens, n_bytes = (sum(column) for column in zip(*counts, strict=True))
+            self._progress(CorpusProgress("encoding", documents, tokens, n_bytes, n_read, self._corpus.progress()[1]))
+
+    def within(self, pieces: Sequence[str], begin: int) -> list[int]:
+        """Of pieces of the document just read, which begins at this byte of the sources, the byte where each ends."""
+        length = self._corpus.progress()[0] - begin
+        total = max(1, sum(map(len, pieces)))
+        return [begin + length * done // total for done in accumulate(map(len, pieces))]
 
 
 class _Journal:
@@ -225,14 +261,16 @@ def _digest(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _split(corpus: Corpus, fraction: float, journal: _Journal, announce: Callable[[str], None]) -> _Split:
+def _split(
+    corpus: Corpus, fraction: float, journal: _Journal, announce: Callable[[str], None], tell: _Telling
+) -> _Split:
     """Decide what is held out, or take the decision that was written down."""
     if not fraction or corpus.streamed:
         return _Split(None, None, fraction)
     file = journal.staging / _HELD_OUT
     if not file.is_file():
         announce("counting, to hold out whole documents")
-        held_out, cut = _plan(corpus, fraction)
+        held_out, cut = _plan(corpus, fraction, tell)
         saved = BytesIO()
         np.savez(saved, held_out=held_out, cut=np.array(cut or (), np.int64))
         atomic_write(file, saved.getvalue())
@@ -241,7 +279,7 @@ def _split(corpus: Corpus, fraction: float, journal: _Journal, announce: Callabl
         return _Split(kept["held_out"], (cut[0], cut[1]) if cut else None, fraction)
 
 
-def _plan(corpus: Corpus, fraction: float) -> tuple[NDArray[np.bool_], tuple[int, int] | None]:
+def _plan(corpus: Corpus, fraction: float, tell: _Telling) -> tuple[NDArray[np.bool_], tuple[int, int] | None]:
     """Hold out about this share of the characters, in whole documents if that is possible at all."""
     keys: list[int] = []
     lengths: list[int] = []
@@ -249,6 +287,7 @@ def _plan(corpus: Corpus, fraction: float) -> tuple[NDArray[np.bool_], tuple[int
     for document in corpus:
         keys.append(_key(document.source))
         lengths.append(len(document.text))
+        tell.read("counting", corpus.progress()[0])
         if len(lengths) == 1 or lengths[-1] > lengths[longest]:
             longest = len(lengths) - 1
             begin = int(lengths[-1] * (1 - fraction))
@@ -267,43 +306,59 @@ def _plan(corpus: Corpus, fraction: float) -> tuple[NDArray[np.bool_], tuple[int
     return np.zeros_like(held_out), (longest, cut)
 
 
-def _trained(spec: str, corpus: Corpus, split: _Split, staging: Path, announce: Callable[[str], None]) -> Tokenizer:
+def _trained(
+    spec: str, corpus: Corpus, split: _Split, staging: Path, announce: Callable[[str], None], tell: _Telling
+) -> Tokenizer:
     """Train the tokenizer on what is not held out, or take the one that was trained already."""
     directory = staging / "tokenizer"
     if (directory / TOKENIZER_FILE).is_file():
         return Tokenizer.load(directory)
     announce(f"training the tokenizer {spec}")
-    made = Tokenizer.from_spec(
-        spec,
-        corpus=(
-            document.text
-            for number, whole in enumerate(corpus)
-            for part, document in split.parts(number, whole)
-            if part == 0
-        ),
-    )
+
+    def texts() -> Iterator[str]:
+        begin = 0
+        for number, whole in enumerate(corpus):
+            kept = [document.text for part, document in split.parts(number, whole) if part == 0]
+            pieces = [piece for text in kept for piece in cut_at_lines(text)]
+            for piece, n_read in zip(pieces, tell.within(pieces, begin), strict=True):
+                tell.read("training", n_read)
+                yield piece
+            begin = corpus.progress()[0]
+
+    made = Tokenizer.from_spec(spec, corpus=texts())
     made.save(directory)
     return made
 
 
 @dataclass(frozen=True)
 class _Tag:
-    """Where a piece of text belongs: to which data set, whether it ends a document there, and the place after it."""
+    """Where a piece of text belongs: to which data set, whether it ends a document there, and the place after it.
+
+    Attributes:
+        n_read: bytes of the sources up to its end.
+    """
 
     part: int
     ends: bool
     place: Place | None
+    n_read: int
 
 
-def _pieces(corpus: Corpus, split: _Split, tokenizer: Tokenizer, journal: _Journal) -> Iterator[Piece[_Tag]]:
-    number = journal.n_read
+def _pieces(
+    corpus: Corpus, split: _Split, tokenizer: Tokenizer, journal: _Journal, tell: _Telling
+) -> Iterator[Piece[_Tag]]:
+    number, begin = journal.n_read, 0
     for whole, place in corpus.read(journal.place):
-        documents = split.parts(number, whole)
+        cut = [(part, list(tokenizer.cut(half.text)) or [""]) for part, half in split.parts(number, whole)]
         number += 1
-        for order, (part, document) in enumerate(documents, 1):
-            *head, last = list(tokenizer.cut(document.text)) or [""]
-            yield from (Piece(text, _Tag(part, False, None)) for text in head)
-            yield Piece(last, _Tag(part, True, place if order == len(documents) else None))
+        places = tell.within([text for _, texts in cut for text in texts], begin)
+        left = len(places)
+        for part, texts in cut:
+            for order, text in enumerate(texts, 1):
+                left -= 1
+                ends = order == len(texts)
+                yield Piece(text, _Tag(part, ends, place if left == 0 else None, places[-1 - left]))
+        begin = corpus.progress()[0]
     split.require_complete(number)
 
 
@@ -316,7 +371,7 @@ def _encode_all(
     shard_tokens: int,
     licence: str,
     workers: int,
-    progress: Callable[[CorpusProgress], None] | None,
+    tell: _Telling,
 ) -> None:
     """Write the data sets of the staging directory to their end."""
     with ExitStack() as stack:
@@ -333,7 +388,7 @@ def _encode_all(
 
         n_read = journal.n_read
         committed = time.monotonic()
-        pieces = _pieces(corpus, split, tokenizer, journal)
+        pieces = _pieces(corpus, split, tokenizer, journal, tell)
         groups = stack.enter_context(closing(encode(pieces, tokenizer, writers[0].dtype, workers=workers)))
         for group in groups:
             for piece in group:
@@ -346,15 +401,7 @@ def _encode_all(
             if place is not None and time.monotonic() - committed >= _COMMIT_SECONDS:
                 commit(place)
                 committed = time.monotonic()
-            if progress is not None:
-                progress(
-                    CorpusProgress(
-                        sum(writer.n_documents for writer in writers),
-                        sum(writer.n_tokens for writer in writers),
-                        sum(writer.n_bytes for writer in writers),
-                        *corpus.progress(),
-                    )
-                )
+            tell.encoded(writers, group[-1].tag.n_read)
         if n_read == 0:
             corpus.refuse_empty()
         for name, writer in zip(names, writers, strict=True):

@@ -112,7 +112,7 @@ class Tokenizer:
             nonlocal characters
             for text in texts:
                 characters += len(text)
-                yield from _cut_at_lines(text)
+                yield from cut_at_lines(text)
 
         backend.train_from_iterator(counted(), trainer)
         if characters == 0:
@@ -246,7 +246,7 @@ class Tokenizer:
         if self._is_bytes:
             yield from (text[i : i + _PIECE_CHARS] for i in range(0, len(text), _PIECE_CHARS))
         elif self._ends_at_lines:
-            yield from _cut_at_lines(text)
+            yield from cut_at_lines(text)
         elif text:
             yield text
 
@@ -530,7 +530,7 @@ def _last_line_start(text: str, start: int = 0, stop: int | None = None) -> int:
     return 0
 
 
-def _cut_at_lines(text: str) -> Iterator[str]:
+def cut_at_lines(text: str) -> Iterator[str]:
     """Cut a text where a line begins with something visible, which always ends a piece of ``_SPLIT``."""
     start = 0
     while start < len(text):
