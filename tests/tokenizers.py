@@ -1,9 +1,10 @@
-"""Small tokenizers of every kind that public models have, made here: what is loaded, fuzzed and walked through."""
+"""Small trained tokenizers of the kinds that public models have, for text in and out."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = ["The taipan waits, strikes, and lets go.", "It waits again; été, 日本語, 🐍.", "waits waits strikes"] * 20
 
@@ -19,9 +20,9 @@ def llama() -> tuple[Tokenizer, str]:
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS, trainer)
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
-    )
+    whole = json.loads(backend.to_str())
+    del whole["added_tokens"][3:]  # the bytes are words like others; the trainer knows no other way to have them
+    backend = Tokenizer.from_str(json.dumps(whole))
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
