@@ -19,7 +19,18 @@ from taipan.errors import ConfigError
 from taipan.native import build, library, native_status
 from taipan.native.build import found_or_built
 from taipan.ops.dispatch import select
-from tests.compilers import answer, forget, leftovers, needs_compiler, reason, tiny_kernels, use_compiler, write_kernels
+from tests.compilers import (
+    REAL,
+    SOURCE,
+    answer,
+    forget,
+    leftovers,
+    needs_compiler,
+    reason,
+    tiny_kernels,
+    use_compiler,
+    write_kernels,
+)
 
 pytestmark = needs_compiler
 
@@ -440,6 +451,124 @@ def test_a_library_that_is_removed_before_it_is_loaded_is_built_again(tiny: pyte
     tiny.setattr(ctypes, "CDLL", racing)
     assert answer() == 42
     assert len(removed) == 1
+
+
+# ---------------------------------------------------------------------- whose library runs
+
+
+def give_away(patch: pytest.MonkeyPatch, path: Path) -> None:
+    """Make a file or directory somebody else's."""
+    if os.geteuid() == 0:
+        os.chown(path, 65534, -1)
+    else:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+
+def planted(directory: Path) -> Path:
+    """A library of another answer, whole by its name, where ours would be looked for."""
+    ours = built()
+    name = ours.name[:-20]
+    ours.unlink()
+    source = directory / "planted.cpp"
+    source.write_text(SOURCE.format(answer=666).replace("TAIPAN_FLAGS", '"g++"'), encoding="utf-8")
+    made = directory / "planted.so"
+    subprocess.run([str(REAL), "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
+    made.chmod(0o755)
+    target = directory / "cache" / f"{name}-{build._digest(made.read_bytes())}.so"
+    made.rename(target)
+    return target
+
+
+def test_the_planted_library_would_run_if_it_were_ours(tmp_path: Path) -> None:
+    planted(tmp_path)
+    assert answer() == 666
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o775, 0o755])
+def test_somebody_elses_library_never_runs(mode: int, tiny: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = planted(tmp_path)
+    (tmp_path / "cache").chmod(mode)
+    give_away(tiny, target)
+    assert answer() == 42
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
+def test_a_library_that_others_can_write_to_never_runs(mode: int, tmp_path: Path) -> None:
+    planted(tmp_path).chmod(mode)
+    assert answer() == 42
+
+
+def test_a_link_to_a_library_never_runs(tmp_path: Path) -> None:
+    target = planted(tmp_path)
+    target.rename(tmp_path / "elsewhere.so")
+    target.symlink_to(tmp_path / "elsewhere.so")
+    assert answer() == 42
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o775])
+def test_in_a_shared_cache_libraries_are_kept_in_a_directory_of_ones_own(
+    mode: int, tiny: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    planted(tmp_path)
+    (tmp_path / "cache").chmod(mode)
+    assert answer() == 42
+    own = tmp_path / "cache" / f"user-{os.geteuid()}"
+    assert Path(native_status().reason).parent == own
+    assert own.stat().st_mode & 0o777 == 0o700
+    no_compiling(tiny)
+    assert answer() == 42
+
+
+@pytest.mark.parametrize("theirs", ["cache", "own", "own that is a link", "own that others can write to"])
+def test_where_no_directory_is_ones_own_nothing_is_kept(
+    theirs: str, tiny: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    own = cache / f"user-{os.geteuid()}"
+    cache.mkdir()
+    cache.chmod(0o777)
+    if theirs == "own that is a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        own.symlink_to(tmp_path / "elsewhere")
+    else:
+        own.mkdir(mode=0o700)
+    if theirs == "own that others can write to":
+        own.chmod(0o777)
+    elif theirs in ("cache", "own"):
+        give_away(tiny, cache if theirs == "cache" else own)
+    before = sorted(cache.rglob("*"))
+    assert answer() == 42
+    assert sorted(cache.rglob("*")) == before
+    assert "can be written to by others: kernels are not kept there" in caplog.text
+
+
+def test_a_library_is_kept_for_its_user_whatever_the_umask(tiny: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert answer() == 42
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache").stat().st_mode & 0o022 == 0
+    assert Path(native_status().reason).stat().st_mode & 0o022 == 0
+    no_compiling(tiny)
+    assert answer() == 42
+
+
+def test_a_library_without_our_functions_is_built_again(tiny: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "empty.cpp"
+    source.write_text("int nothing;", encoding="utf-8")
+    target = planted(tmp_path)
+    subprocess.run([str(REAL), "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+    target.chmod(0o755)
+    target.rename(target.with_name(f"{target.stem[:-16]}{build._digest(target.read_bytes())}.so"))
+    assert answer() == 42
+    no_compiling(tiny)
+    assert answer() == 42
+
+
+def test_kernels_that_compile_without_our_functions_are_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "kernels" / "tiny.cpp").write_text("int nothing;", encoding="utf-8")
+    assert reason().startswith("the compiled kernels lack a function: ")
 
 
 def test_import_neither_compiles_nor_loads(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 The library's name holds a key of all it was made from and the digest of its own content, so that a library of another
 version, another processor or another compiler is never found, and a damaged one is never loaded. It is made in a
 directory of its own and renamed, so that two processes that build at once both end with a whole library.
+
+A library is code that runs: it is taken only from a file and a directory that belong to this user or to root and that
+nobody else can write to.
 """
 
 import hashlib
@@ -11,6 +14,7 @@ import os
 import platform
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -72,11 +76,12 @@ def cache_directory() -> Path:
 
 
 @contextmanager
-def found_or_built(real: str) -> Generator[Built]:
+def found_or_built(real: str, rejected: frozenset[Path] = frozenset()) -> Generator[Built]:
     """A whole library for this machine, to be loaded inside the context: what cannot be kept is removed at its end.
 
     Args:
         real: type of the numbers, `float` or `double`.
+        rejected: libraries that were found before and are not to be found again.
 
     Raises:
         BuildError: a system without support, no compiler, or it fails.
@@ -87,9 +92,9 @@ def found_or_built(real: str) -> Generator[Built]:
     if cxx is None:
         raise BuildError("no C++ compiler found (g++ or clang++; CXX names another)")
     prefix = f"kernels-{real}-{_key(cxx, real)}"
-    cache = cache_directory()
-    for path in sorted(cache.glob(f"{prefix}-*.so")):
-        if _is_whole(path):
+    cache = _private(cache_directory())
+    for path in sorted(cache.glob(f"{prefix}-*.so")) if cache is not None else ():
+        if path not in rejected and _is_whole(path):
             with suppress(OSError):  # of another user
                 os.utime(path)
             yield Built(path)
@@ -99,17 +104,53 @@ def found_or_built(real: str) -> Generator[Built]:
         started = time.monotonic()
         made = _compile(cxx, real, place)
         seconds = time.monotonic() - started
-        _remove_old(cache)
-        kept = _keep(made, cache / f"{prefix}-{_digest(made)}.so")
+        made.chmod(0o755)  # whatever the umask is: nobody else may write to it
+        kept = made
+        if cache is not None:
+            _remove_old(cache)
+            kept = _keep(made, cache / f"{prefix}-{_digest(made.read_bytes())}.so")
         _log.debug("Compiled kernels in %.1f s: %s", seconds, kept)
         yield Built(kept, seconds)
 
 
+def _private(cache: Path) -> Path | None:
+    """The directory to keep libraries in: the cache, or where others can write to it, one of this user's own in it.
+
+    None where there can be no such directory: then nothing is kept.
+    """
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = cache.stat()
+        if _is_ours(status):
+            return cache
+        if status.st_uid in _owners():  # shared, like /tmp: what we make in it is ours
+            own = cache / f"user-{os.geteuid()}"
+            with suppress(FileExistsError):
+                own.mkdir(mode=0o700)
+            status = own.lstat()
+            if stat.S_ISDIR(status.st_mode) and _is_ours(status):
+                return own
+        _log.warning("%s belongs to others or can be written to by others: kernels are not kept there", cache)
+    except OSError:
+        pass  # it cannot be made or written to
+    return None
+
+
+def _owners() -> tuple[int, int]:
+    """Whose files are taken: this user's, and root's."""
+    return (os.geteuid(), 0)
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return status.st_uid in _owners() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 @contextmanager
-def _workplace(cache: Path) -> Generator[Path]:
+def _workplace(cache: Path | None) -> Generator[Path]:
     """A new directory in the cache, or where that cannot be, among the temporary files."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        if cache is None:
+            raise OSError
         place = tempfile.TemporaryDirectory(prefix=".build-", dir=cache, ignore_cleanup_errors=True)
     except OSError:
         place = tempfile.TemporaryDirectory(prefix="taipan-build-", ignore_cleanup_errors=True)
@@ -140,14 +181,16 @@ def _remove_old(cache: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether a library has the content of its name, and nobody else can have made it."""
     try:
-        return path.stem.endswith(f"-{_digest(path)}")
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            return _is_ours(os.fstat(file.fileno())) and path.stem.endswith(f"-{_digest(file.read())}")
     except OSError:
         return False
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _key(cxx: str, real: str) -> str:

@@ -4,6 +4,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -53,16 +54,20 @@ def _status(dtype: torch.dtype) -> NativeStatus:
         return NativeStatus(None, f"the compiled kernels cannot be loaded: {error}; {advice}")
 
 
-def _load(real: str) -> NativeStatus:
-    with found_or_built(real) as built:
+def _load(real: str, rejected: frozenset[Path] = frozenset()) -> NativeStatus:
+    with found_or_built(real, rejected) as built:
         try:
             library = ctypes.CDLL(str(built.path))
+            library.taipan_flags.restype = library.taipan_products.restype = ctypes.c_char_p
+            flags, products = library.taipan_flags().decode(), library.taipan_products().decode()
         except OSError:
             if built.path.exists():
                 raise
             return _load(real)  # another process has just removed it, as unused for long
-        library.taipan_flags.restype = library.taipan_products.restype = ctypes.c_char_p
-        flags, products = library.taipan_flags().decode(), library.taipan_products().decode()
+        except AttributeError as error:  # a library, but not of these kernels
+            if built.seconds is not None:
+                raise BuildError(f"the compiled kernels lack a function: {error}") from error
+            return _load(real, rejected | {built.path})
         return NativeStatus(library, str(built.path), flags, products, built.seconds)
 
 
