@@ -13,6 +13,7 @@ import pytest
 
 from taipan.config import TaipanConfig
 from taipan.training.recipe import Recipe
+from taipan.training.watch.holder import Holder
 from taipan.training.watch.summary import differences, find_runs, summarize
 from tests.cli.conftest import Cli
 
@@ -72,6 +73,15 @@ def test_a_run_whose_process_is_gone_was_killed_if_it_was_of_this_machine(tmp_pa
     record["sessions"][0]["host"] = "another"
     (run / "run.json").write_text(json.dumps(record))
     assert summarize(run).status == "running"
+
+
+def test_a_number_that_was_given_to_another_process_is_no_running_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", status="running")
+    record = json.loads((run / "run.json").read_text())
+    for changes, status in (({}, "running"), ({"began": "1"}, "killed"), ({"boot": "another"}, "killed")):
+        record["sessions"] = [Holder.this_process().to_dict() | changes]
+        (run / "run.json").write_text(json.dumps(record))
+        assert summarize(run).status == status
 
 
 def test_runs_are_found_below_a_directory_and_not_inside_runs(tmp_path: Path) -> None:

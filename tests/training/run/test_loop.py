@@ -254,12 +254,31 @@ def test_every_batch_is_read_once_and_in_order_over_interruptions(
     assert read == list(range(4 * 3))
 
 
-def test_sigterm_is_a_wish_to_stop_too_and_the_handlers_are_put_back(make_recipe: MakeRecipe) -> None:
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    result = train(make_recipe(), listener=Watcher(2, lambda: signal.raise_signal(signal.SIGTERM)))
+WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", WISHES[1:], ids=lambda number: number.name)
+def test_other_signals_are_a_wish_to_stop_too_and_the_handlers_are_put_back(
+    number: signal.Signals, make_recipe: MakeRecipe
+) -> None:
+    handlers = [signal.getsignal(other) for other in WISHES]
+    result = train(make_recipe(), listener=Watcher(2, lambda: signal.raise_signal(number)))
     assert result.interrupted
-    assert "SIGTERM after step 2" in result.message
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert f"{number.name} after step 2" in result.message
+    assert latest(result.run).step == 2
+    assert [signal.getsignal(other) for other in WISHES] == handlers
+
+
+@pytest.mark.parametrize("number", WISHES, ids=lambda number: number.name)
+def test_a_signal_that_is_ignored_stays_so(number: signal.Signals, make_recipe: MakeRecipe) -> None:
+    """As `nohup` and shells in the background want it."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        recipe = make_recipe(**{"training.steps": 2, "training.calibrate": False})
+        result = train(recipe, listener=Watcher(1, lambda: signal.raise_signal(number)))
+    finally:
+        signal.signal(number, before)
+    assert not result.interrupted
 
 
 def test_a_second_interrupt_stops_at_once_and_loses_only_what_came_after_the_last_checkpoint(

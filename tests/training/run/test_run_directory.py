@@ -1,5 +1,7 @@
 """What a run leaves behind besides its model: samples, its record, a model card; what it can carry and recompute."""
 
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from taipan.training.recipe import Recipe
 from taipan.training.run.checkpoint import checkpoints
 from taipan.training.run.loop import TrainResult, train
 from taipan.training.run.model_card import FILE as MODEL_CARD
+from taipan.training.watch.listener import RunInfo
 from taipan.training.watch.metrics import read_records
 from taipan.training.watch.record import RunRecord, read_run_record
 from taipan.training.watch.samples import sample_text
@@ -146,6 +149,59 @@ def test_a_run_that_fails_says_so(make_recipe: MakeRecipe) -> None:
     record = record_of(Path(recipe.output))
     assert record["status"] == "failed"
     assert "finite" in record["message"]
+
+
+class Failing(Watcher):
+    """Fails when it is told that the run begins."""
+
+    def started(self, info: RunInfo) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("watcher", [Failing(), Watcher(5, lambda: 1 / 0)], ids=["started", "stepped"])
+def test_whatever_fails_in_a_session_ends_it_on_record(
+    watcher: Watcher, resumed: bool, make_recipe: MakeRecipe
+) -> None:
+    recipe = make_recipe(**{"training.trackers": ["tensorboard"]})
+    if resumed:
+        train(recipe, listener=Watcher(2, interrupt))
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, resume=recipe.output if resumed else None, listener=watcher)
+    record = record_of(Path(recipe.output))
+    assert record["status"] == "failed"
+    assert "ZeroDivisionError" in record["message"]
+    assert "ended" in record["sessions"][-1]
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_anything_is_written(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    recipe = make_recipe(**{"training.trackers": ["wandb"]})
+    with pytest.raises(ConfigError, match="wandb"):
+        train(recipe)
+    assert not Path(recipe.output).exists()
+
+
+def test_a_copied_run_goes_on_under_an_id_of_its_own_and_a_moved_one_under_the_old(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    cut = train(make_recipe(), listener=Watcher(2, interrupt))
+    first, copy, moved = record_of(cut.run)["id"], tmp_path / "copy", tmp_path / "moved"
+    shutil.copytree(cut.run, copy)
+    watcher = Watcher(3, interrupt)
+    train(None, resume=copy, listener=watcher)
+    record = record_of(copy)
+    assert record["id"] != first == record["copy_of"]
+    assert any(f"is a copy of the run in {cut.run}" in text for text in watcher.warnings)
+    cut.run.rename(moved)
+    again = Watcher()
+    train(None, resume=moved, listener=again)
+    assert record_of(moved)["id"] == first
+    train(None, resume=copy, listener=again)
+    assert record_of(copy)["id"] == record["id"]
+    assert not any("copy" in text for text in again.warnings)
 
 
 def test_what_went_wrong_is_told_even_if_it_cannot_be_noted(

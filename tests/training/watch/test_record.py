@@ -1,5 +1,7 @@
 """run.json: sessions, environment, commits, the fingerprint of the data."""
 
+import json
+import platform
 import subprocess
 from pathlib import Path
 
@@ -35,6 +37,39 @@ def test_sessions_add_up_under_one_id(tmp_path: Path) -> None:
     assert RunRecord(tmp_path, resumed=False).id != first.id  # another run in the place of this one
     environment = values["sessions"][0]["environment"]
     assert {"taipan", "python", "torch", "threads", "cpu", "cores", "memory_bytes", "simd"} <= environment.keys()
+
+
+PLACE = {"host": platform.node(), "path": "/where/it/was", "inode": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        ({"inode": "same"}, True),  # moved
+        ({"path": "same"}, True),  # copied over, and the first is gone
+        ({"path": "same", "host": "elsewhere"}, False),  # on the disk of another machine
+        ({"path": "same", "host": "elsewhere", "inode": "same"}, True),  # a shared disk, or a host with a new name
+        ({}, False),
+    ],
+)
+def test_a_copy_has_an_id_of_its_own(changes: dict[str, str], keeps: bool, tmp_path: Path) -> None:
+    here = {"path": str(tmp_path.resolve()), "inode": tmp_path.stat().st_ino}
+    first = RunRecord(tmp_path, resumed=False)
+    first.begin(step=0, **FACTS)
+    values = {**first.values, "place": {**PLACE, **{key: here.get(key, value) for key, value in changes.items()}}}
+    (tmp_path / record.FILE).write_text(json.dumps(values))
+    second = RunRecord(tmp_path, resumed=True)
+    assert (second.id == first.id) == keeps == (second.copied_from is None)
+    assert second.values["place"] == first.values["place"]
+    assert second.values.get("copy_of") == (None if keeps else first.id)
+
+
+@pytest.mark.parametrize("place", [None, 3, {"path": "x"}])
+def test_a_record_from_before_places_were_noted_keeps_its_id(place: object, tmp_path: Path) -> None:
+    first = RunRecord(tmp_path, resumed=False)
+    first.begin(step=0, **FACTS)
+    (tmp_path / record.FILE).write_text(json.dumps({**first.values, "place": place}))
+    assert RunRecord(tmp_path, resumed=True).id == first.id
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "another"}'])

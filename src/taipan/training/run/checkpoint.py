@@ -64,7 +64,7 @@ def save_checkpoint(
     model: TaipanLM,
     tokenizer: Tokenizer,
     optimizer: Mapping[str, Tensor],
-    stepper: dict[str, Any],
+    trainer: dict[str, Any],
     world: World = ALONE,
     *,
     carried: Mapping[str, Tensor] | None = None,
@@ -77,7 +77,7 @@ def save_checkpoint(
         model: its weights are written as they are.
         tokenizer: of the data.
         optimizer: what `load_optimizer` reads back; every process gives its shards.
-        stepper: what `load_trainer` gives back: numbers, text, lists and dictionaries.
+        trainer: what `load_trainer` gives back: numbers, text, lists and dictionaries.
         world: the processes.
         carried: what `load_carried` gives back; of the process that leads.
 
@@ -98,7 +98,7 @@ def save_checkpoint(
             _write_tensors(temporary / _OPTIMIZER, optimizer, world)
         if world.leads:
             write_model(model.config, weights, temporary, tokenizer)
-            (temporary / _TRAINER).write_text(json.dumps(stepper) + "\n", encoding="utf-8")
+            (temporary / _TRAINER).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
             if carried:
                 save_file(dict(carried), temporary / _CARRIED)
             files = {name: sha256_file(temporary / name) for name in _files(temporary)}

@@ -1,15 +1,18 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the current step."""
+"""Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and SIGUSR1 as a wish to stop after the current step."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+_WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT raises KeyboardInterrupt.
+    """While entered, the first of the signals only sets `requested`; a second SIGINT raises KeyboardInterrupt.
 
-    Outside the main thread, where Python takes no signals, it does nothing.
+    A signal that the process was started to ignore (by `nohup`, by a shell in the background) stays ignored. Outside
+    the main thread, where Python takes no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -18,8 +21,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in _WISHES:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -4,7 +4,6 @@ A session is one process (or one torchrun) from start to end; a resumed run has 
 """
 
 import json
-import os
 import platform
 import secrets
 import shlex
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from taipan.hardware import describe
 from taipan.io import atomic_write
+from taipan.training.watch.holder import Holder
 
 FILE = "run.json"
 _FORMAT = "taipan-run-1"
@@ -28,19 +28,29 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 class RunRecord:
     """The record of one run, written at the start and the end of each session.
 
+    A copy of a run that goes on is another run: it gets an id of its own, so that no tracker mixes the two. Where a run
+    is, is known by its directory's path and inode; a directory that was moved keeps its id, but across file systems,
+    where moving is copying.
+
     Args:
-        run: the run directory.
+        run: the run directory, which must exist.
         resumed: go on with the record that is there, if one is.
+
+    Attributes:
+        copied_from: where the run is or was that this one is a copy of; None if it is none.
     """
 
     def __init__(self, run: Path, *, resumed: bool) -> None:
         self._path = run / FILE
-        self._values: dict[str, Any] = (read_run_record(run) if resumed else None) or {
-            "format": _FORMAT,
-            "id": secrets.token_hex(8),
-            "created": _now(),
-            "sessions": [],
-        }
+        self._begun = False
+        self.copied_from: str | None = None
+        new = {"format": _FORMAT, "id": secrets.token_hex(8), "created": _now(), "sessions": []}
+        self._values: dict[str, Any] = (read_run_record(run) if resumed else None) or new
+        place = _place(run)
+        if not _is_in_place(self._values, place):
+            self.copied_from = f"{self._values['place']['path']} on {self._values['place']['host']}"
+            self._values |= {"id": secrets.token_hex(8), "copy_of": self._values["id"]}
+        self._values["place"] = place
 
     @property
     def id(self) -> str:
@@ -59,8 +69,7 @@ class RunRecord:
         session = {
             "started": _now(),
             "step": step,
-            "host": platform.node(),
-            "pid": os.getpid(),
+            **Holder.this_process().to_dict(),
             "command": shlex.join(sys.argv),
             "environment": environment(),
             "commit": commits(),
@@ -69,6 +78,7 @@ class RunRecord:
         self._values |= {"status": "running", "message": "", "model": model, "data": data}
         self._values["sessions"].append(session)
         self._write()
+        self._begun = True
 
     def end(self, status: Status, *, step: int, message: str) -> None:
         """The session ends, and how."""
@@ -77,12 +87,33 @@ class RunRecord:
         self._write()
 
     @property
+    def begun(self) -> bool:
+        """Whether a session of this object is on record."""
+        return self._begun
+
+    @property
     def values(self) -> dict[str, Any]:
         """All fields."""
         return self._values
 
     def _write(self) -> None:
         atomic_write(self._path, (json.dumps(self._values, indent=2) + "\n").encode())
+
+
+def _place(run: Path) -> dict[str, Any]:
+    return {"host": platform.node(), "path": str(run.resolve()), "inode": run.stat().st_ino}
+
+
+def _is_in_place(values: dict[str, Any], place: dict[str, Any]) -> bool:
+    """Whether a record lies where it was written, or where its whole directory was moved to."""
+    before = values.get("place")
+    if not isinstance(before, dict) or not place.keys() <= before.keys():  # a new run, or from before places were noted
+        return True
+    stayed = before["path"] == place["path"]
+    if before["inode"] != place["inode"]:
+        return stayed and before["host"] == place["host"]
+    other = read_run_record(Path(before["path"]))
+    return stayed or other is None or other["id"] != values["id"]
 
 
 def read_run_record(run: Path) -> dict[str, Any] | None:

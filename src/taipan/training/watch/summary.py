@@ -1,7 +1,5 @@
 """Run directories, read: what each run is, how far it came, and in what two of them differ."""
 
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import Any, cast
 from taipan.accounting import parameter_count
 from taipan.errors import ConfigError
 from taipan.training.recipe import Recipe
+from taipan.training.watch.holder import Holder
 from taipan.training.watch.metrics import Record, read_records
 from taipan.training.watch.record import read_run_record
 
@@ -128,20 +127,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _status(path: Path, record: dict[str, Any]) -> str:
     if not record:
         return "finished" if (path / "model").is_dir() else "unknown"
-    session = record["sessions"][-1]
-    if record["status"] == "running" and session["host"] == platform.node() and not _alive(session["pid"]):
-        return "killed"
+    if record["status"] == "running":
+        # a session from before more was noted is known by host and number alone
+        session = {"boot": None, "began": None, "since": ""} | record["sessions"][-1]
+        holder = Holder.from_dict(session)
+        if holder is not None and holder.lives is False:
+            return "killed"
     return str(record["status"])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's
-    return True
 
 
 def _last_written(path: Path) -> float:
