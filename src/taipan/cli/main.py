@@ -24,6 +24,7 @@ from taipan.cli import (
     quickstart,
     reproduce,
     runs,
+    session,
     train,
 )
 from taipan.cli.console import Notes
@@ -37,7 +38,7 @@ PANELS = {
     "Start": (quickstart, doctor),
     "Data": (data,),
     "Train": (train, runs, presets, plan, calibrate),
-    "Use": (generate, inspect, convert),
+    "Use": (generate, session, inspect, convert),
     "Measure": (evaluate, bench, reproduce),
 }
 _HELP = ["-h", "--help"]

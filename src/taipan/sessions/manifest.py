@@ -144,14 +144,12 @@ class Manifest:
         if checksum != _checksum({"format": _FORMAT, "version": _VERSION, **values}):
             raise StateError(f"{path} was changed or is damaged: its checksum does not fit. {RESTORE}")
         try:
-            manifest = cls(
-                **{
-                    **values,
-                    "segments": tuple(Segment(**segment) for segment in values["segments"]),
-                    "snapshots": tuple(Snapshot(**snapshot) for snapshot in values["snapshots"]),
-                    "reading": tuple(values["reading"]),
-                }
-            )
+            parts: dict[str, Any] = {
+                "segments": tuple(Segment(**segment) for segment in values["segments"]),
+                "snapshots": tuple(Snapshot(**snapshot) for snapshot in values["snapshots"]),
+                "reading": tuple(values["reading"]),
+            }
+            manifest = cls(**{**values, **parts})
         except (KeyError, TypeError) as error:
             raise StateError(f"{path} lacks what a session needs ({error}). {RESTORE}") from error
         manifest.check(str(path))

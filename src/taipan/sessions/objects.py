@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,11 @@ class ObjectStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    @classmethod
+    def of(cls, session: Path) -> "ObjectStore":
+        """That of a session's directory."""
+        return cls(session / "objects")
+
     def path(self, digest: str) -> Path:
         """Where an object lies."""
         return self.directory / f"{digest}.safetensors"
@@ -47,10 +53,14 @@ class ObjectStore:
             atomic_write(self.path(digest), data)
         return digest
 
+    def new_file(self) -> Path:
+        """A name in the store to write to, for `adopt`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return self.directory / f"{uuid.uuid4().hex}.tmp"
+
     def adopt(self, file: Path) -> str:
         """Take a file that was just written into the store, under the name of its content."""
         digest = sha256_file(file)
-        self.directory.mkdir(parents=True, exist_ok=True)
         os.replace(file, self.path(digest))
         return digest
 

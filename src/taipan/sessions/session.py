@@ -1,0 +1,499 @@
+"""A session: a text that a model has read, kept on disk to be asked, gone on with, forked and rolled back."""
+
+import fcntl
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taipan.data.tokenizer import StreamDecoder, Tokenizer
+from taipan.errors import InputError, StateError, shown
+from taipan.generation import GenerationSettings, Reading, prefill, stream
+from taipan.model import TaipanLM
+from taipan.sessions.manifest import Manifest, Segment, Snapshot, check_mark
+from taipan.sessions.objects import RESTORE, ObjectStore
+from taipan.shapes import IntBT
+from taipan.state import DecoderState
+
+_LOCK = "session.lock"
+_EVERY = 16_384
+_MOST = 16
+_SMALL = 4_096  # a last segment shorter than this is written again, together with what comes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a session said.
+
+    Attributes:
+        text: the new text.
+        tokens: its ids, the end token included where there is one.
+        finish_reason: `eos`, `stop_string` or `length`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+class Session:
+    """A text that a model has read: tokens, what the model knows after them, snapshots on the way, and marks.
+
+    It is a directory: `session.json`, and immutable objects named by their content. A change writes new objects and
+    then a new session.json, as one step, so that a session is whole at any moment; one process changes it at a time,
+    any number may read it. Opening it reads the last state, whose size does not depend on the length of the text.
+
+    Args:
+        directory: of the session.
+        model: the model it is of.
+        tokenizer: needed for text; the one that made the tokens.
+        manifest: its record.
+    """
+
+    def __init__(self, directory: Path, model: TaipanLM, tokenizer: Tokenizer | None, manifest: Manifest) -> None:
+        self.directory = directory
+        self.model = model
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self._objects = ObjectStore.of(directory)
+        self._known: tuple[Snapshot, Reading] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        directory: str | Path,
+        model: TaipanLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        model_path: str | Path | None = None,
+        every: int = _EVERY,
+        most: int = _MOST,
+    ) -> "Session":
+        """Begin an empty session.
+
+        Args:
+            directory: must not exist, or be empty.
+            model: reads the text.
+            tokenizer: of the text; None for a session of ids only.
+            model_path: where the model can be found later.
+            every: tokens between snapshots that are kept for rolling back; doubled as the text outgrows them.
+            most: how many of these are kept.
+
+        Raises:
+            StateError: there is something in the directory.
+            InputError: `every` or `most` is not a whole number of at least 1.
+            CheckpointError: the directory cannot be written.
+        """
+        for name, value in (("every", every), ("most", most)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"{name} is {shown(value)}, but must be a whole number of at least 1.")
+        path = Path(directory)
+        if path.is_file() or (path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())):
+            raise StateError(f"{path} is there already: name another path, or append to it if it is a session.")
+        path.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(
+            model=model.fingerprint,
+            model_path=None if model_path is None else str(Path(model_path).resolve()),
+            tokenizer=None if tokenizer is None else tokenizer.fingerprint,
+            every=every,
+            most=most,
+        )
+        session = cls(path, model, tokenizer, manifest)
+        with session._changing(fresh=True):
+            session._commit(manifest)
+        return session
+
+    @classmethod
+    def open(cls, directory: str | Path, model: TaipanLM, tokenizer: Tokenizer | None = None) -> "Session":
+        """Open a session; nothing is read again.
+
+        Raises:
+            StateError: it is missing, damaged, of another version, of another model, or of another tokenizer.
+        """
+        path = Path(directory)
+        manifest = Manifest.load(path)
+        if manifest.model != model.fingerprint:
+            raise StateError(
+                f"{path} belongs to another model (its fingerprint is {shown(manifest.model[:12])}, this model's is "
+                f"{model.fingerprint[:12]!r}): load the model that read it, or read the text again with this one."
+            )
+        if tokenizer is not None and manifest.tokenizer not in (None, tokenizer.fingerprint):
+            raise StateError(f"{path} was read with another tokenizer: open it with the one beside its model.")
+        return cls(path, model, tokenizer, manifest)
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return self.manifest.tokens
+
+    @property
+    def reading(self) -> Reading | None:
+        """What the model knows after all tokens; None before the first.
+
+        Raises:
+            StateError: its file is missing or damaged.
+        """
+        return None if not self.manifest.snapshots else self._restore(self.manifest.snapshots[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self._objects.nbytes(self.manifest.objects)
+
+    def ids(self, begin: int = 0, end: int | None = None) -> list[int]:
+        """The tokens from one place to another.
+
+        Raises:
+            StateError: an object is missing or damaged.
+        """
+        end = self.tokens if end is None else end
+        found: list[int] = []
+        place = 0
+        for segment in self.manifest.segments:
+            low, high = max(begin - place, 0), min(end - place, segment.tokens)
+            if low < high:
+                found += self._segment_ids(segment)[low:high]
+            place += segment.tokens
+        return found
+
+    def place(self, target: str | int) -> int:
+        """The number of tokens that a mark, or a number, names.
+
+        Raises:
+            StateError: no such mark, or the text is shorter.
+        """
+        if isinstance(target, str) and target in self.manifest.marks:
+            return self.manifest.marks[target]
+        number = int(target) if isinstance(target, int) or target.isdecimal() else None
+        if number is None:
+            marks = ", ".join(sorted(self.manifest.marks)) or "none"
+            raise StateError(f"{self.directory} has no mark {shown(target)}; its marks: {marks}.")
+        if not 0 <= number <= self.tokens:
+            raise StateError(f"{self.directory} has {self.tokens:,} tokens; {number:,} is no place in it.")
+        return number
+
+    # ------------------------------------------------------------------ changes
+
+    def append(
+        self,
+        text: str | Iterable[int] | Iterable[Tensor],
+        *,
+        chunk: int = 2048,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Read on; returns the number of new tokens.
+
+        Args:
+            text: the text; or token ids; or pieces (1, T) of ids, which may come from a file of any length.
+            chunk: tokens read per forward call.
+            progress: called with the number of tokens read so far.
+
+        Raises:
+            InputError: the text is not usable, or there is no tokenizer for it.
+            StateError: another process is changing the session.
+        """
+        before = self.tokens
+        with self._changing():
+            self._read(self._pieces(text), chunk, progress)
+        return self.tokens - before
+
+    def read_files(
+        self,
+        files: Iterable[str],
+        pieces: Callable[[str], Iterable[str]],
+        *,
+        chunk: int = 2048,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Read files one after the other, each ended by the end token; goes on where a killed reading stopped.
+
+        Args:
+            files: their names.
+            pieces: gives the text of a file in pieces.
+            chunk: tokens read per forward call.
+            progress: called with the number of tokens read so far.
+
+        Returns:
+            The number of tokens read by this call.
+
+        Raises:
+            StateError: what was read of the files before is not what they hold now.
+            DataError: a file cannot be read.
+        """
+        tokenizer = self._needs_tokenizer()
+        names = tuple(files)
+        begun = self.tokens
+        with self._changing():
+            if self.manifest.reading and self.manifest.reading != names:
+                raise StateError(
+                    f"{self.directory} was reading {', '.join(self.manifest.reading)} when it was stopped: give the "
+                    "same files to go on."
+                )
+            if not self.manifest.reading:
+                if self.tokens:
+                    raise StateError(f"{self.directory} has read {self.tokens:,} tokens already: append to it instead.")
+                self._commit(replace(self.manifest, reading=names))
+
+            def all_ids() -> Iterator[list[int]]:
+                for name in names:
+                    yield from tokenizer.iter_encode(pieces(name))
+                    yield [tokenizer.eos_id]
+
+            self._read(self._after_known(all_ids()), chunk, progress)
+            self._commit(replace(self.manifest, reading=()))
+        return self.tokens - begun
+
+    def mark(self, name: str) -> None:
+        """Name the place after the last token.
+
+        Raises:
+            StateError: the name is none, or the session is being changed.
+        """
+        check_mark(name)
+        with self._changing():
+            self._commit(replace(self.manifest, marks={**self.manifest.marks, name: self.tokens}))
+
+    def rollback(self, target: str | int, *, chunk: int = 2048) -> int:
+        """Go back to a mark or a number of tokens; the marks behind it go.
+
+        The nearest snapshot before it is restored, and what lies between is read again: at a mark nothing.
+
+        Returns:
+            Tokens that were read again.
+
+        Raises:
+            StateError: no such place; a file is missing or damaged.
+        """
+        with self._changing():
+            place = self.place(target)
+            if place == self.tokens:
+                return 0
+            nearest = self.manifest.nearest(place)
+            start = 0 if nearest is None else nearest.tokens
+            between = self.ids(start, place)
+            marks = {name: tokens for name, tokens in self.manifest.marks.items() if tokens <= place}
+            kept = replace(
+                self.manifest,
+                segments=self._segments_up_to(start),
+                snapshots=tuple(s for s in self.manifest.snapshots if s.tokens <= start),
+                marks={name: tokens for name, tokens in marks.items() if tokens <= start},
+                reading=(),
+            )
+            after = self._extend(kept, between, chunk) if between else kept
+            self._commit(replace(after, marks=marks))
+        return len(between)
+
+    def fork(self, directory: str | Path) -> "Session":
+        """A copy that goes its own way; the files of both are the same until one changes.
+
+        Raises:
+            StateError: there is something in the directory.
+        """
+        other = Session.create(
+            directory, self.model, self.tokenizer, every=self.manifest.every, most=self.manifest.most
+        )
+        with self._changing(), other._changing():
+            self._objects.share(self.manifest.objects, other._objects)
+            other._commit(self.manifest)
+        return other
+
+    def ask(
+        self,
+        text: str,
+        settings: GenerationSettings,
+        *,
+        keep: bool = False,
+        said: Callable[[str], object] | None = None,
+    ) -> Answer:
+        """Go on from here with a text, and let the model answer.
+
+        Args:
+            text: what is asked.
+            settings: how to generate.
+            keep: append question and answer to the session; otherwise it stays as it is.
+            said: called with each piece of new text as it comes.
+
+        Raises:
+            InputError: there is nothing to go on from.
+        """
+        tokenizer = self._needs_tokenizer()
+        asked = tokenizer.encode(text)
+        before = self.reading
+        if not asked and before is None:
+            raise InputError("The session is empty, and so is the question: give at least one.")
+        new: list[int] = []
+        said_so_far: list[str] = []
+        decoder = StreamDecoder(tokenizer)
+        finish = "length"
+
+        def say(piece: str) -> None:
+            if piece:
+                said_so_far.append(piece)
+                if said is not None:
+                    said(piece)
+
+        for step in stream(
+            self.model,
+            torch.tensor([asked], dtype=torch.int64),
+            state=before,
+            tokenizer=tokenizer,
+            settings=settings,
+        ):
+            token = int(step.tokens_B[0])
+            new.append(token)
+            finish = step.finish_reasons[0] or finish
+            say(decoder.push(token))
+        say(decoder.flush())
+        if keep:
+            self.append([*asked, *new])
+        return Answer("".join(said_so_far), tuple(new), finish)
+
+    def verify(self) -> None:
+        """Read every object of the session and check it.
+
+        Raises:
+            StateError: naming the first that is missing or damaged.
+        """
+        for segment in self.manifest.segments:
+            self._segment_ids(segment)
+        for snapshot in self.manifest.snapshots:
+            self._restore(snapshot)
+
+    # ------------------------------------------------------------------ inside
+
+    def _needs_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError("Text needs a tokenizer: open the session with the one beside its model, or give ids.")
+        return self.tokenizer
+
+    def _pieces(self, text: Any) -> Iterator[list[int]]:
+        if isinstance(text, str):
+            yield self._needs_tokenizer().encode(text)
+            return
+        held: list[int] = []
+        for item in text:
+            if isinstance(item, Tensor):
+                yield item.flatten().tolist()
+            else:
+                held.append(int(item))
+        if held:
+            yield held
+
+    def _after_known(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
+        """The pieces without the tokens that have been read, which must be the same."""
+        known, place = self.ids(), 0
+        for piece in pieces:
+            overlap = max(0, min(len(piece), len(known) - place))
+            if piece[:overlap] != known[place : place + overlap]:
+                raise StateError(
+                    f"The files hold another text now than what {self.directory} has read of them: read them into a "
+                    "new session."
+                )
+            place += len(piece)
+            if overlap < len(piece):
+                yield piece[overlap:]
+
+    def _read(self, pieces: Iterable[list[int]], chunk: int, progress: Callable[[int], object] | None) -> None:
+        """Read pieces of ids, and commit whenever a step of the grid is full."""
+        held: list[int] = []
+        step = min(self.manifest.every, _EVERY)
+        for piece in pieces:
+            held += piece
+            while len(held) >= step:
+                self._commit(self._extend(self.manifest, held[:step], chunk))
+                held = held[step:]
+                if progress is not None:
+                    progress(self.tokens)
+        if held:
+            self._commit(self._extend(self.manifest, held, chunk))
+            if progress is not None:
+                progress(self.tokens)
+
+    def _extend(self, manifest: Manifest, ids: list[int], chunk: int) -> Manifest:
+        """The record after reading more; its objects are on disk."""
+        before = None if not manifest.snapshots else self._restore(manifest.snapshots[-1])
+        tokens_BT: IntBT = torch.tensor([ids], dtype=torch.int64)
+        reading = prefill(self.model, tokens_BT, state=None if before is None else before.state, chunk=chunk)
+        segments = manifest.segments
+        if segments and segments[-1].tokens < _SMALL:
+            ids = [*self._segment_ids(segments[-1]), *ids]
+            segments = segments[:-1]
+        segment = Segment(len(ids), self._objects.put({"ids": torch.tensor(ids, dtype=torch.int32)}))
+        longer = replace(manifest, segments=(*segments, segment))
+        snapshot = self._store(longer.tokens, reading)
+        self._known = (snapshot, reading)
+        return longer.with_snapshot(snapshot)
+
+    def _store(self, tokens: int, reading: Reading) -> Snapshot:
+        file = self._objects.new_file()
+        reading.state.save(file, self.model)
+        state = self._objects.adopt(file)
+        return Snapshot(tokens, state, self._objects.put({"logits_BV": reading.logits_BV.float().cpu()}))
+
+    def _restore(self, snapshot: Snapshot) -> Reading:
+        if self._known is not None and self._known[0] == snapshot:
+            return self._known[1]
+        self._objects.check(snapshot.state)
+        state = DecoderState.load(self._objects.path(snapshot.state), self.model)
+        logits = self._objects.get(snapshot.logits).get("logits_BV")
+        expected = (1, self.model.config.vocab_size)
+        if logits is None or tuple(logits.shape) != expected or not bool(logits.isfinite().all()):
+            raise StateError(f"{self.directory} holds logits that are none of this model's. {RESTORE}")
+        if state.batch_size != 1:
+            raise StateError(f"{self.directory} holds a state of {state.batch_size} rows; a session has one. {RESTORE}")
+        reading = Reading(logits, state)
+        self._known = (snapshot, reading)
+        return reading
+
+    def _segment_ids(self, segment: Segment) -> list[int]:
+        ids = self._objects.get(segment.ids).get("ids")
+        if ids is None or tuple(ids.shape) != (segment.tokens,) or ids.dtype != torch.int32:
+            raise StateError(f"{self.directory} holds tokens that are not those it has read. {RESTORE}")
+        return ids.tolist()
+
+    def _segments_up_to(self, tokens: int) -> tuple[Segment, ...]:
+        kept: list[Segment] = []
+        for segment in self.manifest.segments:
+            if tokens <= 0:
+                break
+            if segment.tokens > tokens:
+                ids = torch.tensor(self._segment_ids(segment)[:tokens], dtype=torch.int32)
+                segment = Segment(tokens, self._objects.put({"ids": ids}))
+            kept.append(segment)
+            tokens -= segment.tokens
+        return tuple(kept)
+
+    def _commit(self, manifest: Manifest) -> None:
+        """Make a record the session's; what it no longer needs goes."""
+        manifest.save(self.directory)
+        self.manifest = manifest
+        self._objects.keep(manifest.objects)
+
+    @contextmanager
+    def _changing(self, *, fresh: bool = False) -> Generator[None]:
+        """Hold the session's lock, and begin with what it is now.
+
+        Raises:
+            StateError: another process holds it.
+        """
+        descriptor = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StateError(
+                    f"{self.directory} is being changed by another process: wait for it, or work on a fork."
+                ) from error
+            if not fresh:
+                self.manifest = Manifest.load(self.directory)
+            yield
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)

@@ -1,0 +1,155 @@
+"""A process that is killed at any call that touches the disk leaves a whole session."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from taipan.data.tokenizer import Tokenizer
+from taipan.model import TaipanLM
+from taipan.sessions import Session
+from tests.models import small_config
+
+TEXT = "Read in pieces, committed step by step. " * 2
+MORE = "And then some more."
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A forked process has none of the threads of its parent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model() -> TaipanLM:
+    config = small_config("taipan", vocab_size=257)
+    return TaipanLM(config, implementation="portable", generator=torch.Generator().manual_seed(0)).eval()
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Do some work in another process, which is killed at its call number `number` that changes the disk.
+
+    False when the work has fewer such calls.
+    """
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **options)
+
+            return call
+
+        for name in ("replace", "fsync", "link", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+def places(step: int) -> Iterator[int]:
+    """1, 1 + step, …; a call is killed at each until there are no more."""
+    number = 1
+    while True:
+        yield number
+        number += step
+
+
+def opened(path: Path, model: TaipanLM) -> Session:
+    session = Session.open(path, model, Tokenizer.bytes())
+    session.verify()
+    return session
+
+
+def kill_everywhere(step: int, work: Callable[[int], Callable[[], object]], check: Callable[[int], None]) -> int:
+    """Number of kills."""
+    for kills, number in enumerate(places(step)):
+        if not killed_at(number, work(number)):
+            return kills
+        check(number)
+    raise AssertionError
+
+
+def reading_kills(step: int, tmp_path: Path, model: TaipanLM) -> int:
+    def work(number: int) -> Callable[[], object]:
+        path = tmp_path / str(number)
+        Session.create(path, model, Tokenizer.bytes(), every=20, most=3)
+        return lambda: opened(path, model).read_files(["book"], lambda _: [TEXT])
+
+    def check(number: int) -> None:
+        session = opened(tmp_path / str(number), model)
+        before = session.tokens
+        assert session.ids() == [*TEXT.encode(), 256][:before]
+        if session.manifest.reading or not before:
+            assert session.read_files(["book"], lambda _: [TEXT]) == len(TEXT) + 1 - before
+        assert opened(session.directory, model).ids() == [*TEXT.encode(), 256]
+        session.mark("done")  # the next change clears up
+        names = {f"{digest}.safetensors" for digest in session.manifest.objects}
+        assert set(os.listdir(session.directory / "objects")) == names
+
+    return kill_everywhere(step, work, check)
+
+
+def changing_kills(step: int, tmp_path: Path, model: TaipanLM) -> int:
+    """Kills while appending, rolling back and forking."""
+    kills = 0
+    for kind in ("append", "rollback", "fork"):
+
+        def path(number: int, kind: str = kind) -> Path:
+            return tmp_path / f"{kind}-{number}"
+
+        def work(number: int, kind: str = kind, path: Callable[[int], Path] = path) -> Callable[[], object]:
+            session = Session.create(path(number), model, Tokenizer.bytes(), every=20, most=3)
+            session.append(TEXT)
+            fork = path(number).with_suffix(".fork")
+            changes: dict[str, Callable[[], object]] = {
+                "append": lambda: session.append(MORE),
+                "rollback": lambda: session.rollback(33),
+                "fork": lambda: session.fork(fork),
+            }
+            return changes[kind]
+
+        def check(number: int, kind: str = kind, path: Callable[[int], Path] = path) -> None:
+            session = opened(path(number), model)
+            ids = list(TEXT.encode())
+            after = {"append": [*ids, *MORE.encode()], "rollback": ids[:33], "fork": ids}[kind]
+            assert session.ids() in (ids, after)
+            session.append("x")
+            assert opened(session.directory, model).ids() in ([*ids, ord("x")], [*after, ord("x")])
+            fork = path(number).with_suffix(".fork")
+            if (fork / "session.json").exists():
+                assert opened(fork, model).ids() in ([], ids)
+
+        kills += kill_everywhere(step, work, check)
+    return kills
+
+
+def test_some_kills(tmp_path: Path, model: TaipanLM) -> None:
+    assert reading_kills(23, tmp_path / "reading", model) >= 3
+    assert changing_kills(11, tmp_path / "changing", model) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_kill_at_every_call(tmp_path: Path, model: TaipanLM) -> None:
+    assert reading_kills(1, tmp_path / "reading", model) + changing_kills(1, tmp_path / "changing", model) >= 50
