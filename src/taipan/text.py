@@ -124,6 +124,11 @@ class TextStream:
             yield decoder.flush()
 
     @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """Ids written so far."""
+        return tuple(self._written)
+
+    @property
     def tokens_read(self) -> int:
         """Tokens of the prompt read so far."""
         return self._prompt.count

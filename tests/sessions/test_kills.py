@@ -12,6 +12,7 @@ import torch
 from taipan.data.tokenizer import Tokenizer
 from taipan.model import TaipanLM
 from taipan.sessions import Session
+from taipan.text import TextModel
 from tests.models import small_config
 
 TEXT = "Read in pieces, committed step by step. " * 2
@@ -28,9 +29,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model() -> TaipanLM:
+def model() -> TextModel:
     config = small_config("taipan", vocab_size=257)
-    return TaipanLM(config, implementation="portable", generator=torch.Generator().manual_seed(0)).eval()
+    own = TaipanLM(config, implementation="portable", generator=torch.Generator().manual_seed(0)).eval()
+    return TextModel(own, Tokenizer.bytes())
 
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
@@ -75,8 +77,8 @@ def places(step: int) -> Iterator[int]:
         number += step
 
 
-def opened(path: Path, model: TaipanLM) -> Session:
-    session = Session.open(path, model, Tokenizer.bytes())
+def opened(path: Path, model: TextModel) -> Session:
+    session = Session.open(path, model)
     session.verify()
     return session
 
@@ -90,10 +92,10 @@ def kill_everywhere(step: int, work: Callable[[int], Callable[[], object]], chec
     raise AssertionError
 
 
-def reading_kills(step: int, tmp_path: Path, model: TaipanLM) -> int:
+def reading_kills(step: int, tmp_path: Path, model: TextModel) -> int:
     def work(number: int) -> Callable[[], object]:
         path = tmp_path / str(number)
-        Session.create(path, model, Tokenizer.bytes(), every=20, most=3)
+        Session.create(path, model, every=20, most=3)
         return lambda: opened(path, model).read_files(["book"], lambda _: [TEXT])
 
     def check(number: int) -> None:
@@ -110,7 +112,7 @@ def reading_kills(step: int, tmp_path: Path, model: TaipanLM) -> int:
     return kill_everywhere(step, work, check)
 
 
-def changing_kills(step: int, tmp_path: Path, model: TaipanLM) -> int:
+def changing_kills(step: int, tmp_path: Path, model: TextModel) -> int:
     """Kills while appending, rolling back and forking."""
     kills = 0
     for kind in ("append", "rollback", "fork"):
@@ -119,7 +121,7 @@ def changing_kills(step: int, tmp_path: Path, model: TaipanLM) -> int:
             return tmp_path / f"{kind}-{number}"
 
         def work(number: int, kind: str = kind, path: Callable[[int], Path] = path) -> Callable[[], object]:
-            session = Session.create(path(number), model, Tokenizer.bytes(), every=20, most=3)
+            session = Session.create(path(number), model, every=20, most=3)
             session.append(TEXT)
             fork = path(number).with_suffix(".fork")
             changes: dict[str, Callable[[], object]] = {
@@ -144,12 +146,12 @@ def changing_kills(step: int, tmp_path: Path, model: TaipanLM) -> int:
     return kills
 
 
-def test_some_kills(tmp_path: Path, model: TaipanLM) -> None:
+def test_some_kills(tmp_path: Path, model: TextModel) -> None:
     assert reading_kills(23, tmp_path / "reading", model) >= 3
     assert changing_kills(11, tmp_path / "changing", model) >= 6
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_kill_at_every_call(tmp_path: Path, model: TaipanLM) -> None:
+def test_a_kill_at_every_call(tmp_path: Path, model: TextModel) -> None:
     assert reading_kills(1, tmp_path / "reading", model) + changing_kills(1, tmp_path / "changing", model) >= 50

@@ -16,25 +16,26 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError, StateError
 from taipan.generation import GenerationSettings, generate, prefill
 from taipan.sessions import Session
+from taipan.text import TextModel
 from tests.models import small_model
 
+TEXT = "A text of some length, read in pieces. " * 3
 GREEDY = GenerationSettings(max_new_tokens=6, eos_token_id=())
 
 
-@pytest.fixture(scope="module")
-def model() -> TaipanLM:
-    return small_model("taipan", vocab_size=257, dtype=torch.float32)
+def text_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> TextModel:
+    return TextModel(small_model("taipan", vocab_size=257, dtype=dtype, seed=seed), Tokenizer.bytes())
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.bytes()
+def model() -> TextModel:
+    return text_model()
 
 
 @pytest.fixture
-def session(tmp_path: Path, model: TaipanLM, tokenizer: Tokenizer) -> Session:
-    made = Session.create(tmp_path / "doc.session", model, tokenizer, every=30, most=2)
-    made.append("A text of some length, read in pieces. " * 3, chunk=11)
+def session(tmp_path: Path, model: TextModel) -> Session:
+    made = Session.create(tmp_path / "doc.session", model, every=30, most=2)
+    made.append(TEXT, piece=11)
     return made
 
 
@@ -42,29 +43,32 @@ def assert_knows(session: Session, ids: list[int]) -> None:
     """The session's tokens are these, and what it knows is what a fresh reading of them gives."""
     assert session.tokens == len(ids)
     assert session.ids() == ids
-    if not ids:
-        assert session.reading is None
+    known = session.state
+    if known is None:
+        assert not ids
         return
-    expected = prefill(session.model, torch.tensor([ids]))
-    assert session.reading is not None
-    torch.testing.assert_close(session.reading.logits_BV, expected.logits_BV, atol=1e-4, rtol=1e-4)
-    found, wanted = session.reading.state.tensors(), expected.state.tensors()
+    expected = prefill(session.model.model, torch.tensor([ids]))
+    assert known.last == tuple(ids[-64:])
+    torch.testing.assert_close(known.logits_BV, expected.logits_BV, atol=1e-4, rtol=1e-4)
+    found, wanted = known.decoder.tensors(), expected.state.tensors()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def reopened(session: Session) -> Session:
-    return Session.open(session.directory, session.model, session.tokenizer)
+    return Session.open(session.directory, session.model)
 
 
 def test_an_opened_session_knows_what_was_read(session: Session) -> None:
-    ids = session.tokenizer.encode("A text of some length, read in pieces. " * 3)  # pyright: ignore[reportOptionalMemberAccess]
+    ids = list(TEXT.encode())
     assert_knows(session, ids)
     assert_knows(reopened(session), ids)
 
 
 def test_the_first_token_after_opening_reads_nothing_again(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = generate(session.model, torch.tensor([session.ids()]), settings=GREEDY)[0, session.tokens :].tolist()
+    expected = generate(session.model.model, torch.tensor([session.ids()]), settings=GREEDY)[
+        0, session.tokens :
+    ].tolist()
     again = reopened(session)
     read: list[int] = []
     forward = TaipanLM.forward
@@ -73,7 +77,7 @@ def test_the_first_token_after_opening_reads_nothing_again(session: Session, mon
         "forward",
         lambda self, tokens, *a, **k: read.append(tokens.shape[1]) or forward(self, tokens, *a, **k),
     )
-    answer = again.ask("", GREEDY)
+    answer = again.ask(settings=GREEDY)
     assert list(answer.tokens) == expected
     assert read in ([], [1] * 5)  # only new tokens, where the native step does not read them
 
@@ -82,18 +86,18 @@ def test_a_question_leaves_the_session_as_it_was_unless_kept(session: Session) -
     before = {path: path.read_bytes() for path in session.directory.rglob("*") if path.is_file()}
     ids = session.ids()
     said: list[str] = []
-    answer = session.ask("And now?", GREEDY, said=said.append)
+    answer = session.ask("And now?", said=said.append, settings=GREEDY)
     assert "".join(said) == answer.text
     assert {path: path.read_bytes() for path in session.directory.rglob("*") if path.is_file()} == before
-    assert session.ask("And now?", GREEDY, keep=True) == answer
+    assert session.ask("And now?", keep=True, settings=GREEDY) == answer
     assert_knows(session, [*ids, *b"And now?", *answer.tokens])
 
 
-def test_an_empty_session_and_an_empty_question(tmp_path: Path, model: TaipanLM, tokenizer: Tokenizer) -> None:
-    session = Session.create(tmp_path / "s", model, tokenizer)
-    with pytest.raises(InputError, match="at least one"):
-        session.ask("", GREEDY)
-    assert session.ask("x", GREEDY).tokens
+def test_an_empty_session_and_an_empty_question(tmp_path: Path, model: TextModel) -> None:
+    session = Session.create(tmp_path / "s", model)
+    with pytest.raises(InputError, match="no tokens"):
+        session.ask(settings=GREEDY)
+    assert session.ask("x", settings=GREEDY).tokens
 
 
 def test_rolling_back_reads_only_what_lies_behind_the_nearest_snapshot(session: Session) -> None:
@@ -147,12 +151,12 @@ def test_marks(session: Session) -> None:
         session.rollback(place + 1)
 
 
-def test_another_model_and_another_tokenizer_are_refused(session: Session, tokenizer: Tokenizer) -> None:
-    other = small_model("taipan", vocab_size=257, dtype=torch.float32, seed=1)
+def test_another_model_and_another_tokenizer_are_refused(session: Session) -> None:
     with pytest.raises(StateError, match="belongs to another model"):
-        Session.open(session.directory, other, tokenizer)
+        Session.open(session.directory, text_model(seed=1))
+    other = TextModel(session.model.model, Tokenizer.train_bpe(["a b c a b c"], 300))
     with pytest.raises(StateError, match="another tokenizer"):
-        Session.open(session.directory, session.model, Tokenizer.train_bpe(["a b c a b c"], 300))
+        Session.open(session.directory, other)
 
 
 def test_damage_is_refused_by_name(session: Session, tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_one_changes_it_at_a_time(session: Session) -> None:
     with session._changing():  # pyright: ignore[reportPrivateUsage]
         with pytest.raises(StateError, match="being changed by another process"):
             reopened(session).append("x")
-        assert reopened(session).ask("x", GREEDY).tokens  # who only reads need not wait
+        assert reopened(session).ask("x", settings=GREEDY).tokens  # who only reads need not wait
     reopened(session).append("x")
 
 
@@ -211,18 +215,18 @@ def test_what_is_there_is_not_written_over(session: Session, tmp_path: Path) -> 
         Session.open(tmp_path / "nothing", session.model)
 
 
-def test_files_are_read_each_with_its_end(tmp_path: Path, model: TaipanLM, tokenizer: Tokenizer) -> None:
+def test_files_are_read_each_with_its_end(tmp_path: Path, model: TextModel) -> None:
     texts = {"a": ["First ", "file."], "b": ["Second."]}
-    session = Session.create(tmp_path / "s", model, tokenizer)
+    session = Session.create(tmp_path / "s", model)
     session.read_files(texts, lambda name: texts[name])
     assert_knows(session, [*b"First file.", 256, *b"Second.", 256])
     with pytest.raises(StateError, match="append to it"):
         session.read_files(texts, lambda name: texts[name])
 
 
-def test_a_stopped_reading_goes_on(tmp_path: Path, model: TaipanLM, tokenizer: Tokenizer) -> None:
+def test_a_stopped_reading_goes_on(tmp_path: Path, model: TextModel) -> None:
     text = "Some lines of text to be read.\n" * 10
-    session = Session.create(tmp_path / "s", model, tokenizer, every=16)
+    session = Session.create(tmp_path / "s", model, every=16)
 
     def stops(_: str) -> Any:
         yield text[:100]
@@ -266,9 +270,9 @@ class Machine(RuleBasedStateMachine):
         self.known[path], self.marked[path] = [], {}
         return path
 
-    @rule(path=sessions, ids=st.lists(st.integers(0, 60), min_size=1, max_size=20), chunk=st.integers(1, 9))
-    def append(self, path: Path, ids: list[int], chunk: int) -> None:
-        Session.open(path, self.model).append(ids, chunk=chunk)
+    @rule(path=sessions, ids=st.lists(st.integers(0, 256), min_size=1, max_size=20), piece=st.integers(1, 9))
+    def append(self, path: Path, ids: list[int], piece: int) -> None:
+        Session.open(path, self.model).append_tokens([ids], piece=piece)
         self.known[path] += ids
 
     @rule(path=sessions, name=st.sampled_from("abc"))
@@ -308,7 +312,7 @@ class Machine(RuleBasedStateMachine):
             assert session.manifest.marks == self.marked[path]
 
 
-MODEL = small_model("taipan", dtype=torch.float64)
+MODEL = text_model(dtype=torch.float64)
 Machine.TestCase.settings = settings(
     max_examples=8, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -1,7 +1,7 @@
 """`taipan session`: read once, ask often."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,21 +44,23 @@ def register(app: typer.Typer, panel: str) -> None:
             taipan session ask book.session "Who is the narrator?"
         """
         from taipan.cli.console import note, size
-        from taipan.cli.models import load_model
         from taipan.cli.progress import progress_bar
         from taipan.cli.text import text_pieces
+        from taipan.hardware import tune_allocator
         from taipan.sessions import Session
+        from taipan.text import load
 
-        loaded, tokenizer = load_model(model, dtype)
+        tune_allocator()
+        loaded = load(model, dtype=dtype)
         if (out / "session.json").is_file():
-            session = Session.open(out, loaded, tokenizer)
+            session = Session.open(out, loaded)
             if not session.manifest.reading:
                 _there_already(out)
             note(f"Going on after {session.tokens:,} tokens.")
         else:
-            session = Session.create(out, loaded, tokenizer, model_path=model, every=every, most=keep)
+            session = Session.create(out, loaded, model_path=model, every=every, most=keep)
         with progress_bar("Reading", "tokens") as show:
-            session.read_files(files, text_pieces, chunk=chunk, progress=lambda tokens: show(tokens, 0))
+            session.read_files(files, text_pieces, piece=chunk, progress=lambda tokens: show(tokens, 0))
         note(f"{out}: {session.tokens:,} tokens, {size(session.nbytes)} on disk.")
 
     @verbs.command("append")
@@ -84,12 +86,9 @@ def register(app: typer.Typer, panel: str) -> None:
             raise InputError("Give either a TEXT or --file, not both and not none (- reads standard input).")
         opened = _open(session, model, dtype)
         source = file if file is not None else "-" if text == "-" else None
+        pieces = text_pieces(source) if source is not None else text or ""
         with progress_bar("Reading", "tokens") as show:
-            if source is None:
-                new = opened.append(text or "")
-            else:
-                pieces = _needs(opened).iter_encode(text_pieces(source))
-                new = opened.append(_tensors(pieces), progress=lambda tokens: show(tokens, 0))
+            new = opened.append(pieces, progress=lambda tokens: show(tokens, 0))
         note(f"{session}: {new:,} new tokens, {opened.tokens:,} in all.")
 
     @verbs.command("ask")
@@ -220,28 +219,16 @@ def register(app: typer.Typer, panel: str) -> None:
 
 
 def _open(directory: Path, model: Path | None, dtype: str | None) -> "Session":
-    from taipan.cli.models import load_model
     from taipan.errors import StateError
+    from taipan.hardware import tune_allocator
     from taipan.sessions import Manifest, Session
+    from taipan.text import load
 
     path = model or Manifest.load(directory).model_path
     if path is None or not Path(path).is_dir():
         raise StateError(f"The model of {directory} is not at {path} any more: name it with --model.")
-    return Session.open(directory, *load_model(Path(path), dtype))
-
-
-def _needs(session: "Session") -> Any:
-    from taipan.errors import InputError
-
-    if session.tokenizer is None:
-        raise InputError("This session has no tokenizer.")
-    return session.tokenizer
-
-
-def _tensors(pieces: Any) -> Any:
-    import torch
-
-    return (torch.tensor([ids]) for ids in pieces if ids)
+    tune_allocator()
+    return Session.open(directory, load(path, dtype=dtype))
 
 
 def _there_already(out: Path) -> None:
@@ -263,7 +250,7 @@ def _answer(session: "Session", question: str, settings: "GenerationSettings", *
         out.flush()
 
     begin = time.perf_counter()
-    answer = session.ask(question, settings, keep=keep, said=said)
+    answer = session.ask(question, keep=keep, said=said, settings=settings)
     said("\n")
     kept = f", kept: {session.tokens:,} tokens now" if keep else ""
     note(f"[{len(answer.tokens):,} tokens in {time.perf_counter() - begin:.1f} s{kept}]")

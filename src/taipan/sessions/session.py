@@ -3,22 +3,21 @@
 import fcntl
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from taipan.data.tokenizer import StreamDecoder, Tokenizer
 from taipan.errors import InputError, StateError, shown
-from taipan.generation import GenerationSettings, Reading, prefill, stream
-from taipan.model import TaipanLM
+from taipan.generation import GenerationSettings, Reading, prefill
+from taipan.generation.stopping import CONTEXT, FinishReason
 from taipan.sessions.manifest import Manifest, Segment, Snapshot, check_mark
 from taipan.sessions.objects import RESTORE, ObjectStore
 from taipan.shapes import IntBT
 from taipan.state import DecoderState
+from taipan.text import DEFAULTS, TextModel, TextState
 
 _LOCK = "session.lock"
 _EVERY = 16_384
@@ -38,7 +37,7 @@ class Answer:
 
     text: str
     tokens: tuple[int, ...]
-    finish_reason: str
+    finish_reason: FinishReason | None
 
 
 class Session:
@@ -50,15 +49,13 @@ class Session:
 
     Args:
         directory: of the session.
-        model: the model it is of.
-        tokenizer: needed for text; the one that made the tokens.
+        model: the model and the tokenizer it is of.
         manifest: its record.
     """
 
-    def __init__(self, directory: Path, model: TaipanLM, tokenizer: Tokenizer | None, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, model: TextModel, manifest: Manifest) -> None:
         self.directory = directory
         self.model = model
-        self.tokenizer = tokenizer
         self.manifest = manifest
         self._objects = ObjectStore.of(directory)
         self._known: tuple[Snapshot, Reading] | None = None
@@ -67,8 +64,7 @@ class Session:
     def create(
         cls,
         directory: str | Path,
-        model: TaipanLM,
-        tokenizer: Tokenizer | None = None,
+        model: TextModel,
         *,
         model_path: str | Path | None = None,
         every: int = _EVERY,
@@ -79,7 +75,6 @@ class Session:
         Args:
             directory: must not exist, or be empty.
             model: reads the text.
-            tokenizer: of the text; None for a session of ids only.
             model_path: where the model can be found later.
             every: tokens between snapshots that are kept for rolling back; doubled as the text outgrows them.
             most: how many of these are kept.
@@ -97,19 +92,19 @@ class Session:
             raise StateError(f"{path} is there already: name another path, or append to it if it is a session.")
         path.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(
-            model=model.fingerprint,
+            model=model.model.fingerprint,
             model_path=None if model_path is None else str(Path(model_path).resolve()),
-            tokenizer=None if tokenizer is None else tokenizer.fingerprint,
+            tokenizer=model.tokenizer.fingerprint,
             every=every,
             most=most,
         )
-        session = cls(path, model, tokenizer, manifest)
+        session = cls(path, model, manifest)
         with session._changing(fresh=True):
             session._commit(manifest)
         return session
 
     @classmethod
-    def open(cls, directory: str | Path, model: TaipanLM, tokenizer: Tokenizer | None = None) -> "Session":
+    def open(cls, directory: str | Path, model: TextModel) -> "Session":
         """Open a session; nothing is read again.
 
         Raises:
@@ -117,14 +112,14 @@ class Session:
         """
         path = Path(directory)
         manifest = Manifest.load(path)
-        if manifest.model != model.fingerprint:
+        if manifest.model != model.model.fingerprint:
             raise StateError(
                 f"{path} belongs to another model (its fingerprint is {shown(manifest.model[:12])}, this model's is "
-                f"{model.fingerprint[:12]!r}): load the model that read it, or read the text again with this one."
+                f"{model.model.fingerprint[:12]!r}): load the model that read it, or read the text again with this one."
             )
-        if tokenizer is not None and manifest.tokenizer not in (None, tokenizer.fingerprint):
+        if manifest.tokenizer != model.tokenizer.fingerprint:
             raise StateError(f"{path} was read with another tokenizer: open it with the one beside its model.")
-        return cls(path, model, tokenizer, manifest)
+        return cls(path, model, manifest)
 
     # ------------------------------------------------------------------ what it knows
 
@@ -134,13 +129,16 @@ class Session:
         return self.manifest.tokens
 
     @property
-    def reading(self) -> Reading | None:
+    def state(self) -> TextState | None:
         """What the model knows after all tokens; None before the first.
 
         Raises:
             StateError: its file is missing or damaged.
         """
-        return None if not self.manifest.snapshots else self._restore(self.manifest.snapshots[-1])
+        if not self.manifest.snapshots:
+            return None
+        reading = self._restore(self.manifest.snapshots[-1])
+        return TextState(reading.state, reading.logits_BV, tuple(self.ids(max(0, self.tokens - CONTEXT))))
 
     @property
     def nbytes(self) -> int:
@@ -182,26 +180,33 @@ class Session:
     # ------------------------------------------------------------------ changes
 
     def append(
-        self,
-        text: str | Iterable[int] | Iterable[Tensor],
-        *,
-        chunk: int = 2048,
-        progress: Callable[[int], object] | None = None,
+        self, text: str | Iterable[str], *, piece: int = 2048, progress: Callable[[int], object] | None = None
     ) -> int:
         """Read on; returns the number of new tokens.
 
         Args:
-            text: the text; or token ids; or pieces (1, T) of ids, which may come from a file of any length.
-            chunk: tokens read per forward call.
+            text: the text, or its pieces, in memory that does not grow with it.
+            piece: tokens per forward call.
             progress: called with the number of tokens read so far.
 
         Raises:
-            InputError: the text is not usable, or there is no tokenizer for it.
+            StateError: another process is changing the session.
+        """
+        pieces = (text,) if isinstance(text, str) else text
+        return self.append_tokens(self.model.tokenizer.iter_encode(pieces), piece=piece, progress=progress)
+
+    def append_tokens(
+        self, ids: Iterable[list[int]], *, piece: int = 2048, progress: Callable[[int], object] | None = None
+    ) -> int:
+        """As `append`, of token ids in pieces of any length.
+
+        Raises:
+            InputError: an id is out of range.
             StateError: another process is changing the session.
         """
         before = self.tokens
         with self._changing():
-            self._read(self._pieces(text), chunk, progress)
+            self._read(ids, piece, progress)
         return self.tokens - before
 
     def read_files(
@@ -209,7 +214,7 @@ class Session:
         files: Iterable[str],
         pieces: Callable[[str], Iterable[str]],
         *,
-        chunk: int = 2048,
+        piece: int = 2048,
         progress: Callable[[int], object] | None = None,
     ) -> int:
         """Read files one after the other, each ended by the end token; goes on where a killed reading stopped.
@@ -217,7 +222,7 @@ class Session:
         Args:
             files: their names.
             pieces: gives the text of a file in pieces.
-            chunk: tokens read per forward call.
+            piece: tokens read per forward call.
             progress: called with the number of tokens read so far.
 
         Returns:
@@ -227,7 +232,7 @@ class Session:
             StateError: what was read of the files before is not what they hold now.
             DataError: a file cannot be read.
         """
-        tokenizer = self._needs_tokenizer()
+        tokenizer = self.model.tokenizer
         names = tuple(files)
         begun = self.tokens
         with self._changing():
@@ -246,7 +251,7 @@ class Session:
                     yield from tokenizer.iter_encode(pieces(name))
                     yield [tokenizer.eos_id]
 
-            self._read(self._after_known(all_ids()), chunk, progress)
+            self._read(self._after_known(all_ids()), piece, progress)
             self._commit(replace(self.manifest, reading=()))
         return self.tokens - begun
 
@@ -260,7 +265,7 @@ class Session:
         with self._changing():
             self._commit(replace(self.manifest, marks={**self.manifest.marks, name: self.tokens}))
 
-    def rollback(self, target: str | int, *, chunk: int = 2048) -> int:
+    def rollback(self, target: str | int, *, piece: int = 2048) -> int:
         """Go back to a mark or a number of tokens; the marks behind it go.
 
         The nearest snapshot before it is restored, and what lies between is read again: at a mark nothing.
@@ -286,7 +291,7 @@ class Session:
                 marks={name: tokens for name, tokens in marks.items() if tokens <= start},
                 reading=(),
             )
-            after = self._extend(kept, between, chunk) if between else kept
+            after = self._extend(kept, between, piece) if between else kept
             self._commit(replace(after, marks=marks))
         return len(between)
 
@@ -296,9 +301,7 @@ class Session:
         Raises:
             StateError: there is something in the directory.
         """
-        other = Session.create(
-            directory, self.model, self.tokenizer, every=self.manifest.every, most=self.manifest.most
-        )
+        other = Session.create(directory, self.model, every=self.manifest.every, most=self.manifest.most)
         with self._changing(), other._changing():
             self._objects.share(self.manifest.objects, other._objects)
             other._commit(self.manifest)
@@ -306,54 +309,39 @@ class Session:
 
     def ask(
         self,
-        text: str,
-        settings: GenerationSettings,
+        text: str = "",
         *,
         keep: bool = False,
         said: Callable[[str], object] | None = None,
+        settings: GenerationSettings = DEFAULTS,
+        **options: Any,
     ) -> Answer:
         """Go on from here with a text, and let the model answer.
 
         Args:
-            text: what is asked.
-            settings: how to generate.
+            text: what is asked; an empty one just goes on.
             keep: append question and answer to the session; otherwise it stays as it is.
             said: called with each piece of new text as it comes.
+            settings: how to generate.
+            options: single fields of `GenerationSettings`, over `settings`.
 
         Raises:
-            InputError: there is nothing to go on from.
+            InputError: there is nothing to go on from, or a setting is not usable.
+            StateError: with `keep`, another process is changing the session.
         """
-        tokenizer = self._needs_tokenizer()
-        asked = tokenizer.encode(text)
-        before = self.reading
-        if not asked and before is None:
-            raise InputError("The session is empty, and so is the question: give at least one.")
-        new: list[int] = []
-        said_so_far: list[str] = []
-        decoder = StreamDecoder(tokenizer)
-        finish = "length"
-
-        def say(piece: str) -> None:
-            if piece:
-                said_so_far.append(piece)
-                if said is not None:
+        with self._changing() if keep else nullcontext():
+            stream = self.model.generate(text, state=self.state, stream=True, settings=settings, **options)
+            pieces: list[str] = []
+            for piece in stream:
+                pieces.append(piece)
+                if said is not None and piece:
                     said(piece)
-
-        for step in stream(
-            self.model,
-            torch.tensor([asked], dtype=torch.int64),
-            state=before,
-            tokenizer=tokenizer,
-            settings=settings,
-        ):
-            token = int(step.tokens_B[0])
-            new.append(token)
-            finish = step.finish_reasons[0] or finish
-            say(decoder.push(token))
-        say(decoder.flush())
-        if keep:
-            self.append([*asked, *new])
-        return Answer("".join(said_so_far), tuple(new), finish)
+            if keep:
+                after = stream.state
+                assert after.logits_BV is not None
+                ids = [*self.model.tokenizer.encode(text), *stream.new_tokens]
+                self._commit(self._with(self.manifest, ids, Reading(after.logits_BV, after.decoder)))
+        return Answer("".join(pieces), stream.new_tokens, stream.finish_reason)
 
     def verify(self) -> None:
         """Read every object of the session and check it.
@@ -367,24 +355,6 @@ class Session:
             self._restore(snapshot)
 
     # ------------------------------------------------------------------ inside
-
-    def _needs_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InputError("Text needs a tokenizer: open the session with the one beside its model, or give ids.")
-        return self.tokenizer
-
-    def _pieces(self, text: Any) -> Iterator[list[int]]:
-        if isinstance(text, str):
-            yield self._needs_tokenizer().encode(text)
-            return
-        held: list[int] = []
-        for item in text:
-            if isinstance(item, Tensor):
-                yield item.flatten().tolist()
-            else:
-                held.append(int(item))
-        if held:
-            yield held
 
     def _after_known(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
         """The pieces without the tokens that have been read, which must be the same."""
@@ -400,27 +370,31 @@ class Session:
             if overlap < len(piece):
                 yield piece[overlap:]
 
-    def _read(self, pieces: Iterable[list[int]], chunk: int, progress: Callable[[int], object] | None) -> None:
+    def _read(self, pieces: Iterable[list[int]], piece: int, progress: Callable[[int], object] | None) -> None:
         """Read pieces of ids, and commit whenever a step of the grid is full."""
         held: list[int] = []
         step = min(self.manifest.every, _EVERY)
-        for piece in pieces:
-            held += piece
+        for ids in pieces:
+            held += ids
             while len(held) >= step:
-                self._commit(self._extend(self.manifest, held[:step], chunk))
+                self._commit(self._extend(self.manifest, held[:step], piece))
                 held = held[step:]
                 if progress is not None:
                     progress(self.tokens)
         if held:
-            self._commit(self._extend(self.manifest, held, chunk))
+            self._commit(self._extend(self.manifest, held, piece))
             if progress is not None:
                 progress(self.tokens)
 
-    def _extend(self, manifest: Manifest, ids: list[int], chunk: int) -> Manifest:
-        """The record after reading more; its objects are on disk."""
+    def _extend(self, manifest: Manifest, ids: list[int], piece: int) -> Manifest:
+        """The record after reading more."""
         before = None if not manifest.snapshots else self._restore(manifest.snapshots[-1])
         tokens_BT: IntBT = torch.tensor([ids], dtype=torch.int64)
-        reading = prefill(self.model, tokens_BT, state=None if before is None else before.state, chunk=chunk)
+        reading = prefill(self.model.model, tokens_BT, state=None if before is None else before.state, chunk=piece)
+        return self._with(manifest, ids, reading)
+
+    def _with(self, manifest: Manifest, ids: list[int], reading: Reading) -> Manifest:
+        """The record after more tokens, and what is known after them; its objects are on disk."""
         segments = manifest.segments
         if segments and segments[-1].tokens < _SMALL:
             ids = [*self._segment_ids(segments[-1]), *ids]
@@ -433,7 +407,7 @@ class Session:
 
     def _store(self, tokens: int, reading: Reading) -> Snapshot:
         file = self._objects.new_file()
-        reading.state.save(file, self.model)
+        reading.state.save(file, self.model.model)
         state = self._objects.adopt(file)
         return Snapshot(tokens, state, self._objects.put({"logits_BV": reading.logits_BV.float().cpu()}))
 
@@ -441,9 +415,9 @@ class Session:
         if self._known is not None and self._known[0] == snapshot:
             return self._known[1]
         self._objects.check(snapshot.state)
-        state = DecoderState.load(self._objects.path(snapshot.state), self.model)
+        state = DecoderState.load(self._objects.path(snapshot.state), self.model.model)
         logits = self._objects.get(snapshot.logits).get("logits_BV")
-        expected = (1, self.model.config.vocab_size)
+        expected = (1, self.model.model.config.vocab_size)
         if logits is None or tuple(logits.shape) != expected or not bool(logits.isfinite().all()):
             raise StateError(f"{self.directory} holds logits that are none of this model's. {RESTORE}")
         if state.batch_size != 1:
