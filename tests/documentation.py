@@ -74,8 +74,11 @@ def command_lines(shell: str) -> Iterator[list[str]]:
 
 
 def links(text: str) -> list[str]:
-    """Targets of the links and images that point into the repository, without their anchors."""
-    targets = (match["target"].partition("#")[0] for match in _LINK.finditer(prose(text)))
+    """Targets of the links and images, in Markdown and HTML, that point into the repository, without their anchors."""
+    plain = prose(text)
+    given = [match["target"] for match in _LINK.finditer(plain)]
+    given += re.findall(r'<(?:img|source|a)\b[^>]*\b(?:src|srcset|href)="([^"]+)"', plain)
+    targets = (target.partition("#")[0] for target in given)
     return [target for target in targets if target and "://" not in target and not target.startswith("mailto:")]
 
 

@@ -2,20 +2,26 @@
 
 import dataclasses
 import json
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 
 from taipan.accounting import parameter_count
 from taipan.config import SETTINGS, TaipanConfig
+from taipan.errors import DataError
 from taipan.experiments import associative_recall
 from taipan.experiments.associative_recall import MODELS, SCALES, TASKS, Report, Scale, accuracy, declare, train
+from taipan.experiments.associative_recall_figure import FigureData, figure
 from taipan.experiments.associative_recall_report import recurrent_state_values, sections, write
 from taipan.experiments.execution import Result, Run
 from taipan.model import TaipanLM
+from taipan.report.palette import LIGHT
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SMALL = dataclasses.replace(SCALES["full"], steps=4)
 
 
@@ -82,7 +88,66 @@ def test_tables_and_files_hold_every_result(monkeypatch: pytest.MonkeyPatch, tmp
     for results in report.capacity.values():
         assert all(f"{accuracy(result):.3f}" in text for result in results)
     assert json.loads(paths[1].read_text(encoding="utf-8"))["schedules"] == report.schedules
-    assert all(path.stat().st_size > 1000 for path in paths[2:])
+    assert FigureData.load(paths[2]) == FigureData.of(report, "the command")
+    assert all(path.stat().st_size > 1000 for path in paths[3:])
+
+
+def table(title: str) -> list[list[str]]:
+    """The rows of a table of the published results."""
+    section = (
+        (RESULTS / "associative_recall.md").read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+    )
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return rows[1:]
+
+
+def test_the_kept_numbers_are_those_of_the_published_tables() -> None:
+    data = FigureData.load(RESULTS / "associative_recall.json")
+    for name, *cells in table("Accuracy by number of pairs"):
+        scores = data.accuracy[name]
+        assert [len(row) for row in scores] == [3] * len(TASKS)
+        shown = [f"{mean(row):.2f} ({min(row):.2f}–{max(row):.2f})" for row in scores]
+        assert cells[3:7] == shown
+        whole = mean(mean(row) for row in scores)
+        assert cells[7].startswith(f"{whole:.3f}")
+    rows = table("Accuracy against C")
+    assert [(scope, f"{c:.2f}", f"{score:.3f}") for scope, points in data.capacity.items() for c, score in points] == [
+        (row[0], row[1], row[6]) for row in rows
+    ]
+    assert f"{data.gate['noise_free_rate'][-1]:.2f}" == table("What the schedules of the gate do")[0][2][:4]
+
+
+@pytest.mark.parametrize("name", ["associative_recall.svg", "associative_recall-narrow.svg"])
+def test_the_published_figure_is_drawn_from_the_kept_numbers(name: str) -> None:
+    data = FigureData.load(RESULTS / "associative_recall.json")
+    published = (RESULTS / name).read_text(encoding="utf-8")
+    assert figure(data, narrow="narrow" in name) == published
+    drawn = ElementTree.fromstring(published)
+    markers = [use.get("style") for use in drawn.iter("{http://www.w3.org/2000/svg}use")]
+    for color in LIGHT.series[:3]:
+        dots = [style for style in markers if style and f"fill: {color}; fill-opacity: 0.8" in style]
+        assert len(dots) == 3 * len(TASKS), "three seeds for every number of pairs"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("accuracy", None),
+        ("accuracy", {"taipan": [[0.5]]}),
+        ("accuracy", {"taipan": [[]] * 4}),
+        ("gate", {"step": [1.0]}),
+        ("gate", {"step": [1.0], "capacity": [], "rate": [], "noise_free_rate": []}),
+        ("capacity", {"all": [[0.1]]}),
+        ("pairs", ["4", 8, 16, 32]),
+        ("unknown", 1),
+    ],
+)
+def test_other_numbers_are_refused(field: str, value: object, tmp_path: Path) -> None:
+    values = json.loads((RESULTS / "associative_recall.json").read_text(encoding="utf-8"))
+    path = tmp_path / "numbers.json"
+    path.write_text(json.dumps({**values, field: value}))
+    with pytest.raises(DataError, match="does not hold the numbers of the associative-recall figure"):
+        FigureData.load(path)
 
 
 def test_tiny_scale_has_no_empty_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

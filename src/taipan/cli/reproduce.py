@@ -33,19 +33,31 @@ def register(app: typer.Typer, panel: str) -> None:
         workers: Annotated[
             int | None, typer.Option(min=1, help="Runs side by side, one thread each; one per core if not given.")
         ] = None,
+        redraw: Annotated[
+            Path | None,
+            typer.Option(help="Train nothing: draw the figure again from this associative_recall.json into --out."),
+        ] = None,
     ) -> None:
         """C = 0 against C = 0.15: a Taipan, its twin without attention and a Mamba-2 on multi-query associative recall.
 
         Interrupted, it goes on when run again: every finished run is kept.
 
-        Example:
+        Examples:
 
             taipan reproduce associative-recall --scale tiny
+
+            taipan reproduce associative-recall --redraw docs/results/associative_recall.json --out docs/results
         """
         from taipan.cli.console import duration, note, print_table
         from taipan.experiments.associative_recall import SCALES, accuracy, reproduce
+        from taipan.experiments.associative_recall_figure import FigureData, write_figure
         from taipan.experiments.associative_recall_report import sections, write
         from taipan.experiments.execution import Result, Run
+
+        if redraw is not None:
+            for path in write_figure(FigureData.load(redraw), out):
+                note(f"Written: {path}")
+            return
 
         def finished(run: Run, result: Result, done: int, of: int) -> None:
             note(

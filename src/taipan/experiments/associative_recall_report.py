@@ -1,22 +1,20 @@
-"""Tables, figure and files of the associative-recall experiment."""
+"""Tables and files of the associative-recall experiment."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from taipan.accounting import parameter_count
 from taipan.config import TaipanConfig
 from taipan.experiments.associative_recall import TASKS, Report, accuracy
+from taipan.experiments.associative_recall_figure import NAME, QUERIES, FigureData, write_figure
 from taipan.experiments.execution import Result
 from taipan.hardware import describe
 from taipan.io import atomic_write
 
 PAIRS = [pairs for _, pairs in TASKS]
-QUERIES = mean(pairs / length for length, pairs in TASKS)
-"""Share of the positions that are queries."""
 
 
 def recurrent_state_values(config: TaipanConfig) -> int:
@@ -122,7 +120,7 @@ def markdown(report: Report, command: str) -> str:
         f"them (lowest–highest); a single value is of seed {report.scale.seeds[0]}. "
         f"Chance is 1 / pairs; {QUERIES:.1%} of the positions are queries. Rates are of "
         "inference (no noise, threshold 0) and of the full Gumbel noise.",
-        "![Recall by pairs; the gate over training; accuracy against C](associative_recall.svg)",
+        "![Recall by pairs with every seed; the gate over training; accuracy against C](associative_recall.svg)",
     ]
     for title, header, rows in sections(report):
         lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -130,59 +128,12 @@ def markdown(report: Report, command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def figure(report: Report) -> Any:
-    """Matplotlib figure: accuracy by pairs, the rates over training, accuracy against C."""
-    from matplotlib.figure import Figure
-
-    panels = 3 if report.capacity else 2
-    drawing = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
-    axes = drawing.subplots(1, panels)
-    for name, results in report.comparison.items():
-        values = [[result["tests"][i]["accuracy"] for result in results] for i in range(len(PAIRS))]
-        line = axes[0].plot(PAIRS, [mean(v) for v in values], marker="o", label=name)[0]
-        axes[0].fill_between(
-            PAIRS, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color()
-        )
-    axes[0].set(xscale="log", xlabel="key–value pairs", ylabel="accuracy", ylim=(-0.03, 1.03), title="Recall by pairs")
-    axes[0].set_xticks(PAIRS, [str(pairs) for pairs in PAIRS], minor=False)
-    axes[0].minorticks_off()
-    axes[0].legend()
-
-    curve = report.comparison["taipan"][0]["curve"]
-    steps = [point["step"] for point in curve]
-    for key, label in (
-        ("rate", "selected in training"),
-        ("noise_free_rate", "selected without noise"),
-        ("capacity", "budget C"),
-        ("alpha_mean", "mean α"),
-    ):
-        axes[1].plot(steps, [point[key] for point in curve], label=label, linestyle=":" if key == "capacity" else "-")
-    axes[1].set(xlabel="step", ylabel="share of tokens", ylim=(-0.03, 1.03), title="The gate of Taipan over training")
-    axes[1].legend()
-
-    if report.capacity:
-        for scope, results in report.capacity.items():
-            capacities = [result["config"]["attention_capacity"] for result in results]
-            axes[2].plot(
-                capacities, [accuracy(result) for result in results], marker="o", label=f"keys/values: {scope}"
-            )
-        axes[2].axvline(QUERIES, color="grey", linewidth=0.8, linestyle=":")
-        axes[2].set(
-            xlabel="C", ylabel="mean accuracy", ylim=(-0.03, 1.03), title="Accuracy against C (dotted: queries)"
-        )
-        axes[2].legend()
-    return drawing
-
-
 def write(report: Report, directory: Path, command: str) -> list[Path]:
-    """Write `report.md`, `results.json`, `associative_recall.svg` and `.png`; returns their paths."""
+    """Write `report.md`, `results.json`, and the figure with its numbers; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [
-        directory / name for name in ("report.md", "results.json", "associative_recall.svg", "associative_recall.png")
-    ]
-    atomic_write(paths[0], markdown(report, command).encode())
-    atomic_write(paths[1], json.dumps({"command": command, **asdict(report)}, indent=1).encode())
-    drawing = figure(report)
-    for path in paths[2:]:
-        drawing.savefig(path, dpi=130)
-    return paths
+    text, results, numbers = (directory / name for name in ("report.md", "results.json", f"{NAME}.json"))
+    atomic_write(text, markdown(report, command).encode())
+    atomic_write(results, json.dumps({"command": command, **asdict(report)}, indent=1).encode())
+    data = FigureData.of(report, command)
+    data.save(numbers)
+    return [text, results, numbers, *write_figure(data, directory)]

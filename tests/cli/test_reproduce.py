@@ -1,0 +1,24 @@
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cli.conftest import Cli
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+NUMBERS = RESULTS / "associative_recall.json"
+
+
+def test_the_published_figure_is_redrawn_without_training(cli: Cli, tmp_path: Path) -> None:
+    finished = cli("reproduce", "associative-recall", "--redraw", NUMBERS, "--out", tmp_path / "new")
+    assert finished.code == 0, finished.err
+    drawn = sorted((tmp_path / "new").iterdir())
+    assert [path.name for path in drawn] == ["associative_recall-narrow.svg", "associative_recall.svg"]
+    for path in drawn:
+        assert path.read_bytes() == (RESULTS / path.name).read_bytes()
+
+
+def test_numbers_of_something_else_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for numbers, message in ((other, "associative_recall.json"), (tmp_path / "missing.json", "missing.json")):
+        assert message in refused("reproduce", "associative-recall", "--redraw", numbers, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
