@@ -17,13 +17,13 @@ class Finished:
     err: str
 
 
-def run(*arguments: object) -> Finished:
+def run(*arguments: object, encoding: str = "utf-8") -> Finished:
     """Run `taipan ARGUMENTS…` as the shell would; nothing it does may end in a traceback."""
     from taipan.cli.main import main
 
     # as a terminal has them: what cannot be encoded is an error on the one, and escaped on the other
-    out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
-    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
+    out = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+    err = io.TextIOWrapper(io.BytesIO(), encoding, "backslashreplace", write_through=True)
     words = [str(argument) for argument in arguments]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["taipan", *words])

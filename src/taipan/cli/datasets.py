@@ -21,6 +21,7 @@ def open_data(paths: Sequence[str], tokenizer: "Tokenizer") -> "Generator[TokenD
     from taipan.data.corpus import Corpus
     from taipan.data.shards import MANIFEST_FILE, TokenDataset, prepare
     from taipan.errors import DataError
+    from taipan.io import path_text
 
     for path in map(Path, paths):
         if (path / MANIFEST_FILE).is_file() and len(paths) > 1:
@@ -31,4 +32,4 @@ def open_data(paths: Sequence[str], tokenizer: "Tokenizer") -> "Generator[TokenD
         yield TokenDataset.open(paths[0], tokenizer=tokenizer)
         return
     with TemporaryDirectory(prefix="taipan-") as temporary:
-        yield prepare(Corpus(paths), tokenizer, Path(temporary) / "data", sources=paths)
+        yield prepare(Corpus(paths), tokenizer, Path(temporary) / "data", sources=list(map(path_text, paths)))

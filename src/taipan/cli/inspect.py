@@ -26,7 +26,7 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan import __version__
         from taipan.cli.console import note, print_table
         from taipan.hardware import tune_allocator
-        from taipan.io import atomic_write, read_text
+        from taipan.io import atomic_write, path_text, read_text
         from taipan.report.page import render, shareable
         from taipan.report.selection import margins
         from taipan.report.traced import traced_view
@@ -38,10 +38,10 @@ def register(app: typer.Typer, panel: str) -> None:
         view = traced_view(loaded.model, loaded.tokenizer, content)
         page = render(
             "inspect.html.j2",
-            title=f"{text.name}: what the gates of Taipan selected",
+            title=f"{path_text(text.name)}: what the gates of Taipan selected",
             version=__version__,
             made="",
-            source=text.name,
+            source=path_text(text.name),
             model=shareable(model),
             command=shlex.join(["taipan", "inspect", *map(shareable, (model, text)), "-o", shareable(out)]),
             view=view,

@@ -1,6 +1,7 @@
 """`taipan`: the verbs together, and what becomes of an error."""
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     foreseeable failure, explained in one message; 130 interrupted.
     """
     debug = os.environ.get("TAIPAN_DEBUG", "") not in ("", "0")
+    _print_anything()
     _tell_of_compiling()
     try:
         _command_line()(arguments)
@@ -136,6 +138,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             EXIT_UNEXPECTED,
         )
     sys.exit(0)
+
+
+def _print_anything() -> None:
+    """A terminal that knows few characters (Latin-1, ASCII), or a file name that is none, ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _tell_of_compiling() -> None:

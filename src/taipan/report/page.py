@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from taipan.io import path_text
 from taipan.report.palette import DARK, LIGHT
 
 PAPER = "Taipan: Efficient and Expressive State Space Language Models with Selective Attention (arXiv:2410.18572)"
@@ -39,5 +40,5 @@ def shareable(path: str | Path) -> str:
     """
     given = Path(path)
     if given.is_absolute() or ".." in given.parts:
-        return given.name if given.name not in ("", "..") else given.resolve().name
-    return str(given)
+        return path_text(given.name if given.name not in ("", "..") else given.resolve().name)
+    return path_text(given)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, DataError
-from taipan.io import atomic_directory, sha256_file
+from taipan.io import atomic_directory, sha256_file, utf8_name
 from taipan.model import TaipanLM, weights_of
 from taipan.model.directory import write_model
 from taipan.training.processes.world import ALONE, World
@@ -207,7 +207,8 @@ def load_carried(path: Path) -> dict[str, Tensor]:
     if not file.is_file():  # that none is missing was checked with the manifest
         return {}
     try:
-        return load_file(file)
+        with utf8_name(file) as name:
+            return load_file(name)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): use an earlier checkpoint.") from error
 
@@ -231,19 +232,20 @@ def load_optimizer(
     from torch.distributed.checkpoint.state_dict_loader import load
 
     directory = path / _OPTIMIZER
-    with world.together():
-        try:
-            reader = HuggingFaceStorageReader(str(directory))
-            saved = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
-        except Exception as error:  # safetensors raises several kinds for a damaged file
-            raise _unreadable(directory, error) from error
-        tensors = dict(blank({name: (entry.size, entry.properties.dtype) for name, entry in saved.items()}))
-    if tensors:
-        try:
-            with _alone_is_fine():
-                load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=world.size == 1)
-        except CheckpointException as error:
-            raise _unreadable(directory, _first_failure(error)) from error
+    with utf8_name(directory) as name:
+        with world.together():
+            try:
+                reader = HuggingFaceStorageReader(str(name))
+                saved = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+            except Exception as error:  # safetensors raises several kinds for a damaged file
+                raise _unreadable(directory, error) from error
+            tensors = dict(blank({name: (entry.size, entry.properties.dtype) for name, entry in saved.items()}))
+        if tensors:
+            try:
+                with _alone_is_fine():
+                    load(cast(dict[str, Any], tensors), storage_reader=reader, no_dist=world.size == 1)
+            except CheckpointException as error:
+                raise _unreadable(directory, _first_failure(error)) from error
     return tensors
 
 

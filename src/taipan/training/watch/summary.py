@@ -16,6 +16,7 @@ from taipan.training.watch.record import read_run_record
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+_WRITTEN = (METRICS, "run.json", "checkpoints", "model")
 _DEPTH = 3
 
 
@@ -51,8 +52,8 @@ class RunSummary:
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is a run directory."""
-    return (path / RECIPE).is_file()
+    """Whether this is a run directory: a recipe and what a run of it has written beside it."""
+    return (path / RECIPE).is_file() and any((path / name).exists() for name in _WRITTEN)
 
 
 def find_runs(path: Path, depth: int = _DEPTH) -> Iterator[Path]:
@@ -85,7 +86,9 @@ def summarize(path: Path) -> RunSummary:
     bits = [entry["valid_bits_per_byte"] for entry in records if "valid_bits_per_byte" in entry]
     speeds = [entry["tokens_per_second"] for entry in training]
     overrides = recipe.model.overrides
-    config = recipe.model.config(overrides["vocab_size"], overrides["eos_token_id"])
+    if "vocab_size" not in overrides:
+        raise ConfigError(f"{path / RECIPE} is not the recipe that a run writes: it has no model.vocab_size.")
+    config = recipe.model.config(overrides["vocab_size"], overrides.get("eos_token_id"))
     kinds = config.layer_types
     layers = " + ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     model = cast(dict[str, Any], record.get("model", {}))
