@@ -63,9 +63,11 @@ def test_flops_are_those_of_the_matrix_products(stack: str, length: int) -> None
 
 def test_selected_share_decides_what_attention_costs() -> None:
     base = TaipanConfig.preset("taipan-190m")
-    cost = [flops_per_token(base.replace(attention_capacity=c), 8192) for c in (0.0, 0.15, 1.0)]
+    cost = [flops_per_token(base.replace(attention_capacity=c), 8192) for c in (1e-9, 0.15, 1.0)]
     assert cost[0] < cost[1] < cost[2]
     assert (cost[1] - cost[0]) / (cost[2] - cost[0]) == pytest.approx(0.15)
+    closed = flops_per_token(base.replace(attention_capacity=0.0), 8192)
+    assert closed < cost[0]  # no keys and values either
 
 
 @pytest.mark.parametrize("name", TaipanConfig.presets())

@@ -33,6 +33,7 @@ class Known:
 
     def __init__(self, model: TaipanLM) -> None:
         self.config, self.fingerprint, self._empty = model.config, model.fingerprint, model.empty_state(0)
+        self.state_rules = model.state_rules
 
     def empty_state(self, batch_size: int) -> DecoderState:
         assert batch_size == 0

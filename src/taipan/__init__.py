@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from taipan.layer_types import register_own
+
 if TYPE_CHECKING:
     from taipan.config import TaipanConfig
     from taipan.model import TaipanLM, TaipanOutput
@@ -34,6 +36,8 @@ _HOMES = {
     "TextStream": "taipan.text",
     "load": "taipan.text",
 }
+
+register_own()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Protocol, cast, get_type_hints
 
 from taipan.errors import ConfigError, shown, suggestion
 from taipan.io import parse_json_object
 from taipan.schema import convert
 
-LayerType = Literal["mamba2", "selective_attention", "full_attention", "sliding_attention"]
 Gate = Literal["linear", "mlp"]
 GateInput = Literal["normed", "raw"]
 KeyValueScope = Literal["all", "selected"]
@@ -21,7 +20,7 @@ BudgetMean = Literal["batch", "sequence"]
 GateGradient = Literal["gathered", "dense"]
 Refinement = Literal["mix", "add"]
 
-_WIDEST = 1 << 24  # of any matrix: far above every model, and no product of two of them overflows
+WIDEST = 1 << 24  # of any matrix: far above every model, and no product of two of them overflows
 _MOST = (1 << 31) - 1  # ids, positions of a window
 _LARGEST = 1e6  # times, temperatures, weights of losses: beyond it fp32 arithmetic ends in infinities
 
@@ -44,12 +43,50 @@ def typed_field(name: str, value: Any, where: str) -> Any:
     Raises:
         ConfigError: it is of another type, or no finite number (but for the end of `time_step_limit`).
     """
+    if name == "layer_types":
+        return _known_layer_types(value, where)
     if name != "time_step_limit":
         return convert(value, _hints()[name], where)
     if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], float) and value[1] == math.inf:
         value = (value[0], None)
     low, high = convert(value, _hints()[name], where)
     return low, math.inf if high is None else high
+
+
+def _known_layer_types(value: Any, where: str) -> tuple[str, ...]:
+    try:
+        return convert(value, tuple[Literal[tuple(LAYER_TYPES)], ...], where)
+    except ConfigError as error:
+        named = isinstance(value, list | tuple) and all(isinstance(kind, str) for kind in cast("list[object]", value))
+        advice = " A layer type from elsewhere is known once the module that registers it is imported."
+        raise ConfigError(f"{error}{advice if named else ''}") from error
+
+
+class LayerRules(Protocol):
+    """What a configuration asks of a layer type; `taipan.layer_types` has them."""
+
+    def check(self, config: "TaipanConfig") -> None:
+        """Raise `ConfigError` for sizes that a layer of this type cannot have."""
+        ...
+
+    def has_mlp(self, config: "TaipanConfig") -> bool:
+        """Whether layers of this type carry a SwiGLU MLP."""
+        ...
+
+
+LAYER_TYPES: dict[str, LayerRules] = {}
+"""The layer types that a configuration may name; `import taipan` enters those of the package."""
+
+
+def require(config: "TaipanConfig", ok: bool, field: str, expected: str, advice: str = "") -> None:
+    """Refuse the value of a field.
+
+    Raises:
+        ConfigError: unless `ok`; naming field, value and what was expected.
+    """
+    if not ok:
+        value = getattr(config, field)
+        raise ConfigError(f"{field} is {shown(value)}, but must be {expected}.{' ' + advice if advice else ''}")
 
 
 def interpolate(start: float, end: float, span: tuple[float, float], progress: float) -> float:
@@ -73,7 +110,8 @@ class TaipanConfig:
         vocab_size: number of token ids.
         hidden_size: width D of the residual stream.
         layer_types: the mixer of every layer, from `mamba2`, `selective_attention`, `full_attention`,
-            `sliding_attention`. Attention layers carry a SwiGLU MLP (Eq. 6), Mamba-2 layers only if `mamba_mlp`.
+            `sliding_attention` and what `taipan.layers.registry.register` has added. Attention layers carry a SwiGLU
+            MLP (Eq. 6), Mamba-2 layers only if `mamba_mlp`.
         intermediate_size: width of the SwiGLU MLPs.
         tie_word_embeddings: the head is the embedding.
         norm_eps: epsilon of every RMSNorm.
@@ -120,7 +158,7 @@ class TaipanConfig:
 
     vocab_size: int
     hidden_size: int
-    layer_types: tuple[LayerType, ...]
+    layer_types: tuple[str, ...]
     intermediate_size: int = 0
     tie_word_embeddings: bool = True
     norm_eps: float = 1e-5
@@ -205,7 +243,7 @@ class TaipanConfig:
 
     def has_mlp(self, layer: int) -> bool:
         """Whether layer number `layer` carries a SwiGLU MLP."""
-        return self.mamba_mlp if self.layer_types[layer] == "mamba2" else True
+        return LAYER_TYPES[self.layer_types[layer]].has_mlp(self)
 
     # ------------------------------------------------------------------ schedules, at a fraction of training in [0, 1]
 
@@ -233,9 +271,7 @@ class TaipanConfig:
         self._check_gate()
 
     def _require(self, ok: bool, field: str, expected: str, advice: str = "") -> None:
-        if not ok:
-            value = getattr(self, field)
-            raise ConfigError(f"{field} is {shown(value)}, but must be {expected}.{' ' + advice if advice else ''}")
+        require(self, ok, field, expected, advice)
 
     def _require_number(self, field: str, low: float, high: float) -> None:
         value = getattr(self, field)
@@ -256,44 +292,9 @@ class TaipanConfig:
         for field in ("vocab_size", "sliding_window", "chunk_size"):
             self._require(getattr(self, field) <= _MOST, field, f"at most {_MOST:,}")
         for field in ("hidden_size", "intermediate_size", "gate_hidden_size", "conv_kernel"):
-            self._require(getattr(self, field) <= _WIDEST, field, f"at most {_WIDEST:,}")
-        if "mamba2" in self.layer_types:
-            self._require(
-                self.inner_size % self.mamba_head_dim == 0,
-                "mamba_head_dim",
-                f"a divisor of expand × hidden_size = {shown(self.inner_size)}",
-            )
-            self._require(
-                self.num_mamba_heads % self.n_groups == 0,
-                "n_groups",
-                f"a divisor of the number of Mamba-2 heads, {shown(self.num_mamba_heads)}",
-            )
-            self._require(
-                self.inner_size <= _WIDEST, "expand", f"such that expand × hidden_size is at most {_WIDEST:,}"
-            )
-            width = self.n_groups * self.state_size
-            self._require(width <= _WIDEST, "state_size", f"such that n_groups × state_size is at most {_WIDEST:,}")
-        if set(self.layer_types) - {"mamba2"}:
-            if self.attention_head_dim is None:
-                self._require(
-                    self.hidden_size % self.num_attention_heads == 0,
-                    "num_attention_heads",
-                    f"a divisor of hidden_size = {self.hidden_size}",
-                    "Or set attention_head_dim.",
-                )
-            self._require(
-                self.num_attention_heads % self.kv_heads == 0,
-                "num_key_value_heads",
-                f"a divisor of num_attention_heads = {shown(self.num_attention_heads)}",
-            )
-            width = self.num_attention_heads * self.head_dim
-            self._require(
-                width <= _WIDEST,
-                "num_attention_heads",
-                f"such that it is, times the head dim of {shown(self.head_dim)}, at most {_WIDEST:,}",
-            )
-            if self.attention_rope or self.selective_rope:
-                self._require(self.head_dim % 2 == 0, "attention_head_dim", f"even for RoPE, not {self.head_dim}")
+            self._require(getattr(self, field) <= WIDEST, field, f"at most {WIDEST:,}")
+        for kind in dict.fromkeys(self.layer_types):
+            LAYER_TYPES[kind].check(self)
         if any(self.has_mlp(layer) for layer in range(self.num_hidden_layers)):
             self._require(self.intermediate_size >= 1, "intermediate_size", "at least 1: some layers carry an MLP")
         for field in ("eos_token_id", "pad_token_id"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from taipan.accounting import flops_per_token, parameter_count
 from taipan.config import TaipanConfig
 from taipan.errors import ConfigError
+from taipan.layer_types import table_of
 from taipan.training.processes.parallel import Strategy
 from taipan.training.recipe import Recipe
 
@@ -89,27 +90,10 @@ def activation_bytes(config: TaipanConfig, layer: int, context: int, *, narrow: 
         context: tokens of a window.
         narrow: bytes of a value that goes into a product: 2 under bfloat16 autocast, else 4.
     """
-    hidden, kind = config.hidden_size, config.layer_types[layer]
+    hidden, table = config.hidden_size, table_of(config.layer_types[layer])
     cast = hidden * narrow if narrow < 4 else 0
-    norm = 8 * hidden + cast  # input and output in fp32, and the output as products take it
-    if kind == "mamba2":
-        inner, heads, bc = config.inner_size, config.num_mamba_heads, config.n_groups * config.state_size
-        chunk = min(config.chunk_size, context)
-        projected = (2 * inner + 2 * bc + heads) * narrow
-        convolved = 2 * config.conv_size * narrow
-        steps = 6 * heads * 4
-        # decays and scores inside a chunk, one row per token; states between chunks
-        scan = (heads + config.n_groups) * chunk * 4 + 2 * inner * config.state_size * 4 / chunk + 2 * inner * 4
-        total = norm + projected + convolved + steps + scan + 2 * inner * narrow
-    else:
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.kv_heads * config.head_dim
-        share_queries = share_keys = 1.0
-        if kind == "selective_attention":
-            share_queries = 1.0 if config.gate_gradient == "dense" else config.attention_capacity
-            share_keys = 1.0 if config.key_value_scope == "all" else config.attention_capacity
-            norm += 12 * hidden  # the gate reads in fp32; what is mixed and where it goes
-        total = norm + share_queries * (3 * queries + hidden) * narrow + share_keys * (2 * hidden + 2 * keys) * narrow
+    # the norm: input and output in fp32, and the output as products take it
+    total = 8 * hidden + cast + table.activation_bytes(config, context, narrow)
     if config.has_mlp(layer):
         total += 8 * hidden + cast + 4 * config.intermediate_size * narrow
     return total
@@ -173,15 +157,11 @@ def optimizer_bytes(recipe: Recipe, config: TaipanConfig) -> int:
 
 def hidden_matrix_parameters(config: TaipanConfig) -> int:
     """Parameters that Muon takes: matrices from hidden to hidden."""
-    hidden = config.hidden_size
     total = 0
     for layer, kind in enumerate(config.layer_types):
-        if kind == "mamba2":
-            total += hidden * (config.inner_size + config.conv_size + config.num_mamba_heads + config.inner_size)
-        else:
-            total += 2 * hidden * config.head_dim * (config.num_attention_heads + config.kv_heads)
+        total += sum(matrix.parameters for matrix in table_of(kind).matrices(config) if matrix.hidden)
         if config.has_mlp(layer):
-            total += 3 * hidden * config.intermediate_size
+            total += 3 * config.hidden_size * config.intermediate_size
     return total
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +21,6 @@ NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: whatever co
 _FORMAT = "taipan-state-2"
 _OLD_FORMAT = "taipan-state-1"
 _MOST_TOKENS = 1 << 53
-_GROWING = ("key_BWGE", "value_BWGE", "index_BW")
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -159,10 +158,29 @@ def take(values: Tensor, index_BW: Tensor) -> Tensor:
 
 
 @runtime_checkable
+class StateRules(Protocol):
+    """What a file must obey that has the state of a layer; every mixer has them."""
+
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """Fields whose second dimension is as long as the text."""
+        ...
+
+    def impossible(self, state: Any, position_B: Tensor) -> Iterator[tuple[str, str]]:
+        """Fields that no text gives, each with what is wrong."""
+        ...
+
+
+@runtime_checkable
 class Fingerprinted(Protocol):
     """What saving and loading a state needs to know of a model."""
 
     config: TaipanConfig
+
+    @property
+    def state_rules(self) -> Sequence[StateRules]:
+        """Those of every layer."""
+        ...
 
     @property
     def fingerprint(self) -> str:
@@ -259,8 +277,9 @@ class DecoderState:
             StateError: the state is not this model's, or holds a number that is not finite.
         """
         self.require(model.config)
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.tensors().items()}
-        _check("This state", tensors, model)
+        state = self.map(lambda tensor: tensor.detach().contiguous().cpu())
+        _check("This state", state, model)
+        tensors = state.tensors()
         atomic_write(Path(path), serialize(tensors, metadata=_metadata(tensors, model.config, model.fingerprint)))
 
     @classmethod
@@ -298,12 +317,13 @@ class DecoderState:
                 tensors = _read(str(path), file, model)
         except (OSError, SafetensorError) as error:
             raise StateError(f"{path} cannot be read as a saved state ({brief(error)}): save it again.") from error
-        _check(str(path), tensors, model)
+        state = model.empty_state(0).with_tensors(tensors)
+        _check(str(path), state, model)
         if metadata != _metadata(tensors, model.config, fingerprint):
             raise StateError(
                 f"{path} was changed after it was saved, or damaged: its checksum does not fit. Save the state again."
             )
-        return model.empty_state(0).with_tensors(tensors)
+        return state
 
     def require(self, config: TaipanConfig, batch_size: int | None = None) -> None:
         """Refuse a model or batch this state does not belong to.
@@ -349,12 +369,14 @@ def _read(source: str, file: Any, model: Fingerprinted) -> dict[str, Tensor]:
             "state again."
         )
     rows: list[int] = file.get_slice("position_B").get_shape()
+    growing = {f"layers.{layer}.{field}" for layer, rules in enumerate(model.state_rules) for field in rules.growing}
+    lengths: dict[str, list[int]] = {}  # as long as the text, and all tensors of a layer the same
     for name, tensor in like.items():
         part = file.get_slice(name)
         dtype, shape = str(part.get_dtype()), list(part.get_shape())
         fixed = list(tensor.shape[1:])
-        if name.endswith(_GROWING) and _kind(name, model.config) == "full_attention":
-            fixed[:1] = shape[1:2]  # as long as the text; one length for all tensors of the layer, checked below
+        if name in growing:
+            fixed[:1] = lengths.setdefault(name.rpartition(".")[0], shape[1:2])
         if dtype != _DTYPES.get(tensor.dtype) or shape != [*rows[:1], *fixed] or 0 in rows:
             expected = f"{_DTYPES.get(tensor.dtype)} of shape ({', '.join(['rows', *map(str, fixed)])})"
             raise StateError(
@@ -364,7 +386,7 @@ def _read(source: str, file: Any, model: Fingerprinted) -> dict[str, Tensor]:
     return {name: file.get_tensor(name) for name in like}
 
 
-def _check(source: str, tensors: Mapping[str, Tensor], model: Fingerprinted) -> None:
+def _check(source: str, state: DecoderState, model: Fingerprinted) -> None:
     """Refuse values that no text gives.
 
     Raises:
@@ -377,48 +399,14 @@ def _check(source: str, tensors: Mapping[str, Tensor], model: Fingerprinted) -> 
                 f"{source} cannot be this model's state: {name} {words}. Build the state again from the text."
             )
 
-    for name, tensor in tensors.items():
+    for name, tensor in state.tensors().items():
         if tensor.is_floating_point():
             require(torch.isfinite(tensor).all(), name, "holds a number that is not finite")
-    position_B = tensors["position_B"]
+    position_B = state.position_B
     require(((position_B >= 0) & (position_B < _MOST_TOKENS)).all(), "position_B", "is no number of tokens")
-    for number, kind in enumerate(model.config.layer_types):
-        if kind == "mamba2":
-            continue
-        prefix = f"layers.{number}."
-        index_BW, count_B = tensors[f"{prefix}index_BW"], tensors[f"{prefix}count_B"]
-        slots = index_BW.shape[1]
-        for name in ("key_BWGE", "value_BWGE"):
-            require(tensors[prefix + name].shape[1] == slots, prefix + name, f"has another window than {slots} slots")
-        require(((count_B >= 0) & (count_B <= position_B)).all(), f"{prefix}count_B", "is no count of the tokens read")
-        closed = kind == "selective_attention" and model.config.attention_capacity == 0
-        every = kind != "selective_attention" or model.config.key_value_scope == "all"
-        if closed:
-            require((count_B == 0).all(), f"{prefix}count_B", "counts entries behind a gate that is always closed")
-        elif every:
-            require((count_B == position_B).all(), f"{prefix}count_B", "is not the number of tokens read")
-        if kind == "full_attention":
-            require((count_B <= slots).all(), f"{prefix}count_B", f"is larger than the window of {slots} slots")
-        if slots == 0:
-            continue
-        ordinal_BW = newest_ordinals(count_B, slots)
-        filled_BW = ordinal_BW >= 0
-        if every or model.config.window_unit == "selected":
-            right_BW = index_BW == torch.where(filled_BW, ordinal_BW, -1)
-        else:  # positions of the selected tokens: they rise, and each has its ordinal's number of others before it
-            right_BW = torch.where(
-                filled_BW, (index_BW >= ordinal_BW) & (index_BW < position_B[:, None]), index_BW == -1
-            )
-            order_BW = ordinal_BW.argsort(1)
-            rising_BW = index_BW.gather(1, order_BW).diff(dim=1) > 0
-            empty_BW = ~filled_BW.gather(1, order_BW)[:, :-1]
-            require((rising_BW | empty_BW).all(), f"{prefix}index_BW", "is not in the order of the text")
-        require(right_BW.all(), f"{prefix}index_BW", "names tokens that are not in the window")
-
-
-def _kind(name: str, config: TaipanConfig) -> str:
-    """The mixer of the layer a tensor belongs to."""
-    return config.layer_types[int(name.split(".")[1])]
+    for number, (rules, layer) in enumerate(zip(model.state_rules, state.layers, strict=True)):
+        for field, words in rules.impossible(layer, position_B):
+            require(False, f"layers.{number}.{field}", words)
 
 
 def architecture_fingerprint(config: TaipanConfig) -> str:
@@ -429,39 +417,3 @@ def architecture_fingerprint(config: TaipanConfig) -> str:
         cached = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         object.__setattr__(config, "_architecture_fingerprint", cached)
     return cached
-
-
-def empty_state(
-    config: TaipanConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
-) -> DecoderState:
-    """State before any token.
-
-    Args:
-        config: the model's configuration.
-        batch_size: rows.
-        dtype: of activations (convolution columns, keys and values); the SSM state is at least fp32.
-        device: where the tensors live.
-    """
-    ssm_dtype = torch.promote_types(dtype, torch.float32)
-    layers: list[LayerState] = []
-    for kind in config.layer_types:
-        if kind == "mamba2":
-            conv = torch.zeros(batch_size, config.conv_kernel - 1, config.conv_size, dtype=dtype, device=device)
-            shape = (batch_size, config.num_mamba_heads, config.mamba_head_dim, config.state_size)
-            layers.append(Mamba2State(conv, torch.zeros(shape, dtype=ssm_dtype, device=device)))
-        else:
-            layers.append(empty_attention_state(config, kind, batch_size, dtype=dtype, device=device))
-    position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return DecoderState(
-        tuple(layers), position, torch.full_like(position, NO_SEGMENT), architecture_fingerprint(config)
-    )
-
-
-def empty_attention_state(
-    config: TaipanConfig, kind: str, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
-) -> AttentionState:
-    """Attention state before any token: all W slots from the start, so that its size never changes."""
-    slots = 0 if kind == "full_attention" else config.sliding_window
-    if kind == "selective_attention" and config.attention_capacity == 0:
-        slots = 0
-    return AttentionState.empty(batch_size, slots, config.kv_heads, config.head_dim, dtype, device)

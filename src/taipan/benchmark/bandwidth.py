@@ -1,13 +1,14 @@
 """The floor of decoding: what must be read for a token, and how fast this machine reads."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from taipan.benchmark.timing import interleaved
-from taipan.config import TaipanConfig
-from taipan.model import TaipanLM
+from taipan.layer_types import table_of
+from taipan.model import Block, TaipanLM
 from taipan.native.memory import Arena
 from taipan.state import DecoderState
 
@@ -55,19 +56,21 @@ def bytes_per_token(model: TaipanLM, state: DecoderState, weights: str = "auto")
     """
     config = model.config
     total = float(sum(parameter.nbytes for parameter in model.parameters()))
-    gates = {id(module) for sal in model.sals for module in sal.gate.modules()}
+    precise: set[int] = set()  # gates' linears, which are read as they are
+    for kind, block, layer in zip(config.layer_types, model.model.layers, state.layers, strict=True):
+        table = table_of(kind)
+        total += table.state_share(config) * layer.bytes_per_token
+        for matrix in table.matrices(config):
+            linear = cast(Block, block).mixer.get_submodule(matrix.name)
+            if matrix.hidden and isinstance(linear, nn.Linear):
+                total -= (1 - matrix.share) * _matrix_bytes(linear, weights)
+            else:
+                precise.add(id(linear))
     for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module) not in gates:
+        if isinstance(module, nn.Linear) and id(module) not in precise:
             total += _matrix_bytes(module, weights) - module.weight.nbytes
     if not config.tie_word_embeddings:
         total -= model.model.embed_tokens.weight.nbytes
-    for number, layer in enumerate(state.layers):
-        total += _share(config, number) * layer.bytes_per_token
-    for sal in model.sals:
-        unread = [sal.q_proj, sal.o_proj]
-        if config.key_value_scope == "selected":
-            unread += [sal.k_proj, sal.v_proj]
-        total -= (1 - config.attention_capacity) * sum(_matrix_bytes(linear, weights) for linear in unread)
     return round(total)
 
 
@@ -77,7 +80,3 @@ def _matrix_bytes(linear: nn.Linear, weights: str) -> int:
     if weights == "int8":
         return weight.numel() + 4 * weight.shape[0]
     return 2 * weight.numel() if weights == "bfloat16" else weight.nbytes
-
-
-def _share(config: TaipanConfig, layer: int) -> float:
-    return config.attention_capacity if config.layer_types[layer] == "selective_attention" else 1.0

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from taipan.layers.attention import Attention
-from taipan.layers.mamba2 import Mamba2
-from taipan.layers.selective_attention import SelectiveAttention
+from taipan.layer_types import table_of
 from taipan.model import Block, TaipanLM, TaipanOutput
 
 _OUTPUT_ELEMENTS = 2**26  # outputs of a product computed at once, as a head of a large vocabulary is not held whole
@@ -58,35 +56,17 @@ def linears(
     for number, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
         mixer, place = block.mixer, f"layers.{number}"
-        if isinstance(mixer, Mamba2):
-            add(f"{place}.in_proj", mixer.in_proj, rows)
-            add(f"{place}.out_proj", mixer.out_proj, rows)
-        else:
-            queries = keys = rows
-            if isinstance(mixer, SelectiveAttention):
-                add(f"{place}.gate.hidden", mixer.gate.hidden, rows, precise)
-                add(f"{place}.gate.proj", mixer.gate.proj, rows, precise)
-                queries, keys = _attended(mixer, rows, selected[number])
-            assert isinstance(mixer, Attention | SelectiveAttention)
-            add(f"{place}.q_proj", mixer.q_proj, queries)
-            add(f"{place}.k_proj", mixer.k_proj, keys)
-            add(f"{place}.v_proj", mixer.v_proj, keys)
-            add(f"{place}.o_proj", mixer.o_proj, queries)
+        share = selected[number] / rows if number in selected else None
+        table = table_of(model.config.layer_types[number])
+        for matrix in table.matrices(model.config, selected=share, training=mixer.training):
+            through = mixer.get_submodule(matrix.name)
+            add(f"{place}.{matrix.name}", through, round(matrix.share * rows), dtype if matrix.hidden else precise)
         if block.mlp is not None:
             add(f"{place}.gate_proj", block.mlp.gate_proj, rows)
             add(f"{place}.up_proj", block.mlp.up_proj, rows)
             add(f"{place}.down_proj", block.mlp.down_proj, rows)
     add("lm_head", model.lm_head, head_rows)
     return found
-
-
-def _attended(mixer: SelectiveAttention, rows: int, selected: int) -> tuple[int, int]:
-    """Rows of the queries and of the keys of a SAL."""
-    config = mixer.config
-    if config.attention_capacity == 0:
-        return 0, 0
-    dense = config.gate_gradient == "dense" and mixer.training
-    return rows if dense else selected, rows if config.key_value_scope == "all" else selected
 
 
 class LinearFloor:

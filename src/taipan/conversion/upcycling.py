@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
-from taipan.config import LayerType, TaipanConfig
+from taipan.config import TaipanConfig
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from taipan.errors import CheckpointError, ConfigError
 from taipan.model import Block, TaipanLM
@@ -40,7 +40,7 @@ def upcycled_config(config: TaipanConfig, *, every: int = 6, **overrides: Any) -
             f"every is {every}, but must be between 1 and the {config.num_hidden_layers} layers of the model: "
             "a selective attention layer follows so many Mamba-2 layers."
         )
-    layers: list[LayerType] = []
+    layers: list[str] = []
     for number in range(1, config.num_hidden_layers + 1):
         layers.append("mamba2")
         if number % every == 0:

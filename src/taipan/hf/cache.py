@@ -1,5 +1,6 @@
 """The decoder's state as the cache object that transformers passes from step to step."""
 
+from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
 import torch
@@ -130,6 +131,8 @@ class _NoLayer(DynamicLayer):
         )
 
 
-for _kind in ("mamba2", "selective_attention"):
-    DYNAMIC_LAYER_TYPE_MAPPING.setdefault(_kind, _NoLayer)
-    cast("dict[str, type]", STATIC_LAYER_TYPE_MAPPING).setdefault(_kind, _NoLayer)
+def explain_layer_types(kinds: Iterable[str]) -> None:
+    """Let transformers' own caches answer for the layer types they do not know, too."""
+    for kind in kinds:
+        DYNAMIC_LAYER_TYPE_MAPPING.setdefault(kind, _NoLayer)
+        cast("dict[str, type]", STATIC_LAYER_TYPE_MAPPING).setdefault(kind, _NoLayer)

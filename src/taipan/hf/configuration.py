@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from taipan.config import TaipanConfig
+from taipan.hf.cache import explain_layer_types
 
 _NATIVE = tuple(field.name for field in dataclasses.fields(TaipanConfig))
 
@@ -31,6 +32,7 @@ class TaipanHFConfig(PreTrainedConfig):
 
     def __init__(self, *, use_cache: bool = True, **kwargs: Any) -> None:
         native = TaipanConfig.from_dict({name: kwargs.pop(name) for name in _NATIVE if name in kwargs})
+        explain_layer_types(native.layer_types)
         super().__init__(**kwargs)  # its own validation must not meet our layer_types
         self.use_cache = use_cache
         for name, value in native.to_dict().items():  # lists instead of tuples, as a config.json gives them

@@ -1,5 +1,6 @@
 """Softmax attention over gathered tokens, which full, sliding and selective attention share, and the first two."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from taipan.ops.attention import windowed_attention
 from taipan.ops.rope import rotate
 from taipan.ops.selection import Selection, gather, scatter, select_tokens
 from taipan.shapes import BoolBT, FloatBTD, IntBS
-from taipan.state import AttentionState, StateBuilder
+from taipan.state import AttentionState, StateBuilder, newest_ordinals
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Attention(Mixer[AttentionState]):
         self, config: TaipanConfig, implementations: dict[str, str], *, window: int | None, rope: bool
     ) -> None:
         super().__init__()
+        self.config = config
         hidden, head_dim = config.hidden_size, config.head_dim
         self.q_proj = Linear(hidden, config.num_attention_heads * head_dim)
         self.k_proj = Linear(hidden, config.kv_heads * head_dim)
@@ -162,11 +164,61 @@ class Attention(Mixer[AttentionState]):
         branch_BTD = scatter(out_BSD, every.tokens, torch.zeros_like(x_BTD, dtype=out_BSD.dtype))
         return Mixed(h_BTD=h_BTD, branch_BTD=branch_BTD, build_state=build)
 
+    def empty_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
+        """See `Mixer.empty_state`: all W slots from the start, or none where they grow with the text."""
+        config, slots = self.config, self.attention.window or 0
+        return AttentionState.empty(batch, slots, config.kv_heads, config.head_dim, dtype, device)
+
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """Without a window, what is kept of every token."""
+        return ("key_BWGE", "value_BWGE", "index_BW") if self.attention.window is None else ()
+
+    def impossible(self, state: AttentionState, position_B: Tensor) -> Iterator[tuple[str, str]]:
+        """See `Mixer.impossible`."""
+        slots = state.index_BW.shape[1]
+        if self.attention.window is None and not (state.count_B <= slots).all():
+            yield "count_B", f"is larger than the window of {slots} slots"
+        yield from out_of_place(state, position_B, every=True, ordinals=True)
+
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
         """Default linears; the branch's output scaled by `residual_scale`."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             linear_(linear.weight, generator)
         self.o_proj.weight.data.mul_(residual_scale)
+
+
+def out_of_place(
+    state: AttentionState, position_B: Tensor, *, every: bool, ordinals: bool
+) -> Iterator[tuple[str, str]]:
+    """Fields of an attention's state that no text gives, and what is wrong with them.
+
+    Args:
+        state: of the right dtypes and shapes.
+        position_B: tokens read, of each row.
+        every: every token read is an entry.
+        ordinals: the coordinate of an entry is its number among the entries, as it is where every token is one.
+    """
+    slots = state.index_BW.shape[1]
+    if not ((state.count_B >= 0) & (state.count_B <= position_B)).all():
+        yield "count_B", "is no count of the tokens read"
+    if every and not (state.count_B == position_B).all():
+        yield "count_B", "is not the number of tokens read"
+    if slots == 0:
+        return
+    ordinal_BW = newest_ordinals(state.count_B, slots)
+    filled_BW = ordinal_BW >= 0
+    if ordinals:
+        right_BW = state.index_BW == torch.where(filled_BW, ordinal_BW, -1)
+    else:  # positions of the selected tokens: they rise, and each has its ordinal's number of others before it
+        inside_BW = (state.index_BW >= ordinal_BW) & (state.index_BW < position_B[:, None])
+        right_BW = torch.where(filled_BW, inside_BW, state.index_BW == -1)
+        order_BW = ordinal_BW.argsort(1)
+        rising_BW = state.index_BW.gather(1, order_BW).diff(dim=1) > 0
+        if not (rising_BW | ~filled_BW.gather(1, order_BW)[:, :-1]).all():
+            yield "index_BW", "is not in the order of the text"
+    if not right_BW.all():
+        yield "index_BW", "names tokens that are not in the window"
 
 
 def everything(x_BTD: FloatBTD, layout: Layout) -> Selection:

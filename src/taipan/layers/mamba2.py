@@ -32,7 +32,7 @@ class Mamba2(Mixer[Mamba2State]):
     `time_step_limit`, A = −exp(A_log), decay and state in at least fp32.
     """
 
-    def __init__(self, config: TaipanConfig, implementations: dict[str, str]) -> None:
+    def __init__(self, config: TaipanConfig, implementations: dict[str, str], layer: int) -> None:
         super().__init__()
         self.config = config
         self.implementations = implementations
@@ -95,6 +95,17 @@ class Mamba2(Mixer[Mamba2State]):
             h_BTD=h_BTD,
             branch_BTD=self.out_proj(y),
             build_state=lambda: Mamba2State(conv_BLC=conv_BLC, ssm_BHPN=ssm_BHPN),
+        )
+
+    def empty_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Mamba2State:
+        """See `Mixer.empty_state`; the SSM state is at least fp32."""
+        config = self.config
+        columns = (batch, config.conv_kernel - 1, config.conv_size)
+        state = (batch, config.num_mamba_heads, config.mamba_head_dim, config.state_size)
+        precise = torch.promote_types(dtype, torch.float32)
+        return Mamba2State(
+            conv_BLC=torch.zeros(columns, dtype=dtype, device=device),
+            ssm_BHPN=torch.zeros(state, dtype=precise, device=device),
         )
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:

@@ -1,7 +1,9 @@
 """What every layer type's mixer is: how it is called, and what it returns."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Generator, Tensor, nn
 
 from taipan.layers.gating import GateOutput, GateSchedule
@@ -61,6 +63,30 @@ class Mixer(nn.Module, Generic[State]):
             residual_scale: what to scale the weight by that a branch comes out of.
         """
         raise NotImplementedError
+
+    def empty_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> State:
+        """What this layer remembers before any token.
+
+        Args:
+            batch: rows.
+            dtype: of activations.
+            device: where the tensors live.
+        """
+        raise NotImplementedError
+
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """Fields of its state whose second dimension is as long as the text; the others never change their size."""
+        return ()
+
+    def impossible(self, state: State, position_B: Tensor) -> Iterator[tuple[str, str]]:
+        """Fields of a state that no text gives, each with what is wrong: kernels trust what they find in a state.
+
+        Args:
+            state: of the right dtypes and shapes; perhaps from a file that somebody made.
+            position_B: tokens read, of each row.
+        """
+        yield from ()
 
     @property
     def closed(self) -> bool:

@@ -1,11 +1,13 @@
 """The Selective Attention Layer (SAL), Eq. 1–5; Eq. 6 is the MLP of its block, Eq. 7 the loss of the model."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from torch import Generator, Tensor
 
 from taipan.config import TaipanConfig
-from taipan.layers.attention import Attended, GatheredAttention, everything
+from taipan.layers.attention import Attended, GatheredAttention, everything, out_of_place
 from taipan.layers.gating import Gate, GateSchedule
 from taipan.layers.init import linear_
 from taipan.layers.linear import Linear
@@ -80,12 +82,22 @@ class SelectiveAttention(Mixer[AttentionState]):
 
     def _unchanged(self, x_BTD: Tensor, state: AttentionState | None) -> StateBuilder:
         def build() -> AttentionState:
-            if state is not None:
-                return state
-            config = self.config
-            return AttentionState.empty(len(x_BTD), 0, config.kv_heads, config.head_dim, x_BTD.dtype, x_BTD.device)
+            return self.empty_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device) if state is None else state
 
         return build
+
+    def empty_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
+        """See `Mixer.empty_state`: all W slots from the start; none behind a gate that is always closed."""
+        config, slots = self.config, 0 if self.closed else self.config.sliding_window
+        return AttentionState.empty(batch, slots, config.kv_heads, config.head_dim, dtype, device)
+
+    def impossible(self, state: AttentionState, position_B: Tensor) -> Iterator[tuple[str, str]]:
+        """See `Mixer.impossible`."""
+        if self.closed and not (state.count_B == 0).all():
+            yield "count_B", "counts entries behind a gate that is always closed"
+        every = self.config.key_value_scope == "all"
+        ordinals = every or self.config.window_unit == "selected"
+        yield from out_of_place(state, position_B, every=every and not self.closed, ordinals=ordinals)
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
         """Default linears and gate; an output that is mixed in (Eq. 5), not added, is not scaled down."""

@@ -7,13 +7,11 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taipan.config import TaipanConfig
-from taipan.layers.attention import Attention
 from taipan.layers.gating import GateSchedule
-from taipan.layers.mamba2 import Mamba2
-from taipan.layers.mixer import AnyMixer, Mixed
+from taipan.layers.mixer import Mixed
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
-from taipan.layers.selective_attention import SelectiveAttention
+from taipan.layers.registry import build_mixer
 from taipan.layout import Layout
 from taipan.shapes import FloatBTD
 from taipan.state import LayerState
@@ -29,16 +27,8 @@ class Block(nn.Module):
     def __init__(self, config: TaipanConfig, layer: int, implementations: dict[str, str]) -> None:
         super().__init__()
         self.recompute = False
-        kind = config.layer_types[layer]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
-        self.mixer: AnyMixer
-        if kind == "mamba2":
-            self.mixer = Mamba2(config, implementations)
-        elif kind == "selective_attention":
-            self.mixer = SelectiveAttention(config, implementations, layer)
-        else:
-            window = config.sliding_window if kind == "sliding_attention" else None
-            self.mixer = Attention(config, implementations, window=window, rope=config.attention_rope)
+        self.mixer = build_mixer(config, implementations, layer)
         self.mlp_norm: RMSNorm | None = None
         self.mlp: SwiGLU | None = None
         if config.has_mlp(layer):

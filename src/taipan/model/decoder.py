@@ -15,7 +15,7 @@ from taipan.layers.norm import RMSNorm
 from taipan.layout import arrange
 from taipan.model.block import Block, normed_and_sum
 from taipan.shapes import IntBT
-from taipan.state import NO_SEGMENT, DecoderState, StateBuilder, architecture_fingerprint, empty_state
+from taipan.state import NO_SEGMENT, DecoderState, StateBuilder, architecture_fingerprint
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class TaipanDecoder(nn.Module):
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""
         weight = self.embed_tokens.weight
-        return empty_state(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+        before = no_layers_state(self.config, batch_size, weight.device)
+        mixers = (cast(Block, layer).mixer for layer in self.layers)
+        layers = tuple(mixer.empty_state(batch_size, dtype=weight.dtype, device=weight.device) for mixer in mixers)
+        return replace(before, layers=layers)
 
     def forward(
         self,

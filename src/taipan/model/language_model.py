@@ -1,6 +1,7 @@
 """The language model: the decoder with its head, and what is done with the whole of it."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +24,7 @@ from taipan.model.output import TaipanOutput
 from taipan.model.sharding import whole
 from taipan.model.weights import weights_file
 from taipan.shapes import IntBT
-from taipan.state import DecoderState, architecture_fingerprint
+from taipan.state import DecoderState, StateRules, architecture_fingerprint
 
 if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
@@ -122,6 +123,11 @@ class TaipanLM(nn.Module):
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""
         return self.model.empty_state(batch_size)
+
+    @property
+    def state_rules(self) -> Sequence[StateRules]:
+        """What a file with a state of this model must obey, layer by layer."""
+        return [cast(Block, layer).mixer for layer in self.model.layers]
 
     def set_progress(self, fraction: float, *, part: tuple[int, int] = (0, 1)) -> None:
         """Put budget, temperature and noise where their schedules are at this fraction of training, 0 to 1.

@@ -13,6 +13,7 @@ from taipan.benchmark.results import Comparison, Measurement, Spread, speed_rati
 from taipan.benchmark.settings import Settings
 from taipan.benchmark.timing import Progress, Run, interleaved
 from taipan.config import TaipanConfig
+from taipan.layer_types import table_of
 from taipan.layers.gating import GateSchedule
 from taipan.layout import Layout
 from taipan.ops.attention import api as attention
@@ -100,11 +101,14 @@ def cases(settings: Settings) -> list[Case]:
     config = configuration(settings.model)
     make = _Inputs(settings, config)
     found = [make.rms_norm_of_sum(), make.linear_cross_entropy()]
-    if "mamba2" in config.layer_types:
-        found += [make.ssd(), make.causal_conv1d(), make.gated_rms_norm()]
-    if set(config.layer_types) - {"mamba2"}:
-        found.append(make.attention())
-    return found
+    used = {op for kind in config.layer_types for op in table_of(kind).ops}
+    cases = {
+        "ssd": make.ssd,
+        "causal_conv1d": make.causal_conv1d,
+        "gated_rms_norm": make.gated_rms_norm,
+        "attention": make.attention,
+    }
+    return found + [case() for op, case in cases.items() if op in used]
 
 
 class _Inputs:
