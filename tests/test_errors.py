@@ -1,7 +1,12 @@
 """Values in messages: short whatever they are."""
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+import taipan
 from taipan.errors import brief, shown
 
 
@@ -64,3 +69,42 @@ def test_what_cannot_be_printed_is_escaped() -> None:
 def test_long_words_of_others_are_cut() -> None:
     assert brief("word " * 100) == ("word " * 40)[:-1] + "…"
     assert brief(ValueError("short")) == "short"
+
+
+SOURCE = Path(taipan.__file__).parent
+# what is read there comes from this process itself, or is asked whether it is JSON at all
+OWN_JSON = {
+    "io.py",
+    "data/tokenizer.py",
+    "data/readers.py",
+    "data/preparation.py",
+    "hf/mamba2_config.py",
+    "benchmark/job.py",
+}
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        yield path.relative_to(SOURCE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_value_in_a_message_is_bounded() -> None:
+    """`{value!r}` in a message has no end; `shown(value)` does the same and has one."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FormattedValue) and node.conversion == ord("r")
+    ]
+    assert {place.split(":")[0] for place in found} <= {"errors.py", "__init__.py"}, found
+
+
+def test_json_and_yaml_are_read_in_one_place() -> None:
+    found = {
+        (name, node.value.id)
+        for name, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if (node.value.id, node.attr) in {("json", "loads"), ("json", "load"), ("yaml", "load"), ("yaml", "safe_load")}
+    }
+    assert found <= {(name, "json") for name in OWN_JSON} | {("training/recipe/yaml_text.py", "yaml")}, found

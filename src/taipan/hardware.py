@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 
 TrainingDtype = Literal["float32", "bfloat16"]
 
@@ -85,7 +85,7 @@ def training_dtype(requested: str = "auto") -> DtypeChoice:
             return DtypeChoice(known, "asked for")
     if requested != "auto":
         raise ConfigError(
-            f"training dtype {requested!r} is unknown: give one of auto, {', '.join(get_args(TrainingDtype))}"
+            f"training dtype {shown(requested)} is unknown: give one of auto, {', '.join(get_args(TrainingDtype))}"
         )
     import torch
 

@@ -311,7 +311,7 @@ class DecoderState:
                 if metadata.get("model") != fingerprint:
                     raise StateError(
                         f"{path} belongs to another model (its fingerprint is {shown(metadata.get('model', '?')[:12])},"
-                        f" this model's is {fingerprint[:12]!r}): load the model that made it, or build the "
+                        f" this model's is {shown(fingerprint[:12])}): load the model that made it, or build the "
                         "state again from the text."
                     )
                 tensors = _read(str(path), file, model)

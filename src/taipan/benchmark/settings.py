@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taipan.errors import ConfigError, suggestion
+from taipan.errors import ConfigError, shown, suggestion
 
 SUITES = ("prefill", "train", "decode", "memory", "ops")
 PEERS = ("transformers", "transformers-mamba2", "transformers-llama")
@@ -69,7 +69,7 @@ class Settings:
 def require_known(what: str, name: str, known: Sequence[str]) -> None:
     """Raise `ConfigError` with a suggestion unless the name is known."""
     if name not in known:
-        raise ConfigError(f"Unknown {what} {name!r}{suggestion(name, list(known))}. Known: {', '.join(known)}.")
+        raise ConfigError(f"Unknown {what} {shown(name)}{suggestion(name, list(known))}. Known: {', '.join(known)}.")
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -89,11 +89,13 @@ def register(app: typer.Typer, panel: str) -> None:
 
 def _is_native(directory: Path) -> bool:
     """Whether this is a model directory of ours (or nothing at all, which loading will say)."""
-    import json
+    from taipan.errors import DataError
+    from taipan.io import parse_json_object
 
     try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") == "taipan"
-    except (OSError, ValueError, AttributeError):
+        path = directory / "config.json"
+        return parse_json_object(path.read_bytes(), str(path)).get("model_type") == "taipan"
+    except (OSError, DataError):
         return True
 
 

@@ -273,7 +273,8 @@ def _open_megatron(index: Path) -> TokenFile:
         head = file.read(_MEGATRON_HEADER.size)
     if not head.startswith(_MEGATRON_MAGIC) or len(head) < _MEGATRON_HEADER.size:
         raise DataError(
-            f"{path_text(index)} is no index of Megatron: it begins with {head[:9]!r}, expected {_MEGATRON_MAGIC!r}. "
+            f"{path_text(index)} is no index of Megatron: it begins with {shown(head[:9])}, expected "
+            f"{shown(_MEGATRON_MAGIC)}. "
             "Copy it again."
         )
     _, version, code, n_sequences, n_bounds = _MEGATRON_HEADER.unpack(head)

@@ -72,7 +72,7 @@ def read_manifest(directory: Path) -> Manifest:
     fields = parse_json_object(read_text(file), str(file))
     if fields.get("format") != FORMAT:
         raise DataError(
-            f"{file} is not the manifest of a data set: format {shown(fields.get('format'))}, expected {FORMAT!r}."
+            f"{file} is not the manifest of a data set: format {shown(fields.get('format'))}, expected {shown(FORMAT)}."
         )
     if fields.get("version") != VERSION:
         raise DataError(

@@ -198,7 +198,8 @@ class FileReader:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot
             raise DataError(
-                f"{where}: the character {text[error.start]!r} at offset {error.start} of the field {shown(column)} is "
+                f"{where}: the character {shown(text[error.start])} at offset {error.start} of the field "
+                f"{shown(column)} is "
                 "a lone surrogate, not text. Repair or remove the line."
             ) from error
         return text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from taipan.errors import ConfigError, DataError, InputError, brief
+from taipan.errors import ConfigError, DataError, InputError, brief, shown
 from taipan.io import atomic_write, parse_json_object, read_text
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
-            raise DataError(f"the tokenizer has no token {eos_token!r} to end a document with. Use one that has.")
+            raise DataError(f"the tokenizer has no token {shown(eos_token)} to end a document with. Use one that has.")
         self._backend = backend
         self.eos_token = eos_token
         self.eos_id: int = eos_id
@@ -173,14 +173,14 @@ class Tokenizer:
         if kind == "bpe" and colon:
             if not size.isdecimal():
                 raise ConfigError(
-                    f"tokenizer {spec!r}: {size!r} is not a vocabulary size; expected for example bpe:4096"
+                    f"tokenizer {shown(spec)}: {shown(size)} is not a vocabulary size; expected for example bpe:4096"
                 )
             if corpus is None:
-                raise ConfigError(f"tokenizer {spec!r} is trained on a corpus, and none was given.")
+                raise ConfigError(f"tokenizer {shown(spec)} is trained on a corpus, and none was given.")
             return cls.train_bpe(corpus, int(size))
         if not Path(spec).exists():
             raise ConfigError(
-                f"tokenizer {spec!r} is not known; expected bytes, bpe:SIZE (for example bpe:4096), "
+                f"tokenizer {shown(spec)} is not known; expected bytes, bpe:SIZE (for example bpe:4096), "
                 "or the path of a tokenizer.json or of a directory that holds one."
             )
         return cls.load(spec)
@@ -370,7 +370,8 @@ class Tokenizer:
         cuts = [0, *((start + stop) // 2 for start, stop in ends), len(text)]
         if any(start >= stop for start, stop in pairwise(cuts)):
             raise InputError(
-                f"the tokenizer encodes {text[slice(*ends[0])]!r} as {self.eos_token!r}, its end-of-document token: "
+                f"the tokenizer encodes {shown(text[slice(*ends[0])])} as {shown(self.eos_token)}, its "
+                "end-of-document token: "
                 "remove it from the text, or use another tokenizer."
             )
         return [index for start, stop in pairwise(cuts) for index in self._without_end(text[start:stop])]
@@ -514,7 +515,7 @@ def _utf8(texts: Sequence[str]) -> list[bytes]:
         return [text.encode() for text in texts]
     except UnicodeEncodeError as error:
         raise InputError(
-            f"cannot encode the character {error.object[error.start]!r} at offset {error.start}: a lone surrogate "
+            f"cannot encode the character {shown(error.object[error.start])} at offset {error.start}: a lone surrogate "
             "is not text. Read the text as UTF-8, without errors='surrogateescape'."
         ) from error
 

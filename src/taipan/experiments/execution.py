@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from taipan.hardware import describe
-from taipan.io import atomic_write
+from taipan.io import atomic_write, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def execute(
     for number, run in enumerate(runs):
         path = run.path(directory)
         if path.is_file():
-            results[number] = json.loads(path.read_text(encoding="utf-8"))
+            results[number] = parse_json(path.read_bytes(), str(path))
             listener(run, results[number], len(results), len(runs))
         else:
             pending.append(number)

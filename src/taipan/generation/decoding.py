@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from taipan.errors import ConfigError, InputError
+from taipan.errors import ConfigError, InputError, shown
 from taipan.generation.prefill import Reading, read
 from taipan.generation.program import DecoderProgram, check_weights, program_of
 from taipan.generation.protocol import RecurrentLM
@@ -75,7 +75,7 @@ def require_native(reason: str, weights: str) -> None:
     """Raise `ConfigError` if a format was asked for that the model itself cannot read."""
     if weights != "auto":
         raise ConfigError(
-            f"weights={weights!r} needs the native decoding step, which cannot run here: {reason}. "
+            f"weights={shown(weights)} needs the native decoding step, which cannot run here: {reason}. "
             "Use weights='auto', or load the model with another dtype."
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import InputError
+from taipan.errors import InputError, shown
 from taipan.generation.choosing import Chooser
 from taipan.generation.decoding import Continuation, require_native
 from taipan.generation.prefill import Reading, check_prompt, read_prompt
@@ -107,7 +107,7 @@ def stream(
             if number >= vocabulary:
                 raise InputError(f"{name} {number} is out of range: this model knows the ids 0 to {vocabulary - 1}.")
     if chosen.stop_strings and tokenizer is None:
-        raise InputError(f"stop_strings {chosen.stop_strings!r} need the tokenizer too: pass tokenizer=….")
+        raise InputError(f"stop_strings {shown(chosen.stop_strings)} need the tokenizer too: pass tokenizer=….")
     if isinstance(tokens, Reading) and (state is not None or attention_mask is not None):
         raise InputError("A Reading holds its own state: pass no state and no attention_mask beside it.")
     if isinstance(tokens, Tensor):

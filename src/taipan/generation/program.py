@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from taipan.config import TaipanConfig
-from taipan.errors import InputError, suggestion
+from taipan.errors import InputError, shown, suggestion
 from taipan.layers.attention import Attention
 from taipan.layers.gating import Gate
 from taipan.layers.linear import is_plain
@@ -77,7 +77,7 @@ def check_weights(weights: object) -> None:
     known = list(WEIGHTS)
     if weights not in known:
         hint = suggestion(str(weights), known)
-        raise InputError(f"weights is {weights!r}{hint}, but must be one of {', '.join(known)}.")
+        raise InputError(f"weights is {shown(weights)}{hint}, but must be one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

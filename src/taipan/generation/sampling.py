@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from taipan.errors import InputError
+from taipan.errors import InputError, shown
 from taipan.shapes import BoolBV, FloatB, FloatBV, IntB
 
 # Candidates that top-p looks at before it sorts more of the vocabulary.
@@ -157,7 +157,7 @@ def _number(value: object) -> float:
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise InputError(f"{name} is {value!r}, but must be {expected}.")
+        raise InputError(f"{name} is {shown(value)}, but must be {expected}.")
 
 
 def _refuse_nan(values_B: FloatB) -> None:

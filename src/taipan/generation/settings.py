@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from taipan.errors import InputError, suggestion
+from taipan.errors import InputError, shown, suggestion
 from taipan.generation import sampling
 from taipan.generation.program import check_weights
 
@@ -86,7 +86,7 @@ class GenerationSettings:
         for name in options:
             if name not in known:
                 hint = suggestion(name, known)
-                raise InputError(f"Unknown generation setting {name!r}{hint}. Known: {', '.join(known)}.")
+                raise InputError(f"Unknown generation setting {shown(name)}{hint}. Known: {', '.join(known)}.")
         stop = options.get("stop_strings", ())
         tuples: dict[str, Any] = {"stop_strings": (stop,) if isinstance(stop, str) else tuple(stop)}
         for name in ("eos_token_id", "suppress_tokens"):
@@ -113,7 +113,7 @@ class GenerationSettings:
 
     def _require(self, ok: bool, field: str, expected: str) -> None:
         if not ok:
-            raise InputError(f"{field} is {getattr(self, field)!r}, but must be {expected}.")
+            raise InputError(f"{field} is {shown(getattr(self, field))}, but must be {expected}.")
 
 
 def _whole(value: object, least: int) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taipan.errors import InputError, StateError, suggestion
+from taipan.errors import InputError, StateError, shown, suggestion
 from taipan.hf.cache import TaipanCache
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "position_ids")
@@ -41,7 +41,9 @@ def check_arguments(
             raise InputError(f"{name} is not supported by Taipan: {_REFUSED[name]}.")
         if name not in (*_REFUSED, *_SAID_ELSEWHERE, *PACKING):
             known = [*PACKING, "input_ids", "attention_mask", "past_key_values", "labels", "segment_ids"]
-            raise InputError(f"Taipan's forward knows no argument {name!r}{suggestion(name, known)}: leave it out.")
+            raise InputError(
+                f"Taipan's forward knows no argument {shown(name)}{suggestion(name, known)}: leave it out."
+            )
     if past_key_values is not None and not isinstance(past_key_values, TaipanCache):
         raise StateError(
             f"past_key_values is a {type(past_key_values).__name__}, but Taipan keeps its state in a TaipanCache: pass "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import CheckpointError, ConfigError, DataError, suggestion
+from taipan.errors import CheckpointError, ConfigError, DataError, shown, suggestion
 from taipan.hf.mamba2_config import STATE_SPACES_EPS, read_config, state_spaces_config, transformers_config
 from taipan.hf.weights import read_checkpoint
 from taipan.io import atomic_directory
@@ -93,7 +93,7 @@ def to_mamba2(source: str | Path, target: str | Path, layout: str = "transformer
     source, target = Path(source), Path(target)
     if layout not in LAYOUTS:
         hint = suggestion(layout, list(LAYOUTS))
-        raise ConfigError(f"layout is {layout!r}, but must be one of {', '.join(LAYOUTS)}{hint}.")
+        raise ConfigError(f"layout is {shown(layout)}, but must be one of {', '.join(LAYOUTS)}{hint}.")
     _check_paths(source, target)
     try:
         model = TaipanLM.from_pretrained(source)

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Mamba2Config
 
 from taipan.config import TaipanConfig
-from taipan.errors import CheckpointError, ConfigError, suggestion
+from taipan.errors import CheckpointError, ConfigError, shown, suggestion
 from taipan.hf.weights import read_json
 
 STATE_SPACES_EPS = 1e-5  # of every norm there; not in the configuration
@@ -56,11 +56,11 @@ def read_config(directory: str | Path) -> TaipanConfig:
         raise
     except (StrictDataclassError, ConfigError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no possible Mamba-2 configuration: {error!r}. Correct or restore it."
+            f"{path} is no possible Mamba-2 configuration: {shown(error)}. Correct or restore it."
         ) from error
     hint = " It is a Taipan model already." if values.get("model_type") == "taipan" else ""
     raise CheckpointError(
-        f"{path} has model_type {values.get('model_type')!r}, but must be a Mamba-2: 'mamba2' (transformers) or "
+        f"{path} has model_type {shown(values.get('model_type'))}, but must be a Mamba-2: 'mamba2' (transformers) or "
         f"d_model, n_layer and ssm_cfg (state-spaces).{hint}"
     )
 
@@ -99,7 +99,7 @@ def _from_state_spaces(path: Path, values: dict[str, Any]) -> TaipanConfig:
     ssm = dict(values.get("ssm_cfg") or {})
     layer = ssm.get("layer", "Mamba1")
     if layer != "Mamba2":
-        raise CheckpointError(f"{path} has ssm_cfg.layer {layer!r}, but only 'Mamba2' can be converted.")
+        raise CheckpointError(f"{path} has ssm_cfg.layer {shown(layer)}, but only 'Mamba2' can be converted.")
     if values.get("attn_layer_idx"):
         raise CheckpointError(
             f"{path} has attention in layers {', '.join(map(str, values['attn_layer_idx']))}: only models whose layers "
@@ -189,7 +189,8 @@ def state_spaces_config(config: TaipanConfig) -> dict[str, Any]:
 def _require(path: Path, name: str, value: object, expected: object) -> None:
     if value != expected:
         raise CheckpointError(
-            f"{path} has {name} = {value!r}, but only {expected!r} can be converted: Taipan's Mamba-2 has no other "
+            f"{path} has {name} = {shown(value)}, but only {shown(expected)} can be converted: Taipan's Mamba-2 has "
+            "no other "
             "form."
         )
 
@@ -201,5 +202,5 @@ def _token_id(path: Path, name: str, values: dict[str, Any], vocab_size: int) ->
     if value is None or (isinstance(value, int) and 0 <= value < vocab_size):
         return value
     raise CheckpointError(
-        f"{path} has {name} = {value!r}, but Taipan has one id from 0 to {vocab_size - 1}: set one there."
+        f"{path} has {name} = {shown(value)}, but Taipan has one id from 0 to {vocab_size - 1}: set one there."
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
-from taipan.errors import CheckpointError, InputError
+from taipan.errors import CheckpointError, InputError, shown
 from taipan.hf.arguments import PACKING, check_arguments, packed_segments
 from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
@@ -184,7 +184,8 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise InputError(
-                f"cache_implementation={kind!r} does not work with Taipan, whose state has a constant size of its own "
+                f"cache_implementation={shown(kind)} does not work with Taipan, whose state has a constant size of "
+                "its own "
                 "and is neither padded to a length nor offloaded nor quantised: leave cache_implementation out."
             )
         if generation_config.is_assistant:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 from taipan.ops.attention import api as attention
 from taipan.ops.causal_conv1d import api as causal_conv1d
 from taipan.ops.dispatch import AUTO
@@ -32,7 +32,7 @@ def resolve_implementations(implementation: str) -> dict[str, str]:
     """
     known = sorted({AUTO, *(name for names in IMPLEMENTATIONS.values() for name in names)})
     if implementation not in known:
-        raise ConfigError(f"implementation is {implementation!r}, but must be one of {', '.join(known)}.")
+        raise ConfigError(f"implementation is {shown(implementation)}, but must be one of {', '.join(known)}.")
     if implementation == AUTO:
         return dict.fromkeys(IMPLEMENTATIONS, AUTO)
     return {op: implementation if implementation in names else "portable" for op, names in IMPLEMENTATIONS.items()}

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 from taipan.native import native_available, native_status
 from taipan.ops.cuda import cuda_status
 
@@ -34,7 +34,7 @@ def select(op: str, implementations: Mapping[str, F], name: str, tensor: Tensor)
         return implementations[chosen(op, implementations, tensor)]
     if name not in implementations:
         known = ", ".join(repr(known) for known in sorted({*implementations, AUTO}))
-        raise ConfigError(f"{op}: unknown implementation {name!r}; expected one of {known}")
+        raise ConfigError(f"{op}: unknown implementation {shown(name)}; expected one of {known}")
     why = ""
     if name == "native" and not native_available(tensor):
         why = native_status().reason if native_status().library is None else f"the tensor is on {tensor.device}"

@@ -115,7 +115,8 @@ class Session:
         if manifest.model != model.model.fingerprint:
             raise StateError(
                 f"{path} belongs to another model (its fingerprint is {shown(manifest.model[:12])}, this model's is "
-                f"{model.model.fingerprint[:12]!r}): load the model that read it, or read the text again with this one."
+                f"{shown(model.model.fingerprint[:12])}): load the model that read it, or read the text again with "
+                "this one."
             )
         if manifest.tokenizer != model.tokenizer.fingerprint:
             raise StateError(f"{path} was read with another tokenizer: open it with the one beside its model.")

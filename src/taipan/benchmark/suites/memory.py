@@ -11,7 +11,7 @@ from taipan.benchmark.results import Comparison, Measurement
 from taipan.benchmark.settings import Settings
 from taipan.benchmark.suites.common import TAIPAN
 from taipan.benchmark.timing import Progress
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 
 JOBS = ("load", "train", "later", "prefill", "decode")
 
@@ -52,7 +52,7 @@ def _peak(settings: Settings, job: str, subject: str) -> float:
     if finished.returncode:
         last = finished.stderr.strip().splitlines()[-1:] or [f"exit code {finished.returncode}"]
         raise ConfigError(
-            f"The process that measures the memory of {job!r} for {subject} ended early ({last[0]}). "
+            f"The process that measures the memory of {shown(job)} for {subject} ended early ({last[0]}). "
             "If it ran out of memory, take fewer --tokens."
         )
     return float(finished.stdout)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from taipan.errors import ConfigError, InputError
+from taipan.errors import ConfigError, InputError, shown
 from taipan.ops.causal_conv1d.cuda import causal_conv1d_cuda
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable
@@ -57,7 +57,7 @@ def causal_conv1d(
     """
     run = select("causal_conv1d", IMPLEMENTATIONS, implementation, x_BTC)
     if activation not in ("silu", None):
-        raise ConfigError(f"causal_conv1d: unknown activation {activation!r}; expected 'silu' or None")
+        raise ConfigError(f"causal_conv1d: unknown activation {shown(activation)}; expected 'silu' or None")
     _validate(x_BTC, weight_CK, bias_C, initial_columns_BLC, segment_BT, length_B)
     return run(
         x_BTC,

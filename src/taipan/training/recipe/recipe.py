@@ -257,7 +257,7 @@ class Recipe:
             ("output", "where to write"),
         ):
             if values.get(name) is None:
-                raise ConfigError(f"The recipe has no {name!r}: say {why}.")
+                raise ConfigError(f"The recipe has no {shown(name)}: say {why}.")
         sections = {key: check_mapping(value or {}, key) for key, value in values.items() if key != "output"}
         recipe = cls(
             model=ModelSection.from_dict(sections["model"]),

@@ -31,10 +31,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import CheckpointError, DataError
-from taipan.io import atomic_directory, sha256_file, utf8_name
+from taipan.errors import CheckpointError, ConfigError, DataError, brief, shown
+from taipan.io import atomic_directory, parse_json_object, sha256_file, utf8_name
 from taipan.model import TaipanLM, weights_of
 from taipan.model.directory import write_model
+from taipan.schema import convert
 from taipan.training.processes.world import ALONE, World
 
 _FORMAT = "taipan-checkpoint-2"
@@ -132,16 +133,16 @@ def verify(path: Path) -> None:
     """
     try:
         text = (path / _MANIFEST).read_bytes()
-        manifest = json.loads(text)
-        step, files = cast(int, manifest["step"]), cast(dict[str, str], manifest["files"])
+        manifest = parse_json_object(text, str(path / _MANIFEST), refused=CheckpointError)
+        step, files = convert(manifest["step"], int, "step"), convert(manifest["files"], dict[str, str], "files")
         known, intact = manifest["format"] == _FORMAT, text == _manifest(step, files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, KeyError, CheckpointError, ConfigError) as error:
         raise CheckpointError(
-            f"{path / _MANIFEST} is missing or damaged ({error!r}): the checkpoint is incomplete."
+            f"{path / _MANIFEST} is missing or damaged ({brief(error)}): the checkpoint is incomplete."
         ) from error
     if not known:
         raise CheckpointError(
-            f"{path} has the format {manifest['format']!r}, expected {_FORMAT!r}: another version wrote it."
+            f"{path} has the format {shown(manifest['format'])}, expected {shown(_FORMAT)}: another version wrote it."
         )
     if not intact:
         raise CheckpointError(f"{path / _MANIFEST} is damaged: it does not have the SHA-256 written in itself.")
@@ -192,8 +193,8 @@ def load_trainer(path: Path) -> dict[str, Any]:
         CheckpointError: they cannot be read.
     """
     try:
-        return cast(dict[str, Any], json.loads((path / _TRAINER).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return parse_json_object((path / _TRAINER).read_bytes(), str(path / _TRAINER), refused=CheckpointError)
+    except OSError as error:
         raise CheckpointError(f"{path / _TRAINER} cannot be read ({error}): use an earlier checkpoint.") from error
 
 

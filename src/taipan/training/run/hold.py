@@ -15,7 +15,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from taipan.errors import CheckpointError, ConfigError
+from taipan.errors import CheckpointError, ConfigError, DataError
+from taipan.io import parse_json_object
 from taipan.training.watch.holder import Holder
 
 LOCK = "run.lock"
@@ -61,8 +62,8 @@ def held(run: Path, warn: Callable[[str], None]) -> Generator[None]:
 def holder_of(run: Path) -> Holder | None:
     """Who is said to hold a run directory; None if nobody is, or nothing that can be read says so."""
     try:
-        return Holder.from_dict(json.loads((run / LOCK).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return Holder.from_dict(parse_json_object((run / LOCK).read_bytes(), str(run / LOCK)))
+    except (OSError, DataError):
         return None
 
 

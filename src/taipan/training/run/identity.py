@@ -7,7 +7,7 @@ from typing import Any
 
 from taipan.config import TaipanConfig
 from taipan.data.mixture import Mixture
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 from taipan.training.recipe import Recipe
 
 Identity = dict[str, dict[str, Any]]
@@ -65,4 +65,4 @@ def require_same(saved: Identity, given: Identity, checkpoint: Path) -> None:
 def _change(name: str, old: Any, new: Any) -> str:
     if name in ("data.tokens", "data.documents", "data.tokenizer"):
         return f"the {name.removeprefix('data.')} of the training data have changed"
-    return f"{name} was {old!r} and is now {new!r}"
+    return f"{name} was {shown(old)} and is now {shown(new)}"

@@ -13,7 +13,7 @@ from taipan.config import TaipanConfig
 from taipan.data.mixture import Mixture
 from taipan.data.shards import TokenDataset
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 from taipan.hardware import DtypeChoice, training_dtype
 from taipan.model import TaipanLM
 from taipan.training.processes.parallel import Parallel
@@ -223,6 +223,6 @@ def _require_free(path: Path) -> None:
     """Refuse an output directory in which another run would be lost."""
     if checkpoints(path) or (path / MODEL).exists():
         raise ConfigError(
-            f"output is {str(path)!r}, which already holds a run: resume it with `taipan train --resume {path}`, "
+            f"output is {shown(str(path))}, which already holds a run: resume it with `taipan train --resume {path}`, "
             "name another output, or remove that directory."
         )

@@ -6,7 +6,7 @@ import torch
 
 from taipan.config import TaipanConfig
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 from taipan.model import TaipanLM
 from taipan.seeding import seeded_generator
 from taipan.training.recipe import Recipe
@@ -38,7 +38,8 @@ def initial_model(recipe: Recipe, config: TaipanConfig, tokenizer: Tokenizer) ->
     odd = sorted(name for name in {*tensors, *shapes} if name not in tensors or tensors[name].shape != shapes.get(name))
     if odd:
         raise ConfigError(
-            f"model.from is {str(source)!r}, whose weights are not those of the recipe's model: {len(odd)} differ, "
+            f"model.from is {shown(str(source))}, whose weights are not those of the recipe's model: {len(odd)} "
+            "differ, "
             f"{odd[0]} for one. Leave model.preset and model.layer_types out to take the directory's configuration, or "
             "make a directory that fits (taipan convert upcycle)."
         )
@@ -46,8 +47,9 @@ def initial_model(recipe: Recipe, config: TaipanConfig, tokenizer: Tokenizer) ->
         theirs = Tokenizer.load(source)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
-                f"model.from is {str(source)!r}, which was trained with another tokenizer ({theirs.vocab_size} ids) "
-                f"than the data were prepared with ({tokenizer.vocab_size} ids): prepare them with "
+                f"model.from is {shown(str(source))}, which was trained with another tokenizer "
+                f"({theirs.vocab_size} ids) than the data were prepared with ({tokenizer.vocab_size} ids): prepare "
+                "them with "
                 f"`--tokenizer {source}`."
             )
     model.load_state_dict(tensors)  # copied, so in float32 whatever they are stored in

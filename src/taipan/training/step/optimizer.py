@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taipan.errors import CheckpointError
+from taipan.errors import CheckpointError, shown
 from taipan.training.recipe import OptimizerSection
 from taipan.training.step.muon import Muon
 
@@ -93,7 +93,8 @@ class OptimizerSet:
             parameter = parameters.get(name)
             if parameter is None or shape not in (parameter.shape, torch.Size()):
                 raise CheckpointError(
-                    f"The optimizer state of the checkpoint does not fit the model ({entry!r} of shape {tuple(shape)}):"
+                    f"The optimizer state of the checkpoint does not fit the model ({shown(entry)} of shape "
+                    f"{tuple(shape)}):"
                     " resume with its own recipe."
                 )
             like = parameter.detach()

@@ -42,7 +42,9 @@ class Holder:
             facts = {field.name: values[field.name] for field in fields(cls)}
         except (TypeError, KeyError):
             return None
-        sound = isinstance(facts["host"], str) and type(facts["pid"]) is int and facts["pid"] > 0
+        words = all(isinstance(facts[name], str) for name in ("host", "since"))
+        words = words and all(isinstance(facts[name], str | None) for name in ("boot", "began"))
+        sound = words and type(facts["pid"]) is int and 0 < facts["pid"] < 1 << 31
         return cls(**facts) if sound else None
 
     def to_dict(self) -> dict[str, Any]:

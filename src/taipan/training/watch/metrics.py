@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from taipan.errors import CheckpointError
-from taipan.io import atomic_write
+from taipan.errors import CheckpointError, DataError
+from taipan.io import atomic_write, parse_json_object
 
 Record = dict[str, Any]
 
@@ -30,13 +30,16 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a metrics file; a last line that a crash cut short is left out."""
+    """All records of a metrics file up to the first line that is none, as a crash leaves one."""
     records: list[Record] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = parse_json_object(line, str(path))
+        except DataError:
             break
+        if not isinstance(record.get("kind"), str) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 

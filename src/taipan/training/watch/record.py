@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from taipan.errors import DataError
 from taipan.hardware import describe
-from taipan.io import atomic_write
+from taipan.io import atomic_write, parse_json_object
 from taipan.training.watch.holder import Holder
 
 FILE = "run.json"
@@ -119,10 +120,10 @@ def _is_in_place(values: dict[str, Any], place: dict[str, Any]) -> bool:
 def read_run_record(run: Path) -> dict[str, Any] | None:
     """The record of a run directory; None if there is none that can be read."""
     try:
-        values = json.loads((run / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = parse_json_object((run / FILE).read_bytes(), str(run / FILE))
+    except (OSError, DataError):
         return None
-    return values if isinstance(values, dict) and values.get("format") == _FORMAT else None
+    return values if values.get("format") == _FORMAT else None
 
 
 def environment() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, cast
 
 from taipan.accounting import parameter_count
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, brief
 from taipan.training.recipe import Recipe
 from taipan.training.watch.holder import Holder
 from taipan.training.watch.metrics import Record, read_records
@@ -16,6 +16,7 @@ from taipan.training.watch.record import read_run_record
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+_LARGEST = 1e300
 _WRITTEN = (METRICS, "run.json", "checkpoints", "model")
 _DEPTH = 3
 
@@ -83,29 +84,37 @@ def summarize(path: Path) -> RunSummary:
     records = read_records(path / METRICS)
     training = [entry for entry in records if entry["kind"] == "train"]
     last: Record = records[-1] if records else {}
-    bits = [entry["valid_bits_per_byte"] for entry in records if "valid_bits_per_byte" in entry]
-    speeds = [entry["tokens_per_second"] for entry in training]
+    bits = _numbers(records, "valid_bits_per_byte")
+    speeds = _numbers(training, "tokens_per_second")
+    losses = _numbers(training[-1:], "cross_entropy")
     overrides = recipe.model.overrides
     if "vocab_size" not in overrides:
         raise ConfigError(f"{path / RECIPE} is not the recipe that a run writes: it has no model.vocab_size.")
     config = recipe.model.config(overrides["vocab_size"], overrides.get("eos_token_id"))
     kinds = config.layer_types
     layers = " + ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    model = cast(dict[str, Any], record.get("model", {}))
+    model = record.get("model")
+    preset = cast(dict[str, Any], model).get("preset") if isinstance(model, dict) else None
     return RunSummary(
         path=path,
-        model=model.get("preset") or layers,
+        model=preset if isinstance(preset, str) and preset else layers,
         parameters=parameter_count(config),
         steps=int(last.get("step", 0)),
-        tokens=int(last.get("tokens", 0)),
-        seconds=float(last.get("seconds", 0.0)),
-        loss=training[-1]["cross_entropy"] if training else None,
+        tokens=int(sum(_numbers([last], "tokens"))),
+        seconds=sum(_numbers([last], "seconds")),
+        loss=losses[-1] if losses else None,
         best_bits_per_byte=min(bits) if bits else None,
         bits_per_byte=bits[-1] if bits else None,
         tokens_per_second=median(speeds) if speeds else None,
         status=_status(path, record),
         age=max(0.0, time.time() - _last_written(path)),
     )
+
+
+def _numbers(records: Sequence[Record], name: str) -> list[float]:
+    """The finite numbers of this name; what else a file may hold there is left out."""
+    values = (record.get(name) for record in records)
+    return [float(value) for value in values if isinstance(value, int | float) and abs(value) < _LARGEST]
 
 
 def differences(paths: Sequence[Path]) -> dict[str, list[Any]]:
@@ -130,13 +139,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _status(path: Path, record: dict[str, Any]) -> str:
     if not record:
         return "finished" if (path / "model").is_dir() else "unknown"
-    if record["status"] == "running":
+    sessions = record.get("sessions")
+    if record.get("status") == "running" and isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict):
         # a session from before more was noted is known by host and number alone
-        session = {"boot": None, "began": None, "since": ""} | record["sessions"][-1]
+        session = {"boot": None, "began": None, "since": ""} | cast(dict[str, Any], sessions[-1])
         holder = Holder.from_dict(session)
         if holder is not None and holder.lives is False:
             return "killed"
-    return str(record["status"])
+    return brief(record.get("status", "unknown"), 20)
 
 
 def _last_written(path: Path) -> float:
