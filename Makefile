@@ -16,7 +16,7 @@ RELIABILITY := $(addprefix tests/training/, processes/test_distributed.py step/t
 	$(patsubst %,run/test_%.py,checkpoint damage kills resume storage_faults))
 
 .NOTPARALLEL:
-.PHONY: help setup quickstart test test-all stress dist check lint types floors pages format clean
+.PHONY: help setup quickstart test test-all stress docs dist check lint types floors pages format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test-all: $(DEVELOPMENT) ## Run every test, the slow ones too
 
 stress: $(DEVELOPMENT) ## Kill, damage, starve and resume training, thousands of times (docs/reliability.md)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" $(RELIABILITY)
+
+docs: $(DEVELOPMENT) ## Build the documentation as a site, in build/site
+	$(BIN)/python docs/site.py
 
 dist: $(DEVELOPMENT) ## Build the source archive, and from it the wheel, into dist/
 	$(BIN)/python -m build --no-isolation

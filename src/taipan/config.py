@@ -135,6 +135,7 @@ class TaipanConfig:
         rope_theta: base of the rotary embedding.
         attention_capacity: C, the share of tokens a SAL may select (Eq. 7). 0 closes every gate for good.
         gate: G_θ of Eq. 1: `linear`, or `mlp` with one hidden layer of `gate_hidden_size`.
+        gate_hidden_size: width of the hidden layer of an `mlp` gate.
         gate_input: the gate reads the normed hidden state (as the attention does) or the raw one.
         gate_bias_init: s_1 − s_0 of a fresh gate on a zero input; positive starts open.
         key_value_scope: keys and values of `all` previous tokens (Eq. 4) or of the `selected` ones (Figure 2).
