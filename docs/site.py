@@ -37,6 +37,7 @@ OTHERS = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "change
 # The public packages, by the page that describes them.
 PUBLIC = {
     "taipan": ["taipan"],
+    "sessions": ["taipan.sessions"],
     "generation": ["taipan.generation"],
     "evaluation": ["taipan.evaluation"],
     "model": ["taipan.model", "taipan.state", "taipan.accounting"],
