@@ -9,6 +9,7 @@ length that names the input. Case ``seed`` of a subject is always the same.
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def judge(subject: Subject, work: Path, file: Path, case: str) -> None:
         raise
     assert finished.code in (0, 2), f"{case}: exit code {finished.code}\n{finished.err[-2000:]}"
     if finished.code == 2:
-        assert finished.err.count("Error: ") == 1, f"{case}: {finished.err[-2000:]}"
+        assert len(re.findall(r"^Error: ", finished.err, re.MULTILINE)) == 1, f"{case}: {finished.err[-2000:]}"
         message = finished.err[finished.err.index("Error: ") :]
         assert len(message) <= _LONGEST_MESSAGE, f"{case}: a message of {len(message):,} characters: {message[:500]}"
         assert subject.named(work, file) in message, f"{case}: the input is not named: {message}"

@@ -197,3 +197,30 @@ def test_every_function_checks_its_value() -> None:
     for call in calls:
         with pytest.raises(InputError, match="but must be"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [1e-300, 5e-324, 1e-45, 1e-38, 1e-7])
+def test_the_smallest_nucleus_is_the_likeliest_token(p: float, dtype: torch.dtype) -> None:
+    """p is 0 in the dtype of the logits; that left no token at all, and the weights were blamed."""
+    rows = torch.tensor([[0.5, 3.0, -1.0], [2.0, 1.0, 0.0]], dtype=dtype)
+    left = sampling.keep_top_p(rows, p)
+    assert torch.isfinite(left).sum() == 2
+    assert sampling.draw(left, torch.tensor([0.0, 0.999], dtype=torch.float64)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-38, 1e-7, 1e7, 1e300, math.inf, math.nan])
+def test_what_would_overflow_the_logits_is_refused_by_its_name(value: float) -> None:
+    rows = torch.tensor([[0.5, 3.0, -1.0]])
+    with pytest.raises(InputError, match=r"temperature is .*, but must be a positive number, from 1e-06 to 1e\+06"):
+        sampling.apply_temperature(rows, value)
+    with pytest.raises(InputError, match=r"repetition_penalty is .*, but must be a positive number"):
+        sampling.apply_repetition_penalty(rows, torch.ones_like(rows, dtype=torch.bool), value)
+
+
+@pytest.mark.parametrize("value", [1e-6, 1e6])
+def test_the_most_extreme_settings_give_a_token(value: float) -> None:
+    rows = torch.tensor([[50.0, -300.0, 1e4]])
+    seen = torch.ones_like(rows, dtype=torch.bool)
+    for changed in (sampling.apply_temperature(rows, value), sampling.apply_repetition_penalty(rows, seen, value)):
+        assert 0 <= int(sampling.draw(changed, torch.tensor([0.5], dtype=torch.float64))) < 3

@@ -11,6 +11,7 @@ import torch
 from taipan.errors import InputError, shown
 from taipan.shapes import BoolBV, FloatB, FloatBV, IntB
 
+_SMALLEST = 1e-6  # of a temperature or penalty: below it logits overflow, and that is not the model's fault
 # Candidates that top-p looks at before it sorts more of the vocabulary.
 _TOP_P_CANDIDATES = 256
 
@@ -25,7 +26,7 @@ def apply_repetition_penalty(logits_BV: FloatBV, seen_BV: BoolBV, penalty: float
         penalty: 1 changes nothing, above 1 discourages repetition, below 1 favours it.
 
     Raises:
-        InputError: the penalty is not a positive number.
+        InputError: the penalty is not a number from 1e-6 to 1e6.
     """
     check_repetition_penalty(penalty)
     penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
@@ -36,7 +37,7 @@ def apply_temperature(logits_BV: FloatBV, temperature: float) -> FloatBV:
     """Divide the logits by the temperature.
 
     Raises:
-        InputError: the temperature is not a positive number.
+        InputError: the temperature is not a number from 1e-6 to 1e6.
     """
     check_temperature(temperature)
     return logits_BV / temperature
@@ -76,7 +77,8 @@ def keep_top_p(logits_BV: FloatBV, p: float) -> FloatBV:
         if candidates == vocabulary or bool((sum_BK[:, -1] >= p).all()):
             break
         candidates = min(16 * candidates, vocabulary)
-    outside_BK = sum_BK - probabilities_BK >= p  # what stands before a token suffices; nothing is before the first
+    outside_BK = sum_BK - probabilities_BK >= p  # what stands before a token suffices
+    outside_BK[:, 0] = False  # nothing stands before the first, and p may be 0 in this dtype
     values_BK = values_BK.masked_fill(outside_BK, -torch.inf)
     return torch.full_like(logits_BV, -torch.inf).scatter_(1, index_BK, values_BK)
 
@@ -124,14 +126,16 @@ def draw(logits_BV: FloatBV, uniform_B: FloatB) -> IntB:
 
 
 def check_repetition_penalty(value: object) -> None:
-    """Raise `InputError` unless the penalty is a positive number."""
-    _require(0 < _number(value) < math.inf, "repetition_penalty", value, "a positive number (1 = none)")
+    """Raise `InputError` unless the penalty is a positive number that logits can be multiplied with."""
+    expected = f"a positive number (1 = none), from {_SMALLEST:g} to {1 / _SMALLEST:g}"
+    _require(_SMALLEST <= _number(value) <= 1 / _SMALLEST, "repetition_penalty", value, expected)
 
 
 def check_temperature(value: object) -> None:
-    """Raise `InputError` unless the temperature is a positive number."""
-    expected = "a positive number; for the likeliest token every time use do_sample=False (command line: --greedy)"
-    _require(0 < _number(value) < math.inf, "temperature", value, expected)
+    """Raise `InputError` unless the temperature is a positive number that logits can be divided by."""
+    expected = f"a positive number, from {_SMALLEST:g} to {1 / _SMALLEST:g}; for the likeliest token every time use "
+    expected += "do_sample=False (command line: --greedy)"
+    _require(_SMALLEST <= _number(value) <= 1 / _SMALLEST, "temperature", value, expected)
 
 
 def check_top_k(value: object) -> None:
