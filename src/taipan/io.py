@@ -205,7 +205,7 @@ def parse_json(text: str | bytes, source: str, *, refused: type[TaipanError] = D
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        value: Any = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_int=_whole_number)
+        value: Any = _DECODER.decode(text.removeprefix("\ufeff"))
         if _is_too_deep(value):
             raise RecursionError
     except RecursionError as error:
@@ -244,11 +244,16 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)
+
+
 def _is_too_deep(value: Any) -> bool:
     """Whether lists and objects hold each other too often; level by level, without recursion."""
     level: list[Any] = [value]
     for _ in range(_JSON_DEPTH):
         holders = [item for item in level if isinstance(item, dict | list)]
+        if not holders:
+            return False
         level = [item for holder in holders for item in (holder.values() if isinstance(holder, dict) else holder)]
     return any(isinstance(item, dict | list) for item in level)
 

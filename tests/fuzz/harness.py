@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Subject:
     Attributes:
         name: for the test's name.
         make: writes the input into an empty directory, and returns the files of it that are to be mutated.
-        command: the words of the command, of that directory; what it writes goes below it.
+        command: the words of the command, of that directory, in which it runs; what it writes goes below it.
         mutators: what happens to a file; one of them is drawn for every case.
         named: what a message must hold, of that directory and the mutated file; by default the name of the file.
     """
@@ -62,7 +63,8 @@ def fuzz(subject: Subject, seeds: Iterable[int], scratch: Path) -> None:
     files = [file.relative_to(valid) for file in subject.make(valid)]
     work = scratch / "work"
     shutil.copytree(valid, work)
-    finished = run(*subject.command(work))
+    with chdir(work):
+        finished = run(*subject.command(work))
     assert finished.code == 0, finished.err
     for seed in seeds:
         shutil.rmtree(work)
@@ -76,7 +78,8 @@ def fuzz(subject: Subject, seeds: Iterable[int], scratch: Path) -> None:
 def judge(subject: Subject, work: Path, file: Path, case: str) -> None:
     """Run the command on a mutated file and judge its outcome."""
     try:
-        finished = run(*subject.command(work))
+        with chdir(work):
+            finished = run(*subject.command(work))
     except BaseException as error:
         error.add_note(case)
         raise

@@ -7,6 +7,7 @@ import json
 import lzma
 import random
 from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from taipan.data import encoding, preparation
 from taipan.data.corpus import Corpus
+from taipan.data.preparation import CorpusProgress, prepare_corpus
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from tests.data.test_foreign import END, TEXTS, stream, write_llmc, write_megatron
@@ -69,6 +72,28 @@ def _prepared(directory: Path) -> list[Path]:
     (directory / "a.txt").write_text(TEXT, encoding="utf-8")
     prepare(Corpus([directory / "a.txt"]), Tokenizer.bytes(), directory / "data", shard_tokens=100)
     return sorted((directory / "data").iterdir())
+
+
+class _Killed(BaseException):
+    """What no code catches."""
+
+
+def _unfinished(directory: Path) -> list[Path]:
+    """The state of a preparation that was killed half-way."""
+    (directory / "a.jsonl").write_bytes(_json_lines() * 9)
+
+    def dying(state: CorpusProgress) -> None:
+        if state.phase == "encoding" and state.n_tokens > 300:
+            raise _Killed
+
+    with pytest.MonkeyPatch.context() as patch, chdir(directory):
+        patch.setattr(encoding, "_GROUP_CHARS", 100)
+        patch.setattr(preparation, "_COMMIT_SECONDS", 0)
+        with pytest.raises(_Killed):
+            prepare_corpus(Corpus(["a.jsonl"]), Path("out"), tokenizer="bpe:280", valid_fraction=0.2, progress=dying)
+    staging = directory / ".out.preparing"
+    assert json.loads((staging / "journal.json").read_text())["n_read"] > 0
+    return sorted(file for file in staging.rglob("*") if file.is_file() and file.name != "lock")
 
 
 def _megatron(directory: Path) -> list[Path]:
@@ -182,6 +207,16 @@ SUBJECTS = [
         _prepare("saved"),
         [_json_only(json_changed), bytes_changed],
         named=lambda work, file: "saved",
+    ),
+    Subject(
+        "unfinished work",
+        _unfinished,
+        lambda work: [
+            *("data", "prepare", "a.jsonl", "--tokenizer", "bpe:280", "--valid-fraction", 0.2),
+            *("--workers", 1, "--out", "out"),
+        ],
+        [_json_only(json_changed), bytes_changed],
+        named=lambda work, file: ".out.preparing",
     ),
     Subject("NumPy ids", _numpy, _import("a.npy"), [bytes_changed]),
     Subject("nanoGPT ids", _raw, _import("a.bin"), [bytes_changed]),

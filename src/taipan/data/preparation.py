@@ -17,6 +17,7 @@ import hashlib
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +39,13 @@ from taipan.data.writer import DatasetWriter
 from taipan.errors import ConfigError, DataError, TaipanError
 from taipan.io import atomic_write, publish_directory, remove_abandoned
 
-_VERSION = 1
+_VERSION = 2  # of the journal
 _COMMIT_SECONDS = 15.0
 _TELLING_SECONDS = 0.2
 _JOURNAL = "journal.json"
 _HELD_OUT = "held_out.npz"
 _LOCK = "lock"
+_SELF_CHECK = "sha256"
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def prepare_corpus(
         try:
             split = _split(corpus, valid_fraction, journal, announce, tell)
             if made is None:
-                made = _trained(tokenizer, corpus, split, staging, announce, tell)
+                made = _trained(tokenizer, corpus, split, journal, announce, tell)
             if not journal.done:
                 _encode_all(corpus, split, made, journal, list(parts), shard_tokens, licence, workers, tell)
             for name, target in parts.items():
@@ -180,6 +183,8 @@ class _Journal:
         self.place = Place(**state.get("place", {}))
         self.writers: list[dict[str, Any] | None] = state.get("writers", [None, None])
         self.done: bool = state.get("done", False)
+        self.tokenizer: str | None = state.get("tokenizer")
+        """Fingerprint of the tokenizer, if one was trained."""
 
     @classmethod
     def open(cls, staging: Path, request: dict[str, Any]) -> "_Journal":
@@ -187,10 +192,10 @@ class _Journal:
         state: dict[str, Any] = {}
         try:
             loaded: Any = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             loaded = None
-        if isinstance(loaded, dict) and cast("dict[str, Any]", loaded).get("request") == _digest(request):
-            state = cast("dict[str, Any]", loaded)
+        if _is_journal_of(loaded, request):
+            state = loaded
         else:
             for entry in staging.iterdir():
                 if entry.is_dir():
@@ -209,8 +214,17 @@ class _Journal:
             "place": asdict(self.place),
             "writers": self.writers,
             "done": self.done,
+            "tokenizer": self.tokenizer,
         }
-        atomic_write(self.staging / _JOURNAL, json.dumps(state).encode())
+        atomic_write(self.staging / _JOURNAL, json.dumps({**state, _SELF_CHECK: _digest(state)}).encode())
+
+
+def _is_journal_of(loaded: Any, request: dict[str, Any]) -> bool:
+    """Whether it is whole, and was written for what is asked for now."""
+    if not isinstance(loaded, dict):
+        return False
+    state = cast("dict[str, Any]", loaded)
+    return state.pop(_SELF_CHECK, None) == _digest(state) and state["request"] == _digest(request)
 
 
 @dataclass(frozen=True)
@@ -268,15 +282,16 @@ def _split(
     if not fraction or corpus.streamed:
         return _Split(None, None, fraction)
     file = journal.staging / _HELD_OUT
-    if not file.is_file():
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            held_out, cut = kept["held_out"], tuple(kept["cut"].tolist())
+    except (OSError, ValueError, KeyError, BadZipFile, zlib.error):  # not there, or damaged
         announce("counting, to hold out whole documents")
         held_out, cut = _plan(corpus, fraction, tell)
         saved = BytesIO()
         np.savez(saved, held_out=held_out, cut=np.array(cut or (), np.int64))
         atomic_write(file, saved.getvalue())
-    with np.load(file, allow_pickle=False) as kept:
-        cut = kept["cut"].tolist()
-        return _Split(kept["held_out"], (cut[0], cut[1]) if cut else None, fraction)
+    return _Split(held_out, (cut[0], cut[1]) if cut else None, fraction)
 
 
 def _plan(corpus: Corpus, fraction: float, tell: _Telling) -> tuple[NDArray[np.bool_], tuple[int, int] | None]:
@@ -307,12 +322,18 @@ def _plan(corpus: Corpus, fraction: float, tell: _Telling) -> tuple[NDArray[np.b
 
 
 def _trained(
-    spec: str, corpus: Corpus, split: _Split, staging: Path, announce: Callable[[str], None], tell: _Telling
+    spec: str, corpus: Corpus, split: _Split, journal: _Journal, announce: Callable[[str], None], tell: _Telling
 ) -> Tokenizer:
     """Train the tokenizer on what is not held out, or take the one that was trained already."""
-    directory = staging / "tokenizer"
-    if (directory / TOKENIZER_FILE).is_file():
-        return Tokenizer.load(directory)
+    directory = journal.staging / "tokenizer"
+    if journal.tokenizer is not None:
+        made = Tokenizer.load(directory)
+        if made.fingerprint != journal.tokenizer:
+            raise DataError(
+                f"{directory / TOKENIZER_FILE} is not the tokenizer that was trained: unfinished work was changed. "
+                f"Remove {journal.staging} to begin again."
+            )
+        return made
     announce(f"training the tokenizer {spec}")
 
     def texts() -> Iterator[str]:
@@ -327,6 +348,8 @@ def _trained(
 
     made = Tokenizer.from_spec(spec, corpus=texts())
     made.save(directory)
+    journal.tokenizer = made.fingerprint
+    journal.save()
     return made
 
 

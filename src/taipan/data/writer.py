@@ -33,7 +33,7 @@ class DatasetWriter:
 
     Raises:
         ConfigError: ``shard_tokens`` is less than 1.
-        DataError: with ``resume``, a file is shorter than it was.
+        DataError: with ``resume``, a file is shorter than it was, or was changed.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class DatasetWriter:
             _require_size(directory / shard.file, shard.n_tokens * self.dtype.itemsize)
         self._shard: BinaryIO | None = None
         if self._open_tokens:
-            self._shard = _reopen(directory / self._name, self._open_tokens * self.dtype.itemsize)
-            with (directory / self._name).open("rb") as file:
-                while data := file.read(_CHUNK_BYTES):
-                    self._digest.update(data)
+            size = self._open_tokens * self.dtype.itemsize
+            self._shard, self._digest = _reopen(directory / self._name, size, state["open_sha256"])
         documents = directory / DOCUMENTS_FILE
         if resume is None:
             self._documents: BinaryIO = documents.open("wb")
+            self._documents_digest = hashlib.sha256()
             self._write_place()
         else:
-            self._documents = _reopen(documents, (self.n_documents + 1) * 16)
+            size = (self.n_documents + 1) * 16
+            self._documents, self._documents_digest = _reopen(documents, size, state["documents_sha256"])
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -113,6 +113,8 @@ class DatasetWriter:
         return {
             "shards": [asdict(shard) for shard in self._shards],
             "open": self._open_tokens,
+            "open_sha256": self._digest.hexdigest(),
+            "documents_sha256": self._documents_digest.hexdigest(),
             "n_documents": self.n_documents,
             "n_tokens": self.n_tokens,
             "n_bytes": self.n_bytes,
@@ -140,7 +142,7 @@ class DatasetWriter:
             n_bytes=self.n_bytes,
             shard_tokens=self._shard_tokens,
             shards=tuple(self._shards),
-            documents_sha256=sha256_file(self._directory / DOCUMENTS_FILE),
+            documents_sha256=self._documents_digest.hexdigest(),
             sources=tuple(sources),
             licence=licence,
         )
@@ -152,7 +154,9 @@ class DatasetWriter:
         return shard_name(len(self._shards))
 
     def _write_place(self) -> None:
-        self._documents.write(np.array([self.n_tokens, self.n_bytes], "<u8").tobytes())
+        data = np.array([self.n_tokens, self.n_bytes], "<u8").tobytes()
+        self._documents.write(data)
+        self._documents_digest.update(data)
 
     def _finish_shard(self) -> None:
         if self._shard is None:
@@ -177,10 +181,17 @@ def _require_size(file: Path, n_bytes: int) -> None:
         )
 
 
-def _reopen(file: Path, n_bytes: int) -> BinaryIO:
-    """Open a file to append after its first ``n_bytes``; what follows them is cut off."""
+def _reopen(file: Path, n_bytes: int, sha256: str) -> tuple[BinaryIO, Any]:
+    """Open a file to append after its first ``n_bytes``, with their digest; what follows them is cut off."""
     _require_size(file, n_bytes)
     stream = file.open("r+b")
     stream.truncate(n_bytes)
-    stream.seek(n_bytes)
-    return stream
+    digest = hashlib.sha256()
+    while data := stream.read(_CHUNK_BYTES):
+        digest.update(data)
+    if digest.hexdigest() != sha256:
+        stream.close()
+        raise DataError(
+            f"{file} is not as it was written: unfinished work was changed. Remove {file.parent.parent} to begin again."
+        )
+    return stream, digest
