@@ -283,7 +283,7 @@ def _split(
         return _Split(None, None, fraction)
     file = journal.staging / _HELD_OUT
     try:
-        with np.load(file, allow_pickle=False) as kept:
+        with np.load(BytesIO(file.read_bytes()), allow_pickle=False) as kept:
             held_out, cut = kept["held_out"], tuple(kept["cut"].tolist())
     except (OSError, ValueError, KeyError, BadZipFile, zlib.error):  # not there, or damaged
         announce("counting, to hold out whole documents")
