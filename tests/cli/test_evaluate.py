@@ -36,6 +36,15 @@ def test_gives_what_the_library_gives(
         assert len(found["gates"]) == len(model.sals)
 
 
+def test_what_is_passed_over_is_said(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f"{json.dumps({'text': TEXT})}\n")
+    (tmp_path / "b.txt").write_bytes(b"\0")
+    finished = cli("evaluate", model_directory, tmp_path)
+    assert finished.code == 0, finished.err
+    assert "1 file of JSON lines" in finished.err
+    assert "passed over: 1 binary" in finished.err
+
+
 def test_bad_input_is_refused(
     refused: Callable[..., str], model_directory: Path, text_file: Path, tmp_path: Path
 ) -> None:

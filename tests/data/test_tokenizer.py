@@ -220,6 +220,14 @@ def test_the_end_token_is_taken_from_the_configuration_beside_it(tmp_path: Path)
         Tokenizer.load(tmp_path)
 
 
+def test_a_byte_order_mark_before_a_file_of_a_tokenizer_is_taken_off(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = tmp_path / name
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Tokenizer.load(tmp_path).fingerprint == BPE.fingerprint
+
+
 def test_specifications(tmp_path: Path) -> None:
     BPE.save(tmp_path)
     assert Tokenizer.from_spec("bytes").fingerprint == BYTES.fingerprint

@@ -64,6 +64,7 @@ def register(app: typer.Typer, panel: str) -> None:
             taipan data prepare notes/ README.md --tokenizer bpe:4096 --valid-fraction 0.05 --out data
         """
         from taipan.cli.console import note
+        from taipan.cli.datasets import tell_what_was_read
         from taipan.cli.progress import progress_bar
         from taipan.data.corpus import Corpus
         from taipan.data.manifest import LICENCE_NOTE
@@ -85,11 +86,7 @@ def register(app: typer.Typer, panel: str) -> None:
                 progress=_reporter(report),
                 announce=note,
             )
-        for kind, count in sorted(corpus.recognised.items()):
-            note(f"told by their content, not their names: {count} {'file' if count == 1 else 'files'} of {kind}")
-        for reason, count in sorted(corpus.skipped.items()):
-            if count:
-                note(f"passed over: {count} {reason}")
+        tell_what_was_read(corpus)
         _print(made)
         valid = f" -o data.valid={path_text(made[1].path)}" if len(made) > 1 else ""
         note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={path_text(made[0].path)}{valid}")

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from taipan.data.corpus import Corpus
     from taipan.data.shards import TokenDataset
     from taipan.data.tokenizer import Tokenizer
 
@@ -31,5 +32,19 @@ def open_data(paths: Sequence[str], tokenizer: "Tokenizer") -> "Generator[TokenD
     if len(paths) == 1 and (Path(paths[0]) / MANIFEST_FILE).is_file():
         yield TokenDataset.open(paths[0], tokenizer=tokenizer)
         return
+    corpus = Corpus(paths)
     with TemporaryDirectory(prefix="taipan-") as temporary:
-        yield prepare(Corpus(paths), tokenizer, Path(temporary) / "data", sources=list(map(path_text, paths)))
+        dataset = prepare(corpus, tokenizer, Path(temporary) / "data", sources=list(map(path_text, paths)))
+        tell_what_was_read(corpus)
+        yield dataset
+
+
+def tell_what_was_read(corpus: "Corpus") -> None:
+    """Note what files were taken for something else than their names say, and what was passed over."""
+    from taipan.cli.console import note
+
+    for kind, count in sorted(corpus.recognised.items()):
+        note(f"told by their content, not their names: {count} {'file' if count == 1 else 'files'} of {kind}")
+    for reason, count in sorted(corpus.skipped.items()):
+        if count:
+            note(f"passed over: {count} {reason}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from taipan.data.records import Option, Record, column_records, require_text_column
 from taipan.data.streams import needed
 from taipan.errors import DataError, brief, shown
-from taipan.io import path_text
+from taipan.io import path_text, utf8_name
 
 HUB_PREFIX = "hf:"
 
@@ -69,22 +69,18 @@ class SavedReader:
         datasets = needed("datasets", _EXTRA, f"{self._name}, a saved Hugging Face data set,")
         directory = self._directory
         try:
-            data = datasets.load_from_disk(str(directory))
-            require_text_column(data.data.schema, self._text_column, self._name)
-            n_bytes, n_rows = self.n_bytes, len(data)
-            if start >= n_rows:
-                return
-            rows = data.select_columns([self._text_column]).select(range(start, n_rows)).with_format("arrow")
-            number = start
-            for table in rows.iter(_ROWS):
-                self.position = n_bytes * number // n_rows
-                yield from column_records(table.column(0), number, self._text_column, self._name)
-                number += len(table)
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{self._name} cannot be read: the name of the directory is not UTF-8, and the library `datasets` "
-                "takes no other. Rename it."
-            ) from error
+            with utf8_name(directory) as name:
+                data = datasets.load_from_disk(str(name))
+                require_text_column(data.data.schema, self._text_column, self._name)
+                n_bytes, n_rows = self.n_bytes, len(data)
+                if start >= n_rows:
+                    return
+                rows = data.select_columns([self._text_column]).select(range(start, n_rows)).with_format("arrow")
+                number = start
+                for table in rows.iter(_ROWS):
+                    self.position = n_bytes * number // n_rows
+                    yield from column_records(table.column(0), number, self._text_column, self._name)
+                    number += len(table)
         except Exception as error:  # of a damaged file the libraries say much, in many classes
             if isinstance(error, DataError):
                 raise

@@ -141,8 +141,8 @@ class FileReader:
         if self._format == "auto" and _is_json_with(text, self._text_column):
             raise DataError(
                 f"{self._name} is JSON that holds its texts in a field {shown(self._text_column)}, but no JSON lines: "
-                f"{_ONE_A_LINE}. Write it so (for a list: jq -c '.[]' FILE > FILE.jsonl), or say by --format text that "
-                "the JSON itself is the text."
+                f"{_ONE_A_LINE}. Write it so (for a list: jq -c '.[]' FILE > FILE.jsonl), or say by `taipan data "
+                "prepare --format text` that the JSON itself is the text."
             )
         self.position = self.n_bytes
         yield Record(0, self._name, text)
@@ -183,8 +183,8 @@ class FileReader:
             fields = f"the fields {listed(list(cast('dict[str, object]', record)))}" if isinstance(record, dict) else ""
             raise DataError(
                 f"{where} has no text: it holds {fields or shown(record)}; expected an object with a string field "
-                f"{shown(column)} on every line. --text-column names another field"
-                f"{'; --format text takes the file as it is.' if self.recognised else '.'}"
+                f"{shown(column)} on every line. `taipan data prepare --text-column` names another field"
+                f"{', --format text takes the file as it is.' if self.recognised else '.'}"
             )
         text = cast("dict[str, object]", record)[column]
         if text is None:
@@ -192,7 +192,7 @@ class FileReader:
         if not isinstance(text, str):
             raise DataError(
                 f"{where} has no text: its field {shown(column)} is {shown(text)}; expected a string (or null, which "
-                "is passed over). --text-column names another field."
+                "is passed over). `taipan data prepare --text-column` names another field."
             )
         try:
             text.encode()

@@ -72,7 +72,7 @@ def require_text_column(schema: Any, column: str, name: str) -> None:
     if not places:
         raise DataError(
             f"{name} has no column {shown(column)}. It has: {listed(schema.names)}. Name the one with the text by "
-            "--text-column."
+            "`taipan data prepare --text-column`."
         )
     if len(places) > 1:
         raise DataError(
