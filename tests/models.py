@@ -29,6 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gate_input": "raw",
         "mamba_mlp": True,
     },
+    "recall": {
+        "gate": "mlp",
+        "gate_input": "recall",
+        "gate_objective": "gain",
+        "budget_control": "threshold",
+        "attention_weight": "one",
+        "refinement": "add",
+    },
 }
 
 

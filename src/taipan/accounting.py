@@ -35,4 +35,4 @@ def state_bytes(config: TaipanConfig, context: int, *, batch: int = 1, bytes_per
     full attention depends on the context.
     """
     layers = sum(table_of(kind).state_bytes(config, context, bytes_per_value) for kind in config.layer_types)
-    return batch * (16 + layers)  # position and segment of every row
+    return batch * (16 + 8 * config.remembered_tokens + layers)  # position, segment and last tokens of every row

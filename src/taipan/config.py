@@ -13,7 +13,10 @@ from taipan.io import parse_json_object
 from taipan.schema import convert
 
 Gate = Literal["linear", "mlp"]
-GateInput = Literal["normed", "raw"]
+GateInput = Literal["normed", "raw", "recall"]
+GateObjective = Literal["straight_through", "gain"]
+BudgetControl = Literal["penalty", "threshold"]
+AttentionWeight = Literal["alpha", "one"]
 KeyValueScope = Literal["all", "selected"]
 WindowUnit = Literal["positions", "selected"]
 BudgetMean = Literal["batch", "sequence"]
@@ -136,14 +139,31 @@ class TaipanConfig:
         attention_capacity: C, the share of tokens a SAL may select (Eq. 7). 0 closes every gate for good.
         gate: G_θ of Eq. 1: `linear`, or `mlp` with one hidden layer of `gate_hidden_size`.
         gate_hidden_size: width of the hidden layer of an `mlp` gate.
-        gate_input: the gate reads the normed hidden state (as the attention does) or the raw one.
+        gate_input: the gate reads the `normed` hidden state (as the attention does) or the `raw` one. `recall` is the
+            normed one and what the token repeats: how far back in the window the n-gram that ends here was last seen,
+            and the token that followed it then (docs/decisions/0016).
+        recall_orders: the lengths n of the n-grams that `recall` looks for.
+        recall_rank: in how many dimensions `recall` compares the hidden state with the token that followed.
         gate_bias_init: s_1 − s_0 of a fresh gate on a zero input; positive starts open.
         key_value_scope: keys and values of `all` previous tokens (Eq. 4) or of the `selected` ones (Figure 2).
         window_unit: the window counts original `positions`, or `selected` tokens (needs scope `selected`).
+        gate_objective: what teaches the gate. `straight_through`: the cross-entropy, through the mask of Eq. 3. `gain`:
+            the score s_1 − s_0 is regressed on what the token's attention gained, the next token's loss with every
+            gate closed less that with every gate open, both measured in training without a gradient; then no other
+            gradient reaches the gate, and none of the gate's the rest of the model.
+        gain_weight: weight of that regression in the loss (mean squared error in nats²).
+        gain_rows: the share of each batch's rows that gains are measured on.
+        gain_clip: gains are cut to ± so many nats.
         gate_gradient: `gathered` computes attention for the selected tokens only, so the others get no
             cross-entropy gradient; `dense` computes it for all and lets the straight-through mask carry it.
         refinement: `mix` is Eq. 5, h ← (1 − α) h + α o; `add` takes o_i as h_i + attention, so h ← h + α attention:
             a SAL whose output projection is 0 then leaves everything as it is (docs/decisions/0006).
+        attention_weight: the attention of a selected token is weighed by `alpha` (Eq. 5), or by `one`: then the score
+            decides who is selected and nothing else.
+        budget_control: how the budget is held. `penalty` is Eq. 7. `threshold` has no penalty; the threshold on
+            s_1 − s_0, the same in training and at inference and stored with the weights, moves after every step of
+            training towards where the share selected is the budget.
+        threshold_step: how far it moves: so many standard deviations of the scores, times the share selected less C.
         budget_weight: λ of Eq. 7.
         budget_mean: the rate in Eq. 7 is taken over the whole `batch` or per `sequence`.
         budget_start, budget_anneal: the budget goes linearly from `budget_start` to C between these two fractions
@@ -190,12 +210,21 @@ class TaipanConfig:
     attention_capacity: float = 0.15
     gate: Gate = "linear"
     gate_input: GateInput = "normed"
+    recall_orders: tuple[int, ...] = (1, 2, 3)
+    recall_rank: int = 16
+    gate_objective: GateObjective = "straight_through"
+    gain_weight: float = 1.0
+    gain_rows: float = 0.5
+    gain_clip: float = 4.0
     gate_hidden_size: int = 64
     gate_bias_init: float = 2.0
     key_value_scope: KeyValueScope = "all"
     window_unit: WindowUnit = "positions"
     gate_gradient: GateGradient = "dense"
     refinement: Refinement = "mix"
+    attention_weight: AttentionWeight = "alpha"
+    budget_control: BudgetControl = "penalty"
+    threshold_step: float = 0.2
     budget_weight: float = 10.0
     budget_mean: BudgetMean = "batch"
     budget_start: float | None = 1.0
@@ -241,6 +270,13 @@ class TaipanConfig:
     def kv_heads(self) -> int:
         """Key/value heads of attention."""
         return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def remembered_tokens(self) -> int:
+        """R, the last tokens that a gate with `recall` needs to know; 0 where none does."""
+        if self.gate_input != "recall" or "selective_attention" not in self.layer_types:
+            return 0
+        return self.sliding_window + max(self.recall_orders) - 2
 
     def has_mlp(self, layer: int) -> bool:
         """Whether layer number `layer` carries a SwiGLU MLP."""
@@ -329,6 +365,18 @@ class TaipanConfig:
         for field in ("budget_anneal", "temperature_anneal", "noise_anneal"):
             begin, until = getattr(self, field)
             self._require(0.0 <= begin <= until <= 1.0, field, "two fractions of training, 0 ≤ begin ≤ until ≤ 1")
+        for field in ("gain_weight", "threshold_step"):
+            self._require_number(field, 0.0, _LARGEST)
+        self._require(0.0 < self.gain_rows <= 1.0, "gain_rows", "a share of the rows above 0, at most 1")
+        self._require(0.0 < self.gain_clip <= _LARGEST, "gain_clip", f"above 0, at most {_LARGEST:g}")
+        self._require(
+            self.gate_objective == "straight_through" or self.budget_control == "threshold",
+            "budget_control",
+            "'threshold' while gate_objective is 'gain'",
+            "A score that says what is gained can heed no penalty: the threshold holds the budget.",
+        )
+        if self.gate_input == "recall":
+            self._check_recall()
         if self.window_unit == "selected":
             self._require(
                 self.key_value_scope == "selected",
@@ -336,6 +384,19 @@ class TaipanConfig:
                 "'positions' while key_value_scope is 'all': unselected keys have no ordinal among the selected",
                 "Set key_value_scope='selected' to count the window in selected tokens.",
             )
+
+    def _check_recall(self) -> None:
+        orders, most = self.recall_orders, int(62 / math.log2(max(2, self.vocab_size)))
+        rising = bool(orders) and orders[0] >= 1 and list(orders) == sorted(set(orders))
+        self._require(rising, "recall_orders", "rising whole numbers of at least 1")
+        self._require(
+            orders[-1] <= 62 and self.vocab_size ** orders[-1] < 1 << 62,
+            "recall_orders",
+            f"at most {most} with {self.vocab_size} tokens",
+            "An n-gram has to fit into 62 bits.",
+        )
+        self._require(1 <= self.recall_rank <= WIDEST, "recall_rank", f"a whole number from 1 to {WIDEST}")
+        self._require(self.sliding_window >= 2, "sliding_window", "at least 2, for recall to look back")
 
     # ------------------------------------------------------------------ dictionaries, files, presets
 

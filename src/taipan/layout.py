@@ -6,8 +6,22 @@ import torch
 from torch import Tensor
 
 from taipan.errors import InputError
-from taipan.shapes import BoolBT, IntB, IntBT
+from taipan.shapes import BoolBT, FloatBTD, IntB, IntBT, IntBTO
 from taipan.state import NO_SEGMENT, DecoderState
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What each token repeats of the text before it (see `taipan.ops.recall`): evidence for the gates.
+
+    Attributes:
+        distance_BTO: tokens back to the last occurrence of each n-gram that ends here; 0 where there is none.
+        follower_BTD: embedding of the token that followed the longest of them, at an RMS of 1; 0 where there is none.
+            No gradient.
+    """
+
+    distance_BTO: IntBTO
+    follower_BTD: FloatBTD
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,7 @@ class Layout:
         position_BT: position of each token within its document.
         real_BT: which tokens are real; None when all are.
         last_segment_B: running document number each row ends in; None like `segment_BT`.
+        recalled: what the tokens repeat; None where no gate asks.
     """
 
     position_BT: IntBT
@@ -27,6 +42,7 @@ class Layout:
     real_BT: BoolBT | None = None
     segment_BT: IntBT | None = None
     last_segment_B: IntB | None = None
+    recalled: Recalled | None = None
 
 
 @dataclass(frozen=True)

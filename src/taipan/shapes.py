@@ -11,6 +11,7 @@ H      heads                                       J      keys of an attention c
 P      head dim of Mamba-2                         C      channels of the causal convolution
 N      state size of Mamba-2                       K      taps of the causal convolution
 L      inputs a convolution remembers, K − 1       U      keys used by one block of queries
+R      last tokens that recall remembers           O      lengths of n-grams that recall looks for
 G      groups sharing B and C (or key/value heads) M      tokens of a batch in one row
 ====== ==========================================  ====== ======================================
 
@@ -65,4 +66,6 @@ IntM = Int[Tensor, "M"]
 IntBS = Int[Tensor, "B S"]
 IntBT = Int[Tensor, "B T"]
 IntBW = Int[Tensor, "B W"]
+IntBR = Int[Tensor, "B R"]
+IntBTO = Int[Tensor, "B T O"]
 IntT = Int[Tensor, "T"]

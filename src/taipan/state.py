@@ -201,12 +201,14 @@ class DecoderState:
         position_B: tokens seen in the current document of each row.
         segment_B: segment id of the last token of each row, `NO_SEGMENT` if none was given yet.
         architecture: fingerprint of the configuration this state belongs to.
+        recent_BR: the last R tokens of each row's document, −1 where it has none; None where no gate reads `recall`.
     """
 
     layers: tuple[LayerState, ...]
     position_B: Tensor
     segment_B: Tensor
     architecture: str
+    recent_BR: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -221,6 +223,8 @@ class DecoderState:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, `layers.3.ssm_BHPN` and the like."""
         out = {"position_B": self.position_B, "segment_B": self.segment_B}
+        if self.recent_BR is not None:
+            out["recent_BR"] = self.recent_BR
         for number, layer in enumerate(self.layers):
             for field in fields(layer):
                 out[f"layers.{number}.{field.name}"] = getattr(layer, field.name)
@@ -232,7 +236,13 @@ class DecoderState:
             replace(layer, **{field.name: function(getattr(layer, field.name)) for field in fields(layer)})
             for layer in self.layers
         )
-        return replace(self, layers=layers, position_B=function(self.position_B), segment_B=function(self.segment_B))
+        return replace(
+            self,
+            layers=layers,
+            position_B=function(self.position_B),
+            segment_B=function(self.segment_B),
+            recent_BR=None if self.recent_BR is None else function(self.recent_BR),
+        )
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "DecoderState":
         """A state of the same model made of these tensors, named as `tensors()` names them."""
@@ -240,7 +250,13 @@ class DecoderState:
             replace(layer, **{field.name: tensors[f"layers.{number}.{field.name}"] for field in fields(layer)})
             for number, layer in enumerate(self.layers)
         )
-        return replace(self, layers=layers, position_B=tensors["position_B"], segment_B=tensors["segment_B"])
+        return replace(
+            self,
+            layers=layers,
+            position_B=tensors["position_B"],
+            segment_B=tensors["segment_B"],
+            recent_BR=tensors.get("recent_BR"),
+        )
 
     def fork(self) -> "DecoderState":
         """Independent copy (forward never writes into a state, so plain sharing is safe too)."""
@@ -404,6 +420,11 @@ def _check(source: str, state: DecoderState, model: Fingerprinted) -> None:
             require(torch.isfinite(tensor).all(), name, "holds a number that is not finite")
     position_B = state.position_B
     require(((position_B >= 0) & (position_B < _MOST_TOKENS)).all(), "position_B", "is no number of tokens")
+    if state.recent_BR is not None:
+        recent_BR, kept = state.recent_BR, state.recent_BR.shape[1]
+        known_BR = torch.arange(kept) >= kept - position_B[:, None]
+        right_BR = torch.where(known_BR, (recent_BR >= 0) & (recent_BR < model.config.vocab_size), recent_BR == -1)
+        require(right_BR.all(), "recent_BR", "does not hold the last tokens that were read")
     for number, (rules, layer) in enumerate(zip(model.state_rules, state.layers, strict=True)):
         for field, words in rules.impossible(layer, position_B):
             require(False, f"layers.{number}.{field}", words)
@@ -417,3 +438,9 @@ def architecture_fingerprint(config: TaipanConfig) -> str:
         cached = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         object.__setattr__(config, "_architecture_fingerprint", cached)
     return cached
+
+
+def nothing_recent(config: TaipanConfig, batch_size: int, device: torch.device | str) -> Tensor | None:
+    """The tokens that recall remembers before any token; None where no gate reads it."""
+    kept = config.remembered_tokens
+    return torch.full((batch_size, kept), -1, dtype=torch.int64, device=device) if kept else None

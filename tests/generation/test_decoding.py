@@ -17,7 +17,7 @@ from tests.tolerance import relative_error
 
 EVERY_LAYER_TYPE = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
 READINGS: dict[str, dict[str, Any]] = {
-    **VARIANTS,
+    **{name: options for name, options in VARIANTS.items() if name != "recall"},
     "groups": {"n_groups": 2, "conv_kernel": 3, "time_step_limit": (0.01, 0.05)},
     "closed": {"attention_capacity": 0.0},
     "untied": {"tie_word_embeddings": False, "conv_kernel": 2, "residual_in_fp32": False},
@@ -262,6 +262,9 @@ def test_what_is_not_covered_is_read_by_the_model(monkeypatch: pytest.MonkeyPatc
     assert "Adapter" in reason(adapted)
     assert "portable" in reason(TaipanLM(adapted.config, implementation="portable"))
     assert "forward of its own" in reason(Own(adapted.config))
+    assert "gate_input='recall'" in reason(small_model("taipan", **VARIANTS["recall"]))
+    assert "attention_weight='one'" in reason(small_model("taipan", attention_weight="one"))
+    assert isinstance(program_of(small_model("jamba", attention_weight="one")), DecoderProgram)
     mixed = small_model("taipan")
     mixed.lm_head.to(torch.float32)
     mixed.model.norm.float()

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from taipan import TaipanLM
+from taipan.errors import ConfigError
 from taipan.hf import GateScheduleCallback, TaipanForCausalLM, TaipanHFConfig
 from tests.models import VOCAB, small_config
 
@@ -164,3 +165,10 @@ def test_mixed_precision_leaves_the_logits_deferred() -> None:
     assert out["loss"].requires_grad
     assert not calls
     assert out.logits.shape == (1, tokens.shape[1], VOCAB)
+
+
+def test_a_threshold_that_nobody_would_move_is_refused(tmp_path: Path) -> None:
+    model = new_model(budget_control="threshold")
+    with pytest.raises(ConfigError, match="fine-tune with the Trainer"):
+        trainer(model, tmp_path, GateScheduleCallback(), max_steps=1).train()
+    trainer(model, tmp_path, max_steps=1).train()

@@ -1,5 +1,7 @@
 """The gate: its surrogate gradient on its own, its schedules, its statistics, its budget."""
 
+from typing import Any, Literal
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from taipan.layers.gating import Gate, GateSchedule
 from tests.models import random_tokens, small_config, small_model
 
 
-def make_gate(**overrides: float) -> tuple[Gate, torch.Tensor]:
+def make_gate(**overrides: Any) -> tuple[Gate, torch.Tensor]:
     gate = Gate(small_config("taipan", **overrides), layer=1)
     gate.reset_parameters(torch.Generator().manual_seed(0))
     return gate.double(), torch.randn(2, 40, 24, dtype=torch.float64)
@@ -132,3 +134,57 @@ def test_no_random_numbers_without_noise() -> None:
     model.set_progress(0.0)
     model(tokens)
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+CONTROLLED: dict[str, str] = {"budget_control": "threshold"}
+
+
+def test_a_threshold_that_holds_the_budget_is_that_of_training_too() -> None:
+    gate, x = make_gate(**CONTROLLED)
+    gate.threshold.fill_(0.3)
+    trained = gate.train()(x, None, GateSchedule(0.15, 1.0, 0.0))
+    read = gate.eval()(x, None, GateSchedule(0.15, 1.0, 0.0))
+    assert torch.equal(trained.selected_BT, read.selected_BT)
+    assert trained.rate == trained.noise_free_rate
+    assert float(trained.rate) == pytest.approx(float(trained.training_rate))
+    assert 0 < trained.rate < 1
+    noisy = gate.train()(x.repeat(50, 1, 1), None, GateSchedule(0.15, 1.0, 0.5))
+    assert noisy.rate == pytest.approx(float(noisy.training_rate), abs=0.02)
+
+
+def test_a_threshold_that_holds_the_budget_moves_to_where_it_does() -> None:
+    gate, x = make_gate(**CONTROLLED)
+    schedule = GateSchedule(0.2, 1.0, 0.0)
+    out = gate.train()(x, None, schedule)
+    for _ in range(100):
+        out = gate(x, None, schedule)
+        gate.hold_budget(float(out.rate), float(out.margin_std), schedule.capacity)
+    assert gate(x, None, schedule).rate == pytest.approx(0.2, abs=0.02)
+    torch.testing.assert_close(out.margin_std, out.margin_BT.std(correction=0))
+    plain, _ = make_gate()
+    plain.hold_budget(0.9, 1.0, 0.2)
+    assert plain.threshold == 0
+
+
+def test_a_whole_budget_opens_the_gate_and_moves_no_threshold() -> None:
+    gate, x = make_gate(**CONTROLLED)
+    gate.threshold.fill_(100.0)
+    assert gate.train()(x, None, GateSchedule(1.0, 1.0, 0.0)).rate == 1
+    gate.hold_budget(1.0, 1.0, 1.0)
+    assert gate.threshold == 100
+    assert gate.eval()(x, None, GateSchedule(1.0, 1.0, 0.0)).rate == 0
+
+
+def test_a_forced_gate_does_as_it_is_told() -> None:
+    gate, x = make_gate()
+    told: tuple[tuple[Literal["open", "closed"], float], ...] = (("open", 1.0), ("closed", 0.0))
+    for mode in (True, False):
+        for forced, rate in told:
+            out = gate.train(mode)(x, None, GateSchedule(0.15, 1.0, 1.0, forced=forced))
+            assert out.rate == rate
+            assert not out.mask_BT.requires_grad
+
+
+def test_attention_weight_one_is_apart_from_the_score() -> None:
+    gate, x = make_gate(attention_weight="one")
+    assert torch.equal(gate(x, None, GateSchedule(0.15, 1.0, 0.0)).alpha_BT, torch.ones(2, 40, dtype=torch.float64))

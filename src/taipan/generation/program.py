@@ -331,6 +331,9 @@ def _parts(model: object) -> DecoderParts | str:
         return f"{type(model).__name__} has a forward of its own"
     if not set(parts.implementations) <= {AUTO, "native"}:
         return f"the model was built for other implementations ({', '.join(sorted(set(parts.implementations)))})"
+    unknown = _settings_without_kernel(parts.config)
+    if unknown:
+        return f"the kernels know no {unknown}"
     for module in cast(Decodable, model).modules():
         attributes = vars(module)
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
@@ -348,6 +351,14 @@ def _parts(model: object) -> DecoderParts | str:
             return f"a weight is a {type(tensor).__name__} on {tensor.device}"
     status = native_status(torch.promote_types(dtypes.pop(), torch.float32))
     return parts if status.library is not None else f"no native kernels: {status.reason}"
+
+
+def _settings_without_kernel(config: TaipanConfig) -> str | None:
+    """The first setting of the gates that only the model itself computes."""
+    if config.remembered_tokens:
+        return "gate_input='recall'"
+    weighs = "selective_attention" in config.layer_types and config.attention_capacity > 0
+    return "attention_weight='one'" if weighs and config.attention_weight == "one" else None
 
 
 def _linears(parts: DecoderParts) -> Iterator[nn.Module]:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from taipan.errors import ConfigError
 from taipan.hf.modeling import TaipanForCausalLM
 
 
@@ -13,7 +14,21 @@ class GateScheduleCallback(TrainerCallback):
 
     Without it a model trains with what its schedules end in, as fits the fine-tuning of a trained model; with it, as
     fits one that starts from nothing. `Trainer(..., callbacks=[GateScheduleCallback()])`
+
+    Raises:
+        ConfigError: when training begins, if the model's budget is held by a threshold: no Trainer moves it.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what a Trainer cannot train from nothing."""
+        for module in kwargs["model"].modules():
+            if isinstance(module, TaipanForCausalLM) and module.model.config.budget_control == "threshold":
+                raise ConfigError(
+                    "budget_control is 'threshold', which only `taipan train` moves from step to step: train there and "
+                    "fine-tune with the Trainer, without GateScheduleCallback, or set budget_control='penalty'."
+                )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

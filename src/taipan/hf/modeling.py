@@ -15,6 +15,7 @@ from taipan.hf.configuration import TaipanHFConfig
 from taipan.hf.output import TaipanCausalLMOutput
 from taipan.layers.gating import GateSchedule
 from taipan.model import Loss, TaipanLM, TaipanOutput, compute_loss
+from taipan.model.gains import measure_gains
 
 _GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
@@ -90,6 +91,16 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = attention_mask[:, -length:]
         if segment_ids is None:
             segment_ids = packed_segments(input_ids, {name: kwargs.get(name) for name in PACKING}, fresh=state is None)
+        gains = measure_gains(
+            self.model,
+            self.lm_head,
+            self.model.config,
+            tokens_BT=input_ids,
+            state=state,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            labels=labels,
+        )
         decoder = self.model(input_ids, state, attention_mask, segment_ids)
         loss: Loss | None = None
         if labels is not None:
@@ -103,6 +114,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 segment_ids=segment_ids,
                 num_items_in_batch=num_items_in_batch,
                 implementation=self.implementations["linear_cross_entropy"],
+                gains=gains,
             )
         output = TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=keep)
         if use_cache if use_cache is not None else self.config.use_cache and not self.training:

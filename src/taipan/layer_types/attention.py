@@ -96,7 +96,7 @@ class SelectiveAttentionTable(AttentionTable):
         if config.attention_capacity == 0:
             return 0.0, 0.0
         share = config.attention_capacity if selected is None else selected
-        dense = training and config.gate_gradient == "dense"
+        dense = training and config.gate_gradient == "dense" and config.gate_objective == "straight_through"
         return (1.0 if dense else share), (1.0 if config.key_value_scope == "all" else share)
 
     def matrices(
@@ -105,15 +105,20 @@ class SelectiveAttentionTable(AttentionTable):
         """The four projections and the gate's."""
         width = config.hidden_size
         gate: tuple[Matrix, ...] = ()
+        if config.gate_input == "recall":
+            names = ("gate.recall_query", "gate.recall_key")
+            gate = tuple(Matrix(name, width, config.recall_rank, hidden=False) for name in names)
+            width += 2 * len(config.recall_orders) + config.recall_rank
         if config.gate == "mlp":
-            gate = (Matrix("gate.hidden", width, config.gate_hidden_size, hidden=False),)
+            gate = (*gate, Matrix("gate.hidden", width, config.gate_hidden_size, hidden=False))
             width = config.gate_hidden_size
         gate = (*gate, Matrix("gate.proj", width, 2, hidden=False))
         return (*gate, *super().matrices(config, selected=selected, training=training))
 
     def other_parameters(self, config: TaipanConfig) -> int:
         """The gate's biases."""
-        return 2 + (config.gate_hidden_size if config.gate == "mlp" else 0)
+        recall = 2 * config.recall_rank if config.gate_input == "recall" else 0
+        return 2 + recall + (config.gate_hidden_size if config.gate == "mlp" else 0)
 
     def attended_keys(self, config: TaipanConfig, context: int) -> float:
         """A share of them where only selected ones are kept and the window counts positions."""

@@ -1,7 +1,8 @@
 """The gate of a Selective Attention Layer (Eq. 1–3): which tokens get attention, and how much of it they take."""
 
+import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Generator, Tensor, nn
 from taipan.config import TaipanConfig
 from taipan.layers.init import linear_
 from taipan.layers.linear import PreciseLinear
+from taipan.layout import Recalled
 from taipan.ops.gumbel import expected_rate, gumbel_select
 from taipan.ops.masked_mean import masked_mean
-from taipan.shapes import BoolBT, FloatBT, FloatBT2
+from taipan.shapes import BoolBT, FloatBT, FloatBT2, FloatBTD
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class GateSchedule:
         temperature: τ of Eq. 2.
         noise: scale of the Gumbel noise; 1 is Eq. 2, 0 deterministic.
         part: which part of the batch the rows are, as `gumbel_select` takes it.
+        forced: every token is selected (`open`) or none (`closed`), whatever the scores are; None: they decide.
     """
 
     capacity: float
     temperature: float
     noise: float
     part: tuple[int, int] = (0, 1)
+    forced: Literal["open", "closed"] | None = None
 
     @classmethod
     def at(cls, config: TaipanConfig, progress: float, part: tuple[int, int] = (0, 1)) -> "GateSchedule":
@@ -50,6 +54,7 @@ class GateOutput:
         real_BT: which tokens are not padding; None when all are.
         noise: scale of the training noise at the model's progress.
         threshold: inference threshold on s_1 − s_0.
+        training_threshold: the one of training: the same where it holds the budget, else 0.
     """
 
     layer: int
@@ -60,6 +65,7 @@ class GateOutput:
     real_BT: BoolBT | None
     noise: float
     threshold: float
+    training_threshold: float = 0.0
 
     @property
     def margin_BT(self) -> Tensor:
@@ -74,12 +80,19 @@ class GateOutput:
     @property
     def training_rate(self) -> Tensor:
         """Expected share selected under the training noise at the model's progress."""
-        return masked_mean(expected_rate(self.scores_BT2.detach(), noise=self.noise), self.real_BT)
+        rate_BT = expected_rate(self.scores_BT2.detach(), noise=self.noise, threshold=self.training_threshold)
+        return masked_mean(rate_BT, self.real_BT)
 
     @property
     def noise_free_rate(self) -> Tensor:
         """Share selected at inference, s_1 − s_0 > threshold."""
         return masked_mean(self.margin_BT > self.threshold, self.real_BT)
+
+    @property
+    def margin_std(self) -> Tensor:
+        """Spread (standard deviation) of s_1 − s_0 over the real tokens."""
+        margin = self.margin_BT.detach()
+        return masked_mean((margin - masked_mean(margin, self.real_BT)) ** 2, self.real_BT).sqrt()
 
     @property
     def alpha_mean(self) -> Tensor:
@@ -103,6 +116,16 @@ class GateOutput:
         log_BT2 = torch.log_softmax(self.scores_BT2.detach(), dim=-1)
         return masked_mean(-(log_BT2.exp() * log_BT2).sum(-1), self.real_BT)
 
+    def gain_loss(self, gain_BT: FloatBT, known_BT: BoolBT) -> Tensor:
+        """Mean squared error of s_1 − s_0, in nats², as a forecast of measured gains.
+
+        Args:
+            gain_BT: nats, of the first rows of the call.
+            known_BT: which of them were measured.
+        """
+        error_BT = self.margin_BT[: len(gain_BT)] - gain_BT
+        return masked_mean(error_BT**2, known_BT)
+
     def budget_loss(self, capacity: float, mean: str) -> Tensor:
         """‖C − rate‖² of Eq. 7, with the straight-through gradient.
 
@@ -121,7 +144,8 @@ class GateOutput:
 class Gate(nn.Module):
     """G_θ of Eq. 1 and the decision of Eq. 2–3.
 
-    `threshold` is the inference threshold on s_1 − s_0: 0 until calibrated, stored with the weights.
+    `threshold` is the inference threshold on s_1 − s_0, stored with the weights: 0 until it is calibrated or, where it
+    holds the budget, moved in training.
     """
 
     threshold: Tensor
@@ -131,6 +155,12 @@ class Gate(nn.Module):
         self.config = config
         self.layer = layer
         width = config.hidden_size
+        self.recall_query: nn.Linear | None = None
+        self.recall_key: nn.Linear | None = None
+        if config.gate_input == "recall":
+            self.recall_query = PreciseLinear(config.hidden_size, config.recall_rank)
+            self.recall_key = PreciseLinear(config.hidden_size, config.recall_rank)
+            width += 2 * len(config.recall_orders) + config.recall_rank
         self.hidden: nn.Linear | None = None
         if config.gate == "mlp":
             self.hidden = PreciseLinear(width, config.gate_hidden_size)
@@ -138,38 +168,79 @@ class Gate(nn.Module):
         self.proj = PreciseLinear(width, 2)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
 
-    def scores(self, x_BTD: Tensor) -> FloatBT2:
-        """s of Eq. 1 in at least fp32: the decision must not depend on a narrow rounding."""
+    def scores(self, x_BTD: Tensor, recalled: Recalled | None = None) -> FloatBT2:
+        """s of Eq. 1 in at least fp32: the decision must not depend on a narrow rounding.
+
+        Args:
+            x_BTD: what the gate reads of the stream.
+            recalled: what the tokens repeat; for `gate_input` = `recall`.
+        """
         precise = torch.promote_types(x_BTD.dtype, torch.float32)
         with torch.autocast(x_BTD.device.type, enabled=False):
             x = x_BTD.to(precise)
+            if self.config.gate_objective == "gain":  # what the gate learns changes nothing but the gate
+                x = x.detach()
+            if self.recall_query is not None:
+                x = self._with_recall(x, recalled)
             return precise_linear(self.proj, x if self.hidden is None else F.silu(precise_linear(self.hidden, x)))
 
-    def forward(self, x_BTD: Tensor, real_BT: BoolBT | None, schedule: GateSchedule) -> GateOutput:
+    def _with_recall(self, x_BTD: FloatBTD, recalled: Recalled | None) -> Tensor:
+        """The stream, how far back each n-gram was last seen, and how the token that followed it fits the stream."""
+        assert recalled is not None
+        assert self.recall_query is not None
+        assert self.recall_key is not None
+        distance_BTO = recalled.distance_BTO.to(x_BTD.dtype)
+        seen_BTO = (distance_BTO > 0).to(x_BTD.dtype)
+        scale = math.log(self.config.sliding_window)
+        follower_BTD = recalled.follower_BTD.to(x_BTD.dtype)
+        fit_BTX = precise_linear(self.recall_query, x_BTD) * precise_linear(self.recall_key, follower_BTD)
+        return torch.cat([x_BTD, seen_BTO, distance_BTO.clamp_min(1).log() / scale, fit_BTX], -1)
+
+    def forward(
+        self, x_BTD: Tensor, real_BT: BoolBT | None, schedule: GateSchedule, recalled: Recalled | None = None
+    ) -> GateOutput:
         """Decide for every token.
 
-        In training mode: Gumbel noise and straight-through gradient by the schedule. Otherwise deterministic and
-        causal, s_1 − s_0 > threshold. With `attention_capacity` = 0 nothing is ever selected.
+        In training mode: Gumbel noise and straight-through gradient by the schedule; the threshold is that of inference
+        where it holds the budget, else 0. Otherwise deterministic and causal, s_1 − s_0 > threshold. With
+        `attention_capacity` = 0 nothing is ever selected.
 
         Args:
-            x_BTD: what the gate reads.
+            x_BTD: what the gate reads of the stream.
             real_BT: which tokens are not padding; None when all are.
             schedule: temperature and noise of the moment.
+            recalled: what the tokens repeat; for `gate_input` = `recall`.
         """
-        scores_BT2 = self.scores(x_BTD)
-        if self.config.attention_capacity == 0:
-            selected_BT = torch.zeros_like(scores_BT2[..., 0], dtype=torch.bool)
-            mask_BT = torch.zeros_like(scores_BT2[..., 0])
+        config = self.config
+        scores_BT2 = self.scores(x_BTD, recalled)
+        margin_BT = scores_BT2[..., 1] - scores_BT2[..., 0]
+        controlled = config.budget_control == "threshold"
+        forced = "closed" if config.attention_capacity == 0 else schedule.forced
+        if self.training and controlled and schedule.capacity >= 1.0:
+            forced = forced or "open"
+        if forced is not None:
+            selected_BT = torch.full_like(margin_BT, forced == "open", dtype=torch.bool)
+            mask_BT = selected_BT.to(scores_BT2.dtype)
         elif self.training:
+            shift_2 = torch.stack([self.threshold, torch.zeros_like(self.threshold)])  # s_1 − s_0 less the threshold
             selected_BT, mask_BT = gumbel_select(
-                scores_BT2, temperature=schedule.temperature, noise=schedule.noise, part=schedule.part
+                scores_BT2 + shift_2 if controlled else scores_BT2,
+                temperature=schedule.temperature,
+                noise=schedule.noise,
+                part=schedule.part,
             )
+            if config.gate_objective == "gain":
+                mask_BT = mask_BT.detach()
         else:
-            selected_BT = scores_BT2[..., 1] - scores_BT2[..., 0] > self.threshold
+            selected_BT = margin_BT > self.threshold
             mask_BT = selected_BT.to(scores_BT2.dtype)
         if real_BT is not None:
             selected_BT, mask_BT = selected_BT & real_BT, mask_BT * real_BT
-        alpha_BT = torch.softmax(scores_BT2, dim=-1)[..., 1]
+        if config.attention_weight == "one":
+            alpha_BT = torch.ones_like(margin_BT)
+        else:
+            alpha_BT = torch.softmax(scores_BT2, dim=-1)[..., 1]
+        threshold = float(self.threshold)
         return GateOutput(
             layer=self.layer,
             scores_BT2=scores_BT2,
@@ -178,11 +249,31 @@ class Gate(nn.Module):
             alpha_BT=alpha_BT,
             real_BT=real_BT,
             noise=schedule.noise,
-            threshold=float(self.threshold),
+            threshold=threshold,
+            training_threshold=threshold if controlled else 0.0,
         )
+
+    @torch.no_grad()
+    def hold_budget(self, rate: float, margin_std: float, capacity: float) -> None:
+        """Move the threshold after a step of training in which the gate selected the share `rate`.
+
+        Integral control: what a threshold selects too much or too little is what it still has to move. A budget of 1
+        moves nothing: then every token is selected, whatever the threshold.
+
+        Args:
+            rate: selected in training.
+            margin_std: standard deviation of s_1 − s_0: the unit of the move.
+            capacity: C at the moment.
+        """
+        if self.config.budget_control == "threshold" and 0.0 < capacity < 1.0:
+            self.threshold += self.config.threshold_step * margin_std * (rate - capacity)
 
     def reset_parameters(self, generator: Generator | None) -> None:
         """Default linears; the output bias opens the gate by `gate_bias_init`, half on either side."""
+        for linear in (self.recall_query, self.recall_key):
+            if linear is not None:
+                linear_(linear.weight, generator)
+                nn.init.zeros_(linear.bias)
         if self.hidden is not None:
             linear_(self.hidden.weight, generator)
             nn.init.zeros_(self.hidden.bias)

@@ -55,13 +55,13 @@ class SelectiveAttention(Mixer[AttentionState]):
     ) -> Mixed:
         """See `Mixer.forward`: the refined stream, no branch."""
         config = self.config
-        gate = self.gate(x_BTD if config.gate_input == "normed" else h_BTD, layout.real_BT, schedule)
+        gate = self.gate(h_BTD if config.gate_input == "raw" else x_BTD, layout.real_BT, schedule, layout.recalled)
         if self.closed:
             build = self._unchanged(x_BTD, state)
             return Mixed(h_BTD=h_BTD, branch_BTD=None, build_state=build, gate=gate)
         selected = select_tokens(gate.selected_BT)
         # a dense gradient wants o_i of the unselected tokens too: m̃_i weighs it in the backward pass (Eq. 3)
-        dense = config.gate_gradient == "dense" and self.training
+        dense = config.gate_gradient == "dense" and config.gate_objective == "straight_through" and self.training
         index_BT = layout.position_BT
         if config.window_unit == "selected":
             index_BT = selected_ordinals(gate.selected_BT, state, layout)

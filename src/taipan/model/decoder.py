@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from taipan.config import TaipanConfig
@@ -12,10 +13,13 @@ from taipan.errors import InputError, StateError
 from taipan.layers.gating import GateOutput, GateSchedule
 from taipan.layers.mixer import Mixed
 from taipan.layers.norm import RMSNorm
-from taipan.layout import arrange
+from taipan.layout import Arrangement, Layout, Recalled, arrange
 from taipan.model.block import Block, normed_and_sum
+from taipan.ops.recall import recall, remember
 from taipan.shapes import IntBT
-from taipan.state import NO_SEGMENT, DecoderState, StateBuilder, architecture_fingerprint
+from taipan.state import NO_SEGMENT, DecoderState, StateBuilder, architecture_fingerprint, nothing_recent
+
+_SMALLEST_SQUARE = 1e-6  # of an embedding, for its norm
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class TaipanDecoder(nn.Module):
             state.require(self.config, batch)
         before = state or no_layers_state(self.config, batch, tokens_BT.device)
         call = arrange(tokens_BT, before, attention_mask, segment_ids)
+        layout, remember_tokens = self._recall(call, before)
         h_BTD = self.embed_tokens(call.tokens_BT)
         if self.config.residual_in_fp32:
             h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
@@ -71,7 +76,7 @@ class TaipanDecoder(nn.Module):
         branch_BTD: Tensor | None = None
         for number, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
-            mixed: Mixed = layer(h_BTD, branch_BTD, layer_state, call.layout, self.schedule)
+            mixed: Mixed = layer(h_BTD, branch_BTD, layer_state, layout, self.schedule)
             h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
             if self.keeps_states:  # a builder holds keys and values
                 builders.append(mixed.build_state)
@@ -89,11 +94,35 @@ class TaipanDecoder(nn.Module):
                 position_B=call.position_B,
                 segment_B=call.segment_B,
                 architecture=architecture_fingerprint(self.config),
+                recent_BR=remember_tokens(),
             )
 
         restored = tuple(restore_gate(gate, call.restore, attention_mask) for gate in gates)
         hidden_BTD = call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0])
         return DecoderOutput(hidden_BTD=hidden_BTD, build_state=build_state, gates=restored)
+
+    def _recall(self, call: Arrangement, state: DecoderState) -> tuple[Layout, Callable[[], Tensor | None]]:
+        """The layout with what the tokens repeat, if a gate reads it, and how to build what is remembered of them."""
+        recent_BR, layout, tokens_BT = state.recent_BR, call.layout, call.tokens_BT
+        if recent_BR is None:
+            return layout, lambda: None
+        config = self.config
+        distance_BTO, follower_BT = recall(
+            tokens_BT,
+            recent_BR,
+            layout.segment_BT,
+            orders=config.recall_orders,
+            window=config.sliding_window,
+            vocabulary=config.vocab_size,
+        )
+        with torch.no_grad():
+            embedded_BTD = F.embedding(follower_BT.clamp_min(0), self.embed_tokens.weight)
+            embedded_BTD = embedded_BTD.to(torch.promote_types(embedded_BTD.dtype, torch.float32))
+            unit_BTD = F.rms_norm(embedded_BTD, embedded_BTD.shape[-1:], eps=_SMALLEST_SQUARE)
+        recalled = Recalled(distance_BTO, unit_BTD * (follower_BT >= 0)[..., None])
+        return replace(layout, recalled=recalled), lambda: remember(
+            recent_BR, tokens_BT, layout.length_B, layout.segment_BT, layout.last_segment_B
+        )
 
     def _check(self, tokens_BT: Tensor) -> None:
         if tokens_BT.dim() != 2 or tokens_BT.shape[0] == 0 or tokens_BT.shape[1] == 0:
@@ -132,6 +161,7 @@ def no_layers_state(config: TaipanConfig, batch: int, device: torch.device) -> D
         position_B=position_B,
         segment_B=torch.full_like(position_B, NO_SEGMENT),
         architecture=architecture_fingerprint(config),
+        recent_BR=nothing_recent(config, batch, device),
     )
 
 

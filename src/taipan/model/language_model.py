@@ -18,6 +18,7 @@ from taipan.layers.selective_attention import SelectiveAttention
 from taipan.model.block import Block
 from taipan.model.decoder import TaipanDecoder, init_decoder
 from taipan.model.directory import check_fit, read_model, save_model
+from taipan.model.gains import measure_gains
 from taipan.model.implementations import resolve_implementations
 from taipan.model.loss import Loss, compute_loss
 from taipan.model.output import TaipanOutput
@@ -84,6 +85,16 @@ class TaipanLM(nn.Module):
             InputError: ids out of range, no tokens, or shapes that do not fit.
             StateError: the state is of another model or batch.
         """
+        gains = measure_gains(
+            self.model,
+            self.lm_head,
+            self.config,
+            tokens_BT=tokens_BT,
+            state=state,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            labels=labels,
+        )
         decoder = self.model(tokens_BT, state, attention_mask, segment_ids)
         loss: Loss | None = None
         if labels is not None:
@@ -97,6 +108,7 @@ class TaipanLM(nn.Module):
                 segment_ids=segment_ids,
                 num_items_in_batch=num_items_in_batch,
                 implementation=self.implementations["linear_cross_entropy"],
+                gains=gains,
             )
         return TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=logits_to_keep)
 

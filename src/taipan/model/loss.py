@@ -1,4 +1,4 @@
-"""The loss of Eq. 7: cross-entropy of the next token, and the budget of the gates."""
+"""The loss of Eq. 7: cross-entropy of the next token, and the budget of the gates; or what the gates forecast."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taipan.config import TaipanConfig
-from taipan.errors import InputError
 from taipan.layers.gating import GateSchedule
 from taipan.layers.linear import is_plain
 from taipan.model.decoder import DecoderOutput
+from taipan.model.gains import Gains, next_tokens
 from taipan.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -21,12 +21,15 @@ class Loss:
     Attributes:
         total: cross-entropy plus budget; with `num_items_in_batch` this call's share of it.
         cross_entropy: mean nats per predicted token.
-        budget: λ Σ_n ‖C − rate_n‖².
+        budget: λ Σ_n ‖C − rate_n‖²; 0 where a threshold holds the budget.
+        forecast: weighted squared error of the gates as forecasts of gains, in nats²; 0 where that is not their
+            objective.
     """
 
     total: Tensor
     cross_entropy: Tensor
     budget: Tensor
+    forecast: Tensor
 
 
 def compute_loss(
@@ -40,6 +43,7 @@ def compute_loss(
     segment_ids: Tensor | None,
     num_items_in_batch: Tensor | int | None,
     implementation: str,
+    gains: Gains | None = None,
 ) -> Loss:
     """Cross-entropy of the next token plus the budget of Eq. 7; logits are never held whole.
 
@@ -54,20 +58,12 @@ def compute_loss(
         num_items_in_batch: predicted tokens of the whole accumulated batch: both parts are then weighted by this call's
             share of them, so that the losses of the batch add up to that of the whole.
         implementation: of `linear_cross_entropy`.
+        gains: what the gates are to forecast, if that is their objective.
 
     Raises:
         InputError: the labels do not fit the tokens, or one is no id.
     """
-    if labels.shape != decoder.hidden_BTD.shape[:2]:
-        raise InputError(
-            f"labels have shape {tuple(labels.shape)} but the tokens have {tuple(decoder.hidden_BTD.shape[:2])}: give "
-            "one label per token (the shift by one is done inside)."
-        )
-    target = labels[:, 1:]
-    if attention_mask is not None:
-        target = target.masked_fill(~(attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()), -100)
-    if segment_ids is not None:
-        target = target.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], -100)
+    target = next_tokens(labels, decoder.hidden_BTD.shape, attention_mask, segment_ids)
     hidden_MD, target_M = decoder.hidden_BTD[:, :-1].flatten(0, 1), target.flatten()
     if is_plain(head):
         total, count = linear_cross_entropy(hidden_MD, head.weight, target_M, implementation=implementation)
@@ -76,10 +72,14 @@ def compute_loss(
         count = int((target_M != -100).sum())
     cross_entropy = total / torch.as_tensor(count, device=total.device).clamp_min(1)
     budget = cross_entropy.new_zeros(())
-    if config.attention_capacity > 0:
+    if config.attention_capacity > 0 and config.budget_control == "penalty":
         for gate in decoder.gates:
             budget = budget + config.budget_weight * gate.budget_loss(schedule.capacity, config.budget_mean)
-    loss = cross_entropy + budget
+    forecast = cross_entropy.new_zeros(())
+    if gains is not None:
+        for gate in decoder.gates:
+            forecast = forecast + config.gain_weight * gate.gain_loss(gains.gain_BT, gains.known_BT)
+    loss = cross_entropy + budget + forecast
     if num_items_in_batch is not None:
         loss = loss * (count / num_items_in_batch)
-    return Loss(total=loss, cross_entropy=cross_entropy, budget=budget)
+    return Loss(total=loss, cross_entropy=cross_entropy, budget=budget, forecast=forecast)

@@ -21,6 +21,7 @@ class TaipanOutput:
         loss: cross-entropy plus budget, if labels were given.
         cross_entropy: mean nats per predicted token, if labels were given.
         budget: λ Σ_n ‖C − rate_n‖² (Eq. 7), if labels were given.
+        forecast: error of the gates as forecasts of gains, if labels were given; 0 where that is not their objective.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class TaipanOutput:
         self.loss = None if loss is None else loss.total
         self.cross_entropy = None if loss is None else loss.cross_entropy
         self.budget = None if loss is None else loss.budget
+        self.forecast = None if loss is None else loss.forecast
         self._build_state = decoder.build_state
         self._head = head
         self._keep = logits_to_keep

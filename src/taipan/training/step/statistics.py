@@ -19,6 +19,7 @@ class GateStatistics:
         alpha_mean, alpha_std: mean and spread of the mixing weight.
         weight_mean: mean of m_i α_i, so that `weight_mean` / `rate` is the mean mixing weight of the selected tokens.
         entropy: of the decision, nats.
+        margin_std: spread of the score s_1 − s_0.
         budget: its part of the budget loss, λ‖C − rate‖².
     """
 
@@ -30,6 +31,7 @@ class GateStatistics:
     alpha_std: float
     weight_mean: float
     entropy: float
+    margin_std: float
     budget: float
 
 
@@ -41,7 +43,7 @@ def gate_statistics(model: TaipanLM, gates: Sequence[GateOutput]) -> tuple[GateS
         gates: what its gates decided.
     """
     config, capacity = model.config, model.model.schedule.capacity
-    weight = config.budget_weight if config.attention_capacity > 0 else 0.0
+    weight = config.budget_weight if config.attention_capacity > 0 and config.budget_control == "penalty" else 0.0
     return tuple(
         GateStatistics(
             layer=gate.layer,
@@ -52,6 +54,7 @@ def gate_statistics(model: TaipanLM, gates: Sequence[GateOutput]) -> tuple[GateS
             alpha_std=gate.alpha_std.item(),
             weight_mean=gate.weight_mean.item(),
             entropy=gate.entropy.item(),
+            margin_std=gate.margin_std.item(),
             budget=weight * gate.budget_loss(capacity, config.budget_mean).item(),
         )
         for gate in gates
@@ -82,7 +85,8 @@ def statistics_of_all(model: TaipanLM, own: Sequence[GateStatistics], world: Wor
         *sums, squares = world.sum(*values.values(), square)
         means = dict(zip(values, (total / world.size for total in sums), strict=True))
         means["alpha_std"] = math.sqrt(max(0.0, squares / world.size - means["alpha_mean"] ** 2))
-        if config.budget_mean == "batch" and config.attention_capacity > 0:
+        penalty = config.attention_capacity > 0 and config.budget_control == "penalty"
+        if config.budget_mean == "batch" and penalty:
             means["budget"] = config.budget_weight * (capacity - means["rate"]) ** 2
         whole_batch.append(GateStatistics(layer=layer, **means))
     return tuple(whole_batch)

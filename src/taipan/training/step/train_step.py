@@ -21,7 +21,10 @@ from taipan.training.step.statistics import GateStatistics, gate_statistics, mea
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured: losses in nats per predicted token, the gradient's norm before clipping."""
+    """What one optimizer step measured: losses in nats per predicted token, the gradient's norm before clipping.
+
+    `forecast` is what the gates' errors as forecasts of gains add to the loss; 0 where that is not their objective.
+    """
 
     loss: float
     cross_entropy: float
@@ -29,6 +32,7 @@ class StepResult:
     grad_norm: float
     tokens: int
     gates: tuple[GateStatistics, ...]
+    forecast: float = 0.0
 
 
 def train_step(
@@ -45,7 +49,8 @@ def train_step(
     """Accumulate the gradient of all micro-batches and update the weights once.
 
     The cross-entropy is the mean over all predicted tokens of the step, exactly as in one large batch. The budget loss
-    is the mean of the micro-batches' budget losses: the rate of Eq. 7 is taken over one forward.
+    is the mean of the micro-batches' budget losses: the rate of Eq. 7 is taken over one forward. Thresholds that hold
+    the budget move once, by what the whole step selected.
 
     Args:
         model: in training mode, with its progress set.
@@ -70,7 +75,7 @@ def train_step(
     world = parallel.world
     counts = [predicted_tokens(batch) for batch in micro_batches]
     total = max(1.0, *world.sum(float(sum(counts))))
-    cross_entropy = budget = 0.0
+    cross_entropy = budget = forecast = 0.0
     gates: list[tuple[GateStatistics, ...]] = []
     before = [None] * len(micro_batches) if states is None else states
     after: list[DecoderState | None] = []
@@ -84,8 +89,11 @@ def train_step(
                     after.append(output.state.detach())
             token_loss = output.cross_entropy * (count / total)
             budget_loss = _budget_share(model, output, world) / len(micro_batches)
-            loss = token_loss + budget_loss
-            value, token_value, budget_value = world.sum(loss.item(), token_loss.item(), budget_loss.item())
+            assert output.forecast is not None
+            forecast_loss = output.forecast / (len(micro_batches) * world.size)
+            loss = token_loss + budget_loss + forecast_loss
+            parts = (token_loss.item(), budget_loss.item(), forecast_loss.item())
+            value, token_value, budget_value, forecast_value = world.sum(loss.item(), *parts)
             if not math.isfinite(value):
                 optimizer.zero_grad()
                 raise _not_finite(step, "loss", value)
@@ -93,21 +101,26 @@ def train_step(
             (loss if world.size == 1 else loss * world.size).backward()
         cross_entropy += token_value
         budget += budget_value
+        forecast += forecast_value
         gates.append(statistics_of_all(model, gate_statistics(model, output.gates), world))
     (norm,) = world.sum(_clip(optimizer.parameters(), clip) / world.size)
     if not math.isfinite(norm):
         optimizer.zero_grad()
         raise _not_finite(step, "norm of the gradient", norm)
     optimizer.step()
+    statistics = mean_statistics(gates)
+    for sal, gate in zip(model.sals, statistics, strict=True):
+        sal.gate.hold_budget(gate.rate, gate.margin_std, model.model.schedule.capacity)
     if states is not None:
         states[:] = after
     return StepResult(
-        loss=cross_entropy + budget,
+        loss=cross_entropy + budget + forecast,
         cross_entropy=cross_entropy,
         budget=budget,
         grad_norm=norm,
         tokens=world.size * sum(batch["tokens"].numel() for batch in micro_batches),
-        gates=mean_statistics(gates),
+        gates=statistics,
+        forecast=forecast,
     )
 
 
@@ -121,7 +134,8 @@ def _budget_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor
     """This process's share of the budget loss: shares add up to the whole, in value and in gradient."""
     assert output.budget is not None
     config = model.config
-    if world.size == 1 or config.budget_mean == "sequence" or config.attention_capacity == 0 or not output.gates:
+    penalty = config.attention_capacity > 0 and config.budget_control == "penalty"
+    if world.size == 1 or config.budget_mean == "sequence" or not penalty or not output.gates:
         return output.budget / world.size
     own = torch.stack([masked_mean(gate.mask_BT, gate.real_BT) for gate in output.gates]) / world.size
     rates = own + (own.new_tensor(world.sum(*own.tolist())) - own).detach()  # of the batch, with the own gradient

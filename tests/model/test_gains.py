@@ -1,0 +1,164 @@
+"""Gains of attention: what is measured, who learns from it, and what a forecasting gate leaves alone."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from taipan import TaipanConfig, TaipanLM
+from taipan.errors import ConfigError, InputError
+from taipan.hf import TaipanForCausalLM, TaipanHFConfig
+from taipan.model.gains import Gains, measure_gains
+from taipan.training.recipe import OptimizerSection
+from taipan.training.step.optimizer import build_optimizer
+from taipan.training.step.train_step import train_step
+from tests.models import VARIANTS, random_tokens, small_config, small_model
+
+FORECAST = VARIANTS["recall"]
+
+
+def forecasting(**overrides: Any) -> TaipanLM:
+    options: dict[str, Any] = {**FORECAST, "gain_rows": 1.0, "gain_clip": 1e3, **overrides}
+    return small_model("taipan", **options).train()
+
+
+def measured(model: TaipanLM, tokens: Tensor, **call: Any) -> Gains | None:
+    arguments: dict[str, Any] = {"state": None, "attention_mask": None, "segment_ids": None, "labels": tokens, **call}
+    return measure_gains(model.model, model.lm_head, model.config, tokens_BT=tokens, **arguments)
+
+
+def losses(model: TaipanLM, tokens: Tensor, threshold: float, **call: Tensor) -> Tensor:
+    """Loss of the next token at inference with every gate at one threshold."""
+    model.eval()
+    for sal in model.sals:
+        sal.gate.threshold.fill_(threshold)
+    with torch.no_grad():
+        logits = model(tokens, **call).logits
+    model.train()
+    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gain_is_the_loss_with_all_gates_closed_less_that_with_all_open(packed: bool) -> None:
+    model, tokens = forecasting(), random_tokens(3, 20)
+    call = {"segment_ids": (torch.arange(20) >= 9).long().expand(3, 20)} if packed else {}
+    expected = losses(model, tokens, math.inf, **call) - losses(model, tokens, -math.inf, **call)
+    gains = measured(model, tokens, **call)
+    assert gains is not None
+    known = torch.ones(3, 20, dtype=torch.bool)
+    known[:, -1] = False
+    if packed:
+        known[:, 8] = False  # the next token begins a document
+    assert gains.known_BT.equal(known)
+    torch.testing.assert_close(gains.gain_BT[:, :-1][known[:, :-1]], expected[known[:, :-1]].float())
+    assert expected.abs().max() > 0.01
+    assert model.model.schedule.forced is None
+
+
+def test_gains_are_cut() -> None:
+    model, tokens = forecasting(gain_clip=0.01), random_tokens(3, 20)
+    gains = measured(model, tokens)
+    assert gains is not None
+    assert gains.gain_BT.abs().max() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("share", "part", "rows"),
+    [
+        (1.0, (0, 1), 4),
+        (0.5, (0, 1), 2),
+        (0.1, (0, 1), 1),
+        (0.5, (0, 2), 4),
+        (0.5, (1, 2), 0),
+        (0.75, (1, 2), 2),
+    ],
+)
+def test_the_measured_rows_are_the_first_of_the_whole_batch(share: float, part: tuple[int, int], rows: int) -> None:
+    model = forecasting(gain_rows=share)
+    model.set_progress(1.0, part=part)
+    gains = measured(model, random_tokens(4, 6))
+    assert (0 if gains is None else len(gains.gain_BT)) == rows
+
+
+def test_nothing_is_measured_where_nobody_asks() -> None:
+    tokens = random_tokens(2, 6)
+    assert measured(forecasting(), tokens, labels=None) is None
+    assert measured(forecasting().eval(), tokens) is None
+    assert measured(small_model("taipan").train(), tokens) is None
+    assert measured(small_model("jamba", **FORECAST).train(), tokens) is None
+    assert measured(forecasting(attention_capacity=0.0), tokens) is None
+
+
+def test_the_gate_learns_from_gains_alone_and_nothing_else_does() -> None:
+    model, tokens = forecasting(), random_tokens(2, 20)
+    gate = {name for name, _ in model.named_parameters() if ".gate." in name}
+    output = model(tokens, labels=tokens)
+    assert output.forecast > 0
+    assert output.budget == 0
+    torch.testing.assert_close(output.loss, output.cross_entropy + output.forecast)
+    for part, taught in ((output.forecast, gate), (output.cross_entropy, {*dict(model.named_parameters())} - gate)):
+        grads = torch.autograd.grad(part, list(model.parameters()), retain_graph=True, allow_unused=True)
+        names = [name for name, _ in model.named_parameters()]
+        moved = {name for name, grad in zip(names, map(id, grads), strict=True) if grad != id(None)}
+        assert moved == taught
+
+
+def test_a_step_of_training_teaches_the_forecast_and_holds_the_budget() -> None:
+    """The share selected ends at the budget, by one threshold for training and inference."""
+    config = small_config("taipan", **{**FORECAST, "gain_rows": 1.0, "attention_capacity": 0.3, "budget_anneal": [0, 0],
+                                       "gumbel_noise": 0.0})  # fmt: skip
+    model = TaipanLM(config, generator=torch.Generator().manual_seed(0)).train()
+    optimizer = build_optimizer(model, OptimizerSection(learning_rate=1e-3))
+    model.set_progress(1.0)
+    results = []
+    tokens = random_tokens(4, 32)
+    for step in range(150):
+        tokens = random_tokens(4, 32, seed=step % 3)
+        tokens[:, 16:] = tokens[:, :16]  # half of every row can be recalled
+        results.append(train_step(model, optimizer, [{"tokens": tokens}], step=step))
+    assert all(result.budget == 0 for result in results)
+    gains = measured(model, tokens)
+    assert gains is not None
+    with torch.no_grad():
+        margins = [gate.margin_BT[gains.known_BT] for gate in model(tokens).gates]
+    for margin in margins:
+        assert torch.corrcoef(torch.stack([margin, gains.gain_BT[gains.known_BT]]))[0, 1] > 0.5
+    for gate in range(2):
+        late = [result.gates[gate] for result in results[-40:]]
+        assert sum(entry.rate for entry in late) / len(late) == pytest.approx(0.3, abs=0.03)
+        assert all(entry.rate == entry.noise_free_rate == entry.training_rate for entry in late)
+    assert all(sal.gate.threshold != 0 for sal in model.sals)
+
+
+def test_both_faces_measure_the_same() -> None:
+    model, tokens = forecasting(), random_tokens(2, 12)
+    face = TaipanForCausalLM(TaipanHFConfig.from_native(model.config)).double()
+    face.load_state_dict(model.state_dict())
+    ours, theirs = model(tokens, labels=tokens), face.train()(tokens, labels=tokens)
+    torch.testing.assert_close(theirs.loss, ours.loss)
+    assert theirs.loss > theirs.cross_entropy
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="one label per token"):
+        measured(forecasting(), random_tokens(2, 6), labels=random_tokens(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"gate_objective": "gain", "budget_control": "penalty"}, "must be 'threshold' while gate_objective is 'gain'"),
+        ({"gain_rows": 0.0}, "share of the rows"),
+        ({"gain_clip": 0.0}, "above 0"),
+        ({"gate_input": "recall", "recall_orders": (2, 1)}, "rising"),
+        ({"gate_input": "recall", "recall_orders": (12,)}, "at most 10 with 61 tokens"),
+        ({"gate_input": "recall", "recall_orders": (1 << 40,)}, "at most 10 with 61 tokens"),
+        ({"gate_input": "recall", "recall_rank": 0}, "from 1 to"),
+        ({"gate_input": "recall", "sliding_window": 1}, "at least 2"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TaipanConfig.from_dict({**small_config("taipan").to_dict(), **wrong})
