@@ -145,6 +145,12 @@ StateBuilder = Callable[[], LayerState]
 """A layer hands over how to build its next state; in training nobody asks and the work is saved."""
 
 
+def _padded(tensor: Tensor, slots: int, fill: int) -> Tensor:
+    """(B, W, …) with more slots at the back."""
+    rest = tensor.new_full((tensor.shape[0], slots - tensor.shape[1], *tensor.shape[2:]), fill)
+    return torch.cat([tensor, rest], 1)
+
+
 def newest_ordinals(count_B: IntB, slots: int) -> IntBW:
     """The ordinal of the newest of `count_B` entries that lives in each slot of a ring; negative where none does."""
     slot_W = torch.arange(slots, device=count_B.device)
@@ -285,6 +291,27 @@ class DecoderState:
                 f"give indices from 0 to {self.batch_size - 1}."
             )
         return self.map(lambda tensor: tensor.index_select(0, rows_B))
+
+    def with_row(self, row: int, other: "DecoderState") -> "DecoderState":
+        """This state with one row taken from a state of one row.
+
+        Raises:
+            StateError: the other state is of another model or has not one row, or there is no such row.
+        """
+        if other.architecture != self.architecture or other.batch_size != 1 or not 0 <= row < self.batch_size:
+            raise StateError(
+                f"Row {row} of {self.batch_size} cannot come from a state of {other.batch_size} rows"
+                f"{'' if other.architecture == self.architecture else ' of another model'}: give a state of one row."
+            )
+
+        def replaced(name: str, own: Tensor) -> Tensor:
+            new = other.tensors()[name]
+            if name.endswith(_GROWING) and own.shape[1] != new.shape[1]:  # full attentions that saw different lengths
+                slots = max(own.shape[1], new.shape[1])
+                own, new = (_padded(tensor, slots, -1 if name.endswith("index_BW") else 0) for tensor in (own, new))
+            return own.index_copy(0, torch.tensor([row], device=own.device), new.to(own.dtype))
+
+        return self.with_tensors({name: replaced(name, own) for name, own in self.tensors().items()})
 
     def save(self, path: str | Path, model: Fingerprinted) -> None:
         """Write the state as safetensors, with the fingerprint of the model it belongs to and a checksum; atomic.

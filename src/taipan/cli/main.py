@@ -25,6 +25,7 @@ from taipan.cli import (
     quickstart,
     reproduce,
     runs,
+    serve,
     session,
     train,
 )
@@ -39,7 +40,7 @@ PANELS = {
     "Start": (quickstart, doctor),
     "Data": (data,),
     "Train": (train, runs, presets, plan, calibrate),
-    "Use": (generate, session, inspect, convert),
+    "Use": (generate, session, serve, inspect, convert),
     "Measure": (evaluate, bench, reproduce),
 }
 _HELP = ["-h", "--help"]

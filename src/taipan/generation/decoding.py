@@ -48,6 +48,14 @@ class Decoding(Protocol):
         """What the model remembers now: a copy, as ordinary tensors."""
         ...
 
+    def put(self, row: int, state: Any) -> None:
+        """Let a row go on from another state, of one row; the other rows stay what they are.
+
+        Raises:
+            StateError: the state is of another model, or has not one row.
+        """
+        ...
+
 
 def start_decoding(model: RecurrentLM, state: Any, *, weights: str = "auto") -> Decoding:
     """Begin to read token by token after a state, which itself stays what it is.
@@ -120,6 +128,10 @@ class ModelDecoding:
         """See `Decoding.state`."""
         return self._state.fork()
 
+    def put(self, row: int, state: Any) -> None:
+        """See `Decoding.put`."""
+        self._state = self._state.with_row(row, state)
+
 
 class NativeDecoding:
     """Every token is one call of the compiled kernels, which write into buffers of this object.
@@ -186,6 +198,34 @@ class NativeDecoding:
         )
         position_B, segment_B = self._position_B.clone(), self._segment_B.clone()
         return replace(self._state, layers=layers, position_B=position_B, segment_B=segment_B)
+
+    def put(self, row: int, state: DecoderState) -> None:
+        """See `Decoding.put`."""
+        state.require(self._program.config, 1)
+        self._make_room(state)
+        for buffers, layer in zip(self._layers, state.layers, strict=True):
+            if isinstance(layer, Mamba2State):
+                buffers[0][row], buffers[1][row] = layer.conv_BLC[0], layer.ssm_BHPN[0]
+                continue
+            layer = cast(AttentionState, layer)
+            key_BGWE, value_BGWE, index_BW, count_B = buffers
+            slots = layer.index_BW.shape[1]
+            key_BGWE[row, :, :slots] = layer.key_BWGE[0].transpose(0, 1)
+            value_BGWE[row, :, :slots] = layer.value_BWGE[0].transpose(0, 1)
+            index_BW[row] = -1
+            index_BW[row, :slots] = layer.index_BW[0]
+            count_B[row] = layer.count_B[0]
+        self._position_B[row], self._segment_B[row] = state.position_B[0], state.segment_B[0]
+
+    def _make_room(self, state: DecoderState) -> None:
+        """Widen full attentions until the entries of a state fit."""
+        for number in self._growing:
+            slots = cast(AttentionState, state.layers[number]).index_BW.shape[1]
+            self._entries = max(self._entries, slots)
+            if slots > self._layers[number][0].shape[2]:
+                self._layers[number] = _wider(self._layers[number], slots - self._layers[number][0].shape[2] + _SPARE)
+        if self._growing:
+            self._address()
 
     def _check(self, token_B: Tensor) -> None:
         if token_B.shape != self._rows_B.shape:

@@ -1,0 +1,62 @@
+"""`taipan serve`: a model behind OpenAI's endpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the verb to the command line, in a panel of its help."""
+
+    @app.command("serve", rich_help_panel=panel)
+    def serve(
+        model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
+        host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+        name: Annotated[str | None, typer.Option(help="Name of the model in requests; by default its path.")] = None,
+        rows: Annotated[int, typer.Option(min=1, help="Streams at once; further ones wait.")] = 16,
+        waiting: Annotated[int, typer.Option(min=0, help="Streams that may wait; further ones are refused.")] = 256,
+        prefix_memory: Annotated[
+            int, typer.Option(min=0, help="MiB of memory for prompts that were read, to read none twice; 0: none.")
+        ] = 1024,
+        prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 1 << 20,
+        new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1 << 16,
+        api_key: Annotated[
+            list[str] | None,
+            typer.Option(envvar="TAIPAN_API_KEYS", help="Who may ask; several are given by several options."),
+        ] = None,
+        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
+        weights: Annotated[
+            str, typer.Option(help="New tokens read bfloat16 or int8 copies of the weights: faster, less exact.")
+        ] = "auto",
+    ) -> None:
+        """Serve a model to OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
+
+        Examples:
+
+            taipan serve quickstart/model
+
+            curl localhost:8000/v1/models
+        """
+        from taipan.errors import ConfigError, how_to_install
+        from taipan.hardware import tune_allocator
+        from taipan.text import load
+
+        try:
+            import uvicorn
+
+            from taipan.serving.app import Limits, create_app
+            from taipan.serving.engine import Engine
+        except ImportError as error:
+            raise ConfigError(f"taipan serve needs {error.name}: {how_to_install('serve')}") from error
+        from taipan.cli.console import note
+
+        tune_allocator()
+        engine = Engine(
+            load(model, dtype=dtype), rows=rows, waiting=waiting, prefix_bytes=prefix_memory << 20, weights=weights
+        )
+        limits = Limits(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        application = create_app(engine, name or str(model), keys=api_key or (), limits=limits)
+        note(f"Serving {name or model} at http://{host}:{port}/v1 (Ctrl-C stops).")
+        uvicorn.run(application, host=host, port=port, log_level="warning")

@@ -1,0 +1,1 @@
+"""An OpenAI-style server: many streams at once, prompts read between their tokens, prefixes read once."""
