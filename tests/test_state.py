@@ -152,3 +152,26 @@ def test_gradients_flow_through_a_state_and_detach_stops_them(variant: str) -> N
     model(tokens[:, 6:], state=first.state.detach()).logits.square().sum().backward()
     cut = [p.grad for p in model.parameters() if p.grad is not None]
     assert any(not torch.allclose(a, b) for a, b in zip(whole, cut, strict=True))
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@torch.no_grad()
+def test_a_row_can_come_from_another_state(stack: str) -> None:
+    model = small_model(stack)
+    texts = [random_tokens(1, length, seed=length) for length in (3, 20, 9)]
+    alone = [model(text).state for text in texts]
+    state = model(torch.cat([texts[0]] * 3)).state
+    before = state.fork()
+    for row in (1, 2, 1):
+        joined = state.with_row(row, alone[row])
+        assert_same_state(state, before)  # a value: the old one stays what it was
+        state = joined
+        before = state.fork()
+    probe = random_tokens(3, 4, seed=5)
+    after = model(probe, state=state).logits
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(after[row], model(torch.cat([text, probe[row : row + 1]], 1)).logits[0, -4:])
+    with pytest.raises(StateError, match="give a state of one row"):
+        state.with_row(3, alone[0])
+    with pytest.raises(StateError, match="give a state of one row"):
+        state.with_row(0, state)

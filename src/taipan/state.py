@@ -39,6 +39,11 @@ class LayerState:
         """Bytes that reading one more token of every row must move: all are read and written."""
         return 2.0 * sum(getattr(self, field.name).nbytes for field in fields(self))
 
+    def with_row(self, row: int, other: Any) -> Any:
+        """This state with one row taken from a state of one row of the same layer."""
+        new = {f.name: _with_row(getattr(self, f.name), row, getattr(other, f.name)) for f in fields(self)}
+        return replace(self, **new)
+
 
 @dataclass(frozen=True)
 class Mamba2State(LayerState):
@@ -80,6 +85,20 @@ class AttentionState(LayerState):
             index_BW=torch.full((batch, slots), -1, dtype=torch.int64, device=device),
             count_B=torch.zeros(batch, dtype=torch.int64, device=device),
         )
+
+    def with_slots(self, slots: int) -> "AttentionState":
+        """The same entries with more slots; of a state that grows."""
+        return replace(
+            self,
+            key_BWGE=_padded(self.key_BWGE, slots),
+            value_BWGE=_padded(self.value_BWGE, slots),
+            index_BW=_padded(self.index_BW, slots, -1),
+        )
+
+    def with_row(self, row: int, other: "AttentionState") -> "AttentionState":
+        """See `LayerState.with_row`; full attentions that have seen different lengths get the slots of the longer."""
+        slots = max(self.index_BW.shape[1], other.index_BW.shape[1])
+        return super(AttentionState, self.with_slots(slots)).with_row(row, other.with_slots(slots))
 
     def chronological(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and indices from the oldest slot to the newest, empty slots first."""
@@ -145,8 +164,12 @@ StateBuilder = Callable[[], LayerState]
 """A layer hands over how to build its next state; in training nobody asks and the work is saved."""
 
 
-def _padded(tensor: Tensor, slots: int, fill: int) -> Tensor:
-    """(B, W, …) with more slots at the back."""
+def _with_row(tensor: Tensor, row: int, new: Tensor) -> Tensor:
+    return tensor.index_copy(0, torch.tensor([row], device=tensor.device), new.to(tensor.dtype))
+
+
+def _padded(tensor: Tensor, slots: int, fill: int = 0) -> Tensor:
+    """(B, W, …) with empty slots at the back."""
     rest = tensor.new_full((tensor.shape[0], slots - tensor.shape[1], *tensor.shape[2:]), fill)
     return torch.cat([tensor, rest], 1)
 
@@ -304,14 +327,13 @@ class DecoderState:
                 f"{'' if other.architecture == self.architecture else ' of another model'}: give a state of one row."
             )
 
-        def replaced(name: str, own: Tensor) -> Tensor:
-            new = other.tensors()[name]
-            if name.endswith(_GROWING) and own.shape[1] != new.shape[1]:  # full attentions that saw different lengths
-                slots = max(own.shape[1], new.shape[1])
-                own, new = (_padded(tensor, slots, -1 if name.endswith("index_BW") else 0) for tensor in (own, new))
-            return own.index_copy(0, torch.tensor([row], device=own.device), new.to(own.dtype))
-
-        return self.with_tensors({name: replaced(name, own) for name, own in self.tensors().items()})
+        layers = tuple(own.with_row(row, new) for own, new in zip(self.layers, other.layers, strict=True))
+        return replace(
+            self,
+            layers=layers,
+            position_B=_with_row(self.position_B, row, other.position_B),
+            segment_B=_with_row(self.segment_B, row, other.segment_B),
+        )
 
     def save(self, path: str | Path, model: Fingerprinted) -> None:
         """Write the state as safetensors, with the fingerprint of the model it belongs to and a checksum; atomic.

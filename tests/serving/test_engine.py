@@ -18,9 +18,13 @@ from tests.models import random_tokens, small_model
 STACK = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
 
 
-@pytest.fixture(scope="module")
-def model() -> TextModel:
-    return TextModel(small_model(STACK, vocab_size=257, dtype=torch.float32), Tokenizer.bytes())
+@pytest.fixture(scope="module", params=["native", "model"])
+def model(request: pytest.FixtureRequest) -> TextModel:
+    """A model that decodes by the native step, and one that calls its own forward."""
+    own = small_model(STACK, vocab_size=257, dtype=torch.float32)
+    if request.param == "model":
+        own.lm_head.register_forward_pre_hook(lambda *_: None)  # what the native step would pass by
+    return TextModel(own, Tokenizer.bytes())
 
 
 @pytest.fixture
