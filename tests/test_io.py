@@ -268,6 +268,7 @@ def test_a_path_is_text_that_can_be_printed() -> None:
         (b"\xc3", "offset 0"),
         (b"\xef\xbb\xbfabc\xff", "byte 0xff at offset 6"),
         ("abc".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        ("abcdefgh".encode("utf-16-le"), "it looks like UTF-16LE.*iconv -f UTF-16LE -t UTF-8"),
         (b"\x1f\x8b\x08\0", "It is gzip data. Unpack it"),
     ],
 )

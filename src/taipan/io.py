@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, not_text
+from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, encoding, not_text
 from taipan.errors import CheckpointError, DataError, TaipanError, brief, shown
 
 _CHUNK_BYTES = 1 << 20
@@ -265,19 +265,24 @@ def decode_utf8(data: bytes, source: str) -> str:
         DataError: the bytes are not UTF-8; the message names ``source``, the offending byte and its offset, and says
             what they are if that can be told.
     """
+    head = data[:HEAD_BYTES]
+    if b"\0" in head and (name := encoding(head)):  # without a byte order mark it would pass for text with zero bytes
+        raise not_utf8(source, head, f"it looks like {name}")
     text = data.removeprefix(BYTE_ORDER_MARK)
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         place = error.start + len(data) - len(text)
-        what = not_text(data[:HEAD_BYTES]) or (
-            "Convert it from its encoding, which only its author knows (`file --mime-encoding` guesses): "
-            "iconv -f ENCODING -t UTF-8 FILE > NEW"
-        )
-        raise DataError(
-            f"{source} is not UTF-8 text: byte 0x{data[place]:02x} at offset {place} ({error.reason}). "
-            f"{what[0].upper()}{what[1:]}"
-        ) from error
+        raise not_utf8(source, head, f"byte 0x{data[place]:02x} at offset {place} ({error.reason})") from error
+
+
+def not_utf8(source: str, head: bytes, reason: str) -> DataError:
+    """The error for a source that is not UTF-8 text for this reason; its first bytes say what to do."""
+    what = not_text(head) or (
+        "Convert it from its encoding, which only its author knows (`file --mime-encoding` guesses): "
+        "iconv -f ENCODING -t UTF-8 FILE > NEW"
+    )
+    return DataError(f"{source} is not UTF-8 text: {reason}. {what[0].upper()}{what[1:]}")
 
 
 def path_text(path: str | os.PathLike[str]) -> str:

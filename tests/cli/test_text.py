@@ -2,7 +2,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from taipan.cli import text
@@ -10,16 +10,26 @@ from taipan.errors import DataError
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.text(max_size=40), size=st.integers(1, 7))
-def test_pieces_of_any_size_make_the_text(
-    content: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@given(content=st.text(max_size=40), size=st.integers(1, 7), mark=st.sampled_from([b"", b"\xef\xbb\xbf"]))
+@example(content="\ufefftext", size=2, mark=b"")
+def test_pieces_of_any_size_make_the_text_without_its_byte_order_mark(
+    content: str, size: int, mark: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "_PIECE_BYTES", size)
     path = tmp_path / "text"
-    path.write_bytes(content.encode())
-    assert "".join(text.text_pieces(str(path))) == content
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
-    assert "".join(text.text_pieces("-")) == content
+    data = mark + content.encode()
+    path.write_bytes(data)
+    expected = content if mark else content.removeprefix("\ufeff")
+    assert "".join(text.text_pieces(str(path))) == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert "".join(text.text_pieces("-")) == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_another_encoding_is_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "text").write_bytes("The taipan waits.".encode(encoding))
+    with pytest.raises(DataError, match=f"text is not UTF-8.*iconv -f {encoding[:6].upper()}"):
+        list(text.text_pieces(str(tmp_path / "text")))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, encoding
 from taipan.errors import DataError
+from taipan.io import not_utf8
 
 _PIECE_BYTES = 1 << 16
 
 
 def text_pieces(source: str) -> Iterator[str]:
-    """The UTF-8 text of a file, or of standard input if `source` is "-", piece by piece.
+    """The UTF-8 text of a file, or of standard input if `source` is "-", piece by piece, without its byte order mark.
 
     Raises:
         DataError: the file is missing, a directory, unreadable, or not UTF-8 (names the offset of the byte).
@@ -20,15 +22,22 @@ def text_pieces(source: str) -> Iterator[str]:
     name = "standard input" if source == "-" else source
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
+    head = b""
     with ExitStack() as stack:
         try:
             stream = sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))
-            while data := stream.read(_PIECE_BYTES):
+            while data := stream.read(max(_PIECE_BYTES, len(BYTE_ORDER_MARK))):
+                if not head:
+                    head = data[:HEAD_BYTES]
+                    if kind := encoding(head):
+                        raise not_utf8(name, head, f"it looks like {kind}")
+                    if data.startswith(BYTE_ORDER_MARK):
+                        data, offset = data[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
                 held = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(data)
                 except UnicodeDecodeError as error:
-                    raise _not_utf8(name, offset - held + error.start, error) from error
+                    raise not_utf8(name, head, _place(offset - held, error)) from error
                 offset += len(data)
                 if text:
                     yield text
@@ -40,11 +49,8 @@ def text_pieces(source: str) -> Iterator[str]:
     try:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise _not_utf8(name, offset - held, error) from error
+        raise not_utf8(name, head, _place(offset - held, error)) from error
 
 
-def _not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> DataError:
-    return DataError(
-        f"{name} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {offset} ({error.reason}). "
-        "Convert it first, for example with iconv -f ISO-8859-1 -t UTF-8."
-    )
+def _place(offset: int, error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start} ({error.reason})"

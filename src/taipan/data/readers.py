@@ -281,6 +281,8 @@ _ANY = _Any()
 
 def _is_json_with(text: str, column: str) -> bool:
     """Whether a text is a JSON object with a text in this field, or a list of such objects."""
+    if json.dumps(column) not in text:
+        return False
     text = text.lstrip()
     if text.startswith("["):
         text = text[1:].lstrip()
