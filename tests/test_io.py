@@ -313,3 +313,23 @@ def test_json_is_what_the_standard_library_reads() -> None:
     assert io.parse_json(deep, "a.json") == json.loads(deep)
     with pytest.raises(DataError, match=r"a.json holds \[1\], but must hold a JSON object"):
         io.parse_json_object("[1]", "a.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("quickstart/model", "quickstart/model"),
+        ("/home/someone/secret/model", "model"),
+        ("../secret/text.py", "text.py"),
+        ("text.py", "text.py"),
+    ],
+)
+def test_a_page_shows_no_paths_of_this_machine(given: str, shown: str) -> None:
+    assert io.shareable(given) == io.shareable(Path(given)) == shown
+
+
+def test_the_working_directory_and_its_parent_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    assert io.shareable("..") == tmp_path.name
+    assert io.shareable(".") == "."

@@ -290,6 +290,17 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
+def shareable(path: str | Path) -> str:
+    """A path as a page or a model card may show it: as given, or only its last part where it tells of this machine.
+
+    Such files are sent to others; where data lay on this machine is not their business.
+    """
+    given = Path(path)
+    if given.is_absolute() or ".." in given.parts:
+        return path_text(given.name if given.name not in ("", "..") else given.resolve().name)
+    return path_text(given)
+
+
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path} does not exist; expected a file. Check the path (it is taken from {Path.cwd()}).")

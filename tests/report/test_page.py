@@ -1,10 +1,8 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
-from taipan.report.page import render, shareable
+from taipan.report.page import render
 from taipan.report.selection import LayerSelection, selection_view
 
 
@@ -17,23 +15,3 @@ def test_a_forgotten_value_is_an_error() -> None:
     for name in values:
         with pytest.raises(UndefinedError):
             render("inspect.html.j2", **{key: value for key, value in values.items() if key != name})
-
-
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ("quickstart/model", "quickstart/model"),
-        ("/home/someone/secret/model", "model"),
-        ("../secret/text.py", "text.py"),
-        ("text.py", "text.py"),
-    ],
-)
-def test_a_page_shows_no_paths_of_this_machine(given: str, shown: str) -> None:
-    assert shareable(given) == shareable(Path(given)) == shown
-
-
-def test_the_working_directory_and_its_parent_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "inner").mkdir()
-    monkeypatch.chdir(tmp_path / "inner")
-    assert shareable("..") == tmp_path.name
-    assert shareable(".") == "."

@@ -20,9 +20,9 @@ from taipan.config import TaipanConfig
 from taipan.data.mixture import Mixture
 from taipan.experiments.phases import Phase
 from taipan.experiments.quickstart_findings import SAMPLE_PROMPT, SAMPLE_SETTINGS, Findings
-from taipan.io import atomic_write
+from taipan.io import atomic_write, shareable
 from taipan.report.curves import Curve, alpha_figure, loss_figure, position_figure, selection_figure
-from taipan.report.page import render, shareable
+from taipan.report.page import render
 from taipan.report.selection import margins
 from taipan.training.recipe import Recipe
 from taipan.training.watch.metrics import Record, read_records

@@ -1,5 +1,6 @@
 """What a run leaves behind besides its model: samples, its record, a model card; what it can carry and recompute."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -229,6 +230,8 @@ def test_the_model_card_has_the_facts_and_metadata(whole: TrainResult) -> None:
         assert fact in body
     assert f"{sum(parameter.numel() for parameter in whole.model.parameters()):,}" in body
     assert "stay under the licences of those texts" in body
+    assert Path(whole.run).is_absolute()
+    assert not re.findall(r"(?<![\w:/.])/[\w.-]+/", card), "a path of this machine"
 
 
 def test_a_card_without_evaluation_calibration_or_gates(make_recipe: MakeRecipe) -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from taipan.accounting import flops_per_token, parameter_count, state_bytes
 from taipan.config import TaipanConfig
+from taipan.io import shareable
 from taipan.training.recipe import Recipe
 from taipan.training.run.calibration import Calibration
 from taipan.training.watch.metrics import Record
@@ -40,6 +41,8 @@ def model_card(
     session = record["sessions"][-1]
     context = recipe.data.context_length
     training = recipe.training
+    sources = recipe.data.train if isinstance(recipe.data.train, dict) else [recipe.data.train]
+    held_out = None if recipe.data.valid is None else shareable(recipe.data.valid)
     rate = f"{recipe.optimizer.learning_rate:g}, {recipe.schedule.kind}"
     facts = [
         ("layers", layers),
@@ -47,13 +50,13 @@ def model_card(
         ("width, vocabulary", f"{config.hidden_size}, {config.vocab_size:,}"),
         ("forward FLOPs per token", f"{flops_per_token(config, context):.3g} at {context:,} tokens"),
         ("state of one row", f"{state_bytes(config, context):,} bytes in float32 at {context:,} tokens"),
-        ("started from", recipe.model.start or "random weights"),
+        ("started from", shareable(recipe.model.start) if recipe.model.start else "random weights"),
         ("steps, tokens", f"{final['step']:,}, {final['tokens']:,}"),
         ("tokens per step", f"{recipe.tokens_per_step:,} in windows of {context:,} ({recipe.data.packing})"),
         ("optimizer", f"{recipe.optimizer.name}, learning rate {rate}, clip {recipe.optimizer.clip}"),
         ("dtype, seed", f"{session['dtype']}, {training.seed}"),
         ("time", f"{final['seconds']:,.0f} s on {session['environment']['cpu']}, {session['processes']} process(es)"),
-        ("data", ", ".join(recipe.data.train) if isinstance(recipe.data.train, dict) else recipe.data.train),
+        ("data", ", ".join(map(shareable, sources))),
         ("data fingerprint", f"`{record['data']['fingerprint']}`"),
         ("run", f"`{record['id']}`, begun {record['created']}"),
         ("software", f"taipan {session['environment']['taipan']}, torch {session['environment']['torch']}"),
@@ -73,14 +76,14 @@ def model_card(
                 "results": [
                     {
                         "task": {"type": "text-generation"},
-                        "dataset": {"name": "held-out text", "type": str(recipe.data.valid)},
+                        "dataset": {"name": "held-out text", "type": str(held_out)},
                         "metrics": [{"type": "bits_per_byte", "value": round(bits, 4)}],
                     }
                 ],
             }
         ]
         parts.append(
-            f"Held-out text (`{recipe.data.valid}`): {bits:.4f} bits per byte, loss {loss:.4f} nats per token "
+            f"Held-out text (`{held_out}`): {bits:.4f} bits per byte, loss {loss:.4f} nats per token "
             f"(perplexity {math.exp(min(loss, 700.0)):.2f}) in windows of {context:,} tokens."
         )
     if calibration:
