@@ -14,6 +14,13 @@ class ScaleName(StrEnum):
     tiny = "tiny"
 
 
+class GateScaleName(StrEnum):
+    """How much of the comparison of gates is run."""
+
+    small = "small"
+    tiny = "tiny"
+
+
 def register(app: typer.Typer, panel: str) -> None:
     """Add the verb to the command line, in a panel of its help."""
     reproduce = typer.Typer(no_args_is_help=True, help="Run an experiment again; prints tables, writes figures.")
@@ -70,4 +77,40 @@ def register(app: typer.Typer, panel: str) -> None:
             print_table(title, header, rows)
         command = f"taipan reproduce associative-recall --scale {scale.value}"
         for path in write(report, out / scale.value, command):
+            note(f"Written: {path}")
+
+    @reproduce.command("gate-settings")
+    def gate_settings(
+        scale: Annotated[
+            GateScaleName, typer.Option(help="small: three seeds of every setting, hours; tiny: two minutes.")
+        ] = GateScaleName.small,
+        out: Annotated[Path, typer.Option(help="Directory for results; finished runs there are not run again.")] = Path(
+            "runs/gate-settings"
+        ),
+        workers: Annotated[
+            int | None, typer.Option(min=1, help="Runs side by side, one thread each; one per core if not given.")
+        ] = None,
+    ) -> None:
+        """How much of attention's lead on code each setting of the gate keeps at C = 0.15, between Mamba-2 and Jamba.
+
+        Interrupted, it goes on when run again: every finished run is kept.
+
+        Examples:
+
+            taipan reproduce gate-settings --scale tiny
+        """
+        from taipan.cli.console import duration, note, print_table
+        from taipan.experiments.execution import Result, Run
+        from taipan.experiments.gate_settings import SCALES, reproduce, table, write
+
+        def finished(run: Run, result: Result, done: int, of: int) -> None:
+            note(
+                f"[{done}/{of}] {run.name}: {result['bits_per_byte']:.3f} bits per byte "
+                f"(seed {result['seed']}, {duration(result['seconds'])})"
+            )
+
+        directory = out / scale.value
+        report = reproduce(SCALES[scale.value], directory, finished, workers=workers)
+        print_table("Settings of the gate on code", *table(report))
+        for path in write(report, directory, f"taipan reproduce gate-settings --scale {scale.value}"):
             note(f"Written: {path}")
