@@ -65,6 +65,16 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_equal_states_make_equal_files(tmp_path: Path) -> None:
+    model = small_model("taipan").eval()
+    state = model(random_tokens(2, 9)).state
+    seen: set[bytes] = set()
+    for number in range(12):
+        state.save(tmp_path / f"{number}", model)
+        seen.add((tmp_path / f"{number}").read_bytes())
+    assert len(seen) == 1
+
+
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     model, token = small_model("taipan"), random_tokens(2, 1)
     state = model(random_tokens(2, 9)).state

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, encoding, not_text
 from taipan.errors import CheckpointError, DataError, TaipanError, brief, shown
@@ -153,6 +153,22 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     except OSError as error:
         raise _unreadable(path, error) from error
     return digest.hexdigest()
+
+
+def order_safetensors(file: BinaryIO) -> None:
+    """Put the metadata of a safetensors file into the order of their names, in place.
+
+    The library writes them in another order every time; so equal tensors make equal bytes.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    text = file.read(length)
+    header = json.loads(text)
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(ordered) == length:  # else it was written in another way, and stays as it is
+            file.seek(8)
+            file.write(ordered)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from taipan.config import TaipanConfig
 from taipan.errors import StateError, brief, shown
-from taipan.io import atomic_write, utf8_name
+from taipan.io import atomic_write, order_safetensors, utf8_name
 from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
 
 NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: whatever comes continues the document
@@ -345,7 +346,9 @@ class DecoderState:
         state = self.map(lambda tensor: tensor.detach().contiguous().cpu())
         _check("This state", state, model)
         tensors = state.tensors()
-        atomic_write(Path(path), serialize(tensors, metadata=_metadata(tensors, model.config, model.fingerprint)))
+        file = BytesIO(serialize(tensors, metadata=_metadata(tensors, model.config, model.fingerprint)))
+        order_safetensors(file)
+        atomic_write(Path(path), file.getvalue())
 
     @classmethod
     def load(cls, path: str | Path, model: Fingerprinted) -> "DecoderState":

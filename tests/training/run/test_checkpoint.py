@@ -65,6 +65,22 @@ def test_it_is_a_model_directory_with_the_trainer_beside(save: Callable[[int], P
     assert tensors["a/step"] == 5.0
 
 
+def test_equal_tensors_make_equal_bytes(tmp_path: Path) -> None:
+    """However often, and in whatever order they are given."""
+    model = TaipanLM(CONFIG)
+    tensors = {f"{name}/moment": tensor.detach() for name, tensor in model.named_parameters()}
+    carried = {"b": torch.ones(2), "a": torch.zeros(3)}
+    seen: set[tuple[bytes, ...]] = set()
+    for number in range(12):
+        given = dict(reversed(tensors.items())) if number % 2 else tensors
+        path = save_checkpoint(
+            tmp_path / f"{number}", 3, model, Tokenizer.bytes(), given, {"step": 3}, carried=dict(carried)
+        )
+        verify(path)
+        seen.add(tuple((path / name).read_bytes() for name in sorted(names_in(path))))
+    assert len(seen) == 1
+
+
 def test_the_newest_two_are_kept_and_leftovers_of_a_killed_process_removed(
     save: Callable[[int], Path], tmp_path: Path
 ) -> None:

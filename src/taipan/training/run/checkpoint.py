@@ -32,7 +32,7 @@ from torch import Tensor
 
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, brief, shown
-from taipan.io import atomic_directory, parse_json_object, sha256_file, utf8_name
+from taipan.io import atomic_directory, order_safetensors, parse_json_object, sha256_file, utf8_name
 from taipan.model import TaipanLM, weights_of
 from taipan.model.directory import write_model
 from taipan.schema import convert
@@ -98,6 +98,9 @@ def save_checkpoint(
         with world.together():
             _write_tensors(temporary / _OPTIMIZER, optimizer, world)
         if world.leads:
+            for file in sorted((temporary / _OPTIMIZER).iterdir()):
+                with file.open("r+b") as opened:
+                    order_safetensors(opened)
             write_model(model.config, weights, temporary, tokenizer)
             (temporary / _TRAINER).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
             if carried:
