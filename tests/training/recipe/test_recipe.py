@@ -102,6 +102,10 @@ def test_overrides_win_over_the_file_and_may_make_sections(tmp_path: Path) -> No
         ({"model__key_value_scope": "al"}, ["model.key_value_scope", "'al'", "all, selected", "did you mean 'all'"]),
         ({"model__budget_anneal": [0.1]}, ["model.budget_anneal", "[0.1]", "a list of 2 values"]),
         ({"training__batch_size": True}, ["training.batch_size", "True", "a whole number"]),
+        *(
+            ({"output": output}, ["output", repr(output), "a directory for this run alone"])
+            for output in ("", ".", "..", "/", "runs/..", "  ", "runs/a\0b")
+        ),
         ({"training__batch_size": 0}, ["training.batch_size", "0", "at least 1"]),
         ({"training__calibrate": "maybe"}, ["training.calibrate", "'maybe'", "true or false"]),
         ({"training__steps": None}, ["Exactly one of", "none of them"]),

@@ -196,9 +196,9 @@ def test_the_mount_of_a_path_is_found(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(CheckpointError, match="cannot be written"), held(place, quiet):
-            pass
+    refused(tmp_path / "file", "is a file")
+    with pytest.raises(CheckpointError, match="cannot be written"), held(tmp_path / "file" / "run", quiet):
+        pass
 
 
 # ---------------------------------------------------------------------- runs

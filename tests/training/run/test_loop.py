@@ -380,6 +380,18 @@ def test_a_run_is_not_overwritten(make_recipe: MakeRecipe) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("made", ["file", "file/run", "data", "model"])
+def test_an_output_that_is_something_else_is_refused(
+    made: str, make_recipe: MakeRecipe, whole: TrainResult, corpora: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    output = {"data": corpora[0], "model": whole.run / "model"}.get(made, tmp_path / made)
+    before = sorted(tmp_path.rglob("*")), sorted(corpora[0].iterdir())
+    with pytest.raises((ConfigError, CheckpointError), match=made.split("/")[0]):
+        train(make_recipe(output=str(output)))
+    assert (sorted(tmp_path.rglob("*")), sorted(corpora[0].iterdir())) == before
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(make_recipe: MakeRecipe) -> None:
     changes = {"optimizer.learning_rate": 1e30, "optimizer.clip": None, "training.checkpoint_every": 1}
     recipe = make_recipe(**changes, **{"schedule.kind": "constant", "schedule.warmup": 0.0})

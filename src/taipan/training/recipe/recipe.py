@@ -430,6 +430,9 @@ def _check_values(recipe: Recipe) -> None:
             "training.compile and training.recompute are both true, but a recomputed block cannot be compiled around "
             "its ops: switch one of them off."
         )
+    name = Path(recipe.output).name.strip()
+    own = name not in ("", "..") and "\0" not in recipe.output
+    _require(own, "output", recipe.output, "the path of a directory for this run alone, for example runs/first")
     _require(training.seed >= 0, "training.seed", training.seed, "0 or more")
     shard = recipe.parallel.shard_size
     _require(shard is None or shard >= 1, "parallel.shard_size", shard, "null or at least 1")

@@ -35,10 +35,12 @@ def held(run: Path, warn: Callable[[str], None]) -> Generator[None]:
         warn: is told if the file system cannot keep a second process out.
 
     Raises:
-        ConfigError: another process holds it, or may hold it and cannot be seen from here.
+        ConfigError: another process holds it, or may hold it and cannot be seen from here; or it is a file.
         CheckpointError: the directory cannot be written.
     """
     path = run / LOCK
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file, but a run needs a directory of its own: name another output.")
     try:
         made = not run.exists()
         run.mkdir(parents=True, exist_ok=True)

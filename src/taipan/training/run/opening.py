@@ -220,7 +220,10 @@ def _restore(run: OpenRun, path: Path, values: dict[str, Any]) -> None:
 
 
 def _require_free(path: Path) -> None:
-    """Refuse an output directory in which another run would be lost."""
+    """Refuse an output in which another run would be lost, or which is something else."""
+    for file, what in (("manifest.json", "a data set"), ("config.json", "a model")):
+        if (path / file).exists():
+            raise ConfigError(f"output is {str(path)!r}, which holds {what}: name a directory for the run alone.")
     if checkpoints(path) or (path / MODEL).exists():
         raise ConfigError(
             f"output is {shown(str(path))}, which already holds a run: resume it with `taipan train --resume {path}`, "
