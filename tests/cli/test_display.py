@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from taipan.cli.display import TrainingDisplay
@@ -9,7 +10,7 @@ from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.training.recipe import Recipe
-from taipan.training.step.statistics import GateStatistics
+from taipan.training.step.statistics import GateMeaning
 from taipan.training.step.train_step import StepResult
 from taipan.training.watch.listener import RunInfo, StepInfo
 from tests.models import small_config
@@ -40,7 +41,10 @@ def started(tmp_path: Path) -> RunInfo:
 
 
 def step(number: int) -> StepInfo:
-    gates = tuple(GateStatistics(layer, 0.125, 0.25, 0.375, 0.5, 0.0625, 0.1, 0.3, 0.01) for layer in (1, 3))
+    gate = [0.125, 0.25, 0.375, 0.5, 0.0625, 0.1, 0.3, 1.0, 0.01, 0.0]
+    numbers = ([2.5, math.log(2), 0.1, 0.0], [1.0], [[gate, gate]])
+    tensors = (torch.tensor(values, dtype=torch.float64) for values in numbers)
+    result = StepResult(*tensors, GateMeaning((1, 3), 1.0, 0.15, "batch"), parts=1, tokens=1000)
     return StepInfo(
         step=number,
         progress=number / 10,
@@ -49,7 +53,7 @@ def step(number: int) -> StepInfo:
         seconds_left=95.0,
         tokens_per_second=4321.0,
         learning_rate_multiplier=1.0,
-        result=StepResult(2.5, math.log(2), 0.1, 1.0, 1000, gates),
+        result=result,
     )
 
 

@@ -4,7 +4,7 @@ import math
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from taipan.cli.console import console, duration, quantity
 from taipan.training.watch.listener import RunInfo, StepInfo, TrainingListener
@@ -32,7 +32,7 @@ class TrainingDisplay(TrainingListener):
         self._info: RunInfo | None = None
         self._step: StepInfo | None = None
         self._bytes_per_token = 1.0
-        self._loss = 0.0
+        self._loss: Any = 0.0  # on the device, until it is shown
         self._weight = 0.0
         self._valid: float | None = None
         self._phase = ""
@@ -75,7 +75,7 @@ class TrainingDisplay(TrainingListener):
         """Take in a step."""
         self._step = info
         self._phase = ""
-        self._loss = _SMOOTHING * self._loss + (1 - _SMOOTHING) * info.result.cross_entropy
+        self._loss = _SMOOTHING * self._loss + (1 - _SMOOTHING) * info.result.losses[1]
         self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
         now = time.monotonic()
         if not self._is_live and (now - self._printed >= _LINE_SECONDS or info.progress >= 1.0):
@@ -122,7 +122,7 @@ class TrainingDisplay(TrainingListener):
 
     @property
     def _mean_loss(self) -> float:
-        return self._loss / max(self._weight, 1e-9)
+        return float(self._loss) / max(self._weight, 1e-9)
 
     def _bits(self, nats: float) -> float:
         return nats / math.log(2) / self._bytes_per_token

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,18 +48,22 @@ def test_a_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
         append_record(tmp_path, {"kind": "train", "step": 1})
 
 
+def losses(value: float) -> torch.Tensor:
+    return torch.tensor([value, value + 1, -value], dtype=torch.float64)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20), st.data())
 def test_means_over_an_interval_do_not_notice_a_checkpoint(values: list[float], data: st.DataObject) -> None:
     whole, before, after = IntervalMeans(), IntervalMeans(), IntervalMeans()
     cut = data.draw(st.integers(0, len(values)))
     for value in values:
-        whole.add({"loss": value})
+        whole.add(losses(value))
     for value in values[:cut]:
-        before.add({"loss": value})
+        before.add(losses(value))
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     for value in values[cut:]:
-        after.add({"loss": value})
+        after.add(losses(value))
     assert whole.take() == after.take()
-    whole.add({"loss": 7.0})
-    assert whole.take() == {"loss": 7.0}
+    whole.add(losses(7.0))
+    assert whole.take() == {"loss": 7.0, "cross_entropy": 8.0, "budget": -7.0}

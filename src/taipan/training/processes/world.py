@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from taipan import errors
 from taipan.errors import ConfigError, TaipanError, TrainingError
@@ -58,6 +59,12 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """A tensor summed over all processes, in place and on its device: nobody waits for the numbers."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on some process."""

@@ -177,7 +177,7 @@ class _Loop:
         pace, settings = self.pace, self.settings
         multiplier = self.run.stepper.multiplier(progress)
         speed = result.tokens / max(pace.step_seconds, 1e-9)
-        self.run.means.add({"loss": result.loss, "cross_entropy": result.cross_entropy, "budget": result.budget})
+        self.run.means.add(result.losses[:3])
         self.listener.stepped(
             StepInfo(
                 step=pace.step,
@@ -190,10 +190,6 @@ class _Loop:
                 result=result,
             )
         )
-        for warning in gate_warnings(self.run.model.config, progress, result.gates):
-            if warning.kind not in self.warned:
-                self.warned.add(warning.kind)
-                self.listener.warned(warning.message)
         every = settings.evaluate_every
         # at the end the finished model is evaluated, not this one
         evaluate = every is not None and pace.step % every == 0 and not pace.done
@@ -212,6 +208,10 @@ class _Loop:
                 "gates": [asdict(gate) for gate in result.gates],
             }
             self._record(record | validation)
+            for warning in gate_warnings(self.run.model.config, progress, result.gates):
+                if warning.kind not in self.warned:
+                    self.warned.add(warning.kind)
+                    self.listener.warned(warning.message)
         if settings.sample_every is not None and pace.step % settings.sample_every == 0:
             self._sample()
 

@@ -17,13 +17,13 @@ class Batch(TypedDict):
     labels: NotRequired[Tensor]
 
 
-def predicted_tokens(batch: Batch) -> int:
-    """How many tokens of the batch are predicted: neither masked by −100 nor the first of their document."""
+def predicted_tokens(batch: Batch) -> Tensor:
+    """How many tokens of the batch are predicted, neither masked by −100 nor the first of their document; not read."""
     counted = batch.get("labels", batch["tokens"])[:, 1:] != -100
     segments = batch.get("segment_ids")
     if segments is not None:
         counted = counted & (segments[:, 1:] == segments[:, :-1])
-    return int(counted.sum())
+    return counted.sum()
 
 
 def part_of(batch: Batch, world: World) -> Batch:

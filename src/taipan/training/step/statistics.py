@@ -1,12 +1,14 @@
-"""What the gates did in a step."""
+"""What the gates did in a step: gathered on the device, and read when somebody wants to know."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from taipan.layers.gating import GateOutput
 from taipan.model import TaipanLM
-from taipan.training.processes.world import World
 
 
 @dataclass(frozen=True)
@@ -35,58 +37,82 @@ class GateStatistics:
     budget: float
 
 
-def gate_statistics(model: TaipanLM, gates: Sequence[GateOutput]) -> tuple[GateStatistics, ...]:
-    """The statistics of every SAL in one forward as plain numbers.
+WIDTH = 10  # numbers gathered of one SAL: the statistics, and the square from which a spread over processes comes
+
+
+@dataclass(frozen=True)
+class GateMeaning:
+    """What is needed to tell statistics from gathered numbers, of the moment at which they were gathered.
+
+    Attributes:
+        layers: numbers of the SALs.
+        weight: of the budget, λ; 0 if nothing is ever selected, or something else holds the budget.
+        capacity: the budget C.
+        mean: over what the rate of the budget is taken, `batch` or `sequence`.
+    """
+
+    layers: tuple[int, ...]
+    weight: float
+    capacity: float
+    mean: str
+
+    @classmethod
+    def of(cls, model: TaipanLM, gates: Sequence[GateOutput]) -> "GateMeaning":
+        """For the gates of a forward of the model as it stands."""
+        config = model.config
+        penalty = config.attention_capacity > 0 and config.budget_control == "penalty"
+        weight = config.budget_weight if penalty else 0.0
+        return cls(tuple(gate.layer for gate in gates), weight, model.model.schedule.capacity, config.budget_mean)
+
+
+def gathered(model: TaipanLM, gates: Sequence[GateOutput]) -> Tensor:
+    """The numbers of every SAL in one forward, float64 (SALs, 10) on the device; nothing is read.
 
     Args:
         model: whose configuration and progress give the budget.
         gates: what its gates decided.
     """
-    config, capacity = model.config, model.model.schedule.capacity
-    weight = config.budget_weight if config.attention_capacity > 0 and config.budget_control == "penalty" else 0.0
-    return tuple(
-        GateStatistics(
-            layer=gate.layer,
-            rate=gate.rate.item(),
-            training_rate=gate.training_rate.item(),
-            noise_free_rate=gate.noise_free_rate.item(),
-            alpha_mean=gate.alpha_mean.item(),
-            alpha_std=gate.alpha_std.item(),
-            weight_mean=gate.weight_mean.item(),
-            entropy=gate.entropy.item(),
-            margin_std=gate.margin_std.item(),
-            budget=weight * gate.budget_loss(capacity, config.budget_mean).item(),
-        )
-        for gate in gates
-    )
+    if not gates:
+        return torch.zeros(0, WIDTH, dtype=torch.float64, device=next(model.parameters()).device)
+    capacity, mean = model.model.schedule.capacity, model.config.budget_mean
+    rows: list[Tensor] = []
+    for gate in gates:
+        values = (gate.rate, gate.training_rate, gate.noise_free_rate, gate.alpha_mean, gate.alpha_std)
+        values = (*values, gate.weight_mean, gate.entropy, gate.margin_std, gate.budget_loss(capacity, mean))
+        row = torch.stack([value.detach().double() for value in values])
+        rows.append(torch.cat([row, (row[4] ** 2 + row[3] ** 2)[None]]))
+    return torch.stack(rows)
 
 
-def mean_statistics(forwards: Sequence[Sequence[GateStatistics]]) -> tuple[GateStatistics, ...]:
-    """Means over forwards of equal size, SAL by SAL."""
+def statistics(
+    forwards: Sequence[Sequence[Sequence[float]]], meaning: GateMeaning, parts: int
+) -> tuple[GateStatistics, ...]:
+    """Statistics SAL by SAL, means over forwards of equal size.
 
-    def mean(entries: Sequence[GateStatistics]) -> GateStatistics:
-        names = [field.name for field in fields(GateStatistics) if field.name != "layer"]
-        means = {name: sum(getattr(entry, name) for entry in entries) / len(entries) for name in names}
-        return GateStatistics(layer=entries[0].layer, **means)
+    Args:
+        forwards: what was `gathered` in each forward; with several processes, summed over their equal parts.
+        meaning: of the same moment.
+        parts: processes that were summed over.
+    """
+    told = [
+        [_told(row, layer, meaning, parts) for row, layer in zip(rows, meaning.layers, strict=True)]
+        for rows in forwards
+    ]
+    return tuple(_mean(layer, rows) for layer, *rows in zip(meaning.layers, *told, strict=True))
 
-    return tuple(mean(entries) for entries in zip(*forwards, strict=True))
+
+def _told(row: Sequence[float], layer: int, meaning: GateMeaning, parts: int) -> list[float]:
+    """The statistics of one SAL in one forward, in the order of their fields."""
+    *values, square = row
+    if parts == 1:
+        return [*values[:-1], meaning.weight * values[-1]]
+    values = [value / parts for value in values]
+    values[4] = math.sqrt(max(0.0, square / parts - values[3] ** 2))
+    values[-1] *= meaning.weight
+    if meaning.mean == "batch" and meaning.weight > 0:
+        values[-1] = meaning.weight * (meaning.capacity - values[0]) ** 2
+    return values
 
 
-def statistics_of_all(model: TaipanLM, own: Sequence[GateStatistics], world: World) -> tuple[GateStatistics, ...]:
-    """The statistics of the whole batch from those of its equal parts."""
-    if world.size == 1:
-        return tuple(own)
-    config, capacity = model.config, model.model.schedule.capacity
-    whole_batch: list[GateStatistics] = []
-    for gate in own:
-        values = asdict(gate)
-        layer = values.pop("layer")
-        square = gate.alpha_std**2 + gate.alpha_mean**2
-        *sums, squares = world.sum(*values.values(), square)
-        means = dict(zip(values, (total / world.size for total in sums), strict=True))
-        means["alpha_std"] = math.sqrt(max(0.0, squares / world.size - means["alpha_mean"] ** 2))
-        penalty = config.attention_capacity > 0 and config.budget_control == "penalty"
-        if config.budget_mean == "batch" and penalty:
-            means["budget"] = config.budget_weight * (capacity - means["rate"]) ** 2
-        whole_batch.append(GateStatistics(layer=layer, **means))
-    return tuple(whole_batch)
+def _mean(layer: int, rows: Sequence[Sequence[float]]) -> GateStatistics:
+    return GateStatistics(layer, *(sum(column) / len(rows) for column in zip(*rows, strict=True)))

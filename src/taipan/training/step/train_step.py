@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,23 +16,67 @@ from taipan.training.processes.parallel import Parallel
 from taipan.training.processes.world import World
 from taipan.training.step.batch import Batch, precision, predicted_tokens
 from taipan.training.step.optimizer import OptimizerSet
-from taipan.training.step.statistics import GateStatistics, gate_statistics, mean_statistics, statistics_of_all
+from taipan.training.step.statistics import GateMeaning, GateStatistics, gathered, statistics
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured: losses in nats per predicted token, the gradient's norm before clipping.
+    """What one optimizer step measured, over all processes. The numbers stay on the device until somebody asks.
 
-    `forecast` is what the gates' errors as forecasts of gains add to the loss; 0 where that is not their objective.
+    Args:
+        losses: loss, cross-entropy, budget and forecast in nats per predicted token, float64 (4,).
+        norm: of the gradient before clipping, float64 (1,).
+        gates: as `gathered`, summed over the processes, float64 (forwards, SALs, 10).
+        meaning: of the gates' numbers.
+        parts: processes that were summed over.
+        tokens: read in this step.
     """
 
-    loss: float
-    cross_entropy: float
-    budget: float
-    grad_norm: float
-    tokens: int
-    gates: tuple[GateStatistics, ...]
-    forecast: float = 0.0
+    def __init__(
+        self, losses: Tensor, norm: Tensor, gates: Tensor, meaning: GateMeaning, *, parts: int, tokens: int
+    ) -> None:
+        self.losses = losses
+        self.tokens = tokens
+        self._numbers = torch.cat([losses, norm, gates.flatten()])
+        self._shape, self._meaning, self._parts = gates.shape, meaning, parts
+
+    @cached_property
+    def _read(self) -> list[float]:
+        """All numbers, read at once."""
+        return self._numbers.tolist()
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy plus budget and forecast, nats per predicted token."""
+        return self._read[0]
+
+    @property
+    def cross_entropy(self) -> float:
+        """Mean nats per predicted token."""
+        return self._read[1]
+
+    @property
+    def budget(self) -> float:
+        """The budget loss."""
+        return self._read[2]
+
+    @property
+    def forecast(self) -> float:
+        """What the gates' errors as forecasts of gains add to the loss; 0 where that is not their objective."""
+        return self._read[3]
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient before clipping."""
+        return self._read[4]
+
+    @cached_property
+    def gates(self) -> tuple[GateStatistics, ...]:
+        """What every SAL did, means over the micro-batches."""
+        forwards, layers, width = self._shape
+        rows = [self._read[at : at + width] for at in range(5, len(self._read), width)]
+        return statistics(
+            [rows[number * layers : (number + 1) * layers] for number in range(forwards)], self._meaning, self._parts
+        )
 
 
 def train_step(
@@ -73,61 +117,64 @@ def train_step(
     """
     parallel = parallel or Parallel(model)
     world = parallel.world
-    counts = [predicted_tokens(batch) for batch in micro_batches]
-    total = max(1.0, *world.sum(float(sum(counts))))
-    cross_entropy = budget = forecast = 0.0
-    gates: list[tuple[GateStatistics, ...]] = []
+    counts = torch.stack([predicted_tokens(batch) for batch in micro_batches]).double()
+    shares = counts / world.add_up(counts.sum()).clamp_min(1.0)
+    losses: list[Tensor] = []
+    gates: list[Tensor] = []
+    meaning: GateMeaning | None = None
     before = [None] * len(micro_batches) if states is None else states
     after: list[DecoderState | None] = []
     optimizer.zero_grad()
-    for number, (batch, count, state) in enumerate(zip(micro_batches, counts, before, strict=True), 1):
+    for number, (batch, share, state) in enumerate(zip(micro_batches, shares, before, strict=True), 1):
         tokens, segments = batch["tokens"], batch.get("segment_ids")
         with parallel.accumulating(last=number == len(micro_batches)):
             with precision(tokens.device, dtype):
                 output = parallel(tokens, state, segment_ids=segments, labels=batch.get("labels", tokens))
                 if states is not None:
                     after.append(output.state.detach())
-            token_loss = output.cross_entropy * (count / total)
+            token_loss = output.cross_entropy * share.to(output.cross_entropy.dtype)
             budget_loss = _budget_share(model, output, world) / len(micro_batches)
             assert output.forecast is not None
             forecast_loss = output.forecast / (len(micro_batches) * world.size)
             loss = token_loss + budget_loss + forecast_loss
-            parts = (token_loss.item(), budget_loss.item(), forecast_loss.item())
-            value, token_value, budget_value, forecast_value = world.sum(loss.item(), *parts)
-            if not math.isfinite(value):
-                optimizer.zero_grad()
-                raise _not_finite(step, "loss", value)
+            losses.append(torch.stack([loss, token_loss, budget_loss, forecast_loss]).detach().double())
             # the engines take the mean over the processes, and the shares want to be added up
             (loss if world.size == 1 else loss * world.size).backward()
-        cross_entropy += token_value
-        budget += budget_value
-        forecast += forecast_value
-        gates.append(statistics_of_all(model, gate_statistics(model, output.gates), world))
-    (norm,) = world.sum(_clip(optimizer.parameters(), clip) / world.size)
-    if not math.isfinite(norm):
+        gates.append(gathered(model, output.gates))
+        meaning = meaning or GateMeaning.of(model, output.gates)
+    norm = _clip(optimizer.parameters(), clip).double() / world.size
+    parts = [torch.stack(losses), norm[None], torch.stack(gates)]
+    sums = world.add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    losses_M4, norm_1, gates_MSW = (own.view(part.shape) for own, part in zip(sums, parts, strict=True))
+    # the one number that is read in every step: nothing may move if it is false, on this or another process
+    if not bool(losses_M4[:, 0].isfinite().all() & norm_1[0].isfinite()):
         optimizer.zero_grad()
-        raise _not_finite(step, "norm of the gradient", norm)
+        raise _not_finite(step, losses_M4[:, 0].tolist(), float(norm_1))
     optimizer.step()
-    statistics = mean_statistics(gates)
-    for sal, gate in zip(model.sals, statistics, strict=True):
-        sal.gate.hold_budget(gate.rate, gate.margin_std, model.model.schedule.capacity)
     if states is not None:
         states[:] = after
-    return StepResult(
-        loss=cross_entropy + budget + forecast,
-        cross_entropy=cross_entropy,
-        budget=budget,
-        grad_norm=norm,
+    assert meaning is not None
+    total = torch.zeros(4, dtype=torch.float64, device=norm.device)
+    for row in losses_M4:  # one after the other: a sum over a dimension may take another order
+        total = total + row
+    result = StepResult(
+        torch.cat([total[1:2] + total[2:3] + total[3:4], total[1:]]),
+        norm_1,
+        gates_MSW,
+        meaning,
+        parts=world.size,
         tokens=world.size * sum(batch["tokens"].numel() for batch in micro_batches),
-        gates=statistics,
-        forecast=forecast,
     )
+    if model.config.budget_control == "threshold":  # then the gates' numbers are read in every step
+        for sal, gate in zip(model.sals, result.gates, strict=True):
+            sal.gate.hold_budget(gate.rate, gate.margin_std, model.model.schedule.capacity)
+    return result
 
 
-def _clip(parameters: list[Tensor], clip: float | None) -> float:
+def _clip(parameters: list[Tensor], clip: float | None) -> Tensor:
     """Scale the gradients to a norm of at most `clip`; returns the norm before."""
     limit = math.inf if clip is None else clip
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
 
 def _budget_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor:
@@ -138,12 +185,16 @@ def _budget_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor
     if world.size == 1 or config.budget_mean == "sequence" or not penalty or not output.gates:
         return output.budget / world.size
     own = torch.stack([masked_mean(gate.mask_BT, gate.real_BT) for gate in output.gates]) / world.size
-    rates = own + (own.new_tensor(world.sum(*own.tolist())) - own).detach()  # of the batch, with the own gradient
+    rates = (
+        own + (world.add_up(own.detach().double()).to(own.dtype) - own).detach()
+    )  # of the batch, with the own gradient
     budget = config.budget_weight * ((model.model.schedule.capacity - rates) ** 2).sum()
     return budget - budget.detach() * (1.0 - 1.0 / world.size)
 
 
-def _not_finite(step: int, what: str, value: float) -> TrainingError:
+def _not_finite(step: int, losses: Sequence[float], norm: float) -> TrainingError:
+    bad = [value for value in losses if not math.isfinite(value)]
+    what, value = ("loss", bad[0]) if bad else ("norm of the gradient", norm)
     return TrainingError(
         f"Training stopped at step {step}: the {what} is {value}, expected a finite number. "
         "The weights are those before this step. Try a lower learning rate, a smaller optimizer.clip, or dtype float32."

@@ -54,7 +54,8 @@ class StepInfo:
         seconds_left: estimate.
         tokens_per_second: of this step.
         learning_rate_multiplier: share of the peak learning rate.
-        result: losses, gradient norm and gate statistics of this step.
+        result: losses, gradient norm and gate statistics of this step; on the device until they are asked for, and
+            each step that is asked is waited for: ask when something is shown.
     """
 
     step: int

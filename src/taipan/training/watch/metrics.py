@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from taipan.errors import CheckpointError, DataError
 from taipan.io import atomic_write, parse_json_object
 
@@ -49,29 +52,36 @@ def truncate_records(path: Path, step: int) -> None:
     atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
+_LOSSES = ("loss", "cross_entropy", "budget")
+
+
 class IntervalMeans:
-    """Means of the losses since the last record, so that no step is lost between two lines."""
+    """Means of the losses since the last record, so that no step is lost between two lines; summed on the device."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: Tensor | None = None
         self._count = 0
 
-    def add(self, values: dict[str, float]) -> None:
-        """Take in one step."""
-        for key, value in values.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
+    def add(self, losses: Tensor) -> None:
+        """Take in one step: loss, cross-entropy and budget, float64 (3,)."""
+        self._sums = losses.clone() if self._sums is None else self._sums.to(losses.device) + losses
         self._count += 1
 
     def take(self) -> dict[str, float]:
         """The means, starting anew."""
-        means = {key: value / self._count for key, value in self._sums.items()}
-        self._sums, self._count = {}, 0
+        means = {key: value / self._count for key, value in self._read().items()}
+        self._sums, self._count = None, 0
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"sums": dict(self._sums), "count": self._count}
+        return {"sums": self._read(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self._sums, self._count = dict(state["sums"]), int(state["count"])
+        sums = state["sums"]
+        self._sums = torch.tensor([sums[key] for key in _LOSSES], dtype=torch.float64) if sums else None
+        self._count = int(state["count"])
+
+    def _read(self) -> dict[str, float]:
+        return {} if self._sums is None else dict(zip(_LOSSES, self._sums.tolist(), strict=True))

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from taipan.model import TaipanLM
 from taipan.training.processes.world import ALONE, World
 from taipan.training.step.batch import Batch, precision, predicted_tokens
-from taipan.training.step.statistics import GateStatistics, gate_statistics, mean_statistics, statistics_of_all
+from taipan.training.step.statistics import GateMeaning, GateStatistics, gathered, statistics
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,31 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    gates: list[tuple[GateStatistics, ...]] = []
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
+    gates: list[Tensor] = []
+    meaning: GateMeaning | None = None
     for batch in batches:
         tokens = batch["tokens"]
         with precision(tokens.device, dtype):
             output = model(tokens, segment_ids=batch.get("segment_ids"), labels=batch.get("labels", tokens))
-        predicted = predicted_tokens(batch)
-        total += float(output.cross_entropy) * predicted
-        count += predicted
-        gates.append(statistics_of_all(model, gate_statistics(model, output.gates), world))
-    total, predictions = world.sum(total, float(count))
+        counts.append(predicted_tokens(batch).double())
+        losses.append(output.cross_entropy.double() * counts[-1])
+        gates.append(gathered(model, output.gates))
+        meaning = meaning or GateMeaning.of(model, output.gates)
     model.train(was_training)
+    assert meaning is not None
+    gates_NSW = torch.stack(gates)
+    sums = world.add_up(torch.cat([_sum(losses)[None], _sum(counts)[None], gates_NSW.flatten()]))
+    total, predictions, *rest = sums.tolist()  # all at once
+    rows = torch.tensor(rest, dtype=torch.float64).view(gates_NSW.shape).tolist()
     loss = total / max(1.0, predictions)
-    return Validation(loss, loss / math.log(2) / bytes_per_token, mean_statistics(gates))
+    return Validation(loss, loss / math.log(2) / bytes_per_token, statistics(rows, meaning, world.size))
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    """In their order."""
+    total = torch.zeros_like(values[0])
+    for value in values:
+        total = total + value
+    return total
