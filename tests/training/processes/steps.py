@@ -21,6 +21,7 @@ from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
 from taipan.io import sha256_file
+from taipan.layers.mixer import Mixed
 from taipan.model import TaipanLM, weights_of
 from taipan.training.processes.parallel import Parallel
 from taipan.training.processes.world import ALONE, World, joined
@@ -171,12 +172,11 @@ def nothing_to_predict_below(step: int, number: int) -> Batch:
 def spoilt(model: TaipanLM, here: bool, *, backward: bool) -> Iterator[None]:
     """On this process, what a layer computes (or its gradient) is not finite."""
 
-    def spoil(module: Any, inputs: Any, output: tuple[Tensor, Any, Any]) -> tuple[Tensor, Any, Any]:
-        hidden = output[0]
+    def spoil(module: Any, inputs: Any, output: Mixed) -> Mixed:
         if backward:
-            hidden.register_hook(lambda gradient: gradient * float("inf"))
+            output.h_BTD.register_hook(lambda gradient: gradient * float("inf"))
             return output
-        return (hidden * float("nan"), *output[1:])
+        return output._replace(h_BTD=output.h_BTD * float("nan"))
 
     handle = model.model.layers[1].register_forward_hook(spoil) if here else None
     try:
