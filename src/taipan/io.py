@@ -162,7 +162,7 @@ def order_safetensors(file: BinaryIO) -> None:
     """
     length = int.from_bytes(file.read(8), "little")
     text = file.read(length)
-    header = json.loads(text)
+    header = parse_json_object(text, "the header of a safetensors file")
     if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
