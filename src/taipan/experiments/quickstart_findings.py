@@ -20,10 +20,17 @@ from taipan.report.traced import traced_view
 if TYPE_CHECKING:
     from taipan.data.corpus import Document
 
-SAMPLE_PROMPT = '''class JobQueue:
-    """A queue of jobs, done in the order in which they came."""
+SAMPLE_PROMPT = '''import os
 
-    def __init__(self, maxsize=0):'''
+
+class Reader:
+    """Read the lines of a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def read(self, size):
+        '''
 SAMPLE_SETTINGS = GenerationSettings(
     max_new_tokens=240,
     do_sample=True,
