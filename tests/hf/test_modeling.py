@@ -365,3 +365,39 @@ def test_an_op_implementation_can_be_chosen(tmp_path: Path) -> None:
     saved(tmp_path)
     face = AutoModelForCausalLM.from_pretrained(tmp_path, implementation="reference")
     assert set(face.implementations.values()) == {"reference"}
+
+
+def test_a_head_that_a_checkpoint_has_not_is_refused_for_that_reason(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(InputError, match="has no head of its own: its head is the embedding. Load it as it was saved"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)  # as the message advises
+    tokens = random_tokens(1, 5)
+    before = model(tokens).logits
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "untied", tie_word_embeddings=False)
+    assert torch.equal(again(tokens).logits, before)
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "disk"}, {"model": "cpu", "lm_head": "disk"}])
+def test_offloading_is_refused_for_what_it_is(device_map: Any, tmp_path: Path) -> None:
+    saved(tmp_path)
+    little = {"max_memory": {"cpu": "10KB"}} if device_map == "auto" else {}
+    with pytest.raises(InputError, match=r"The device map puts layers on .*disk\. Offloading is not supported"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=str(tmp_path / "off"), **little
+        )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")(random_tokens(1, 3)).logits.isfinite().all()
+
+
+def test_offloading_by_hand_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+
+    saved(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    cpu_offload(model, execution_device="cpu")
+    with pytest.raises(InputError, match=r"model\.layers\.0 are not there .*Offloading is not supported"):
+        model(random_tokens(1, 3))

@@ -17,6 +17,11 @@ from taipan.layers.gating import GateSchedule
 from taipan.model import Loss, TaipanLM, TaipanOutput, compute_loss
 from taipan.model.gains import measure_gains
 
+_OFFLOAD = (
+    "Offloading is not supported by Taipan, whose layers read the weights of their parts directly, where no hook "
+    "brings them back: put the whole model on one device (device_map='cpu' or 'cuda'), or load it narrower "
+    "(dtype=torch.bfloat16)."
+)
 _GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -82,7 +87,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             StateError: the cache is of another model or batch.
         """
         cache, keep = check_arguments(past_key_values, logits_to_keep, kwargs)
-        self._check_adapters()
+        self._check_parts()
         if input_ids is None:
             raise InputError("input_ids is missing: give the (batch, length) token ids.")
         length = input_ids.shape[-1]
@@ -153,6 +158,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             CheckpointError: the weights are damaged, or some of the model's are not among them.
+            InputError: the device map offloads layers, or an untied head is asked of a checkpoint that has none.
         """
         try:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -167,9 +173,21 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 parameter.data = parameter.data.clone()
         return loaded
 
-    def _check_adapters(self) -> None:
-        """Adapters around linear layers work; one around a convolution would be left out of the computation."""
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: list[str] | None = None
+    ) -> Any:
+        """As transformers does it, unless the device map leaves weights elsewhere."""
+        places = {str(place) for place in (load_config.device_map or {}).values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise InputError(f"The device map puts layers on {', '.join(sorted(places))}. {_OFFLOAD}")
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def _check_parts(self) -> None:
+        """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""
         for number, layer in enumerate(self.model.layers):
+            if next(layer.parameters()).is_meta:
+                raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {_OFFLOAD}")
             conv1d = getattr(layer.mixer, "conv1d", None)
             if conv1d is not None and not isinstance(conv1d, nn.Conv1d):
                 raise InputError(
@@ -183,6 +201,13 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         name = next((name for name, own in self.named_modules() if own is module), None)
         if name is None:  # rows that resize_token_embeddings is about to add
             init.normal_(cast(Tensor, module.weight), std=self.model.config.initializer_range)
+        elif self._built_to_load and name == "lm_head" and not self.config.tie_word_embeddings:
+            raise InputError(
+                f"tie_word_embeddings is False, but the checkpoint {self.name_or_path} has no head of its own: its "
+                "head is the embedding. Load it as it was saved, and untie the two afterwards: "
+                "model.config.tie_word_embeddings = False; "
+                "model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())."
+            )
         elif self._built_to_load:
             raise CheckpointError(
                 f"The checkpoint {self.name_or_path} lacks weights of {name}: it does not fit its config.json. Restore "
