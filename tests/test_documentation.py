@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import typer
 
+from taipan import TaipanConfig, TaipanLM
 from taipan.cli.main import app
+from taipan.data.tokenizer import Tokenizer
 from tests.documentation import SHELL, Block, blocks, code_spans, command_lines, links, paper_map
 
 ROOT = Path(__file__).parents[1]
@@ -190,3 +192,18 @@ def test_the_paper_map_resolves(row: Any) -> None:
 def test_the_paper_map_has_every_equation() -> None:
     numbers = {int(number) for row in paper_map(PAPER_MAP) for number in re.findall(r"Eq\. (\d)", row.paper)}
     assert numbers >= set(range(1, 8))
+
+
+def test_the_first_python_of_the_readme_runs(tmp_path: Path) -> None:
+    """It loads what `make quickstart` makes, so it cannot stand among the blocks that are executed in order."""
+    texts = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    code = next(block.code for block in texts if block.language == "python")
+    assert 'taipan.load("quickstart/model")' in code
+    assert len([line for line in code.splitlines() if line.strip()]) == 3
+    model = TaipanLM(TaipanConfig.preset("taipan-tiny"))
+    model.save_pretrained(tmp_path / "quickstart" / "model", Tokenizer.bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
