@@ -36,7 +36,7 @@ def _hints() -> dict[str, Any]:
 
 
 def typed_field(name: str, value: Any, where: str) -> Any:
-    """The value of a field of `TaipanConfig` as its type: the one check for files, recipes and Python.
+    """Check the value of a field of `TaipanConfig` and convert it to its type, for files, recipes and Python alike.
 
     Args:
         name: the field.
@@ -66,7 +66,7 @@ def _known_layer_types(value: Any, where: str) -> tuple[str, ...]:
 
 
 class LayerRules(Protocol):
-    """What a configuration asks of a layer type; `taipan.layer_types` has them."""
+    """What a configuration needs to know of a layer type; they are in `taipan.layer_types`."""
 
     def check(self, config: "TaipanConfig") -> None:
         """Raise `ConfigError` for sizes that a layer of this type cannot have."""

@@ -33,7 +33,7 @@ class StateError(TaipanError, ValueError):
 
 
 class TrainingError(TaipanError, RuntimeError):
-    """Training cannot go on (for example: the loss is not finite)."""
+    """Training cannot continue (for example: the loss is not finite)."""
 
 
 def how_to_install(extra: str) -> str:
@@ -57,7 +57,7 @@ def shown(value: object) -> str:
 
 
 def brief(text: object, limit: int = _SHOWN) -> str:
-    """What somebody else said (a library, a file) as part of a message: its end left out if it is long."""
+    """Text from elsewhere (a library, a file) for a message, cut if it is long."""
     words = str(text)
     return words if len(words) <= limit else f"{words[: limit - 1]}…"
 

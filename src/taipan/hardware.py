@@ -1,4 +1,4 @@
-"""What this machine offers, and what that means for training. torch is imported only inside the functions."""
+"""What this machine has, and what that means for training. torch is imported only inside the functions."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, checksums, and text that is what it claims to be."""
+"""Files that are whole or absent: atomic writes, checksums, checked text."""
 
 import ctypes
 import errno
@@ -341,7 +341,7 @@ def _opened(path: Path) -> Generator[int]:
 
 
 def _lock(descriptor: int) -> None:
-    """Say that somebody is at work on a file, until it is closed or its process ends; not every file system can."""
+    """Lock a file until it is closed or its process ends; not every file system can."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -18,7 +18,7 @@ from taipan.errors import StateError, brief, shown
 from taipan.io import atomic_write, order_safetensors, utf8_name
 from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
 
-NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: whatever comes continues the document
+NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: the next tokens continue the document
 _FORMAT = "taipan-state-2"
 _OLD_FORMAT = "taipan-state-1"
 _MOST_TOKENS = 1 << 53
@@ -189,7 +189,7 @@ def take(values: Tensor, index_BW: Tensor) -> Tensor:
 
 @runtime_checkable
 class StateRules(Protocol):
-    """What a file must obey that has the state of a layer; every mixer has them."""
+    """Rules for the state of a layer in a file; every mixer has them."""
 
     @property
     def growing(self) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ class StateRules(Protocol):
         ...
 
     def impossible(self, state: Any, position_B: Tensor) -> Iterator[tuple[str, str]]:
-        """Fields that no text gives, each with what is wrong."""
+        """Fields that no text can produce, each with what is wrong."""
         ...
 
 
@@ -412,7 +412,7 @@ class DecoderState:
 
 
 def _metadata(tensors: Mapping[str, Tensor], config: TaipanConfig, fingerprint: str) -> dict[str, str]:
-    """What stands in a state file beside these tensors: whose they are, and the SHA-256 of all of them."""
+    """Metadata of a state file: fingerprints of its model, and the SHA-256 of all its tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -427,7 +427,7 @@ def _metadata(tensors: Mapping[str, Tensor], config: TaipanConfig, fingerprint: 
 
 
 def _read(source: str, file: Any, model: Fingerprinted) -> dict[str, Tensor]:
-    """The tensors of an open file that has those of this model's state, in shapes and dtypes that it can have."""
+    """The tensors of an open file, if they have the names, shapes and dtypes of this model's state."""
     like = model.empty_state(0).tensors()
     names: set[str] = set(file.keys())
     if names != set(like):
@@ -455,7 +455,7 @@ def _read(source: str, file: Any, model: Fingerprinted) -> dict[str, Tensor]:
 
 
 def _check(source: str, state: DecoderState, model: Fingerprinted) -> None:
-    """Refuse values that no text gives.
+    """Refuse values that no text can produce.
 
     Raises:
         StateError: naming the tensor.

@@ -140,7 +140,7 @@ class TextStream:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the text ended: `eos`, `stop_string` or `length`; None while it goes on."""
+        """Why the text ended: `eos`, `stop_string` or `length`; None while it continues."""
         return None if self._step is None else self._step.finish_reasons[0]
 
     @property

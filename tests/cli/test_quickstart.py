@@ -14,6 +14,7 @@ import pytest
 from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
+from taipan.experiments.quickstart import quickstart_recipe
 from tests.cli.conftest import TEXT, Cli, interrupt_after
 from tests.report.accessible import faults
 
@@ -198,3 +199,9 @@ def test_bad_input_is_refused(refused: Callable[..., str], tmp_path: Path) -> No
     assert "is a file" in refused("quickstart", "--out", other / "thesis.txt")
     assert "did you mean" in refused("quickstart", "--out", tmp_path / "new", "-o", "model.hiden_size=3")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_help_says_how_long_it_trains(cli: Cli) -> None:
+    assert f"[default: {quickstart_recipe(Path()).training.seconds:g}]" in " ".join(
+        cli("quickstart", "--help").out.split()
+    )

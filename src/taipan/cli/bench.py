@@ -1,4 +1,4 @@
-"""`taipan bench`: how fast a model is here, and against what."""
+"""`taipan bench`: how fast a model is on this machine, compared with floors and other libraries."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,32 +16,35 @@ def register(app: typer.Typer, panel: str) -> None:
     @app.command("bench", rich_help_panel=panel)
     def bench(
         suites: Annotated[
-            list[str] | None, typer.Argument(help="prefill, train, decode, memory, ops; all if none is given.")
+            list[str] | None, typer.Argument(help="prefill, train, decode, memory, ops. [default: all]")
         ] = None,
         model: Annotated[
             str, typer.Option(help="Preset, quickstart, mamba2-6m, mamba2-115m, taipan-30m, or a model directory.")
         ] = "quickstart",
         tokens: Annotated[
-            list[int] | None, typer.Option(help="Tokens to prefill and to train on; repeatable. 2048 if not given.")
+            list[int] | None, typer.Option(help="Tokens to prefill and to train on; repeatable. [default: 2048]")
         ] = None,
-        batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+        batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
         dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what training takes here.")] = "auto",
-        threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; as they are if not given.")] = None,
+        threads: Annotated[int | None, typer.Option(help="Threads of PyTorch. [default: its choice]")] = None,
         implementation: Annotated[
-            str, typer.Option(help="Of the ops: auto, cuda, native, portable, reference.")
+            str, typer.Option(help="Implementation of the ops: auto, cuda, native, portable or reference.")
         ] = "auto",
         repeats: Annotated[int, typer.Option(help="Repetitions after a warm-up.")] = 5,
         against: Annotated[
-            str | None, typer.Option(help="transformers, transformers-mamba2 or transformers-llama, in the same run.")
+            str | None,
+            typer.Option(help="Also measure transformers, transformers-mamba2 or transformers-llama, in the same run."),
         ] = None,
         floor: Annotated[
-            bool, typer.Option("--floor", help="Run the linear layers alone, too (decode: read the memory).")
+            bool, typer.Option("--floor", help="Also run the linear layers alone (decode: only read the memory).")
         ] = False,
         context: Annotated[
-            list[int] | None, typer.Option(help="Tokens read before decoding; repeatable. 1024 if not given.")
+            list[int] | None, typer.Option(help="Tokens read before decoding; repeatable. [default: 1024]")
         ] = None,
         new_tokens: Annotated[int, typer.Option(help="Tokens decoded in a repetition.")] = 32,
-        weights: Annotated[str, typer.Option(help="What decoding reads: auto (as stored), bfloat16 or int8.")] = "auto",
+        weights: Annotated[
+            str, typer.Option(help="Weights that decoding reads: auto (as stored), bfloat16 or int8.")
+        ] = "auto",
         json_file: Annotated[
             Path | None, typer.Option("--json", dir_okay=False, help="Write everything to this file.")
         ] = None,

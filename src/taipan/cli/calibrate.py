@@ -14,11 +14,11 @@ def register(app: typer.Typer, panel: str) -> None:
         model: Annotated[Path, typer.Argument(help="Model directory; its thresholds are replaced.")],
         data: Annotated[list[str], typer.Argument(help="Prepared data set, or text files, like those to come.")],
         capacity: Annotated[
-            float | None, typer.Option(help="Share to select; the model's budget if not given.")
+            float | None, typer.Option(help="Share of tokens to select. [default: the model's budget]")
         ] = None,
         context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-        tokens: Annotated[int, typer.Option(min=1, help="Tokens to look at.")] = 1 << 17,
-        seed: Annotated[int, typer.Option(min=0, help="Which windows are looked at.")] = 0,
+        tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 1 << 17,
+        seed: Annotated[int, typer.Option(min=0, help="Chooses the windows.")] = 0,
     ) -> None:
         """Set each gate's threshold so that it selects its budget of text like this at inference.
 

@@ -44,7 +44,7 @@ def print_table(
 
 
 def note(message: str) -> None:
-    """One line about what is going on, on standard error so that results can be piped."""
+    """One line about what is continuing, on standard error so that results can be piped."""
     # soft_wrap: a command that is longer than the terminal is wide stays one line to copy
     console(err=True).print(message, markup=False, soft_wrap=True)
 

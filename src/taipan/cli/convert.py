@@ -16,7 +16,7 @@ def register(app: typer.Typer, panel: str) -> None:
         source: Annotated[Path, typer.Argument(help="Mamba-2 directory, of transformers or of state-spaces/mamba.")],
         out: Annotated[Path, typer.Argument(help="Taipan model directory to make.")],
     ) -> None:
-        """Turn a Mamba-2 checkpoint into a Taipan model directory, bit by bit.
+        """Turn a Mamba-2 checkpoint into a Taipan model directory, bit for bit.
 
         Example:
 
@@ -57,9 +57,9 @@ def register(app: typer.Typer, panel: str) -> None:
         out: Annotated[Path, typer.Argument(help="Taipan model directory to make.")],
         every: Annotated[int, typer.Option(min=1, help="Mamba-2 layers before each selective attention layer.")] = 6,
         window: Annotated[int | None, typer.Option(min=1, help="Sliding window of the attention.")] = None,
-        seed: Annotated[int, typer.Option(min=0, help="Of the new weights.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of the new weights.")] = 0,
     ) -> None:
-        """Insert selective attention into a Mamba-2 model; at first it computes exactly what it did.
+        """Insert selective attention into a Mamba-2 model; at first it computes exactly the same.
 
         Example:
 

@@ -51,13 +51,14 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = "auto",
         licence: Annotated[str | None, typer.Option("--license", help=_LICENCE_HELP)] = None,
         workers: Annotated[
-            int | None, typer.Option(min=1, help="Processes that encode; all cores if not given. Changes no byte.")
+            int | None,
+            typer.Option(min=1, help="Processes that encode; does not change the result. [default: all cores]"),
         ] = None,
         shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens per shard file.")] = 1 << 26,
     ) -> None:
         """Encode text to token shards for training and validation.
 
-        Killed half-way, the same command goes on; the result is the same.
+        If it is killed, the same command continues where it stopped; the result is the same.
 
         Example:
 

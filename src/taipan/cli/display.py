@@ -72,7 +72,7 @@ class TrainingDisplay(TrainingListener):
             self._print(f"Going on after step {info.step}.")
 
     def stepped(self, info: StepInfo) -> None:
-        """Take in a step."""
+        """Add a step."""
         self._step = info
         self._phase = ""
         self._loss = _SMOOTHING * self._loss + (1 - _SMOOTHING) * info.result.losses[1]
@@ -83,7 +83,7 @@ class TrainingDisplay(TrainingListener):
             self._print(self._line(info))
 
     def recorded(self, record: Record) -> None:
-        """Take in an evaluation."""
+        """Add an evaluation."""
         self._valid = record.get("valid_bits_per_byte", self._valid)
         if not self._is_live and "valid_bits_per_byte" in record:
             self._print(f"step {record['step']}: held out {record['valid_bits_per_byte']:.3f} bits/byte")

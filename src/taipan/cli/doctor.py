@@ -6,7 +6,7 @@ from importlib import metadata
 
 import typer
 
-# Distribution → what it is for; the first group is needed, the second adds doors.
+# Distribution → purpose; the first group is required, the second optional.
 _NEEDED = (
     "torch",
     "numpy",

@@ -18,18 +18,18 @@ def register(app: typer.Typer, panel: str) -> None:
         data: Annotated[list[str], typer.Argument(help="Prepared data set, or text files and directories.")],
         context: Annotated[
             list[int] | None,
-            typer.Option(help="Longest context in tokens; repeatable. Not given: every document is read whole."),
+            typer.Option(help="Longest context in tokens; repeatable. [default: whole documents]"),
         ] = None,
         piece: Annotated[int, typer.Option(help="Tokens of a document read at once: speed and memory only.")] = 2048,
         batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 8192,
-        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
+        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         json_file: Annotated[
             Path | None, typer.Option("--json", dir_okay=False, help="Write all results to this file.")
         ] = None,
     ) -> None:
         """Measure bits per byte, by position in the context, and what the gates select.
 
-        Every document starts from an empty context and every byte is paid for. Memory does not depend on the length
+        Every document starts from an empty context, and every byte counts. Memory does not depend on the length
         of a document.
 
         Example:

@@ -1,4 +1,4 @@
-"""`taipan generate`: a model goes on writing."""
+"""`taipan generate`: a model continues writing."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,13 +32,20 @@ def register(app: typer.Typer, panel: str) -> None:
         stop: Annotated[
             list[str] | None, typer.Option(help="Stop after this text; may be given several times.")
         ] = None,
-        ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-document token.")] = False,
+        ignore_eos: Annotated[
+            bool, typer.Option("--ignore-eos", help="Continue after an end-of-document token.")
+        ] = False,
         prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of the prompt read at once.")] = 2048,
-        save_state: Annotated[Path | None, typer.Option(help="Write what the model remembers at the end.")] = None,
+        save_state: Annotated[
+            Path | None, typer.Option(help="Write the state of the model at the end to this file.")
+        ] = None,
         load_state: Annotated[Path | None, typer.Option(help="Continue from a saved state of this model.")] = None,
-        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
+        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         weights: Annotated[
-            str, typer.Option(help="New tokens read bfloat16 or int8 copies of the weights: faster, less exact.")
+            str,
+            typer.Option(
+                help="Weights for new tokens: auto (as stored), or bfloat16 or int8 copies, faster and less exact."
+            ),
         ] = "auto",
     ) -> None:
         """Continue a text, streaming it to the terminal. The prompt may be of any length.

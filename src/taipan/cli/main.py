@@ -1,4 +1,4 @@
-"""`taipan`: the verbs together, and what becomes of an error."""
+"""`taipan`: all verbs, and how errors are shown."""
 
 import errno
 import io

@@ -12,7 +12,7 @@ def register(app: typer.Typer, panel: str) -> None:
     @app.command("quickstart", rich_help_panel=panel)
     def quickstart(
         seconds: Annotated[
-            float | None, typer.Option(min=1, help="Length of the training; as tuned if not given.")
+            float | None, typer.Option(min=1, help="Length of the training in seconds. [default: 240]")
         ] = None,
         out: Annotated[Path, typer.Option(help="Directory for data, model and report.")] = Path("quickstart"),
         override: Annotated[
@@ -22,7 +22,7 @@ def register(app: typer.Typer, panel: str) -> None:
     ) -> None:
         """Train a small Taipan on the Python standard library, evaluate it and write an HTML report.
 
-        Nothing is downloaded. Takes under 5 minutes on 2 cores; interrupted, it goes on when run again.
+        Nothing is downloaded. Takes under 5 minutes on 2 cores; if interrupted, the same command continues.
 
         Example:
 

@@ -38,7 +38,7 @@ def register(app: typer.Typer, panel: str) -> None:
             "runs/associative-recall"
         ),
         workers: Annotated[
-            int | None, typer.Option(min=1, help="Runs side by side, one thread each; one per core if not given.")
+            int | None, typer.Option(min=1, help="Runs side by side, one thread each. [default: one per core]")
         ] = None,
         redraw: Annotated[
             Path | None,
@@ -47,7 +47,7 @@ def register(app: typer.Typer, panel: str) -> None:
     ) -> None:
         """C = 0 against C = 0.15: a Taipan, its twin without attention and a Mamba-2 on multi-query associative recall.
 
-        Interrupted, it goes on when run again: every finished run is kept.
+        If interrupted, the same command continues: every finished run is kept.
 
         Examples:
 

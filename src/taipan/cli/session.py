@@ -28,14 +28,14 @@ def register(app: typer.Typer, panel: str) -> None:
         model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
         files: Annotated[list[str], typer.Argument(help="Text files, read in this order; - reads standard input.")],
         out: Annotated[Path, typer.Option("-o", "--out", help="The session to make.")],
-        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
+        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         every: Annotated[int, typer.Option(min=1, help="Tokens between places that rolling back can start from.")] = (
             16_384
         ),
         keep: Annotated[int, typer.Option(min=1, help="Most such places; they spread out as the text grows.")] = 16,
         chunk: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 2048,
     ) -> None:
-        """Read files into a new session. After an interruption the same command goes on where it stopped.
+        """Read files into a new session. After an interruption the same command continues where it stopped.
 
         Examples:
 
@@ -94,7 +94,7 @@ def register(app: typer.Typer, panel: str) -> None:
     @verbs.command("ask")
     def ask(
         session: SessionArgument,
-        question: Annotated[str, typer.Argument(help="Text to go on with; an empty one just goes on.")],
+        question: Annotated[str, typer.Argument(help="Text to continue with; an empty one just continues.")],
         keep: Annotated[bool, typer.Option("--keep", help="Append question and answer to the session.")] = False,
         max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
         greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time.")] = False,

@@ -15,15 +15,15 @@ def register(app: typer.Typer, panel: str) -> None:
         override: Annotated[
             list[str] | None, typer.Option("-o", "--override", help="section.key=value, over the recipe; repeatable.")
         ] = None,
-        resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
+        resume: Annotated[Path | None, typer.Option(help="Directory of a run to continue.")] = None,
         auto_resume: Annotated[
             bool,
-            typer.Option("--auto-resume", help="Go on with the run in the recipe's output, if it has a checkpoint."),
+            typer.Option("--auto-resume", help="Continue the run in the recipe's output, if it has a checkpoint."),
         ] = False,
     ) -> None:
-        """Train a model. Ctrl-C saves and says how to go on; a second Ctrl-C stops at once.
+        """Train a model. Ctrl-C saves and says how to continue; a second Ctrl-C stops at once.
 
-        Under torchrun all processes take the steps together; the recipe's `parallel` says how (docs/cluster.md).
+        Under torchrun all processes take the steps together, as the recipe's `parallel` says (docs/cluster.md).
 
         Examples:
 

@@ -1,4 +1,4 @@
-"""Long windows in consecutive pieces: what a row of one batch begins, the same row of the next batches goes on with."""
+"""Long windows in consecutive pieces: each row of a batch continues the same row of the batch before."""
 
 from torch import Tensor
 

@@ -46,7 +46,7 @@ class Document:
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where reading goes on: at record ``record`` of file number ``file``."""
+    """Where reading continues: at record ``record`` of file number ``file``."""
 
     file: int = 0
     record: int = 0
@@ -130,7 +130,7 @@ class Corpus:
         )
 
     def read(self, start: Place | None = None) -> Iterator[tuple[Document, Place]]:
-        """Yield the documents from a place on, each with the place where reading goes on after it.
+        """Yield the documents from a place on, each with the place where reading continues after it.
 
         Files before the place are not opened. Nothing is raised if there is no document.
         """
@@ -157,7 +157,7 @@ class Corpus:
             self._n_read += size
 
     def _require_used(self, readers: Sequence[Reader]) -> None:
-        """Refuse an option that changes nothing: whoever gave it believes that the files are something else."""
+        """Refuse an option that has no effect: the user expects other files than these."""
         for option, value in self._given.items():
             if readers and not any(reader.uses(option) for reader in readers):
                 raise DataError(

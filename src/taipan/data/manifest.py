@@ -1,4 +1,4 @@
-"""What a data set says about itself, and whether its files are those it speaks of."""
+"""The manifest of a data set, and whether its files match it."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set says about itself; ``n_bytes`` counts the UTF-8 bytes of the texts, ends not included."""
+    """The manifest of a data set; ``n_bytes`` counts the UTF-8 bytes of the texts, ends not included."""
 
     dtype: str
     vocab_size: int

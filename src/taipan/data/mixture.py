@@ -60,7 +60,8 @@ class Mixture:
 
         Args:
             source: a directory, or directories with their weights.
-            verify, part: as for :meth:`TokenDataset.open`.
+            verify: as for :meth:`TokenDataset.open`.
+            part: as for :meth:`TokenDataset.open`.
 
         Raises:
             ConfigError: there is no data set, or a weight is impossible.
@@ -79,7 +80,7 @@ class Mixture:
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
-        """What each data set says about itself."""
+        """The manifest of each data set."""
         return tuple(dataset.manifest for dataset in self.datasets)
 
     @property

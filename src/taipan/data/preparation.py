@@ -1,4 +1,4 @@
-"""Preparing a corpus that is too large to begin again: in parallel, and going on where it was killed.
+"""Preparing a large corpus: in parallel, and continuing where it was killed.
 
 What is under way is kept beside the data set to be made, in ``.NAME.preparing``::
 
@@ -76,7 +76,7 @@ def prepare_corpus(
     progress: Callable[[CorpusProgress], None] | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> list[TokenDataset]:
-    """Encode a corpus to a data set ``out``, or to ``out/train`` and ``out/valid``; killed and called again, go on.
+    """Encode a corpus to a data set ``out``, or to ``out/train`` and ``out/valid``; killed and called again, continue.
 
     Held out are whole documents, chosen by their names alone. Where all are too large for the share (a corpus of one
     document, say) it is the tail of the longest one, from a line break on. Of a streamed corpus, which is read only
@@ -91,7 +91,7 @@ def prepare_corpus(
         licence: what the manifests say about the licence of the texts.
         workers: processes that encode.
         progress: is told how far it is: some times a second, and after every group of texts that was encoded.
-        announce: is told what is going on, in a sentence.
+        announce: is told what is continuing, in a sentence.
 
     Returns:
         The data set, or that for training and that held out.
@@ -138,7 +138,7 @@ def prepare_corpus(
                     publish_directory(staging / name, target)
             shutil.rmtree(staging)
         except TaipanError:
-            if not journal.n_read:  # nothing to go on with
+            if not journal.n_read:  # nothing to continue with
                 shutil.rmtree(staging, ignore_errors=True)
             raise
     return [TokenDataset.open(target, verify=False) for target in parts.values()]
@@ -173,7 +173,7 @@ class _Telling:
 
 
 class _Journal:
-    """The last point to go on from; written as one step."""
+    """The last point to continue from; written as one step."""
 
     def __init__(self, staging: Path, request: dict[str, Any], state: dict[str, Any]) -> None:
         self.staging = staging
@@ -188,7 +188,7 @@ class _Journal:
 
     @classmethod
     def open(cls, staging: Path, request: dict[str, Any]) -> "_Journal":
-        """Read the journal; one that is missing, damaged or of another request begins anew."""
+        """Read the journal; one that is missing, damaged or of another request starts again."""
         state: dict[str, Any] = {}
         try:
             loaded: Any = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What comes next, made by other threads while this one is busy."""
+"""Reading ahead: the next values are made by other threads."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

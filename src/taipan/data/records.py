@@ -1,4 +1,4 @@
-"""What every reader gives: texts in a fixed order that can be entered anywhere; and the columns they come from."""
+"""What every reader gives: texts in a fixed order, from any record on; and the columns they come from."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _LISTED = 20
 
 
 class Record(NamedTuple):
-    """A text: its number in what it was read from, where it stands for people, and the text; None: a null value."""
+    """A text: its number in the source, its place for messages, and the text itself; None: a null value."""
 
     number: int
     where: str

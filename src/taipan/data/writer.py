@@ -1,4 +1,4 @@
-"""Writing a data set token by token, with points to go on from after a crash."""
+"""Writing a data set token by token, with points to continue from after a crash."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ class DatasetWriter:
     """Writes shards and the table of documents into a directory, and at the end the manifest; a context manager.
 
     Between two documents :meth:`commit` brings everything to the disk and returns a value from which a new writer,
-    made with ``resume``, goes on as if nothing had happened in between. The files written are the same.
+    made with ``resume``, continues as if nothing had happened in between. The files written are the same.
 
     Args:
         directory: where to write; there are no other data in it.
@@ -103,7 +103,7 @@ class DatasetWriter:
         self._write_place()
 
     def commit(self) -> dict[str, Any]:
-        """Bring everything to the disk, and return what a writer needs to go on from here: plain values."""
+        """Bring everything to the disk, and return what a writer needs to continue from here: plain values."""
         for file in (self._documents, self._shard):
             if file is not None:
                 _sync(file)

@@ -1,4 +1,4 @@
-"""Evaluation: prediction of text, recall, compression to compare with, and what the gates select."""
+"""Evaluation: prediction of text, recall, compression for comparison, and what the gates select."""
 
 from taipan.evaluation.compression import Compression, compress
 from taipan.evaluation.documents import Documents, PreparedDocuments, TextDocuments

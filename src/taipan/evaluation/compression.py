@@ -1,4 +1,4 @@
-"""What gzip and xz need for the same texts, to set beside a model's bits per byte."""
+"""Sizes of gzip and xz on the same texts, for comparison with a model's bits per byte."""
 
 import gzip
 import lzma

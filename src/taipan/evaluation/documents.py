@@ -1,4 +1,4 @@
-"""Documents to evaluate on: token ids read as they are needed, and how many bytes of text they stand for."""
+"""Documents to evaluate on: token ids, read when needed, and the bytes of text they stand for."""
 
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
@@ -31,7 +31,7 @@ class Documents(Protocol):
 
     @property
     def start_token(self) -> int:
-        """What stands before the first token of a document: the token that ends documents."""
+        """The token before the first one of a document: the end-of-document token."""
         ...
 
     @property

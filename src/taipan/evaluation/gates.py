@@ -46,7 +46,7 @@ class GateAverage:
         self._sums = [0.0] * 6
 
     def add(self, gate: GateOutput) -> None:
-        """Take in one forward call."""
+        """Add one forward call."""
         count = gate.selected_BT.numel() if gate.real_BT is None else int(gate.real_BT.sum())
         mean = float(gate.alpha_mean)
         square = float(gate.alpha_std) ** 2 + mean**2
@@ -78,7 +78,7 @@ class GateAverages:
         self._gates: list[GateAverage] = []
 
     def add(self, gates: Sequence[GateOutput]) -> None:
-        """Take in one forward call."""
+        """Add one forward call."""
         if not self._gates:
             self._gates = [GateAverage(gate) for gate in gates]
         for average, gate in zip(self._gates, gates, strict=True):

@@ -41,7 +41,7 @@ class MQARResult(TypedDict):
 
 
 def evaluate_mqar(model: TaipanLM, mixture: MQARMixture, *, seed: int, batch_tokens: int = 16384) -> list[MQARResult]:
-    """Run a model over the test settings of a mixture, as at inference; its mode is put back.
+    """Run a model over the test settings of a mixture, as at inference; its mode is restored.
 
     Args:
         model: any, with at least the vocabulary of the mixture.

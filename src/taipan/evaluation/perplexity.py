@@ -94,7 +94,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Predict every token of every document, each document from an empty context.
 
-    Every byte is paid for: the first token of a document is predicted too, from the end-of-document token, which
+    Every byte counts: the first token of a document is predicted too, from the end-of-document token, which
     stands before it. The end of a document is not predicted. With `context`, each document is cut into windows of so
     many tokens; each window starts from an empty context and is given the token before it, so that again every token
     is predicted exactly once.
@@ -103,7 +103,7 @@ def evaluate(
     never whole.
 
     Args:
-        model: runs as at inference (no noise, calibrated thresholds); its mode is put back.
+        model: runs as at inference (no noise, calibrated thresholds); its mode is restored.
         data: a prepared data set, `TextDocuments`, or anything like it, of the model's tokenizer.
         context: longest context in tokens; None for whole documents.
         piece: most tokens of a row per forward call.

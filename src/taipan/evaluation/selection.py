@@ -44,7 +44,7 @@ def trace(
     """Read one text as at inference, in pieces of bounded memory, and note the decisions of every gate.
 
     Args:
-        model: its mode is put back.
+        model: its mode is restored.
         tokens: T token ids.
         piece: tokens per forward call; never changes the result.
         state: what was read before, one row; None starts from an empty context.

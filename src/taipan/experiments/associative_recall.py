@@ -202,7 +202,7 @@ def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int
 
     Args:
         scale: one of `SCALES`.
-        directory: results are kept under `runs/` here; an interrupted call goes on where it stopped.
+        directory: results are kept under `runs/` here; an interrupted call continues where it stopped.
         listener: told of every finished run; the number of all runs grows as best learning rates become known.
         workers: processes side by side; None for one per core.
     """

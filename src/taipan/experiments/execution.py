@@ -1,4 +1,4 @@
-"""Declared runs, executed side by side, each result kept as soon as it is there: an interrupted experiment goes on."""
+"""Declared runs, executed side by side, each result kept at once: an interrupted experiment continues."""
 
 import hashlib
 import json
@@ -120,7 +120,7 @@ def _prepare_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent can stop nobody, so each worker waits for its death."""
+    """A killed parent cannot stop its workers, so each worker watches for the parent's end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

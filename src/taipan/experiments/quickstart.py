@@ -29,7 +29,7 @@ class QuickstartResult:
 
     Attributes:
         directory: holds `data/`, the training run and its `model/`, and the report.
-        interrupted: training was interrupted; then `message` says how to go on and nothing else is there.
+        interrupted: training was interrupted; then `message` says how to continue and nothing else is there.
         message: one sentence for people.
         report: the HTML page.
         findings: what was measured.
@@ -79,7 +79,7 @@ def quickstart(
 ) -> QuickstartResult:
     """Corpus, tokenizer, training, evaluation on held-out modules, a sample, and one HTML report.
 
-    A quickstart that was interrupted goes on where it stopped.
+    A quickstart that was interrupted continues where it stopped.
 
     Args:
         directory: where everything is written.
@@ -87,7 +87,7 @@ def quickstart(
         overrides: of the recipe, `section.key=value`.
         overwrite: replace a finished quickstart in this directory.
         listener: watches the training.
-        announce: is told what is going on.
+        announce: is told what is continuing.
 
     Raises:
         ConfigError: the directory holds a finished quickstart, something else, or an override is wrong.
@@ -176,7 +176,7 @@ def _prepare(directory: Path, recipe: "Recipe", train: "Sequence[Document]", val
 
 
 def _train(directory: Path, recipe: "Recipe", listener: "TrainingListener | None") -> "TrainResult | None":
-    """Train, go on with an interrupted training, or do nothing if a finished model is there."""
+    """Train, continue an interrupted training, or do nothing if a finished model is there."""
     from taipan.training.run.checkpoint import checkpoints
     from taipan.training.run.loop import train
 

@@ -1,4 +1,4 @@
-"""Generation: works on anything that is called like the model."""
+"""Generation, for any model with the call interface of `taipan.generation.protocol`."""
 
 from taipan.generation.decoding import Decoding, decode, start_decoding
 from taipan.generation.engine import GenerateOutput, StepOutput, generate, stream

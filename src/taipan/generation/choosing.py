@@ -10,12 +10,12 @@ from taipan.shapes import BoolBT, BoolBV, FloatBV, IntB, IntBT
 
 
 class Chooser:
-    """Picks the next token of every row from its logits, and remembers which ones the row has had.
+    """Picks the next token of every row from its logits, and keeps track of the tokens seen.
 
     Args:
-        settings: how.
+        settings: how to choose.
         vocabulary: number of ids.
-        excluded: ids that are never picked, those of `settings` besides.
+        excluded: ids that are never picked, besides those of `settings`.
 
     Raises:
         InputError: no id would be left, or an id is out of range.
@@ -37,7 +37,7 @@ class Chooser:
         self._generators: list[torch.Generator] = []
 
     def hear(self, tokens_BT: IntBT, real_BT: BoolBT | None = None) -> None:
-        """Remember tokens that the rows have had, of the prompt or new; where `real_BT` is not set there is none."""
+        """Record tokens of the rows, from the prompt or new; where `real_BT` is False there is none."""
         if self._settings.repetition_penalty == 1.0:
             return
         if self._seen_BV is None:
@@ -70,7 +70,7 @@ class Chooser:
         return sampling.draw(logits_BV, torch.stack(numbers).to(logits_BV.device))
 
     def _of_rows(self, rows: int) -> list[torch.Generator]:
-        """A stream of random numbers for each row, which the other rows do not touch."""
+        """One stream of random numbers per row, independent of the other rows."""
         if not self._generators:
             self._generators = [seeded_generator(self._seed, "sampling", row) for row in range(rows)]
         return self._generators

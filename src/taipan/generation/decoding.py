@@ -24,7 +24,7 @@ _SPARE = 256  # a full attention's buffers grow by at least so many entries
 
 @runtime_checkable
 class Decoding(Protocol):
-    """A model in the middle of a text, a token of every row at a time."""
+    """A model that reads a text, one token of every row at a time."""
 
     @property
     def implementation(self) -> str:
@@ -36,7 +36,7 @@ class Decoding(Protocol):
 
         Args:
             token_B: int64 ids, one for each row.
-            active_B: rows that get their token; the others stay what they are, their logits mean nothing. None: all.
+            active_B: rows that get their token; the others do not change, and their logits mean nothing. None: all.
 
         Raises:
             InputError: an id is out of range, or there is not one for each row.
@@ -58,7 +58,7 @@ class Decoding(Protocol):
 
 
 def start_decoding(model: RecurrentLM, state: Any, *, weights: str = "auto") -> Decoding:
-    """Begin to read token by token after a state, which itself stays what it is.
+    """Start to read token by token after a state; the state itself is not changed.
 
     Args:
         model: a `TaipanLM` or anything that is called like one.
@@ -89,7 +89,7 @@ def require_native(reason: str, weights: str) -> None:
 
 
 def decode(model: RecurrentLM, state: Any, token_B: IntB, steps: int, *, weights: str = "auto") -> tuple[IntBT, Any]:
-    """Go on from a state by the likeliest token, a number of times.
+    """Continue from a state with the likeliest tokens, for a number of steps.
 
     Args:
         model: as in `start_decoding`; so are state, weights and errors.
@@ -259,7 +259,7 @@ class NativeDecoding:
 
 
 class Continuation:
-    """The new tokens of a text, each read when somebody asks what comes after it; finished rows stay what they were.
+    """The new tokens of a text, each read only when its logits are needed; finished rows do not change.
 
     Args:
         model: reads them.
@@ -313,14 +313,14 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _wider(buffers: list[Tensor], more: int) -> list[Tensor]:
-    """Room for more entries, empty ones."""
+    """Append empty slots for more entries."""
     key_BGWE, value_BGWE, index_BW, count_B = buffers
     wider = [torch.nn.functional.pad(tensor, (0, 0, 0, more)) for tensor in (key_BGWE, value_BGWE)]
     return [*wider, torch.nn.functional.pad(index_BW, (0, more), value=-1), count_B]
 
 
 def _layer_state(buffers: list[Tensor], like: LayerState, *, grown: bool) -> LayerState:
-    """The state that the buffers hold, in the dtypes of `like`; without the spare room of one that has grown."""
+    """The state in the buffers, in the dtypes of `like`, without spare slots."""
     if isinstance(like, Mamba2State):
         return Mamba2State(_copy(buffers[0], like.conv_BLC.dtype), _copy(buffers[1], like.ssm_BHPN.dtype))
     assert isinstance(like, AttentionState)

@@ -1,4 +1,4 @@
-"""Token by token: choose, stop, read on."""
+"""Generation token by token: choose, check for the end, read."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +28,7 @@ class StepOutput:
         tokens_B: the tokens; the pad token in rows that had finished before.
         generated_B: rows for which that is a new token.
         finished_B: rows that end with this token or ended before.
-        finish_reasons: why, row by row; None where the row goes on.
+        finish_reasons: why, row by row; None where the row continues.
     """
 
     tokens_B: IntB
@@ -84,7 +84,7 @@ def stream(
     Args:
         model: a `TaipanLM` or anything that is called like one.
         tokens: the prompts, (B, T) ids; or an iterable of pieces (B, Tᵢ), read as they come in bounded memory;
-            or what was read already (`prefill`), to go on from without new ones.
+            or a `Reading` (from `prefill`), to continue from it without new tokens.
         attention_mask: (B, T), nonzero where a prompt token is real; left or right padding, or holes.
         state: what was read before (`GenerateOutput.state`, `DecoderState.load`); `tokens` are then the new ones only.
         tokenizer: needed for stop strings; ids that are none of its tokens (a vocabulary padded to a round number has
@@ -137,7 +137,7 @@ def _steps(
 
     token_B = None if attention_mask is not None or state is None else _single(tokens)
     if token_B is not None and why_no_program(model) is None:
-        # a decoding step like any other: the model's own forward takes ten times as long
+        # an ordinary decoding step: the model's own forward would take ten times as long
         listen(token_B[:, None], None)
         text = Continuation(model, state, settings.weights)
         text.append(token_B)

@@ -1,4 +1,4 @@
-"""Inference as a context: no gradients, evaluation mode, and everything as it was afterwards."""
+"""Inference as a context: no gradients, evaluation mode; the modes are restored afterwards."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ class Switchable(Protocol):
 def inference(model: Switchable) -> Generator[None]:
     """Run the model in evaluation mode under `torch.inference_mode`; restore the mode of every single module.
 
-    Tensors made inside can never meet autograd again: what is handed out afterwards must be copied (a state: forked).
+    Autograd cannot use tensors made inside, so copy what is handed out (fork a state).
     """
     training = [module for module in model.modules() if module.training]
     if training:

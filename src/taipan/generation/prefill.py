@@ -31,12 +31,12 @@ class Reading:
     state: Any
 
     def released(self) -> "Reading":
-        """The same as ordinary tensors, which may be trained from."""
+        """The same as ordinary tensors, which autograd can use."""
         return Reading(self.logits_BV.clone(), self.state.fork())
 
 
 def read(model: RecurrentLM, tokens_BT: IntBT, mask_BT: BoolBT | None, state: Any) -> Reading:
-    """One forward call at inference; the logits are those of the last column. To be released before it is given out."""
+    """One forward call at inference, with the logits of the last column. Call `released` before handing it out."""
     with inference(model):
         output = model(tokens_BT, state=state, attention_mask=mask_BT, logits_to_keep=1)
         return Reading(output.logits[:, -1].float(), output.state)

@@ -322,7 +322,7 @@ def _places(model: Decodable) -> tuple[object, ...]:
 
 
 def _parts(model: object) -> DecoderParts | str:
-    """The parts of a model that the native step computes as the model itself does, or what stands against it."""
+    """The parts of a model if the native step computes what the model does, else the reason why it does not."""
     # asked of the type, because a wrapper (compiled, with adapters) answers for what it wraps
     if not hasattr(type(model), "decoder_parts"):
         return f"{type(model).__name__} is not a TaipanLM"

@@ -42,7 +42,7 @@ class StopWatch:
 
 
 class Endings:
-    """Why each row ended, None where it goes on.
+    """Why each row ended, None where it continues.
 
     Args:
         settings: when rows end.

@@ -22,7 +22,7 @@ class AttentionTable(LayerTable):
         self.windowed = windowed
 
     def check(self, config: TaipanConfig) -> None:
-        """Heads divide the width, key heads the query heads; RoPE wants pairs."""
+        """Heads divide the width, key heads divide the query heads, RoPE needs an even head dim."""
         heads = config.num_attention_heads
         if config.attention_head_dim is None:
             expected = f"a divisor of hidden_size = {config.hidden_size}"
@@ -37,7 +37,7 @@ class AttentionTable(LayerTable):
             require(config, even, "attention_head_dim", f"even for RoPE, not {config.head_dim}")
 
     def shares(self, config: TaipanConfig, selected: float | None, training: bool) -> tuple[float, float]:
-        """Shares of the tokens that ask, and that are asked."""
+        """Shares of the tokens that are queries, and that are keys."""
         return 1.0, 1.0
 
     def matrices(
@@ -59,9 +59,9 @@ class AttentionTable(LayerTable):
         return 0
 
     def attended_keys(self, config: TaipanConfig, context: int) -> float:
-        """Mean number of keys that a query meets over a context."""
+        """Mean number of keys per query over a context."""
         window = min(config.sliding_window, context) if self.windowed else context
-        # the first `window` queries meet 1 … window keys, the others `window`
+        # the first `window` queries see 1 … window keys, the others `window`
         return (window * (window + 1) / 2 + (context - window) * window) / context
 
     def mixing_flops(self, config: TaipanConfig, context: int) -> float:
@@ -79,7 +79,7 @@ class AttentionTable(LayerTable):
         return self.slots(config, context) * entry + _INDEX_BYTES
 
     def activation_bytes(self, config: TaipanConfig, context: int, narrow: int) -> float:
-        """Queries, their output and what it becomes; keys and values and what they are made of."""
+        """Queries, outputs and projected outputs; keys, values and their inputs."""
         queries, keys = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
         ask, asked = self.shares(config, None, True)
         return (ask * (3 * queries + config.hidden_size) + asked * (2 * config.hidden_size + 2 * keys)) * narrow
@@ -92,7 +92,7 @@ class SelectiveAttentionTable(AttentionTable):
         super().__init__(windowed=True)
 
     def shares(self, config: TaipanConfig, selected: float | None, training: bool) -> tuple[float, float]:
-        """What the gate selects: of the queries unless a dense gradient wants all, of the keys unless all are kept."""
+        """Selected queries only, unless a dense gradient needs all; selected keys only, unless all are kept."""
         if config.attention_capacity == 0:
             return 0.0, 0.0
         share = config.attention_capacity if selected is None else selected
@@ -139,5 +139,5 @@ class SelectiveAttentionTable(AttentionTable):
         return config.attention_capacity
 
     def activation_bytes(self, config: TaipanConfig, context: int, narrow: int) -> float:
-        """The gate reads in fp32; what is mixed and where it goes."""
+        """The gate's input in fp32; the mixed values and their places."""
         return 12 * config.hidden_size + super().activation_bytes(config, context, narrow)

@@ -1,4 +1,4 @@
-"""Softmax attention over gathered tokens, which full, sliding and selective attention share, and the first two."""
+"""Softmax attention over gathered tokens, shared by all attention layers; and full and sliding attention."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,7 +191,7 @@ class Attention(Mixer[AttentionState]):
 def out_of_place(
     state: AttentionState, position_B: Tensor, *, every: bool, ordinals: bool
 ) -> Iterator[tuple[str, str]]:
-    """Fields of an attention's state that no text gives, and what is wrong with them.
+    """Fields of an attention state that no text can produce, each with what is wrong.
 
     Args:
         state: of the right dtypes and shapes.

@@ -19,7 +19,7 @@ from taipan.shapes import BoolBT, FloatBT, FloatBT2, FloatBTD
 
 @dataclass(frozen=True)
 class GateSchedule:
-    """Where the schedules of the gate stand at some moment of training.
+    """Values of the gate's schedules at one point of training.
 
     Attributes:
         capacity: the budget C of Eq. 7.
@@ -208,7 +208,7 @@ class Gate(nn.Module):
         Args:
             x_BTD: what the gate reads of the stream.
             real_BT: which tokens are not padding; None when all are.
-            schedule: temperature and noise of the moment.
+            schedule: current temperature and noise.
             recalled: what the tokens repeat; for `gate_input` = `recall`.
         """
         config = self.config
@@ -285,7 +285,7 @@ class Gate(nn.Module):
 
 
 def precise_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear in its input's precision; a wrapped one (an adapter) computes more than its weight says, so call it."""
+    """A linear in its input's precision; a wrapped one (an adapter) is called, as it does more than its weight."""
     if type(linear) is PreciseLinear:
         return linear(x)
     return linear(x.to(cast(Tensor, linear.weight).dtype)).to(x.dtype)

@@ -9,7 +9,7 @@ from taipan.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias, in bfloat16 quick on processors without it, too (`taipan.ops.linear`)."""
+    """``nn.Linear`` without a bias; stays fast in bfloat16 on CPUs without bfloat16 units (`taipan.ops.linear`)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -20,7 +20,7 @@ class Linear(nn.Linear):
 
 
 class PreciseLinear(nn.Linear):
-    """``nn.Linear`` in the precision of its input, whatever that of its weight."""
+    """``nn.Linear`` that computes in the precision of its input, not of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (…, K) to (…, N)."""
@@ -28,5 +28,5 @@ class PreciseLinear(nn.Linear):
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is its weight and bias; a wrapped one (an adapter, quantised) computes more than those say."""
+    """Whether a module computes just its weight and bias; a wrapped one (an adapter, quantised) does more."""
     return type(module) in (nn.Linear, Linear, PreciseLinear)

@@ -69,7 +69,7 @@ class Mamba2(Mixer[Mamba2State]):
         low, high = config.time_step_limit
         if low > 0.0 or high != float("inf"):
             dt_BTH = dt_BTH.clamp(low, high)
-        if layout.real_BT is not None:  # dt = 0 leaves the state where it is
+        if layout.real_BT is not None:  # dt = 0 leaves the state unchanged
             dt_BTH = dt_BTH * layout.real_BT[..., None]
         y_BTHP, ssm_BHPN = ssd(
             x.unflatten(-1, (-1, config.mamba_head_dim)),

@@ -20,7 +20,7 @@ class Mixed(NamedTuple):
     Attributes:
         h_BTD: the residual stream; as it came, where the mixer has a branch.
         branch_BTD: pending update of the stream; the next norm adds it. None where the stream has been updated.
-        build_state: how to build the state after this call; asked only where someone wants it.
+        build_state: builds the state after this call; called only if the state is needed.
         gate: what the mixer's gate decided, if it has one.
     """
 
@@ -60,12 +60,12 @@ class Mixer(nn.Module, Generic[State]):
 
         Args:
             generator: source of all random numbers.
-            residual_scale: what to scale the weight by that a branch comes out of.
+            residual_scale: factor for the weight of the last linear of a branch.
         """
         raise NotImplementedError
 
     def empty_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> State:
-        """What this layer remembers before any token.
+        """State of this layer before any token.
 
         Args:
             batch: rows.
@@ -76,21 +76,21 @@ class Mixer(nn.Module, Generic[State]):
 
     @property
     def growing(self) -> tuple[str, ...]:
-        """Fields of its state whose second dimension is as long as the text; the others never change their size."""
+        """Fields of its state whose second dimension grows with the text; the others keep their size."""
         return ()
 
     def impossible(self, state: State, position_B: Tensor) -> Iterator[tuple[str, str]]:
-        """Fields of a state that no text gives, each with what is wrong: kernels trust what they find in a state.
+        """Fields of a state that no text can produce, each with what is wrong: kernels trust the states they are given.
 
         Args:
-            state: of the right dtypes and shapes; perhaps from a file that somebody made.
+            state: of the right dtypes and shapes; it may come from a file.
             position_B: tokens read, of each row.
         """
         yield from ()
 
     @property
     def closed(self) -> bool:
-        """Whether it leaves the stream as it is whatever its weights are: they get no gradient."""
+        """Whether it never changes the stream, so that its weights get no gradient."""
         return False
 
 

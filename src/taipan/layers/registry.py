@@ -35,7 +35,7 @@ _MIXERS: dict[str, MixerFactory] = {
 
 
 def build_mixer(config: TaipanConfig, implementations: dict[str, str], layer: int) -> AnyMixer:
-    """The mixer of a layer, with weights that are still to be drawn."""
+    """The mixer of a layer; its weights are not initialised yet."""
     return _MIXERS[config.layer_types[layer]](config, implementations, layer)
 
 
@@ -55,6 +55,6 @@ def register(name: str, table: LayerTable, mixer: MixerFactory) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take away what `register` added."""
+    """Undo `register`."""
     unregister_table(name)
     del _MIXERS[name]

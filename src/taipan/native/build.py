@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
-    """The kernels cannot be had here; the message is the reason, for `taipan doctor`."""
+    """There can be no kernels here; the message is the reason, for `taipan doctor`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The compiled kernels in this process: loaded when first asked for, never at import."""
+"""The compiled kernels in this process: loaded on first use, never at import."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Memory for what a kernel reads from end to end: in large pages where the system has them, a third faster to read."""
+"""Memory for tensors that kernels read whole: in large pages where possible, a third faster to read."""
 
 import mmap
 from collections.abc import Sequence

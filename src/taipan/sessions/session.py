@@ -218,7 +218,7 @@ class Session:
         piece: int = 2048,
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Read files one after the other, each ended by the end token; goes on where a killed reading stopped.
+        """Read files one after the other, each ended by the end token; continues where a killed reading stopped.
 
         Args:
             files: their names.
@@ -317,17 +317,17 @@ class Session:
         settings: GenerationSettings = DEFAULTS,
         **options: Any,
     ) -> Answer:
-        """Go on from here with a text, and let the model answer.
+        """Continue from here with a text, and let the model answer.
 
         Args:
-            text: what is asked; an empty one just goes on.
+            text: what is asked; an empty one just continues.
             keep: append question and answer to the session; otherwise it stays as it is.
             said: called with each piece of new text as it comes.
             settings: how to generate.
             options: single fields of `GenerationSettings`, over `settings`.
 
         Raises:
-            InputError: there is nothing to go on from, or a setting is not usable.
+            InputError: there is nothing to continue from, or a setting is not usable.
             StateError: with `keep`, another process is changing the session.
         """
         with self._changing() if keep else nullcontext():

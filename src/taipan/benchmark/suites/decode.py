@@ -23,7 +23,7 @@ _READ = ("streaming read", 0)
 
 
 def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
-    """Time of `new_tokens` after every length of context, which is really read; repetitions go on where the last ended.
+    """Time of `new_tokens` after every length of context, which is really read; each repetition continues the last.
 
     The floor is the time to read weights and states once a token (and to write the states, at the same rate) at the
     bandwidth of a streaming read in the same repetition. Several rows are compared with one of them alone, too.

@@ -198,7 +198,7 @@ class _Inputs:
         )
 
     def attention(self) -> Case:
-        """In a SAL a share C of the tokens asks."""
+        """In a SAL a share C of the tokens are queries."""
         config, batch, tokens = self.config, self.batch, self.tokens
         selective = "selective_attention" in config.layer_types
         window = None if "full_attention" in config.layer_types else config.sliding_window

@@ -19,7 +19,7 @@ _SHARE_FOR_COPIES = 0.25  # of a GPU's memory; the rest is for activations
 
 
 def strategy_of(section: ParallelSection, parameters: int, world: World, device_memory: int | None) -> Strategy:
-    """What `auto` means, and what one process makes of any strategy.
+    """Resolve `auto`; a single process has only one strategy.
 
     `auto` keeps a whole copy on every process (`ddp`) on CPUs, and on GPUs as long as weights, gradients and moments
     take a quarter of the memory; else it shards, within each machine if there are several (`hsdp`).
@@ -115,7 +115,7 @@ class Parallel:
         return self.strategy in ("fsdp", "hsdp")
 
     def settle(self) -> None:
-        """After forwards without a backward: let go of gathered parameters."""
+        """Free gathered parameters after forwards without a backward."""
         if self.sharded:
             cast(Any, self.model).reshard()
 

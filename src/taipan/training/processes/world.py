@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, what they tell each other, and how they fail together."""
+"""The processes of a run: ranks, exchanges, and failing together."""
 
 import datetime
 import os
@@ -37,7 +37,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that talks and writes."""
+        """Whether this is the leading process, which prints and writes."""
         return self.rank == 0
 
     @property
@@ -67,11 +67,11 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on some process."""
+        """Whether it is true on any process."""
         return self.sum(float(flag))[0] > 0
 
     def leading(self, value: float) -> float:
-        """The number that the leading process has."""
+        """The number of the leading process."""
         return self.sum(value if self.leads else 0.0)[0]
 
     def share(self, value: _T) -> _T:
@@ -124,7 +124,7 @@ ALONE = World()
 
 
 def this_process_leads() -> bool:
-    """Whether this process is, or will be once it has `joined`, the one that talks and writes."""
+    """Whether this process leads (prints and writes), now or once it has `joined`."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -1,4 +1,4 @@
-"""The one reader of YAML here: stricter than the library's where that guesses, or can be made to work for ever."""
+"""The only YAML reader here: stricter than the library where that guesses or could run for ever."""
 
 import re
 from collections.abc import Callable

@@ -5,12 +5,12 @@ RUN/recipe.yaml  metrics.jsonl
 RUN/checkpoints/step-00000100/   config.json model.safetensors tokenizer.json   a model directory like any other
                                  optimizer/*.safetensors   moments, a file per process: PyTorch's distributed checkpoint
                                  trainer.json     counters: plain values
-                                 carried.safetensors  states of rows that go on, with `training.state_passing` only
+                                 carried.safetensors  states of rows that continue, with `training.state_passing` only
                                  manifest.json    the step, and the SHA-256 of every other file
 RUN/model/                       the finished model
 ```
 
-All processes of a run write together, and any number of processes can go on with it. No file holds a pickle.
+All processes of a run write together, and any number of processes can continue with it. No file holds a pickle.
 """
 
 import hashlib
@@ -202,7 +202,7 @@ def load_trainer(path: Path) -> dict[str, Any]:
 
 
 def load_carried(path: Path) -> dict[str, Tensor]:
-    """The states that were carried on from the step of a checkpoint; none if every row begins anew.
+    """The states that were carried on from the step of a checkpoint; none if every row starts again.
 
     Raises:
         CheckpointError: they cannot be read.

@@ -18,7 +18,7 @@ class Feed:
         data: what is sampled.
         recipe: lengths, sizes, packing.
         seed: of the order.
-        device: where the batches are wanted.
+        device: where the batches go.
         part: `(number, count)`: which of `count` equal parts of every batch.
         pieces: with more than one, a row reads so many consecutive pieces in consecutive steps.
 

@@ -1,4 +1,4 @@
-"""One run directory, one process: who begins second is refused, and told who was first.
+"""One run directory, one process: a second one is refused, with a message that names the first.
 
 The kernel's lock on `run.lock` says whether the directory is held, and ends with its process however that ends. What
 the file says (host, process, since when) is for people, and for file systems whose locks do not exist or do not reach
@@ -62,7 +62,7 @@ def held(run: Path, warn: Callable[[str], None]) -> Generator[None]:
 
 
 def holder_of(run: Path) -> Holder | None:
-    """Who is said to hold a run directory; None if nobody is, or nothing that can be read says so."""
+    """The process noted as holding a run directory; None if there is no readable note."""
     try:
         return Holder.from_dict(parse_json_object((run / LOCK).read_bytes(), str(run / LOCK)))
     except (OSError, DataError):

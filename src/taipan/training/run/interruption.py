@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and SIGUSR1 as a wish to stop after the current step."""
+"""Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and SIGUSR1 as requests to stop after the current step."""
 
 import signal
 import threading

@@ -36,7 +36,7 @@ class TrainResult:
         model_directory: where the finished model was written; None if interrupted.
         step, tokens, seconds: of the whole run, over all resumes.
         calibration: what was set for each SAL; empty if interrupted or switched off.
-        interrupted: whether a signal ended it early; then `message` says how to go on.
+        interrupted: whether a signal ended it early; then `message` says how to continue.
         message: one sentence for people.
     """
 
@@ -58,7 +58,7 @@ def train(
     listener: TrainingListener | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainResult:
-    """Run a recipe, or go on with a run.
+    """Run a recipe, or continue a run.
 
     Writes `recipe.yaml` (resolved), `run.json` (environment, commits, data, sessions), `metrics.jsonl`, `samples.jsonl`
     if asked for, `checkpoints/` and, at the end, `model/` with a model card into the run directory.
@@ -72,7 +72,7 @@ def train(
 
     Args:
         recipe: what to do; may be None when resuming, then the run's own recipe is taken.
-        resume: directory of a run to go on with. Model, data, batches, seed and kind of optimizer must be the same.
+        resume: directory of a run to continue with. Model, data, batches, seed and kind of optimizer must be the same.
         listener: is told what happens.
         clock: seconds, monotonic.
 

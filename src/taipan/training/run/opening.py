@@ -1,6 +1,6 @@
-"""Opening a run: the recipe, its data and the checkpoint to go on from are checked, and become one value.
+"""Opening a run: the recipe, its data and the checkpoint to continue from are checked, and become one value.
 
-Nothing is written here and no step is taken: whoever opens a run may look at it and go away.
+Nothing is written and no step is taken, so a run can be opened just to look at it.
 """
 
 from dataclasses import dataclass
@@ -52,11 +52,11 @@ class OpenRun:
         identity: what may not change over resumes.
         parallel: the model, spread over the processes.
         stepper: takes the steps.
-        carry: states that go on from step to step; None without state passing.
+        carry: states that continue from step to step; None without state passing.
         dtype: of the forwards, and why.
         pace: how far the run has come.
         means: losses since the last line of metrics.
-        found: the checkpoint it goes on from; None for a new run.
+        found: the checkpoint it continues from; None for a new run.
     """
 
     recipe: Recipe
@@ -83,7 +83,7 @@ class OpenRun:
 
     @property
     def problems(self) -> list[str]:
-        """What was wrong with newer checkpoints than the one it goes on from."""
+        """What was wrong with newer checkpoints than the one it continues from."""
         return (
             [] if self.found is None else [f"{text} Going back to {self.found.path}." for text in self.found.problems]
         )
@@ -110,7 +110,7 @@ def open_run(recipe: Recipe, resume: Path | None, world: World) -> OpenRun:
 
     Args:
         recipe: what to do.
-        resume: directory of the run to go on with; None for a new one in the recipe's output.
+        resume: directory of the run to continue with; None for a new one in the recipe's output.
         world: the processes.
 
     Raises:
@@ -199,7 +199,7 @@ def _open_data(recipe: Recipe, world: World) -> tuple[Mixture, Mixture | None]:
 
 
 def _found(resume: Path, world: World) -> Found:
-    """The checkpoint to go on from, which one process looks for and checks."""
+    """The checkpoint to continue from, which one process looks for and checks."""
     found: Found | None = None
     with world.together():
         if world.leads:

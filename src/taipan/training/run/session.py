@@ -1,4 +1,4 @@
-"""One session of a run: from the moment its directory is written to until how it ended is noted."""
+"""One session of a run: from the first write to its directory until its outcome is noted."""
 
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -18,7 +18,7 @@ from taipan.training.watch.trackers import TrackedListener
 
 @dataclass
 class Session:
-    """Who is told, and what was noted.
+    """The listener, and the record of the session.
 
     Attributes:
         listener: is told what happens, and with it the trackers.

@@ -76,7 +76,7 @@ class OptimizerSet:
         }
 
     def blank_state(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-        """Tensors to read a saved state into: sharded like their parameters here, whatever wrote them.
+        """Empty tensors to read a saved state into, sharded like the parameters here.
 
         Args:
             saved: shape and dtype of every tensor of the `state_dict` that was saved.
@@ -112,7 +112,7 @@ class OptimizerSet:
         return blank
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over moments and step counts (not copied); learning rates and decay stay as this object was built.
+        """Load moments and step counts (not copied); learning rates and decay stay as they are.
 
         Raises:
             CheckpointError: as `blank_state`.

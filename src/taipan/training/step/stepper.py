@@ -1,4 +1,4 @@
-"""Steps in order: where the schedules stand, which random numbers a step sees, then the step."""
+"""Steps in order: set the schedules, seed the random numbers, take the step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

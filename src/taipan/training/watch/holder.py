@@ -1,4 +1,4 @@
-"""Which process works on something, and whether it still lives, whoever has its number now."""
+"""Which process holds something, and whether that very process is still alive (numbers are reused)."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> "Holder":
-        """The one that asks."""
+        """This process."""
         pid = os.getpid()
         return cls(platform.node(), pid, _boot(), _began(pid), datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -53,7 +53,7 @@ class Holder:
 
     @property
     def lives(self) -> bool | None:
-        """Whether the process is still there; None if that cannot be told from here (another machine or container)."""
+        """Whether the process is alive; None if that cannot be known from here (another machine or container)."""
         if self.host != platform.node():
             return None
         boot = _boot()

@@ -72,7 +72,7 @@ class TrainingListener:
     """Is told what happens, in order; override what is of interest. The default only logs warnings."""
 
     def started(self, info: RunInfo) -> None:
-        """Training begins or goes on."""
+        """Training begins or continues."""
 
     def stepped(self, info: StepInfo) -> None:
         """A step was taken."""
@@ -90,12 +90,12 @@ class TrainingListener:
         """Something that takes a while begins: evaluation, calibration."""
 
     def warned(self, message: str) -> None:
-        """Something looks wrong; training goes on."""
+        """Something looks wrong; training continues."""
         _log.warning("%s", message)
 
 
 class SilentListener(TrainingListener):
-    """Of a process that another one speaks for."""
+    """For processes that do not lead: ignores everything."""
 
     def warned(self, message: str) -> None:
         """Nothing."""

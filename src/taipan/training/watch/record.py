@@ -35,7 +35,7 @@ class RunRecord:
 
     Args:
         run: the run directory, which must exist.
-        resumed: go on with the record that is there, if one is.
+        resumed: continue with the record that is there, if one is.
 
     Attributes:
         copied_from: where the run is or was that this one is a copy of; None if it is none.
@@ -55,7 +55,7 @@ class RunRecord:
 
     @property
     def id(self) -> str:
-        """A name of the run that no other run has."""
+        """A unique name of the run."""
         return str(self._values["id"])
 
     def begin(self, *, step: int, model: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def commits() -> dict[str, dict[str, Any]]:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git prints; None where there is no git or no clone."""
+    """Output of git; None without git or outside a clone."""
     command = ["git", "-C", str(directory), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)

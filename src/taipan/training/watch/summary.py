@@ -1,4 +1,4 @@
-"""Run directories, read: what each run is, how far it came, and in what two of them differ."""
+"""Reading run directories: what each run is, how far it came, and how runs differ."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -120,7 +120,7 @@ def _numbers(records: Sequence[Record], name: str) -> list[float]:
 def differences(paths: Sequence[Path]) -> dict[str, list[Any]]:
     """The dotted keys of the resolved recipes that are not the same in all runs, with the value of each (None: absent).
 
-    Where a run writes to is no difference.
+    The output directory does not count.
     """
     flat = [dict(_flat(Recipe.load(path / RECIPE).to_dict())) for path in paths]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key != "output"]

@@ -1,6 +1,6 @@
 """Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio. All are optional packages.
 
-A tracker that fails is let go with a warning: a run does not end because a dashboard does.
+A tracker that fails is dropped with a warning: a run does not end because a dashboard does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close."""
         ...
 
 
@@ -56,12 +56,12 @@ class TensorBoard:
         self._writer.add_text(name, text, step)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close."""
         self._writer.close()
 
 
 class Wandb:
-    """A Weights & Biases run with the id of ours, so that a resumed run goes on in it. `WANDB_MODE=offline` works."""
+    """A Weights & Biases run with the id of ours, so that a resumed run continues in it. `WANDB_MODE=offline` works."""
 
     name = "wandb"
 
@@ -80,7 +80,7 @@ class Wandb:
         self._run.log({name: text}, step=step)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close."""
         self._run.finish()
 
 
@@ -104,7 +104,7 @@ class Trackio:
         self._run.log({name: text}, step=step)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close."""
         self._module.finish()  # a run that is only finished itself would be finished again at exit
 
 
@@ -168,7 +168,7 @@ class TrackedListener(TrainingListener):
         self._listener.warned(message)
 
     def close(self) -> None:
-        """Let all trackers write out what is left."""
+        """Close all trackers."""
         self._tell(lambda tracker: tracker.close())
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:

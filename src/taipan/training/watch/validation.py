@@ -1,4 +1,4 @@
-"""Loss on held-out windows while training goes on."""
+"""Loss on held-out windows while training continues."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def validate(
     dtype: str = "float32",
     world: World = ALONE,
 ) -> Validation:
-    """Run the model as at inference (no noise, calibrated thresholds) over some batches; its mode is put back.
+    """Run the model as at inference (no noise, calibrated thresholds) over some batches; its mode is restored.
 
     Args:
         model: any.
