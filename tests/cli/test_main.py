@@ -27,6 +27,9 @@ VERBS = [
     ("bench",),
     ("plan",),
     ("runs",),
+    ("session", "read"),
+    ("session", "ask"),
+    ("serve",),
 ]
 START = "import sys; from taipan.cli.main import main; main(sys.argv[1:])"
 
