@@ -65,6 +65,7 @@ class TaipanLM(nn.Module):
         logits_to_keep: int = 0,
         *,
         num_items_in_batch: Tensor | int | None = None,
+        predict_starts: bool = False,
     ) -> TaipanOutput:
         """Run the model over T tokens after an optional state.
 
@@ -77,6 +78,8 @@ class TaipanLM(nn.Module):
                 is the first token of a document.
             logits_to_keep: logits of the last so many places only; 0 = all.
             num_items_in_batch: predicted tokens of the whole accumulated batch; the loss is then this call's share.
+            predict_starts: the first token of a segment counts as a label, too: predicted by the token before it, in
+                the segment that ends there. For segments that begin with the end token of the text before.
 
         Returns:
             `TaipanOutput` with `.logits`, `.state`, `.gates` and, with labels, `.loss`, `.cross_entropy`, `.budget`.
@@ -105,7 +108,7 @@ class TaipanLM(nn.Module):
                 schedule=self.model.schedule,
                 labels=labels,
                 attention_mask=attention_mask,
-                segment_ids=segment_ids,
+                segment_ids=None if predict_starts else segment_ids,
                 num_items_in_batch=num_items_in_batch,
                 implementation=self.implementations["linear_cross_entropy"],
                 gains=gains,

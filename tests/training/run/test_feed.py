@@ -12,10 +12,12 @@ from taipan.data.mixture import Mixture
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError, DataError
+from taipan.model import TaipanLM
 from taipan.training.recipe import Recipe
 from taipan.training.run.feed import Feed
-from taipan.training.run.identity import identity, require_same
+from taipan.training.run.identity import data_fingerprint, identity, require_same
 from taipan.training.run.loop import train
+from taipan.training.step.batch import forward_of, predicted_tokens
 from tests.training.conftest import text
 
 MakeRecipe = Callable[..., Recipe]
@@ -51,6 +53,55 @@ def test_threads_processes_and_resumes_change_nothing(
         assert torch.equal(found, expected)
     feed = Feed(Mixture.open(mixed), recipe(0), seed=3, device=CPU)
     assert (feed.batch(0)["segment_ids"] is not None) == (packing == "documents")
+
+
+def test_every_token_is_predicted_from_its_own_document_which_begins_with_an_end_token(
+    make_recipe: MakeRecipe, mixed: dict[str, float]
+) -> None:
+    """A packed batch has the loss of its documents read one by one, each after an end token, as in evaluation."""
+    recipe = make_recipe(**{"data.train": mixed, "data.context_length": 300})
+    data = Mixture.open(mixed)
+    end = data.tokenizer().eos_id
+    batch = Feed(data, recipe, seed=3, device=CPU).batch(0)
+    tokens_BT, segment_BT = batch["tokens"], batch["segment_ids"]
+    assert segment_BT is not None
+    starts = segment_BT[:, 1:] != segment_BT[:, :-1]
+    assert torch.equal(starts, tokens_BT[:, 1:] == end)
+    assert starts.sum() > 1
+    assert predicted_tokens(batch) == tokens_BT[:, 1:].numel()
+    model = TaipanLM(recipe.model.config(257, end), generator=torch.Generator().manual_seed(0)).double().eval()
+    with torch.no_grad():
+        packed = forward_of(model, batch).cross_entropy
+        total = torch.zeros((), dtype=torch.float64)
+        for tokens, segments in zip(tokens_BT, segment_BT, strict=True):
+            for number in segments.unique():
+                (places,) = (segments == number).nonzero(as_tuple=True)
+                targets = tokens[places[0] + 1 : places[-1] + 2]
+                logits = model(tokens[places][None]).logits[0, : len(targets)]
+                total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(packed, total / tokens_BT[:, 1:].numel())
+
+
+def test_pieces_of_a_row_agree_about_where_documents_begin(make_recipe: MakeRecipe, mixed: dict[str, float]) -> None:
+    recipe = make_recipe(**{"data.train": mixed, "data.context_length": 2})
+    feed = Feed(Mixture.open(mixed), recipe, seed=3, device=CPU, pieces=150)
+    end = Mixture.open(mixed).tokenizer().eos_id
+    pieces = [feed.batch(number) for number in range(150)]
+    tokens = torch.cat([piece["tokens"] for piece in pieces], 1)
+    segments = torch.cat([torch.as_tensor(piece["segment_ids"]) for piece in pieces], 1)
+    starts = segments[:, 1:] != segments[:, :-1]
+    assert torch.equal(starts, tokens[:, 1:] == end)
+    assert starts[:, 0::2].any(), "an end token stands at the end of a piece"
+    assert starts[:, 1::2].any(), "another at the start of one"
+
+
+def test_a_run_from_before_first_tokens_were_trained_is_refused_by_name(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    now = identity(recipe, recipe.model.config(257, 256), Mixture.open(recipe.data.train))
+    before = {**now, "data": {key: value for key, value in now["data"].items() if key != "documents_begin_with"}}
+    with pytest.raises(ConfigError, match="documents_begin_with was None and is now 'the end token'"):
+        require_same(before, now, Path("c"))
+    assert data_fingerprint(before) == data_fingerprint(now)
 
 
 def test_a_run_on_a_mixture_is_refused_other_weights(make_recipe: MakeRecipe, mixed: dict[str, float]) -> None:

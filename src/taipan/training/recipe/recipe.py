@@ -115,7 +115,8 @@ class DataSection:
             Of any number of samples each gives its share, to within one sample.
         valid: directory with held-out tokens of the same tokenizer, or None for no evaluation.
         context_length: T, tokens of a training window.
-        packing: `documents` resets every state at document boundaries; `concatenate` lets them run on.
+        packing: `documents` resets every state at document boundaries, before the end token from which the first token
+            of the next document is predicted; `concatenate` lets them run on.
         workers: threads that read batches ahead; they change nothing but the time.
     """
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from taipan.data.consecutive import ConsecutivePieces
 from taipan.data.mixture import Mixture, MixtureSampler
@@ -43,6 +44,7 @@ class Feed:
         self._batch_size = recipe.training.batch_size
         self._part = part
         self._documents = recipe.data.packing == "documents"
+        self._end = data.tokenizer().eos_id
         self._device = device
         self._read = ReadAhead(
             lambda number: self._sampler.batch(number, self._batch_size, self._part), recipe.data.workers
@@ -51,10 +53,23 @@ class Feed:
     def batch(self, number: int) -> Batch:
         """Batch `number`."""
         batch = self._read(number)
-        segments = batch["segment_ids"].to(self._device) if self._documents else None
-        return {"tokens": batch["tokens"].to(self._device), "segment_ids": segments}
+        tokens_BT = batch["tokens"].to(self._device)
+        if not self._documents:
+            return {"tokens": tokens_BT, "segment_ids": None}
+        segment_BT = _from_end_tokens(batch["segment_ids"].to(self._device), tokens_BT, self._end)
+        return {"tokens": tokens_BT, "segment_ids": segment_BT, "predict_starts": True}
 
     def first(self, count: int) -> list[Batch]:
         """The first `count` batches, or as many as one pass over the data fills."""
         epoch = math.ceil(self._sampler.n_windows / self._batch_size)
         return [self.batch(number) for number in range(min(count, epoch))]
+
+
+def _from_end_tokens(segment_BT: Tensor, tokens_BT: Tensor, end: int) -> Tensor:
+    """Documents that begin with the end token of the one before, from which their first token is predicted.
+
+    A text to evaluate or to continue begins with that token, too (docs/decisions/0016-first-tokens.md). The end token
+    itself is still predicted by the document that it ends.
+    """
+    last_B1 = segment_BT[:, -1:] + (tokens_BT[:, -1:] == end)
+    return torch.cat([segment_BT[:, 1:], last_B1], 1)

@@ -10,11 +10,15 @@ from taipan.data.mixture import Mixture
 from taipan.errors import ConfigError, shown
 from taipan.training.recipe import Recipe
 
+_CUTS = ("context_length", "packing", "documents_begin_with")
 Identity = dict[str, dict[str, Any]]
 
 
 def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
     """Model, data and settings that make the curve of a run; plain values, for the checkpoint."""
+    packing = {"packing": recipe.data.packing}
+    if recipe.data.packing == "documents":  # runs from before first tokens were trained go on under another loss
+        packing["documents_begin_with"] = "the end token"
     return {
         "model": config.to_dict(),
         "data": {
@@ -23,7 +27,7 @@ def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
             "tokenizer": data.manifests[0].tokenizer_fingerprint,
             "weights": list(data.weights),
             "context_length": recipe.data.context_length,
-            "packing": recipe.data.packing,
+            **packing,
         },
         "optimizer": {"name": recipe.optimizer.name},
         "training": {
@@ -37,7 +41,7 @@ def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
 
 def data_fingerprint(identity: Identity) -> str:
     """One hash of the training data: shards, documents and tokenizer, whatever their directory is called."""
-    facts = {name: value for name, value in identity["data"].items() if name not in ("context_length", "packing")}
+    facts = {name: value for name, value in identity["data"].items() if name not in _CUTS}
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

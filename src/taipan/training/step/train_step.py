@@ -14,7 +14,7 @@ from taipan.ops.masked_mean import masked_mean
 from taipan.state import DecoderState
 from taipan.training.processes.parallel import Parallel
 from taipan.training.processes.world import World
-from taipan.training.step.batch import Batch, precision, predicted_tokens
+from taipan.training.step.batch import Batch, forward_of, precision, predicted_tokens
 from taipan.training.step.optimizer import OptimizerSet
 from taipan.training.step.statistics import GateMeaning, GateStatistics, gathered, statistics
 
@@ -126,10 +126,9 @@ def train_step(
     after: list[DecoderState | None] = []
     optimizer.zero_grad()
     for number, (batch, share, state) in enumerate(zip(micro_batches, shares, before, strict=True), 1):
-        tokens, segments = batch["tokens"], batch.get("segment_ids")
         with parallel.accumulating(last=number == len(micro_batches)):
-            with precision(tokens.device, dtype):
-                output = parallel(tokens, state, segment_ids=segments, labels=batch.get("labels", tokens))
+            with precision(batch["tokens"].device, dtype):
+                output = forward_of(parallel, batch, state)
                 if states is not None:
                     after.append(output.state.detach())
             token_loss = output.cross_entropy * share.to(output.cross_entropy.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taipan.model import TaipanLM
 from taipan.training.processes.world import ALONE, World
-from taipan.training.step.batch import Batch, precision, predicted_tokens
+from taipan.training.step.batch import Batch, forward_of, precision, predicted_tokens
 from taipan.training.step.statistics import GateMeaning, GateStatistics, gathered, statistics
 
 
@@ -47,9 +47,8 @@ def validate(
     gates: list[Tensor] = []
     meaning: GateMeaning | None = None
     for batch in batches:
-        tokens = batch["tokens"]
-        with precision(tokens.device, dtype):
-            output = model(tokens, segment_ids=batch.get("segment_ids"), labels=batch.get("labels", tokens))
+        with precision(batch["tokens"].device, dtype):
+            output = forward_of(model, batch)
         counts.append(predicted_tokens(batch).double())
         losses.append(output.cross_entropy.double() * counts[-1])
         gates.append(gathered(model, output.gates))
