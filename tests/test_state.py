@@ -1,5 +1,6 @@
 """State is a value: constant in size, never written in place, saved and loaded for one model only."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taipan import DecoderState
+from taipan import DecoderState, TaipanLM
 from taipan.accounting import state_bytes
-from taipan.errors import StateError
-from taipan.state import AttentionState
-from tests.models import STACKS, VARIANTS, random_tokens, small_model
+from taipan.errors import ConfigError, StateError
+from taipan.state import (
+    _WITHOUT_EFFECT,  # pyright: ignore[reportPrivateUsage]
+    AttentionState,
+    shaping_fields,
+)
+from tests.models import STACKS, VARIANTS, random_tokens, small_config, small_model
 from tests.test_model_splits import assert_same_state
 
 
@@ -185,3 +190,122 @@ def test_a_row_can_come_from_another_state(stack: str) -> None:
         state.with_row(3, alone[0])
     with pytest.raises(StateError, match="give a state of one row"):
         state.with_row(0, state)
+
+
+ALTERNATIVES: dict[str, tuple[object, ...]] = {
+    "vocab_size": (62,),
+    "hidden_size": (32,),
+    "layer_types": (("mamba2",) * 3,),
+    "intermediate_size": (24,),
+    "tie_word_embeddings": (False,),
+    "norm_eps": (1e-2,),
+    "initializer_range": (0.5,),
+    "residual_in_fp32": (),  # nothing in the fp64 of these models
+    "state_size": (4,),
+    "mamba_head_dim": (16,),
+    "n_groups": (2,),
+    "expand": (1,),
+    "conv_kernel": (3,),
+    "chunk_size": (3,),
+    "time_step_min": (1e-2,),
+    "time_step_max": (0.2,),
+    "time_step_floor": (1e-3,),
+    "time_step_limit": ((0.0, 0.01),),
+    "A_init_range": ((1.0, 2.0),),
+    "mamba_mlp": (True,),
+    "num_attention_heads": (4,),
+    "num_key_value_heads": (1, 2),
+    "attention_head_dim": (4, 12),
+    "sliding_window": (3,),
+    "attention_rope": (False,),
+    "selective_rope": (True,),
+    "rope_theta": (10.0,),
+    "attention_capacity": (0.5, 0.0),
+    "gate": ("mlp",),
+    "gate_input": ("raw", "recall"),
+    "gate_hidden_size": (5,),
+    "gate_bias_init": (1.0,),
+    "key_value_scope": ("selected",),
+    "window_unit": (),  # with the scope, below
+    "gate_gradient": ("gathered",),
+    "refinement": ("add",),
+    "gate_objective": (),  # with the control, below
+    "gain_weight": (3.0,),
+    "gain_rows": (0.25,),
+    "gain_clip": (1.0,),
+    "attention_weight": ("one",),
+    "budget_control": ("threshold",),
+    "threshold_step": (0.5,),
+    "recall_orders": ((1, 2),),
+    "recall_rank": (3,),
+    "budget_weight": (3.0,),
+    "budget_mean": ("sequence",),
+    "budget_start": (0.5,),
+    "budget_anneal": ((0.1, 0.2),),
+    "gumbel_temperature": (2.0,),
+    "gumbel_temperature_end": (0.5,),
+    "temperature_anneal": ((0.5, 0.6),),
+    "gumbel_noise": (0.5,),
+    "gumbel_noise_end": (1.0,),
+    "noise_anneal": ((0.1, 0.2),),
+    "eos_token_id": (3,),
+    "pad_token_id": (3,),
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@torch.no_grad()
+def test_a_state_is_refused_only_for_what_shapes_it(stack: str) -> None:
+    """A changed field leaves the fingerprint as it is if, and only if, the same weights compute the same after it."""
+    assert set(ALTERNATIVES) >= _WITHOUT_EFFECT
+    model = small_model(stack)
+    model.model.embed_tokens.weight[0] = 0.0
+    prefix, more = random_tokens(2, 20), random_tokens(2, 9, 1)
+    state = model(prefix).state
+    expected = model(more, state=state).logits
+    for field, values in ALTERNATIVES.items():
+        for value in values:
+            try:
+                other = TaipanLM(model.config.replace(**{field: value})).double().eval()
+            except ConfigError:  # heads or groups that this stack's sizes cannot have
+                continue
+            shapes = [{name: t.shape for name, t in one.state_dict().items()} for one in (model, other)]
+            states = [{name: t.shape for name, t in one.empty_state(1).tensors().items()} for one in (model, other)]
+            same = shapes[0] == shapes[1] and states[0] == states[1]
+            if same:
+                other.load_state_dict(model.state_dict())
+                taken = replace(state, architecture=other.empty_state(1).architecture)
+                same = torch.allclose(other(more, state=taken).logits, expected, rtol=1e-9, atol=1e-12)
+            assert (other.empty_state(1).architecture == state.architecture) == same, (field, value)
+
+
+@torch.no_grad()
+def test_a_state_file_goes_with_a_model_that_computes_the_same(tmp_path: Path) -> None:
+    model = small_model("taipan")
+    state = model(random_tokens(2, 9)).state
+    state.save(tmp_path / "state", model)
+    changed = {"chunk_size": 16, "budget_weight": 1.0, "gumbel_noise_end": 1.0, "initializer_range": 0.5}
+    other = TaipanLM(model.config.replace(**changed)).double().eval()
+    other.load_state_dict(model.state_dict())
+    tokens = random_tokens(2, 5, 1)
+    expected = model(tokens, state=state).logits
+    torch.testing.assert_close(other(tokens, state=DecoderState.load(tmp_path / "state", other)).logits, expected)
+    narrower = TaipanLM(model.config.replace(sliding_window=3)).double().eval()
+    narrower.load_state_dict(model.state_dict())
+    with pytest.raises(StateError, match="another model"):
+        DecoderState.load(tmp_path / "state", narrower)
+
+
+def test_a_new_field_at_its_default_makes_no_state_anothers() -> None:
+    """Only what is not at its default counts, so that states survive a version with more fields."""
+    config = small_config("taipan")
+    assert set(shaping_fields(config)) == {
+        "vocab_size",
+        "hidden_size",
+        "layer_types",
+        "intermediate_size",
+        "state_size",
+        "mamba_head_dim",
+        "num_attention_heads",
+        "sliding_window",
+    }

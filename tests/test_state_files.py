@@ -192,7 +192,7 @@ def test_no_changed_metadata_is_taken(tmp_path: Path) -> None:
     save_file(tensors, path, {**metadata, "comment": "mine"})
     with pytest.raises(StateError, match="was changed after it was saved"):
         DecoderState.load(path, model)
-    save_file(tensors, path, {**metadata, "format": "taipan-state-1"})
+    save_file(tensors, path, {**metadata, "format": "taipan-state-2"})
     with pytest.raises(StateError, match="by an earlier version"):
         DecoderState.load(path, model)
 

@@ -16,11 +16,15 @@ from torch import Tensor
 from taipan.config import TaipanConfig
 from taipan.errors import StateError, brief, shown
 from taipan.io import atomic_write, order_safetensors, utf8_name
+from taipan.layer_types import table_of, tables
 from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
 
 NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: the next tokens continue the document
-_FORMAT = "taipan-state-2"
-_OLD_FORMAT = "taipan-state-1"
+_FORMAT = "taipan-state-3"
+_OLD_FORMATS = {
+    "taipan-state-1": "without the checksum that protects it",
+    "taipan-state-2": "which took some models that compute the same for others",
+}
 _MOST_TOKENS = 1 << 53
 _DTYPES = {
     torch.float64: "F64",
@@ -366,10 +370,9 @@ class DecoderState:
         try:
             with utf8_name(path) as name, safe_open(name, framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
-                if metadata.get("format") == _OLD_FORMAT:
+                if (old := _OLD_FORMATS.get(metadata.get("format", ""))) is not None:
                     raise StateError(
-                        f"{path} was saved by an earlier version, without the checksum that protects it: read the text "
-                        "again and save its state."
+                        f"{path} was saved by an earlier version, {old}: read the text again and save its state."
                     )
                 if metadata.get("format") != _FORMAT:
                     raise StateError(
@@ -482,12 +485,75 @@ def _check(source: str, state: DecoderState, model: Fingerprinted) -> None:
             require(False, f"layers.{number}.{field}", words)
 
 
+_WITHOUT_EFFECT = frozenset(
+    {
+        # how weights are drawn
+        "initializer_range",
+        "time_step_min",
+        "time_step_max",
+        "time_step_floor",
+        "A_init_range",
+        "gate_bias_init",
+        # how weights are trained
+        "gate_gradient",
+        "gate_objective",
+        "gain_weight",
+        "gain_rows",
+        "gain_clip",
+        "budget_control",
+        "threshold_step",
+        "budget_weight",
+        "budget_mean",
+        "budget_start",
+        "budget_anneal",
+        "gumbel_temperature",
+        "gumbel_temperature_end",
+        "temperature_anneal",
+        "gumbel_noise",
+        "gumbel_noise_end",
+        "noise_anneal",
+        # speed
+        "chunk_size",
+        # where generation ends, what padding holds, whether head and embedding are one tensor
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+    }
+)
+"""Fields of a configuration that change neither a state nor what a model with given weights computes after it."""
+
+
+def shaping_fields(config: TaipanConfig) -> dict[str, Any]:
+    """The fields that shape a state or its meaning, but for those at their defaults.
+
+    A field that is not known to be without effect counts, so that a new one is safe; at its default it does not, so
+    that it makes no state older than itself another model's.
+    """
+    used: set[str] = set()
+    for table in map(table_of, config.layer_types):
+        used |= {*table.fields} - {*table.idle_fields(config)}
+    idle = {field for table in tables() for field in table.fields} - used
+    if not any(config.has_mlp(layer) for layer in range(config.num_hidden_layers)):
+        idle.add("intermediate_size")
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name == "attention_capacity":  # a budget; but 0 closes every gate
+            value = "closed" if value == 0 else field.default
+        elif field.name == "num_key_value_heads":
+            value = None if value == config.num_attention_heads else value
+        elif field.name == "attention_head_dim":
+            value = None if value == config.hidden_size // config.num_attention_heads else value
+        if field.name not in idle | _WITHOUT_EFFECT and value != field.default:
+            found[field.name] = value
+    return found
+
+
 def architecture_fingerprint(config: TaipanConfig) -> str:
     """Hash of all configuration fields that shape a state or its meaning; cached per configuration object."""
     cached: str | None = config.__dict__.get("_architecture_fingerprint")
     if cached is None:
-        values: dict[str, Any] = config.to_dict()
-        cached = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        cached = hashlib.sha256(json.dumps(shaping_fields(config), sort_keys=True).encode()).hexdigest()
         object.__setattr__(config, "_architecture_fingerprint", cached)
     return cached
 

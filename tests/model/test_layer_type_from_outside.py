@@ -116,7 +116,7 @@ def test_it_decodes_saves_and_loads_in_both_faces(tmp_path: Path) -> None:
         assert torch.equal(loaded.tensors()[name], tensor)
     tensors = load_file(tmp_path / "state")
     tensors["layers.0.mean_BD"] = tensors["layers.0.mean_BD"][:, :5].contiguous()
-    save_file(tensors, tmp_path / "other", {"format": "taipan-state-2", "model": model.fingerprint})
+    save_file(tensors, tmp_path / "other", {"format": "taipan-state-3", "model": model.fingerprint})
     with pytest.raises(StateError, match=r"layers\.0\.mean_BD"):
         DecoderState.load(tmp_path / "other", model)
 

@@ -2,9 +2,9 @@
 
 from taipan.layer_types.attention import AttentionTable, SelectiveAttentionTable
 from taipan.layer_types.mamba2 import Mamba2Table
-from taipan.layer_types.table import LayerTable, Matrix, register_table, table_of, unregister_table
+from taipan.layer_types.table import LayerTable, Matrix, register_table, table_of, tables, unregister_table
 
-__all__ = ["LayerTable", "Matrix", "register_own", "register_table", "table_of", "unregister_table"]
+__all__ = ["LayerTable", "Matrix", "register_own", "register_table", "table_of", "tables", "unregister_table"]
 
 
 def register_own() -> None:

@@ -6,6 +6,7 @@ from taipan.config import WIDEST, TaipanConfig, require
 from taipan.errors import shown
 from taipan.layer_types.table import LayerTable, Matrix
 
+_HEADS = ("num_attention_heads", "num_key_value_heads", "attention_head_dim", "rope_theta")
 _INDEX_BYTES = 8  # int64: the place of every entry of a window, and their number
 
 
@@ -17,6 +18,7 @@ class AttentionTable(LayerTable):
     """
 
     ops: ClassVar[tuple[str, ...]] = ("attention",)
+    fields: ClassVar[tuple[str, ...]] = (*_HEADS, "attention_rope", "sliding_window")
 
     def __init__(self, *, windowed: bool) -> None:
         self.windowed = windowed
@@ -35,6 +37,11 @@ class AttentionTable(LayerTable):
         if config.attention_rope or config.selective_rope:
             even = config.head_dim % 2 == 0
             require(config, even, "attention_head_dim", f"even for RoPE, not {config.head_dim}")
+
+    def idle_fields(self, config: TaipanConfig) -> tuple[str, ...]:
+        """The base of a rotary embedding that is not there, and the window of full attention."""
+        rope = () if config.attention_rope else ("rope_theta",)
+        return rope if self.windowed else (*rope, "sliding_window")
 
     def shares(self, config: TaipanConfig, selected: float | None, training: bool) -> tuple[float, float]:
         """Shares of the tokens that are queries, and that are keys."""
@@ -88,8 +95,31 @@ class AttentionTable(LayerTable):
 class SelectiveAttentionTable(AttentionTable):
     """See `taipan.layers.selective_attention.SelectiveAttention`."""
 
+    fields: ClassVar[tuple[str, ...]] = (
+        *_HEADS,
+        "selective_rope",
+        "sliding_window",
+        "attention_capacity",
+        "gate",
+        "gate_input",
+        "gate_hidden_size",
+        "recall_orders",
+        "recall_rank",
+        "attention_weight",
+        "key_value_scope",
+        "window_unit",
+        "refinement",
+    )
+
     def __init__(self) -> None:
         super().__init__(windowed=True)
+
+    def idle_fields(self, config: TaipanConfig) -> tuple[str, ...]:
+        """The base of a rotary embedding that is not there, the width of a linear gate, what no gate recalls."""
+        rope = () if config.selective_rope else ("rope_theta",)
+        hidden = () if config.gate == "mlp" else ("gate_hidden_size",)
+        recall = () if config.gate_input == "recall" else ("recall_orders", "recall_rank")
+        return (*rope, *hidden, *recall)
 
     def shares(self, config: TaipanConfig, selected: float | None, training: bool) -> tuple[float, float]:
         """Selected queries only, unless a dense gradient needs all; selected keys only, unless all are kept."""

@@ -11,6 +11,15 @@ class Mamba2Table(LayerTable):
     """See `taipan.layers.mamba2.Mamba2`."""
 
     ops: ClassVar[tuple[str, ...]] = ("ssd", "causal_conv1d", "gated_rms_norm")
+    fields: ClassVar[tuple[str, ...]] = (
+        "state_size",
+        "mamba_head_dim",
+        "n_groups",
+        "expand",
+        "conv_kernel",
+        "time_step_limit",
+        "mamba_mlp",
+    )
 
     def check(self, config: TaipanConfig) -> None:
         """Heads divide the inner width, groups divide the heads."""

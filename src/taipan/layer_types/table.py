@@ -40,9 +40,16 @@ class LayerTable(ABC):
 
     Attributes:
         ops: names of the ops the mixer calls.
+        fields: of the configuration that no other part of a model reads: where layers of this type are absent they are
+            without effect.
     """
 
     ops: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def idle_fields(self, config: TaipanConfig) -> tuple[str, ...]:
+        """Those of `fields` that are without effect in layers of this configuration."""
+        return ()
 
     def check(self, config: TaipanConfig) -> None:  # noqa: B027 - a type may have nothing to refuse
         """Refuse sizes that a layer of this type cannot have; for the configuration.
@@ -126,6 +133,11 @@ def register_table(name: str, table: LayerTable) -> None:
 def unregister_table(name: str) -> None:
     """Forget a layer type of this name."""
     del _TABLES[name], LAYER_TYPES[name]
+
+
+def tables() -> tuple[LayerTable, ...]:
+    """Those of all layer types."""
+    return tuple(_TABLES.values())
 
 
 def table_of(name: str) -> LayerTable:
