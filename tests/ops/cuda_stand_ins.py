@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from taipan.ops import attention, causal_conv1d, gated_rms_norm, ssd
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.attention.reference import windowed_attention
+from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
 from taipan.ops.cuda import ATTENTION, CONVOLUTION, NORM, SCAN, Kernel
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
+from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.reference import ssd_recurrent
 
 WIDTHS = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,7 +60,7 @@ def mamba_chunk_scan_combined(
         assert seq_idx.dtype == torch.int32
         assert (seq_idx.diff(dim=1) >= 0).all()
         assert (seq_idx >= 0).all()
-    y, final = ssd_recurrent(x, dt, A, B, C, D, initial_state_BHPN=initial_states, segment_BT=seq_idx)
+    y, final = ssd_recurrent(SSDInputs(x, dt, A, B, C, D, initial_state_BHPN=initial_states, segment_BT=seq_idx))
     return (y, final) if return_final_states else y
 
 
@@ -141,7 +144,9 @@ def causal_conv1d_fn(
         assert (seq_idx >= 0).all()
     # In the kernel two tokens are of one document if their numbers are equal, whatever is between them.
     assert seq_idx is None or (seq_idx.diff(dim=1) >= 0).all()
-    y, _ = causal_conv1d_reference(x.transpose(1, 2), weight, bias, segment_BT=seq_idx, activation=activation)
+    y, _ = causal_conv1d_reference(
+        ConvolutionInputs(x.transpose(1, 2), weight, bias, segment_BT=seq_idx, activation=activation)
+    )
     return _LikeIt.apply(y.transpose(1, 2))
 
 
@@ -170,7 +175,7 @@ def varlen_attn(*arguments: Any, **options: Any) -> Tensor:
         q, k, v = query[None, q_at:q_end], key[None, k_at:k_end], value[None, k_at:k_end]
         index, other = torch.arange(int(k_end - k_at - (q_end - q_at)), int(k_end - k_at)), torch.arange(k.shape[1])
         window = None if left == -1 else left + 1
-        outs.append(windowed_attention(q, k, v, index[None], other[None], window, None, None)[0])
+        outs.append(windowed_attention(AttentionInputs(q, k, v, index[None], other[None], window))[0])
     return torch.cat(outs)
 
 

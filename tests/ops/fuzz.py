@@ -25,8 +25,10 @@ from torch import Tensor
 
 from taipan.ops import attention, causal_conv1d, gated_rms_norm, linear_cross_entropy, ssd
 from taipan.ops.attention.codes import window_codes
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.gated_rms_norm import api as norms
 from taipan.ops.precision import accumulation_dtype
+from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.reference import ssd_recurrent
 from tests.tolerance import relative_error
 
@@ -252,7 +254,7 @@ def of_ssd(draw: Draw) -> Case:
 
     def reference(tensors: Tensors) -> tuple[Tensor, ...]:
         positional, options = arguments(tensors)
-        return ssd_recurrent(*positional, **options)  # type: ignore[arg-type]
+        return ssd_recurrent(SSDInputs(*positional, **options))  # type: ignore[arg-type]
 
     used = draw.random.choice([[0, 1], [0, 1], [0], [1]])
     about = f"{decay} decay, padding {padding}, {'packed' if segment is not None else 'one document'}, chunk {chunk}"
@@ -447,7 +449,9 @@ def of_attention(draw: Draw) -> Case:
         return (out,)
 
     segments = (query_segment, key_segment) if packed else (None, None)
-    admissible = window_codes(query_index, key_index, window, *segments).admissible()
+    admissible = window_codes(
+        AttentionInputs(inputs["q"], inputs["k"], inputs["v"], query_index, key_index, window, *segments)
+    ).admissible()
 
     def magnitudes(tensors: Tensors, directions: list[Tensor]) -> dict[str, Tensor]:
         return magnitudes_of_attention(tensors, directions[0], admissible)

@@ -1,6 +1,5 @@
 """Windowed attention: portable = native = reference = PyTorch's own where that can say it; cost; absent queries."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from taipan.errors import ConfigError, InputError
 from taipan.ops.attention import portable, windowed_attention
 from tests.compilers import NATIVE, needs_kernels
+from tests.ops.records import unchecked
 
 
 @dataclass(frozen=True)
@@ -406,7 +406,7 @@ def test_a_long_row_keeps_little_but_its_inputs_for_backward(implementation: str
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     case = replace(dense(2, 6, 4, 2, 8, window=4).to(torch.float32), **change)
-    checked_by_us = inspect.unwrap(windowed_attention)  # below the shape checks that only tests have
+    checked_by_us = unchecked(windowed_attention)
     with pytest.raises(error, match=message):
         checked_by_us(
             case.q,

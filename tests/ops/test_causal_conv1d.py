@@ -1,6 +1,5 @@
 """The causal convolution: portable and native = reference, pieces = whole, documents apart, columns of ragged rows."""
 
-import inspect
 import sys
 from itertools import pairwise
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from taipan.errors import ConfigError, InputError
 from taipan.ops.causal_conv1d import causal_conv1d, portable
 from tests.compilers import NATIVE
+from tests.ops.records import unchecked
 from tests.tolerance import assert_as_exact_as, assert_equal_to
 
 CHANNELS = 16  # as the kernels want them
@@ -182,16 +182,16 @@ def test_what_does_not_fit_is_named() -> None:
         run([x, weight, bias], implementation="quick")
     with pytest.raises(ConfigError, match="activation 'relu'; expected 'silu' or None"):
         run([x, weight, bias], activation="relu")
-    unchecked = inspect.unwrap(causal_conv1d)  # below the shape checks that only tests have
+    below = unchecked(causal_conv1d)
     with pytest.raises(InputError, match=r"bias has shape \(5,\); expected \(16,\)"):
-        unchecked(x, weight, bias[:5])
+        below(x, weight, bias[:5])
     with pytest.raises(InputError, match=r"initial_columns has shape \(2, 2, 16\); expected \(2, 3, 16\)"):
-        unchecked(x, weight, bias, initial_columns_BLC=initial[:, :2])
+        below(x, weight, bias, initial_columns_BLC=initial[:, :2])
     with pytest.raises(InputError, match=r"weight has shape \(16, 1\); expected \(channels, taps\) with 2"):
-        unchecked(x, weight[:, :1], bias)
+        below(x, weight[:, :1], bias)
     with pytest.raises(InputError, match=r"x has shape \(2, 0, 16\); expected .* none 0"):
-        unchecked(x[:, :0], weight, bias)
+        below(x[:, :0], weight, bias)
     with pytest.raises(InputError, match=r"segment is torch.float64; expected integer"):
-        unchecked(x, weight, bias, segment_BT=x[..., 0])
+        below(x, weight, bias, segment_BT=x[..., 0])
     with pytest.raises(InputError, match=r"bias is torch.int64; expected floating point"):
-        unchecked(x, weight, bias.long())
+        below(x, weight, bias.long())

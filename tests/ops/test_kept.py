@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.attention.native import windowed_attention
+from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native, rms_norm_of_sum_native
+from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.native import ssd_native
 from tests.compilers import needs_kernels
 
@@ -22,12 +25,14 @@ def narrow(*shape: int) -> Tensor:
 INDEX = torch.arange(TOKENS)[None]
 
 RUNS: dict[str, Callable[[], object]] = {
-    "attention": lambda: windowed_attention(narrow(2, 32), narrow(2, 32), narrow(2, 32), INDEX, INDEX, 16, None, None),
-    "causal_conv1d": lambda: causal_conv1d_native(narrow(64), torch.randn(64, 4), torch.randn(64)),
+    "attention": lambda: windowed_attention(
+        AttentionInputs(narrow(2, 32), narrow(2, 32), narrow(2, 32), INDEX, INDEX, 16)
+    ),
+    "causal_conv1d": lambda: causal_conv1d_native(ConvolutionInputs(narrow(64), torch.randn(64, 4), torch.randn(64))),
     "gated_rms_norm": lambda: gated_rms_norm_native(narrow(64), narrow(64), torch.ones(64), group_size=64, eps=1e-5),
     "rms_norm": lambda: rms_norm_native(narrow(64), torch.ones(64), eps=1e-5),
     "ssd": lambda: ssd_native(
-        narrow(2, 32), torch.rand(1, TOKENS, 2), -torch.rand(2), narrow(1, 32), narrow(1, 32), torch.randn(2)
+        SSDInputs(narrow(2, 32), torch.rand(1, TOKENS, 2), -torch.rand(2), narrow(1, 32), narrow(1, 32), torch.randn(2))
     ),
 }
 

@@ -1,6 +1,5 @@
 """The oracles of SSD agree, and the fast implementations agree with them: outputs, final state, every gradient."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,12 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
-from taipan.ops.ssd import portable, ssd
-from taipan.ops.ssd.native import ssd_native
-from taipan.ops.ssd.portable import ssd_portable
-from taipan.ops.ssd.reference import ssd_chunked, ssd_quadratic, ssd_recurrent
+from taipan.ops.ssd import native, portable, reference, ssd
+from taipan.ops.ssd.inputs import SSDInputs
 from tests.compilers import NATIVE, needs_kernels
+from tests.ops.records import called_like_the_op, unchecked
 from tests.tolerance import assert_as_exact_as, assert_equal_to
+
+ssd_native = called_like_the_op(native.ssd_native, SSDInputs)
+ssd_portable = called_like_the_op(portable.ssd_portable, SSDInputs)
+ssd_recurrent = called_like_the_op(reference.ssd_recurrent, SSDInputs)
+ssd_quadratic = called_like_the_op(reference.ssd_quadratic, SSDInputs)
+ssd_chunked = called_like_the_op(reference.ssd_chunked, SSDInputs)
 
 LENGTHS = [1, 2, 31, 63, 64, 65, 127, 200]
 GROUPS = [(4, 1), (4, 2), (3, 3)]
@@ -368,7 +372,7 @@ def test_dispatch_runs_what_was_named(implementation: str) -> None:
     assert_equal_to(run(ssd, inputs, implementation=implementation), run(ssd_recurrent, inputs), 1e-12, implementation)
 
 
-unchecked_ssd = inspect.unwrap(ssd)  # below the shape checks that only tests have
+unchecked_ssd = unchecked(ssd)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,11 @@ from taipan.ops.cuda import NORM, SCAN, Kernel
 from taipan.ops.gated_rms_norm.api import gated_rms_norm, rms_norm
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 from taipan.ops.ssd.api import ssd
+from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.reference import ssd_chunked, ssd_recurrent
 from tests.ops.cuda_stand_ins import allow_reduced_precision, run_on_cpu
 from tests.ops.fuzz import Case, Draw, results
+from tests.ops.records import called_like_the_op
 from tests.tolerance import assert_as_exact_as
 
 MISSING = [name for name in ("triton", "mamba_ssm") if find_spec(name) is None]
@@ -121,7 +123,7 @@ def test_ssd(tokens: int, groups: int, state: int, packed: bool, initial: bool, 
         wanted.discard("initial")  # else the kernel is declined
     case = Case(
         lambda tensors, name: call(ssd, tensors, chunk_size=chunk, implementation=name),
-        lambda tensors: call(ssd_recurrent, tensors),
+        lambda tensors: call(called_like_the_op(ssd_recurrent, SSDInputs), tensors),
         inputs,
         wanted,
         [0, 1],
@@ -129,7 +131,9 @@ def test_ssd(tokens: int, groups: int, state: int, packed: bool, initial: bool, 
     )
     others = [
         results(case, case.reference, inputs),
-        results(case, lambda tensors: call(ssd_chunked, tensors, chunk_size=chunk), inputs),
+        results(
+            case, lambda tensors: call(called_like_the_op(ssd_chunked, SSDInputs), tensors, chunk_size=chunk), inputs
+        ),
     ]
     check(case, others, dtype)
 

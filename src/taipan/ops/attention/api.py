@@ -1,33 +1,16 @@
 """The contract of windowed attention: what it computes, what it refuses, and which implementations there are."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
-import torch
+from torch import Tensor
 
-from taipan.errors import ConfigError, InputError
 from taipan.ops.attention import cuda, native, portable, reference
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.dispatch import select
 from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
 
-
-class WindowedAttention(Protocol):
-    """What every implementation is called with (already validated)."""
-
-    def __call__(
-        self,
-        q_BQHE: FloatBQHE,
-        k_BJGE: FloatBJGE,
-        v_BJGE: FloatBJGE,
-        query_index_BQ: IntBQ,
-        key_index_BJ: IntBJ,
-        window: int | None,
-        query_segment_BQ: IntBQ | None,
-        key_segment_BJ: IntBJ | None,
-    ) -> FloatBQHE:
-        """Compute what `windowed_attention` documents."""
-        ...
-
+WindowedAttention = Callable[[AttentionInputs], Tensor]
+"""Gives what `windowed_attention` documents for inputs that have been validated."""
 
 IMPLEMENTATIONS: Mapping[str, WindowedAttention] = {
     "cuda": cuda.windowed_attention,
@@ -77,44 +60,15 @@ def windowed_attention(
         InputError: shapes or dtypes that do not fit together.
         ConfigError: a window below 1, or an unknown implementation.
     """
-    _validate(q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, query_segment_BQ, key_segment_BJ)
-    if window is not None and window < 1:
-        raise ConfigError(f"windowed_attention: window is {window}; give at least 1, or None for no limit.")
-    attend = select("attention", IMPLEMENTATIONS, implementation, q_BQHE)
-    return attend(q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
-
-
-def _validate(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    query_segment: torch.Tensor | None,
-    key_segment: torch.Tensor | None,
-) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise InputError(
-            f"windowed_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
-            "expected (B, Q, H, E) and twice (B, J, G, E)."
-        )
-    if q.shape[2] % k.shape[2] != 0:
-        raise InputError(
-            f"windowed_attention: {q.shape[2]} query heads cannot share {k.shape[2]} key/value heads; "
-            "the first must be a multiple of the second."
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise InputError(f"windowed_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give them one dtype.")
-    if (query_segment is None) != (key_segment is None):
-        raise InputError("windowed_attention: give segments for both queries and keys, or for neither.")
-    for name, index, tokens in (
-        ("query_index", query_index, q),
-        ("key_index", key_index, k),
-        ("query_segment", query_segment, q),
-        ("key_segment", key_segment, k),
-    ):
-        if index is not None and (index.shape != tokens.shape[:2] or index.dtype != torch.int64):
-            raise InputError(
-                f"windowed_attention: {name} is {index.dtype} {tuple(index.shape)}; "
-                f"expected torch.int64 {tuple(tokens.shape[:2])}."
-            )
+    inputs = AttentionInputs(
+        q_BQHE=q_BQHE,
+        k_BJGE=k_BJGE,
+        v_BJGE=v_BJGE,
+        query_index_BQ=query_index_BQ,
+        key_index_BJ=key_index_BJ,
+        window=window,
+        query_segment_BQ=query_segment_BQ,
+        key_segment_BJ=key_segment_BJ,
+    )
+    inputs.validate()
+    return select("attention", IMPLEMENTATIONS, implementation, q_BQHE)(inputs)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.shapes import BoolBQJ, IntBJ, IntBQ
 
 
@@ -25,14 +26,10 @@ class Codes(NamedTuple):
         return (key_B1J >= self.low_BQ[:, :, None]) & (key_B1J <= self.high_BQ[:, :, None])
 
 
-def window_codes(
-    query_index_BQ: IntBQ,
-    key_index_BJ: IntBJ,
-    window: int | None,
-    query_segment_BQ: IntBQ | None,
-    key_segment_BJ: IntBJ | None,
-) -> Codes:
-    """Codes of the queries and keys; see ``taipan.ops.attention.windowed_attention`` for the arguments."""
+def window_codes(inputs: AttentionInputs) -> Codes:
+    """Codes of the queries and keys."""
+    query_index_BQ, key_index_BJ, window = inputs.query_index_BQ, inputs.key_index_BJ, inputs.window
+    query_segment_BQ, key_segment_BJ = inputs.query_segment_BQ, inputs.key_segment_BJ
     low_BQ = torch.zeros_like(query_index_BQ) if window is None else (query_index_BQ - (window - 1)).clamp(min=0)
     if query_segment_BQ is None or key_segment_BJ is None or query_index_BQ.numel() == 0 or key_index_BJ.numel() == 0:
         return Codes(low_BQ, query_index_BQ, key_index_BJ)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from taipan.ops.attention import portable
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.cuda import ATTENTION, can_index
-from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
+from taipan.shapes import FloatBQHE
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # Heads that all GPUs of this capability do forward and backward, without padding.
@@ -33,9 +34,9 @@ def _kernel_does(q_BQHE: Tensor, k_BJGE: Tensor) -> bool:
 class _Sequences:
     """Present queries and keys one after the other, cut where the row or the segment changes."""
 
-    def __init__(
-        self, query_index: Tensor, key_index: Tensor, query_segment: Tensor | None, key_segment: Tensor | None
-    ):
+    def __init__(self, inputs: AttentionInputs):
+        query_index, key_index = inputs.query_index_BQ, inputs.key_index_BJ
+        query_segment, key_segment = inputs.query_segment_BQ, inputs.key_segment_BJ
         rows = torch.arange(len(query_index), device=query_index.device)[:, None]
         query_group, key_group = rows.expand_as(query_index), rows.expand_as(key_index)
         if query_segment is not None and key_segment is not None:
@@ -78,21 +79,13 @@ def _starts(number: Tensor, groups: int) -> Tensor:
     return torch.nn.functional.pad(torch.bincount(number, minlength=groups).cumsum(0), (1, 0))
 
 
-def windowed_attention(
-    q_BQHE: FloatBQHE,
-    k_BJGE: FloatBJGE,
-    v_BJGE: FloatBJGE,
-    query_index_BQ: IntBQ,
-    key_index_BJ: IntBJ,
-    window: int | None,
-    query_segment_BQ: IntBQ | None,
-    key_segment_BJ: IntBJ | None,
-) -> FloatBQHE:
+def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     """See ``taipan.ops.attention.windowed_attention``."""
+    q_BQHE, k_BJGE, v_BJGE = inputs.q_BQHE, inputs.k_BJGE, inputs.v_BJGE
     if _kernel_does(q_BQHE, k_BJGE):
-        found = _Sequences(query_index_BQ, key_index_BJ, query_segment_BQ, key_segment_BJ)
+        found = _Sequences(inputs)
         if len(found.index) and len(found.other_index):
-            exact, queries, keys = found.windows(window)
+            exact, queries, keys = found.windows(inputs.window)
             if exact:
                 out: Tensor = ATTENTION(
                     q_BQHE.flatten(0, 1)[found.query_at],
@@ -102,11 +95,9 @@ def windowed_attention(
                     found.key_start.int(),
                     queries,
                     keys,
-                    window_size=(-1 if window is None else window - 1, 0),
+                    window_size=(-1 if inputs.window is None else inputs.window - 1, 0),
                     enable_gqa=q_BQHE.shape[2] != k_BJGE.shape[2],
                 )
                 everywhere = out.new_zeros(q_BQHE.shape).flatten(0, 1)
                 return everywhere.index_copy(0, found.query_at, out).view(q_BQHE.shape)
-    return portable.windowed_attention(
-        q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ
-    )
+    return portable.windowed_attention(inputs)

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from taipan.native import call
 from taipan.ops.attention import portable
 from taipan.ops.attention.codes import Codes, window_codes
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.precision import accumulation_dtype
-from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
+from taipan.shapes import FloatBQHE
 
 # As in the kernel: columns of a block where so few heads share a key, and what they are a multiple of.
 _COLUMNS, _MULTIPLE = 64, 16
@@ -104,23 +105,14 @@ class _Attention(torch.autograd.Function):
 _apply = cast(Callable[..., Tensor], _Attention.apply)
 
 
-def windowed_attention(
-    q_BQHE: FloatBQHE,
-    k_BJGE: FloatBJGE,
-    v_BJGE: FloatBJGE,
-    query_index_BQ: IntBQ,
-    key_index_BJ: IntBJ,
-    window: int | None,
-    query_segment_BQ: IntBQ | None,
-    key_segment_BJ: IntBJ | None,
-) -> FloatBQHE:
+def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     """See ``taipan.ops.attention.windowed_attention``."""
-    index = (query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
+    q_BQHE, k_BJGE, v_BJGE = inputs.q_BQHE, inputs.k_BJGE, inputs.v_BJGE
     empty = 0 in (*q_BQHE.shape, *k_BJGE.shape)
     if q_BQHE.dtype not in _DTYPES or empty or q_BQHE.shape[1] * q_BQHE.shape[2] < _FEW * k_BJGE.shape[2]:
-        return portable.windowed_attention(q_BQHE, k_BJGE, v_BJGE, *index)
-    codes = window_codes(*index)
+        return portable.windowed_attention(inputs)
+    codes = window_codes(inputs)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q_BQHE, k_BJGE, v_BJGE)):
         return _apply(q_BQHE, k_BJGE, v_BJGE, codes)
-    inputs = _Call(q_BQHE, k_BJGE, v_BJGE)
-    return _forward(inputs, inputs.plan(codes))[0]
+    call_inputs = _Call(q_BQHE, k_BJGE, v_BJGE)
+    return _forward(call_inputs, call_inputs.plan(codes))[0]

@@ -5,6 +5,7 @@ plain autograd; many keep nothing but their inputs and compute each block again 
 the number of queries and keys, never their product.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,33 +14,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taipan.ops.attention.codes import Codes, window_codes
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.precision import accumulation_dtype, emulates
-from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ, IntBU
+from taipan.shapes import FloatBQHE, IntBQ, IntBU
 
 
-def windowed_attention(
-    q_BQHE: FloatBQHE,
-    k_BJGE: FloatBJGE,
-    v_BJGE: FloatBJGE,
-    query_index_BQ: IntBQ,
-    key_index_BJ: IntBJ,
-    window: int | None,
-    query_segment_BQ: IntBQ | None,
-    key_segment_BJ: IntBJ | None,
-) -> FloatBQHE:
+def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     """See ``taipan.ops.attention.windowed_attention``."""
+    q_BQHE, k_BJGE, v_BJGE = inputs.q_BQHE, inputs.k_BJGE, inputs.v_BJGE
     if torch.is_autocast_enabled(q_BQHE.device.type):
         # autocast would change the dtype of a block, but not that of the gradients it must agree with
         with torch.autocast(q_BQHE.device.type, enabled=False):
-            return windowed_attention(
-                q_BQHE, k_BJGE, v_BJGE, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ
-            )
+            return windowed_attention(inputs)
     if emulates(q_BQHE.dtype, q_BQHE.device.type):
-        q, k, v = q_BQHE.float(), k_BJGE.float(), v_BJGE.float()
-        out_BQHE = windowed_attention(q, k, v, query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ)
-        return out_BQHE.to(q_BQHE.dtype)
-    codes = _merge_equal_rows(window_codes(query_index_BQ, key_index_BJ, window, query_segment_BQ, key_segment_BJ))
-    queries, keys = query_index_BQ.shape[1], key_index_BJ.shape[1]
+        wide = replace(inputs, q_BQHE=q_BQHE.float(), k_BJGE=k_BJGE.float(), v_BJGE=v_BJGE.float())
+        return windowed_attention(wide).to(q_BQHE.dtype)
+    codes = _merge_equal_rows(window_codes(inputs))
+    queries, keys, window = q_BQHE.shape[1], k_BJGE.shape[1], inputs.window
     size = block_size(window)
     if min(q_BQHE.numel(), k_BJGE.numel()) > 0 and queries <= size and (window is None or keys <= window + size):
         return _attend(q_BQHE, k_BJGE, v_BJGE, codes)
@@ -124,7 +115,15 @@ def _plan(codes: Codes, size: int) -> list[_Block]:
         if stop - start > longest + size:  # rows need keys so far apart that gathering is cheaper than their union
             first_B = start_BM[:, number].clamp(max=keys - longest)
             key_BU = first_B[:, None] + torch.arange(longest, device=first_B.device)
-        blocks.append(_Block(number * size, min((number + 1) * size, queries), start, stop, key_BU))
+        blocks.append(
+            _Block(
+                query_start=number * size,
+                query_stop=min((number + 1) * size, queries),
+                key_start=start,
+                key_stop=stop,
+                key_BU=key_BU,
+            )
+        )
     return blocks
 
 

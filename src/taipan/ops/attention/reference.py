@@ -4,40 +4,34 @@ import math
 
 import torch
 
+from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.precision import outside_autocast
-from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
+from taipan.shapes import FloatBQHE
 
 
 @outside_autocast
-def windowed_attention(
-    q_BQHE: FloatBQHE,
-    k_BJGE: FloatBJGE,
-    v_BJGE: FloatBJGE,
-    query_index_BQ: IntBQ,
-    key_index_BJ: IntBJ,
-    window: int | None,
-    query_segment_BQ: IntBQ | None,
-    key_segment_BJ: IntBJ | None,
-) -> FloatBQHE:
+def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     """See ``taipan.ops.attention.windowed_attention``; computes in at least float32."""
-    dtype = torch.promote_types(q_BQHE.dtype, torch.float32)
-    queries_per_key = q_BQHE.shape[2] // k_BJGE.shape[2]
-    k_BJHE = k_BJGE.to(dtype).repeat_interleave(queries_per_key, dim=2)
-    v_BJHE = v_BJGE.to(dtype).repeat_interleave(queries_per_key, dim=2)
+    dtype = torch.promote_types(inputs.q_BQHE.dtype, torch.float32)
+    queries_per_key = inputs.q_BQHE.shape[2] // inputs.k_BJGE.shape[2]
+    k_BJHE = inputs.k_BJGE.to(dtype).repeat_interleave(queries_per_key, dim=2)
+    v_BJHE = inputs.v_BJGE.to(dtype).repeat_interleave(queries_per_key, dim=2)
 
-    distance_BQJ = query_index_BQ[:, :, None] - key_index_BJ[:, None, :]
-    admissible_BQJ = (key_index_BJ >= 0)[:, None, :] & (query_index_BQ >= 0)[:, :, None] & (distance_BQJ >= 0)
-    if window is not None:
-        admissible_BQJ &= distance_BQJ < window
-    if query_segment_BQ is not None and key_segment_BJ is not None:
-        admissible_BQJ &= query_segment_BQ[:, :, None] == key_segment_BJ[:, None, :]
+    distance_BQJ = inputs.query_index_BQ[:, :, None] - inputs.key_index_BJ[:, None, :]
+    admissible_BQJ = (
+        (inputs.key_index_BJ >= 0)[:, None, :] & (inputs.query_index_BQ >= 0)[:, :, None] & (distance_BQJ >= 0)
+    )
+    if inputs.window is not None:
+        admissible_BQJ &= distance_BQJ < inputs.window
+    if inputs.query_segment_BQ is not None and inputs.key_segment_BJ is not None:
+        admissible_BQJ &= inputs.query_segment_BQ[:, :, None] == inputs.key_segment_BJ[:, None, :]
     forbidden_B1QJ = ~admissible_BQJ[:, None]
 
-    score_BHQJ = torch.einsum("bqhe,bjhe->bhqj", q_BQHE.to(dtype), k_BJHE) / math.sqrt(q_BQHE.shape[3])
+    score_BHQJ = torch.einsum("bqhe,bjhe->bhqj", inputs.q_BQHE.to(dtype), k_BJHE) / math.sqrt(inputs.q_BQHE.shape[3])
     score_BHQJ = score_BHQJ.masked_fill(forbidden_B1QJ, torch.finfo(dtype).min)
     if score_BHQJ.shape[3] > 0:  # a row's maximum only shifts its scores, so it needs no gradient
         score_BHQJ = score_BHQJ - score_BHQJ.detach().amax(dim=3, keepdim=True)
     weight_BHQJ = score_BHQJ.exp().masked_fill(forbidden_B1QJ, 0.0)
     # a query with no key sums to 0: dividing by 1 instead leaves it 0; any other sum is at least exp(0) = 1
     total_BHQ1 = weight_BHQJ.sum(dim=3, keepdim=True).clamp(min=1.0)
-    return torch.einsum("bhqj,bjhe->bqhe", weight_BHQJ / total_BHQ1, v_BJHE).to(q_BQHE.dtype)
+    return torch.einsum("bhqj,bjhe->bqhe", weight_BHQJ / total_BHQ1, v_BJHE).to(inputs.q_BQHE.dtype)

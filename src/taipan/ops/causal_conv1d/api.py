@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from taipan.errors import ConfigError, InputError, shown
 from taipan.ops.causal_conv1d.cuda import causal_conv1d_cuda
+from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable
 from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
 from taipan.ops.dispatch import select
 from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+IMPLEMENTATIONS: Mapping[str, Callable[[ConvolutionInputs], tuple[Tensor, Tensor]]] = {
     "cuda": causal_conv1d_cuda,
     "native": causal_conv1d_native,
     "portable": causal_conv1d_portable,
@@ -56,50 +56,14 @@ def causal_conv1d(
         ConfigError: no such implementation (or not here) or activation.
     """
     run = select("causal_conv1d", IMPLEMENTATIONS, implementation, x_BTC)
-    if activation not in ("silu", None):
-        raise ConfigError(f"causal_conv1d: unknown activation {shown(activation)}; expected 'silu' or None")
-    _validate(x_BTC, weight_CK, bias_C, initial_columns_BLC, segment_BT, length_B)
-    return run(
-        x_BTC,
-        weight_CK,
-        bias_C,
+    inputs = ConvolutionInputs(
+        x_BTC=x_BTC,
+        weight_CK=weight_CK,
+        bias_C=bias_C,
         initial_columns_BLC=initial_columns_BLC,
         segment_BT=segment_BT,
         length_B=length_B,
         activation=activation,
     )
-
-
-def _validate(
-    x_BTC: Tensor,
-    weight_CK: Tensor,
-    bias_C: Tensor,
-    initial_columns_BLC: Tensor | None,
-    segment_BT: Tensor | None,
-    length_B: Tensor | None,
-) -> None:
-    if x_BTC.dim() != 3 or 0 in x_BTC.shape:
-        raise InputError(f"causal_conv1d: x has shape {tuple(x_BTC.shape)}; expected (batch, tokens, channels), none 0")
-    if weight_CK.dim() != 2 or weight_CK.shape[1] < 2:
-        raise InputError(
-            f"causal_conv1d: weight has shape {tuple(weight_CK.shape)}; expected (channels, taps) with 2 taps or more"
-        )
-    batch, tokens, channels = x_BTC.shape
-    expected = {
-        "weight": (weight_CK, (channels, weight_CK.shape[1])),
-        "bias": (bias_C, (channels,)),
-        "initial_columns": (initial_columns_BLC, (batch, weight_CK.shape[1] - 1, channels)),
-        "segment": (segment_BT, (batch, tokens)),
-        "length": (length_B, (batch,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise InputError(
-                f"causal_conv1d: {name} has shape {tuple(tensor.shape)}; expected {shape} beside x {tuple(x_BTC.shape)}"
-            )
-    floating = {"x": x_BTC, "weight": weight_CK, "bias": bias_C, "initial_columns": initial_columns_BLC}
-    integer = {"segment": segment_BT, "length": length_B}
-    for name, tensor in {**floating, **integer}.items():
-        if tensor is not None and tensor.is_floating_point() == (name in integer):
-            kind = "integer" if name in integer else "floating point"
-            raise InputError(f"causal_conv1d: {name} is {tensor.dtype}; expected {kind}")
+    inputs.validate()
+    return run(inputs)

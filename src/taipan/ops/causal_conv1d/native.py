@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taipan.native import call
+from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable, final_columns
 from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
-from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
+from taipan.shapes import FloatBLC, FloatBTC
 
 # Channels that every vector width divides, and the taps that are compiled: what is not so goes the portable way.
 _MULTIPLE = 16
@@ -83,36 +84,19 @@ def _forward(
     return y_BTC.to(x_BTC.dtype)
 
 
-def causal_conv1d_native(
-    x_BTC: FloatBTC,
-    weight_CK: FloatCK,
-    bias_C: FloatC,
-    *,
-    initial_columns_BLC: FloatBLC | None = None,
-    segment_BT: IntBT | None = None,
-    length_B: IntB | None = None,
-    activation: str | None = "silu",
-) -> tuple[FloatBTC, FloatBLC]:
+def causal_conv1d_native(inputs: ConvolutionInputs) -> tuple[FloatBTC, FloatBLC]:
     """Depthwise causal convolution by compiled kernels. See `taipan.ops.causal_conv1d.causal_conv1d`."""
-    tokens, channels = x_BTC.shape[1:]
-    taps = weight_CK.shape[1]
-    if (tokens == 1 and initial_columns_BLC is not None) or channels % _MULTIPLE or taps not in _TAPS:
-        return causal_conv1d_portable(
-            x_BTC,
-            weight_CK,
-            bias_C,
-            initial_columns_BLC=initial_columns_BLC,
-            segment_BT=segment_BT,
-            length_B=length_B,
-            activation=activation,
-        )
-    dtype = accumulation_dtype(x_BTC.dtype)
-    columns = None if initial_columns_BLC is None else initial_columns_BLC.to(dtype).contiguous()
-    tensors = (x_BTC, weight_CK.t().to(dtype).contiguous(), bias_C.to(dtype).contiguous(), columns)
-    document = None if segment_BT is None else running_documents(segment_BT)
-    silu = activation == "silu"
+    tokens, channels = inputs.x_BTC.shape[1:]
+    taps = inputs.weight_CK.shape[1]
+    if (tokens == 1 and inputs.initial_columns_BLC is not None) or channels % _MULTIPLE or taps not in _TAPS:
+        return causal_conv1d_portable(inputs)
+    dtype = accumulation_dtype(inputs.x_BTC.dtype)
+    columns = None if inputs.initial_columns_BLC is None else inputs.initial_columns_BLC.to(dtype).contiguous()
+    tensors = (inputs.x_BTC, inputs.weight_CK.t().to(dtype).contiguous(), inputs.bias_C.to(dtype).contiguous(), columns)
+    document = None if inputs.segment_BT is None else running_documents(inputs.segment_BT)
+    silu = inputs.activation == "silu"
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         y_BTC = _apply(*tensors, document, silu)
     else:
         y_BTC = _forward(*tensors, document, silu)
-    return y_BTC, final_columns(x_BTC, initial_columns_BLC, segment_BT, length_B, taps)
+    return y_BTC, final_columns(inputs)

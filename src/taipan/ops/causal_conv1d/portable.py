@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.precision import accumulation_dtype
-from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
+from taipan.shapes import FloatBLC, FloatBTC
 
 _TILE_ELEMENTS = 256 * 1024
 
@@ -55,7 +56,7 @@ def _tiles(
                     before.copy_(columns_BLC[rows, begin:])
                 window_nLC = torch.cat((before, window_nLC), dim=1)
             mask = None if document_BT is None else _mask(document_BT[rows, begin : end + count - 1], count, accumulate)
-            yield _Tile(rows, begin, end, window_nLC, mask)
+            yield _Tile(rows=rows, begin=begin, end=end, window_nLC=window_nLC, mask_LKn1=mask)
 
 
 def _mask(document_nL: Tensor, count: int, dtype: torch.dtype) -> Tensor | None:
@@ -170,24 +171,27 @@ _silu_backward = cast(Callable[[Tensor, Tensor], Tensor], torch.ops.aten.silu_ba
 _apply = cast(Callable[..., Tensor], _CausalConv1d.apply)
 
 
-def final_columns(
-    x_BTC: Tensor, columns_BLC: Tensor | None, segment_BT: Tensor | None, length_B: Tensor | None, count: int
-) -> Tensor:
+def final_columns(inputs: ConvolutionInputs) -> Tensor:
     """The last K - 1 real inputs of each row's last document, zeros before its first."""
+    x_BTC, length_B, taps = inputs.x_BTC, inputs.length_B, inputs.weight_CK.shape[1]
     batch, tokens, channels = x_BTC.shape
-    before = x_BTC.new_zeros(batch, count - 1, channels) if columns_BLC is None else columns_BLC.to(x_BTC.dtype)
+    before = (
+        x_BTC.new_zeros(batch, taps - 1, channels)
+        if inputs.initial_columns_BLC is None
+        else inputs.initial_columns_BLC.to(x_BTC.dtype)
+    )
     if length_B is None:
-        columns = torch.cat((before[:, tokens:], x_BTC[:, max(0, tokens - count + 1) :]), dim=1)
+        columns = torch.cat((before[:, tokens:], x_BTC[:, max(0, tokens - taps + 1) :]), dim=1)
     else:
-        place_BL = length_B[:, None] + torch.arange(1 - count, 0, device=x_BTC.device)
+        place_BL = length_B[:, None] + torch.arange(1 - taps, 0, device=x_BTC.device)
         row_B1 = torch.arange(batch, device=x_BTC.device)[:, None]
         recent = x_BTC[row_B1, place_BL.clamp_min(0)]
-        earlier = before[row_B1, (place_BL + count - 1).clamp_max(count - 2)]
+        earlier = before[row_B1, (place_BL + taps - 1).clamp_max(taps - 2)]
         columns = torch.where((place_BL < 0)[..., None], earlier, recent)
-    if segment_BT is None:
+    if inputs.segment_BT is None:
         return columns
-    document_BT = _documents(segment_BT, count)
-    last_BL = torch.arange(count - 1, device=x_BTC.device) + (tokens if length_B is None else length_B[:, None])
+    document_BT = _documents(inputs.segment_BT, taps)
+    last_BL = torch.arange(taps - 1, device=x_BTC.device) + (tokens if length_B is None else length_B[:, None])
     # Padding repeats the last real token's document, so that the last of a row is the current one.
     same_BL = document_BT.gather(1, last_BL.expand(batch, -1)) == document_BT[:, -1:]
     return columns * same_BL[..., None]
@@ -202,23 +206,15 @@ def _step(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor, columns_BLC: Tensor,
     return sums_BC[:, None].to(x_BTC.dtype)
 
 
-def causal_conv1d_portable(
-    x_BTC: FloatBTC,
-    weight_CK: FloatCK,
-    bias_C: FloatC,
-    *,
-    initial_columns_BLC: FloatBLC | None = None,
-    segment_BT: IntBT | None = None,
-    length_B: IntB | None = None,
-    activation: str | None = "silu",
-) -> tuple[FloatBTC, FloatBLC]:
+def causal_conv1d_portable(inputs: ConvolutionInputs) -> tuple[FloatBTC, FloatBLC]:
     """Depthwise causal convolution by shifted multiply-adds. See `taipan.ops.causal_conv1d.causal_conv1d`."""
-    final_BLC = final_columns(x_BTC, initial_columns_BLC, segment_BT, length_B, weight_CK.shape[1])
-    if x_BTC.shape[1] == 1 and initial_columns_BLC is not None:
+    columns_BLC, segment_BT, final_BLC = inputs.initial_columns_BLC, inputs.segment_BT, final_columns(inputs)
+    if inputs.x_BTC.shape[1] == 1 and columns_BLC is not None:
         if segment_BT is not None:
-            initial_columns_BLC = initial_columns_BLC * (segment_BT == 0)[..., None]
-        return _step(x_BTC, weight_CK, bias_C, initial_columns_BLC, activation), final_BLC
-    tensors = (x_BTC, weight_CK, bias_C, initial_columns_BLC)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return _apply(*tensors, segment_BT, activation), final_BLC
-    return _forward(*tensors, segment_BT, activation), final_BLC
+            columns_BLC = columns_BLC * (segment_BT == 0)[..., None]
+        y_BTC = _step(inputs.x_BTC, inputs.weight_CK, inputs.bias_C, columns_BLC, inputs.activation)
+    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs.tensors):
+        y_BTC = _apply(*inputs.tensors, segment_BT, inputs.activation)
+    else:
+        y_BTC = _forward(*inputs.tensors, segment_BT, inputs.activation)
+    return y_BTC, final_BLC

@@ -52,7 +52,9 @@ def select_tokens(mask_BT: BoolBT) -> Selection:
         target_M = present_BS.flatten().nonzero().flatten()
         index_BS = torch.zeros(batch * longest, dtype=torch.int64, device=device)
         index_BS = index_BS.index_copy(0, target_M, source_M % tokens).view(batch, longest)
-    return Selection(index_BS, present_BS, count_B, tokens, source_M, target_M)
+    return Selection(
+        index_BS=index_BS, present_BS=present_BS, count_B=count_B, tokens=tokens, source_M=source_M, target_M=target_M
+    )
 
 
 def gather(x_BTD: FloatBTD, selection: Selection) -> FloatBSD:

@@ -1,38 +1,19 @@
 """The contract of the state space duality op."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from taipan.errors import InputError
 from taipan.ops.dispatch import select
 from taipan.ops.ssd.cuda import ssd_cuda
+from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.native import ssd_native
 from taipan.ops.ssd.portable import ssd_portable
 from taipan.ops.ssd.reference import ssd_chunked
 from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
 
-
-class Implementation(Protocol):
-    """What every implementation of `ssd` is called with, after validation."""
-
-    def __call__(
-        self,
-        x_BTHP: Tensor,
-        dt_BTH: Tensor,
-        A_H: Tensor,
-        B_BTGN: Tensor,
-        C_BTGN: Tensor,
-        D_H: Tensor | None = None,
-        *,
-        initial_state_BHPN: Tensor | None = None,
-        segment_BT: Tensor | None = None,
-        chunk_size: int = 64,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y and the final state."""
-        ...
-
+Implementation = Callable[[SSDInputs], tuple[Tensor, Tensor]]
+"""Gives y and the final state of inputs that have been validated."""
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "cuda": ssd_cuda,
@@ -83,59 +64,16 @@ def ssd(
         ConfigError: no such implementation, or not here.
     """
     run = select("ssd", IMPLEMENTATIONS, implementation, x_BTHP)
-    _validate(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT, chunk_size)
-    return run(
-        x_BTHP,
-        dt_BTH,
-        A_H,
-        B_BTGN,
-        C_BTGN,
-        D_H,
+    inputs = SSDInputs(
+        x_BTHP=x_BTHP,
+        dt_BTH=dt_BTH,
+        A_H=A_H,
+        B_BTGN=B_BTGN,
+        C_BTGN=C_BTGN,
+        D_H=D_H,
         initial_state_BHPN=initial_state_BHPN,
         segment_BT=segment_BT,
         chunk_size=chunk_size,
     )
-
-
-def _validate(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    D_H: Tensor | None,
-    initial_state_BHPN: Tensor | None,
-    segment_BT: Tensor | None,
-    chunk_size: int,
-) -> None:
-    if x_BTHP.dim() != 4 or 0 in x_BTHP.shape:
-        raise InputError(f"ssd: x has shape {tuple(x_BTHP.shape)}; expected (batch, tokens, heads, head dim), none 0")
-    if B_BTGN.dim() != 4 or 0 in B_BTGN.shape:
-        raise InputError(f"ssd: B has shape {tuple(B_BTGN.shape)}; expected (batch, tokens, groups, state), none 0")
-    batch, tokens, heads, head_dim = x_BTHP.shape
-    groups, state_size = B_BTGN.shape[2:]
-    if heads % groups:
-        raise InputError(f"ssd: {heads} heads do not divide into the {groups} groups of B; make heads a multiple of it")
-    if chunk_size < 1:
-        raise InputError(f"ssd: chunk_size is {chunk_size}; expected at least 1")
-    expected = {
-        "dt": (dt_BTH, (batch, tokens, heads)),
-        "A": (A_H, (heads,)),
-        "B": (B_BTGN, (batch, tokens, groups, state_size)),
-        "C": (C_BTGN, (batch, tokens, groups, state_size)),
-        "D": (D_H, (heads,)),
-        "initial_state": (initial_state_BHPN, (batch, heads, head_dim, state_size)),
-        "segment": (segment_BT, (batch, tokens)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise InputError(
-                f"ssd: {name} has shape {tuple(tensor.shape)}; expected {shape} beside x {tuple(x_BTHP.shape)}"
-            )
-        if tensor.is_floating_point() == (name == "segment"):
-            kind = "integer" if name == "segment" else "floating point"
-            raise InputError(f"ssd: {name} is {tensor.dtype}; expected {kind}")
-    if not x_BTHP.is_floating_point():
-        raise InputError(f"ssd: x is {x_BTHP.dtype}; expected floating point")
+    inputs.validate()
+    return run(inputs)

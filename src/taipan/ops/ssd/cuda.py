@@ -7,20 +7,21 @@ are rounded to the dtype of x. What the kernels do not do is left to the portabl
 import inspect
 
 import torch
-from torch import Tensor
 
 from taipan.ops.cuda import SCAN, can_compute, can_index, can_multiply
 from taipan.ops.documents import running_documents
+from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.portable import ssd_portable
-from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
+from taipan.shapes import FloatBHPN, FloatBTHP
 
 _SHORTEST_CHUNK = 16
 
 
-def _kernel_does(x_BTHP: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, initial_state_BHPN: Tensor | None, chunk: int) -> bool:
+def _kernel_does(inputs: SSDInputs, chunk: int) -> bool:
+    x_BTHP, B_BTGN, C_BTGN = inputs.x_BTHP, inputs.B_BTGN, inputs.C_BTGN
     batch, tokens, heads, head_dim = x_BTHP.shape
     groups, state = B_BTGN.shape[2:]
-    if tokens == 1 and initial_state_BHPN is not None:  # the recurrence itself: nothing to gain
+    if tokens == 1 and inputs.initial_state_BHPN is not None:  # the recurrence itself: nothing to gain
         return False
     if not can_compute(x_BTHP.dtype) or not can_multiply(x_BTHP.dtype):
         return False
@@ -32,49 +33,29 @@ def _kernel_does(x_BTHP: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, initial_state_B
     return fits and chunk >= _SHORTEST_CHUNK
 
 
-def ssd_cuda(
-    x_BTHP: FloatBTHP,
-    dt_BTH: FloatBTH,
-    A_H: FloatH,
-    B_BTGN: FloatBTGN,
-    C_BTGN: FloatBTGN,
-    D_H: FloatH | None = None,
-    *,
-    initial_state_BHPN: FloatBHPN | None = None,
-    segment_BT: IntBT | None = None,
-    chunk_size: int = 64,
-) -> tuple[FloatBTHP, FloatBHPN]:
+def ssd_cuda(inputs: SSDInputs) -> tuple[FloatBTHP, FloatBHPN]:
     """State space duality by mamba-ssm. See `taipan.ops.ssd.ssd`."""
-    chunk = 1 << chunk_size.bit_length() - 1  # the kernels' blocks are powers of 2
+    x_BTHP, initial_state_BHPN = inputs.x_BTHP, inputs.initial_state_BHPN
+    chunk = 1 << inputs.chunk_size.bit_length() - 1  # the kernels' blocks are powers of 2
     options: dict[str, object] = {}
-    does = _kernel_does(x_BTHP, B_BTGN, C_BTGN, initial_state_BHPN, chunk)
+    does = _kernel_does(inputs, chunk)
     if does and x_BTHP.dtype != torch.float32 and initial_state_BHPN is not None and initial_state_BHPN.requires_grad:
         # else the gradient of the fp32 state would come in the dtype of x
         options["state_dtype"] = torch.float32
         does = "state_dtype" in inspect.signature(SCAN.load()).parameters
     if not does:
-        return ssd_portable(
-            x_BTHP,
-            dt_BTH,
-            A_H,
-            B_BTGN,
-            C_BTGN,
-            D_H,
-            initial_state_BHPN=initial_state_BHPN,
-            segment_BT=segment_BT,
-            chunk_size=chunk_size,
-        )
+        return ssd_portable(inputs)
     y_BTHP, final_BHPN = SCAN(
         x_BTHP,
-        dt_BTH.float(),
-        A_H.float(),
-        B_BTGN,
-        C_BTGN,
+        inputs.dt_BTH.float(),
+        inputs.A_H.float(),
+        inputs.B_BTGN,
+        inputs.C_BTGN,
         chunk,
-        D=None if D_H is None else D_H.float(),
+        D=None if inputs.D_H is None else inputs.D_H.float(),
         initial_states=None if initial_state_BHPN is None else initial_state_BHPN.float(),
         # The kernels compare the last tokens of two chunks, so a number must not come again; 0 is the initial state's.
-        seq_idx=None if segment_BT is None else running_documents(segment_BT),
+        seq_idx=None if inputs.segment_BT is None else running_documents(inputs.segment_BT),
         return_final_states=True,
         **options,
     )

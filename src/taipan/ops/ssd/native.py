@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from taipan.native import call
 from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype, kernel_dtype, no_autocast
+from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.portable import best_chunk, step
-from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
+from taipan.shapes import FloatBHPN, FloatBTHP
 
 # Head dimension and state are padded to this, which every vector width divides.
 _MULTIPLE = 16
@@ -140,42 +141,28 @@ class _SSD(torch.autograd.Function):
 _apply = cast(Callable[..., tuple[Tensor, Tensor]], _SSD.apply)
 
 
-def ssd_native(
-    x_BTHP: FloatBTHP,
-    dt_BTH: FloatBTH,
-    A_H: FloatH,
-    B_BTGN: FloatBTGN,
-    C_BTGN: FloatBTGN,
-    D_H: FloatH | None = None,
-    *,
-    initial_state_BHPN: FloatBHPN | None = None,
-    segment_BT: IntBT | None = None,
-    chunk_size: int = 64,
-) -> tuple[FloatBTHP, FloatBHPN]:
+def ssd_native(inputs: SSDInputs) -> tuple[FloatBTHP, FloatBHPN]:
     """State space duality by compiled kernels. See `taipan.ops.ssd.ssd`."""
     with no_autocast("cpu"):
-        if x_BTHP.shape[1] == 1 and initial_state_BHPN is not None:
-            return step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
-        dtype = accumulation_dtype(x_BTHP.dtype)
-        head_dim, state = x_BTHP.shape[3], B_BTGN.shape[3]
+        if inputs.x_BTHP.shape[1] == 1 and inputs.initial_state_BHPN is not None:
+            return step(inputs, inputs.initial_state_BHPN)
+        x, B, C, initial = inputs.x_BTHP, inputs.B_BTGN, inputs.C_BTGN, inputs.initial_state_BHPN
+        dtype = accumulation_dtype(x.dtype)
+        head_dim, state = x.shape[3], B.shape[3]
         wide, deep = -head_dim % _MULTIPLE, -state % _MULTIPLE
-        x, B, C = (
-            F.pad(tensor, (0, more)) if more else tensor
-            for tensor, more in ((x_BTHP, wide), (B_BTGN, deep), (C_BTGN, deep))
-        )
-        initial = (
-            None if initial_state_BHPN is None else F.pad(initial_state_BHPN.to(dtype), (0, deep, 0, wide)).contiguous()
-        )
-        document = None if segment_BT is None else running_documents(segment_BT)
+        x, B, C = (F.pad(tensor, (0, more)) if more else tensor for tensor, more in ((x, wide), (B, deep), (C, deep)))
+        if initial is not None:
+            initial = F.pad(initial.to(dtype), (0, deep, 0, wide)).contiguous()
+        document = None if inputs.segment_BT is None else running_documents(inputs.segment_BT)
         arguments = (
             x,
-            dt_BTH.to(dtype),
-            A_H.to(dtype).contiguous(),
+            inputs.dt_BTH.to(dtype),
+            inputs.A_H.to(dtype).contiguous(),
             B,
             C,
-            None if D_H is None else D_H.to(dtype).contiguous(),
+            None if inputs.D_H is None else inputs.D_H.to(dtype).contiguous(),
         )
-        chunk = min(chunk_size, best_chunk(head_dim, state))
+        chunk = min(inputs.chunk_size, best_chunk(head_dim, state))
         tensors = (*arguments, initial)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             y, final = _apply(*tensors, document, chunk)

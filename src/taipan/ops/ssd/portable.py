@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype, no_autocast
-from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
+from taipan.ops.ssd.inputs import SSDInputs
+from taipan.shapes import FloatBHPN, FloatBTHP
 
 # Elements of the (n, H, Q, Q) decays of a tile: few enough for the cache, many enough to make the calls worth it.
 _TILE_ELEMENTS = 8 * 8 * 64 * 64
@@ -77,15 +78,19 @@ def _tiles(batch: int, tokens: int, heads: int, chunk: int) -> Iterator[_Tile]:
     if batch >= width or whole <= 1:
         for row in range(0, batch, width):
             for first in range(whole):
-                yield _Tile(row, min(width, batch - row), first, 1, first * chunk, chunk)
+                yield _Tile(
+                    row=row, rows=min(width, batch - row), first=first, chunks=1, begin=first * chunk, size=chunk
+                )
     else:
         for row in range(batch):
             for first in range(0, whole, width):
-                yield _Tile(row, 1, first, min(width, whole - first), first * chunk, chunk)
+                yield _Tile(
+                    row=row, rows=1, first=first, chunks=min(width, whole - first), begin=first * chunk, size=chunk
+                )
     if rest:
         width = max(1, _TILE_ELEMENTS // (heads * rest * rest))
         for row in range(0, batch, width):
-            yield _Tile(row, min(width, batch - row), whole, 1, whole * chunk, rest)
+            yield _Tile(row=row, rows=min(width, batch - row), first=whole, chunks=1, begin=whole * chunk, size=rest)
 
 
 def _running_segment(segment_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +145,13 @@ def _decay(dt_nQH: Tensor, A_H: Tensor, segment_nQ: Tensor | None, before_nQ: Te
         entrance_nHQ = entrance_nHQ * (segment_nQ == incoming_n1)[:, None]
         end_nHQ = end_nHQ * (segment_nQ == segment_nQ[:, -1:])[:, None]
         through_nH = through_nH * (segment_nQ[:, -1:] == incoming_n1)
-    return _Decay(inside_nHQQ, entrance_nHQ.transpose(1, 2), end_nHQ.transpose(1, 2), through_nH, mask_nQQ)
+    return _Decay(
+        inside_nHQQ=inside_nHQQ,
+        entrance_nQH=entrance_nHQ.transpose(1, 2),
+        end_nQH=end_nHQ.transpose(1, 2),
+        through_nH=through_nH,
+        mask_nQQ=mask_nQQ,
+    )
 
 
 def _by_group(tensor_nQG: Tensor, groups: int) -> Tensor:
@@ -407,55 +418,35 @@ def _scan_backward(
     return dx_BTHP, ddt_BTH, dA_H.to(A_H.dtype), dB_BTGN, dC_BTGN, dD, dstate_BHPN
 
 
-def step(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    D_H: Tensor | None,
-    initial_state_BHPN: Tensor,
-    segment_BT: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One token: the recurrence itself, in plain autograd. Arguments as in `taipan.ops.ssd.ssd`."""
-    accumulate = accumulation_dtype(x_BTHP.dtype)
-    x_BHP, dt_BH = x_BTHP[:, 0].to(accumulate), dt_BTH[:, 0].to(accumulate)
+def step(inputs: SSDInputs, initial_state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: the recurrence itself, in plain autograd."""
+    accumulate = accumulation_dtype(inputs.x_BTHP.dtype)
+    x_BHP, dt_BH = inputs.x_BTHP[:, 0].to(accumulate), inputs.dt_BTH[:, 0].to(accumulate)
     batch, heads, head_dim = x_BHP.shape
-    groups, state_size = B_BTGN.shape[2:]
-    b, c = B_BTGN.transpose(1, 2).to(accumulate), C_BTGN.transpose(1, 2).to(accumulate)
-    decay_BH = torch.exp(dt_BH * A_H.to(accumulate))
-    if segment_BT is not None:
-        decay_BH = decay_BH * (segment_BT == 0)
+    groups, state_size = inputs.B_BTGN.shape[2:]
+    b, c = inputs.B_BTGN.transpose(1, 2).to(accumulate), inputs.C_BTGN.transpose(1, 2).to(accumulate)
+    decay_BH = torch.exp(dt_BH * inputs.A_H.to(accumulate))
+    if inputs.segment_BT is not None:
+        decay_BH = decay_BH * (inputs.segment_BT == 0)
     state_BHPN = initial_state_BHPN.to(accumulate) * decay_BH[..., None, None]
     # The heads of a group side by side: (B, G, H / G · P, N).
     state = state_BHPN.reshape(batch, groups, -1, state_size)
     state = state.addcmul_((dt_BH[..., None] * x_BHP).reshape(batch, groups, -1, 1), b)
     # A row times the transpose is several times faster than the matrix times a column.
     y_BHP = torch.matmul(c, state.transpose(2, 3)).view(batch, heads, head_dim)
-    if D_H is not None:
-        y_BHP = torch.addcmul(y_BHP, D_H.to(accumulate)[:, None], x_BHP)
-    return y_BHP[:, None].to(x_BTHP.dtype), state.view(batch, heads, head_dim, state_size)
+    if inputs.D_H is not None:
+        y_BHP = torch.addcmul(y_BHP, inputs.D_H.to(accumulate)[:, None], x_BHP)
+    return y_BHP[:, None].to(inputs.x_BTHP.dtype), state.view(batch, heads, head_dim, state_size)
 
 
-def ssd_portable(
-    x_BTHP: FloatBTHP,
-    dt_BTH: FloatBTH,
-    A_H: FloatH,
-    B_BTGN: FloatBTGN,
-    C_BTGN: FloatBTGN,
-    D_H: FloatH | None = None,
-    *,
-    initial_state_BHPN: FloatBHPN | None = None,
-    segment_BT: IntBT | None = None,
-    chunk_size: int = 64,
-) -> tuple[FloatBTHP, FloatBHPN]:
+def ssd_portable(inputs: SSDInputs) -> tuple[FloatBTHP, FloatBHPN]:
     """State space duality by the chunked form. See `taipan.ops.ssd.ssd`."""
-    with no_autocast(x_BTHP.device.type):
-        if x_BTHP.shape[1] == 1 and initial_state_BHPN is not None:
-            return step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN, segment_BT)
-        chunk = min(chunk_size, best_chunk(x_BTHP.shape[3], B_BTGN.shape[3]))
-        tensors = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN)
+    with no_autocast(inputs.x_BTHP.device.type):
+        if inputs.x_BTHP.shape[1] == 1 and inputs.initial_state_BHPN is not None:
+            return step(inputs, inputs.initial_state_BHPN)
+        chunk = min(inputs.chunk_size, best_chunk(inputs.x_BTHP.shape[3], inputs.B_BTGN.shape[3]))
+        tensors = inputs.tensors
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            return _apply(*tensors, segment_BT, chunk)
-        y_BTHP, _, states = _scan(*tensors, segment_BT, chunk, keep=False)
+            return _apply(*tensors, inputs.segment_BT, chunk)
+        y_BTHP, _, states = _scan(*tensors, inputs.segment_BT, chunk, keep=False)
         return y_BTHP, states[:, 0]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from taipan.ops.precision import accumulation_dtype, outside_autocast
-from taipan.shapes import BoolBT, FloatBHPN, FloatBTGN, FloatBTH, FloatBTHN, FloatBTHP, FloatH, IntBT
+from taipan.ops.ssd.inputs import SSDInputs
+from taipan.shapes import BoolBT, FloatBHPN, FloatBTGN, FloatBTHN, FloatBTHP, IntBT
 
 
 def _one_group_per_head(group_BTGN: FloatBTGN, heads: int) -> FloatBTHN:
@@ -33,24 +34,14 @@ def _initial(state_BHPN: FloatBHPN | None, x_BTHP: FloatBTHP, state_size: int) -
 
 
 @outside_autocast
-def ssd_recurrent(
-    x_BTHP: FloatBTHP,
-    dt_BTH: FloatBTH,
-    A_H: FloatH,
-    B_BTGN: FloatBTGN,
-    C_BTGN: FloatBTGN,
-    D_H: FloatH | None = None,
-    *,
-    initial_state_BHPN: FloatBHPN | None = None,
-    segment_BT: IntBT | None = None,
-) -> tuple[FloatBTHP, FloatBHPN]:
+def ssd_recurrent(inputs: SSDInputs) -> tuple[FloatBTHP, FloatBHPN]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t + D x_t, token by token. See `taipan.ops.ssd.ssd`."""
-    accumulate = accumulation_dtype(x_BTHP.dtype)
-    x, dt, A = x_BTHP.to(accumulate), dt_BTH.to(accumulate), A_H.to(accumulate)
-    B_BTHN = _one_group_per_head(B_BTGN.to(accumulate), x.shape[2])
-    C_BTHN = _one_group_per_head(C_BTGN.to(accumulate), x.shape[2])
-    starts_BT = _starts(segment_BT, x_BTHP)
-    state_BHPN = _initial(initial_state_BHPN, x_BTHP, B_BTGN.shape[3])
+    accumulate = accumulation_dtype(inputs.x_BTHP.dtype)
+    x, dt, A = inputs.x_BTHP.to(accumulate), inputs.dt_BTH.to(accumulate), inputs.A_H.to(accumulate)
+    B_BTHN = _one_group_per_head(inputs.B_BTGN.to(accumulate), x.shape[2])
+    C_BTHN = _one_group_per_head(inputs.C_BTGN.to(accumulate), x.shape[2])
+    starts_BT = _starts(inputs.segment_BT, inputs.x_BTHP)
+    state_BHPN = _initial(inputs.initial_state_BHPN, inputs.x_BTHP, inputs.B_BTGN.shape[3])
     outputs: list[Tensor] = []
     for t in range(x.shape[1]):
         carried_BHPN = torch.where(starts_BT[:, t, None, None, None], 0.0, state_BHPN)
@@ -59,30 +50,20 @@ def ssd_recurrent(
         state_BHPN = decay_BH[..., None, None] * carried_BHPN + added_BHPN
         outputs.append((state_BHPN * C_BTHN[:, t, :, None, :]).sum(-1))
     y_BTHP = torch.stack(outputs, dim=1)
-    if D_H is not None:
-        y_BTHP = y_BTHP + D_H.to(accumulate)[:, None] * x
-    return y_BTHP.to(x_BTHP.dtype), state_BHPN
+    if inputs.D_H is not None:
+        y_BTHP = y_BTHP + inputs.D_H.to(accumulate)[:, None] * x
+    return y_BTHP.to(inputs.x_BTHP.dtype), state_BHPN
 
 
 @outside_autocast
-def ssd_quadratic(
-    x_BTHP: FloatBTHP,
-    dt_BTH: FloatBTH,
-    A_H: FloatH,
-    B_BTGN: FloatBTGN,
-    C_BTGN: FloatBTGN,
-    D_H: FloatH | None = None,
-    *,
-    initial_state_BHPN: FloatBHPN | None = None,
-    segment_BT: IntBT | None = None,
-) -> tuple[FloatBTHP, FloatBHPN]:
+def ssd_quadratic(inputs: SSDInputs) -> tuple[FloatBTHP, FloatBHPN]:
     """y = (L ∘ C Bᵀ) (dt x) with L_ij = exp(Σ_{j<k≤i} dt_k A) for j ≤ i of one document. See `taipan.ops.ssd.ssd`."""
-    accumulate = accumulation_dtype(x_BTHP.dtype)
-    x, dt, A = x_BTHP.to(accumulate), dt_BTH.to(accumulate), A_H.to(accumulate)
-    B_BTHN = _one_group_per_head(B_BTGN.to(accumulate), x.shape[2])
-    C_BTHN = _one_group_per_head(C_BTGN.to(accumulate), x.shape[2])
-    document_BT = _starts(segment_BT, x_BTHP).cumsum(1)
-    state_BHPN = _initial(initial_state_BHPN, x_BTHP, B_BTGN.shape[3])
+    accumulate = accumulation_dtype(inputs.x_BTHP.dtype)
+    x, dt, A = inputs.x_BTHP.to(accumulate), inputs.dt_BTH.to(accumulate), inputs.A_H.to(accumulate)
+    B_BTHN = _one_group_per_head(inputs.B_BTGN.to(accumulate), x.shape[2])
+    C_BTHN = _one_group_per_head(inputs.C_BTGN.to(accumulate), x.shape[2])
+    document_BT = _starts(inputs.segment_BT, inputs.x_BTHP).cumsum(1)
+    state_BHPN = _initial(inputs.initial_state_BHPN, inputs.x_BTHP, inputs.B_BTGN.shape[3])
 
     tokens = x.shape[1]
     log_BHT = (dt * A).cumsum(1).transpose(1, 2)
@@ -98,39 +79,28 @@ def ssd_quadratic(
     y_BTHP = y_BTHP + torch.einsum("bht,bthn,bhpn->bthp", carried_BHT, C_BTHN, state_BHPN)
     final_BHPN = torch.einsum("bhj,bjhp,bjhn->bhpn", L_BHTT[:, :, -1], input_BTHP, B_BTHN)
     final_BHPN = final_BHPN + carried_BHT[:, :, -1, None, None] * state_BHPN
-    if D_H is not None:
-        y_BTHP = y_BTHP + D_H.to(accumulate)[:, None] * x
-    return y_BTHP.to(x_BTHP.dtype), final_BHPN
+    if inputs.D_H is not None:
+        y_BTHP = y_BTHP + inputs.D_H.to(accumulate)[:, None] * x
+    return y_BTHP.to(inputs.x_BTHP.dtype), final_BHPN
 
 
 @outside_autocast
-def ssd_chunked(
-    x_BTHP: FloatBTHP,
-    dt_BTH: FloatBTH,
-    A_H: FloatH,
-    B_BTGN: FloatBTGN,
-    C_BTGN: FloatBTGN,
-    D_H: FloatH | None = None,
-    *,
-    initial_state_BHPN: FloatBHPN | None = None,
-    segment_BT: IntBT | None = None,
-    chunk_size: int = 64,
-) -> tuple[FloatBTHP, FloatBHPN]:
+def ssd_chunked(inputs: SSDInputs) -> tuple[FloatBTHP, FloatBHPN]:
     """The matrix form inside chunks, the recurrence between them. See `taipan.ops.ssd.ssd`."""
-    accumulate = accumulation_dtype(x_BTHP.dtype)
-    heads = x_BTHP.shape[2]
-    starts_BT = _starts(segment_BT, x_BTHP)
-    state_BHPN = _initial(initial_state_BHPN, x_BTHP, B_BTGN.shape[3])
+    accumulate = accumulation_dtype(inputs.x_BTHP.dtype)
+    heads = inputs.x_BTHP.shape[2]
+    starts_BT = _starts(inputs.segment_BT, inputs.x_BTHP)
+    state_BHPN = _initial(inputs.initial_state_BHPN, inputs.x_BTHP, inputs.B_BTGN.shape[3])
     outputs: list[Tensor] = []
-    for begin in range(0, x_BTHP.shape[1], chunk_size):
-        chunk = slice(begin, begin + chunk_size)
-        x, dt = x_BTHP[:, chunk].to(accumulate), dt_BTH[:, chunk].to(accumulate)
-        B = _one_group_per_head(B_BTGN[:, chunk].to(accumulate), heads)
-        C = _one_group_per_head(C_BTGN[:, chunk].to(accumulate), heads)
+    for begin in range(0, inputs.x_BTHP.shape[1], inputs.chunk_size):
+        chunk = slice(begin, begin + inputs.chunk_size)
+        x, dt = inputs.x_BTHP[:, chunk].to(accumulate), inputs.dt_BTH[:, chunk].to(accumulate)
+        B = _one_group_per_head(inputs.B_BTGN[:, chunk].to(accumulate), heads)
+        C = _one_group_per_head(inputs.C_BTGN[:, chunk].to(accumulate), heads)
         document_BT = starts_BT[:, chunk].cumsum(1)
 
         # 1. Decays: between two tokens of the chunk, from its entrance, and to its end.
-        log_BHT = (dt * A_H.to(accumulate)).transpose(1, 2).cumsum(-1)
+        log_BHT = (dt * inputs.A_H.to(accumulate)).transpose(1, 2).cumsum(-1)
         log_L_BHTT = log_BHT[..., :, None] - log_BHT[..., None, :]
         later_TT = torch.ones_like(log_L_BHTT[0, 0], dtype=torch.bool).triu(1)
         apart_BTT = (document_BT[:, :, None] != document_BT[:, None, :]) | later_TT
@@ -145,6 +115,6 @@ def ssd_chunked(
         added_BHPN = torch.einsum("bthn,bht,bthp->bhpn", B, L_BHTT[:, :, -1], input_BTHP)
         state_BHPN = carried_BTH[:, -1, :, None, None] * state_BHPN + added_BHPN
     y_BTHP = torch.cat(outputs, dim=1)
-    if D_H is not None:
-        y_BTHP = y_BTHP + D_H.to(accumulate)[:, None] * x_BTHP.to(accumulate)
-    return y_BTHP.to(x_BTHP.dtype), state_BHPN
+    if inputs.D_H is not None:
+        y_BTHP = y_BTHP + inputs.D_H.to(accumulate)[:, None] * inputs.x_BTHP.to(accumulate)
+    return y_BTHP.to(inputs.x_BTHP.dtype), state_BHPN
