@@ -101,7 +101,14 @@ def arrange(
     advance_B = torch.full_like(state.position_B, length) if length_B is None else length_B
     if segment_ids is None:
         layout = Layout(state.position_B[:, None] + time_T, length_B, real_BT)
-        return Arrangement(tokens_BT, layout, state.position_B + advance_B, state.segment_B, origin_BT, mask_BT)
+        return Arrangement(
+            tokens_BT=tokens_BT,
+            layout=layout,
+            position_B=state.position_B + advance_B,
+            segment_B=state.segment_B,
+            origin_BT=origin_BT,
+            mask_BT=mask_BT,
+        )
 
     ids_BT = segment_ids.to(torch.int64)
     if length_B is not None:  # padding repeats the last real token's document
@@ -115,10 +122,30 @@ def arrange(
     segment_B = torch.where(empty_B, state.segment_B, ids_BT.gather(1, end_B)[:, 0])
     if not bool(starts_BT.any()):  # nothing to reset: the layers are spared the masks
         layout = Layout(state.position_B[:, None] + time_T, length_B, real_BT)
-        return Arrangement(tokens_BT, layout, state.position_B + advance_B, segment_B, origin_BT, mask_BT)
+        return Arrangement(
+            tokens_BT=tokens_BT,
+            layout=layout,
+            position_B=state.position_B + advance_B,
+            segment_B=segment_B,
+            origin_BT=origin_BT,
+            mask_BT=mask_BT,
+        )
     segment_BT = starts_BT.cumsum(1)
     begin_BT = torch.where(starts_BT, time_T, 0).cummax(1).values
     position_BT = time_T - begin_BT + torch.where(segment_BT == 0, state.position_B[:, None], 0)
     position_B = torch.where(empty_B, state.position_B, position_BT.gather(1, end_B)[:, 0] + 1)
-    layout = Layout(position_BT, length_B, real_BT, segment_BT, segment_BT[:, -1])
-    return Arrangement(tokens_BT, layout, position_B, segment_B, origin_BT, mask_BT)
+    layout = Layout(
+        position_BT=position_BT,
+        length_B=length_B,
+        real_BT=real_BT,
+        segment_BT=segment_BT,
+        last_segment_B=segment_BT[:, -1],
+    )
+    return Arrangement(
+        tokens_BT=tokens_BT,
+        layout=layout,
+        position_B=position_B,
+        segment_B=segment_B,
+        origin_BT=origin_BT,
+        mask_BT=mask_BT,
+    )

@@ -290,7 +290,7 @@ class TextModel:
         tokens_T = torch.cat(ids)
         pieces = [decoder.push(index) for index in tokens_T.tolist()]
         pieces[-1] += decoder.flush()
-        return TextScore(tokens_T, torch.cat(nats), tuple(pieces), sum(sizes))
+        return TextScore(tokens_T=tokens_T, nats_T=torch.cat(nats), pieces=tuple(pieces), bytes=sum(sizes))
 
     def _score_piece(self, tokens_1T: Tensor, before: Reading) -> tuple[Tensor, Reading]:
         """Nats of tokens (1, T) after a reading, (T,) fp64 on the CPU; and the reading after them."""

@@ -109,7 +109,17 @@ def run(
     finally:
         torch.set_num_threads(threads)
     name = str(dtype).removeprefix("torch.")
-    return Session(settings, config, machine, during, name, used, (before, _load()), started, tuple(found))
+    return Session(
+        settings=settings,
+        config=config,
+        machine=machine,
+        threads=during,
+        dtype=name,
+        implementations=used,
+        load=(before, _load()),
+        started=started,
+        measurements=tuple(found),
+    )
 
 
 def implementations(implementation: str, dtype: torch.dtype) -> dict[str, str]:

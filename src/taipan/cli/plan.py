@@ -48,7 +48,13 @@ def register(app: typer.Typer, panel: str) -> None:
 
         chosen = _recipe(recipe, override or [])
         config = _config(chosen)
-        cluster = Cluster(gpus, gpus_per_node, tflops * 1e12, utilisation, bandwidth * 1e9)
+        cluster = Cluster(
+            gpus=gpus,
+            gpus_per_node=gpus_per_node,
+            flops=tflops * 1e12,
+            utilisation=utilisation,
+            bandwidth=bandwidth * 1e9,
+        )
         bfloat16 = chosen.training.dtype != "float32"
         several = gpus > gpus_per_node
         strategies: list[Strategy] = ["ddp", "fsdp", *(["hsdp"] if several else [])] if gpus > 1 else ["alone"]

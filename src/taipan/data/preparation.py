@@ -156,14 +156,32 @@ class _Telling:
         """In a phase that writes nothing, when it has come so far; not more often than is worth it."""
         if self._progress is not None and time.monotonic() - self._told >= _TELLING_SECONDS:
             self._told = time.monotonic()
-            self._progress(CorpusProgress(phase, 0, 0, 0, n_read, self._corpus.progress()[1]))
+            self._progress(
+                CorpusProgress(
+                    phase=phase,
+                    n_documents=0,
+                    n_tokens=0,
+                    n_bytes=0,
+                    n_read=n_read,
+                    n_to_read=self._corpus.progress()[1],
+                )
+            )
 
     def encoded(self, writers: list[DatasetWriter], n_read: int) -> None:
         """What was written so far, and up to which place of the sources."""
         if self._progress is not None:
             counts = [(writer.n_documents, writer.n_tokens, writer.n_bytes) for writer in writers]
             documents, tokens, n_bytes = (sum(column) for column in zip(*counts, strict=True))
-            self._progress(CorpusProgress("encoding", documents, tokens, n_bytes, n_read, self._corpus.progress()[1]))
+            self._progress(
+                CorpusProgress(
+                    phase="encoding",
+                    n_documents=documents,
+                    n_tokens=tokens,
+                    n_bytes=n_bytes,
+                    n_read=n_read,
+                    n_to_read=self._corpus.progress()[1],
+                )
+            )
 
     def within(self, pieces: Sequence[str], begin: int) -> list[int]:
         """Of pieces of the document just read, which begins at this byte of the sources, the byte where each ends."""
@@ -380,7 +398,9 @@ def _pieces(
             for order, text in enumerate(texts, 1):
                 left -= 1
                 ends = order == len(texts)
-                yield Piece(text, _Tag(part, ends, place if left == 0 else None, places[-1 - left]))
+                yield Piece(
+                    text, _Tag(part=part, ends=ends, place=place if left == 0 else None, n_read=places[-1 - left])
+                )
         begin = corpus.progress()[0]
     split.require_complete(number)
 

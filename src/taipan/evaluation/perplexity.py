@@ -217,7 +217,15 @@ class _Tally:
             if count:
                 bits = _bits_per_byte(total, size * scale)
                 stop = FIRST_BUCKET << number
-                buckets.append(PositionBucket(starts[number], stop, int(count), total / count, bits))
+                buckets.append(
+                    PositionBucket(
+                        start=starts[number],
+                        stop=stop,
+                        tokens=int(count),
+                        nats_per_token=total / count,
+                        bits_per_byte=bits,
+                    )
+                )
         return EvaluationResult(
             documents=len(documents.lengths),
             tokens=int(tokens),

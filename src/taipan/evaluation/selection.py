@@ -64,11 +64,11 @@ def trace(
     pieces = list(_traced_pieces(model, tokens_1T, piece, state))
     return tuple(
         LayerTrace(
-            parts[0].layer,
-            parts[0].threshold,
-            torch.cat([part.scores_T2 for part in parts]),
-            torch.cat([part.selected_T for part in parts]),
-            torch.cat([part.alpha_T for part in parts]),
+            layer=parts[0].layer,
+            threshold=parts[0].threshold,
+            scores_T2=torch.cat([part.scores_T2 for part in parts]),
+            selected_T=torch.cat([part.selected_T for part in parts]),
+            alpha_T=torch.cat([part.alpha_T for part in parts]),
         )
         for parts in zip(*pieces, strict=True)
     )
@@ -84,11 +84,11 @@ def _traced_pieces(
             state = output.state
         yield [
             LayerTrace(
-                gate.layer,
-                gate.threshold,
-                gate.scores_BT2[0].float().cpu(),
-                gate.selected_BT[0].cpu(),
-                gate.alpha_BT[0].float().cpu(),
+                layer=gate.layer,
+                threshold=gate.threshold,
+                scores_T2=gate.scores_BT2[0].float().cpu(),
+                selected_T=gate.selected_BT[0].cpu(),
+                alpha_T=gate.alpha_BT[0].float().cpu(),
             )
             for gate in output.gates
         ]

@@ -247,7 +247,7 @@ def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int
     for _ in scale.seeds:
         for name in variants:
             schedules[name].append(next(rest))
-    return Report(scale, sweep, comparison, capacity, schedules)
+    return Report(scale=scale, sweep=sweep, comparison=comparison, capacity=capacity, schedules=schedules)
 
 
 def _slug(name: str) -> str:

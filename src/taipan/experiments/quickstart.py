@@ -121,7 +121,14 @@ def quickstart(
         report = directory / REPORT
         write_report(directory, report, findings, timer.phases)
     phases = (*timer.phases, timer.total)
-    return QuickstartResult(directory, False, f"The report is {report}.", report, findings, phases)
+    return QuickstartResult(
+        directory=directory,
+        interrupted=False,
+        message=f"The report is {report}.",
+        report=report,
+        findings=findings,
+        phases=phases,
+    )
 
 
 def _require_usable(directory: Path) -> None:

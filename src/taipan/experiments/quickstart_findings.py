@@ -141,7 +141,7 @@ def measure(directory: Path, documents: "Sequence[Document]", timer: PhaseTimer)
 def _evaluate(model: TaipanLM, tokenizer: Tokenizer, document: "Document") -> _File:
     packed = compress([document.text])
     result = evaluate(model, TextDocuments([document.text], tokenizer))
-    return _File(document.source, packed.gzip_bytes, packed.xz_bytes, result)
+    return _File(name=document.source, gzip_bytes=packed.gzip_bytes, xz_bytes=packed.xz_bytes, result=result)
 
 
 def _compared(name: str, files: Sequence[_File]) -> Compared:
@@ -180,7 +180,9 @@ def positions_of_same_files(results: Sequence[EvaluationResult]) -> tuple[list[P
     ):
         bits = [bucket.tokens * bucket.nats_per_token / math.log(2) for bucket in edges]
         size = sum(amount / bucket.bits_per_byte for amount, bucket in zip(bits, edges, strict=True))
-        bars.append(PositionBar(edges[0].start, edges[0].stop, len(chosen), sum(bits) / size))
+        bars.append(
+            PositionBar(start=edges[0].start, stop=edges[0].stop, files=len(chosen), bits_per_byte=sum(bits) / size)
+        )
     return bars, chosen
 
 

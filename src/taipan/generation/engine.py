@@ -158,7 +158,13 @@ def _steps(
         reasons = endings.after(token_B)
         finished_B = torch.tensor([reason is not None for reason in reasons], device=logits_BV.device)
         reading_after = text.append(token_B, None if bool(generated_B.all()) else generated_B)
-        yield StepOutput(token_B, generated_B, finished_B, tuple(reasons), reading_after)
+        yield StepOutput(
+            tokens_B=token_B,
+            generated_B=generated_B,
+            finished_B=finished_B,
+            finish_reasons=tuple(reasons),
+            _reading=reading_after,
+        )
         if bool(finished_B.all()):
             return
         logits_BV = text.read()
@@ -228,4 +234,9 @@ def generate(
     sequences = torch.cat(columns, 1)
     if not return_details or step is None:
         return sequences
-    return GenerateOutput(sequences, lengths_B, step.state, tuple(reason or "length" for reason in step.finish_reasons))
+    return GenerateOutput(
+        sequences=sequences,
+        lengths=lengths_B,
+        state=step.state,
+        finish_reasons=tuple(reason or "length" for reason in step.finish_reasons),
+    )

@@ -38,7 +38,12 @@ class GateSchedule:
     @classmethod
     def at(cls, config: TaipanConfig, progress: float, part: tuple[int, int] = (0, 1)) -> "GateSchedule":
         """Values at a fraction of training in [0, 1]."""
-        return cls(config.capacity_at(progress), config.temperature_at(progress), config.noise_at(progress), part)
+        return cls(
+            capacity=config.capacity_at(progress),
+            temperature=config.temperature_at(progress),
+            noise=config.noise_at(progress),
+            part=part,
+        )
 
 
 @dataclass(frozen=True)

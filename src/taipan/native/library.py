@@ -68,7 +68,9 @@ def _load(real: str, rejected: frozenset[Path] = frozenset()) -> NativeStatus:
             if built.seconds is not None:
                 raise BuildError(f"the compiled kernels lack a function: {error}") from error
             return _load(real, rejected | {built.path})
-        return NativeStatus(library, str(built.path), flags, products, built.seconds)
+        return NativeStatus(
+            library=library, reason=str(built.path), flags=flags, products=products, seconds=built.seconds
+        )
 
 
 def native_available(tensor: Tensor) -> bool:

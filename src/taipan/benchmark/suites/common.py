@@ -36,5 +36,15 @@ def measurements(
             per_token = [value * length / shortest for value in seconds[subject, shortest]]
             comparisons.append(time_ratio(values, per_token, f"a token of {shortest:,}"))
         words = work.format(f"{length:,}")
-        found.append(Measurement(suite, words, subject, "seconds", values, batch * length, tuple(comparisons)))
+        found.append(
+            Measurement(
+                suite=suite,
+                work=words,
+                subject=subject,
+                unit="seconds",
+                values=values,
+                tokens=batch * length,
+                comparisons=tuple(comparisons),
+            )
+        )
     return found

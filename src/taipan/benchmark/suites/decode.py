@@ -74,7 +74,18 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         if settings.weights != "auto":
             work += f", weights {settings.weights}"
         tokens = settings.batch * steps
-        found.append(Measurement("decode", work, subject, "seconds", values, tokens, tuple(comparisons), details))
+        found.append(
+            Measurement(
+                suite="decode",
+                work=work,
+                subject=subject,
+                unit="seconds",
+                values=values,
+                tokens=tokens,
+                comparisons=tuple(comparisons),
+                details=details,
+            )
+        )
     return found
 
 

@@ -42,7 +42,11 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         comparisons: tuple[Comparison, ...] = ()
         if subject == TAIPAN:
             comparisons = tuple(Comparison("memory", peer, (peak / peaks[job, peer],)) for peer in subjects[1:])
-        found.append(Measurement("memory", works[job], subject, "bytes", (peak,), comparisons=comparisons))
+        found.append(
+            Measurement(
+                suite="memory", work=works[job], subject=subject, unit="bytes", values=(peak,), comparisons=comparisons
+            )
+        )
     return found
 
 

@@ -83,7 +83,17 @@ def _measure(case: Case, implementation: str, repeats: int, progress: Progress |
             if case.flops:
                 details |= {"GFLOP": case.flops / 1e9, "GFLOP/s": case.flops / median / 1e9}
         work = f"{case.op} {case.shape}, {way}"
-        found.append(Measurement("ops", work, name, "seconds", values, comparisons=comparisons, details=details))
+        found.append(
+            Measurement(
+                suite="ops",
+                work=work,
+                subject=name,
+                unit="seconds",
+                values=values,
+                comparisons=comparisons,
+                details=details,
+            )
+        )
     return found
 
 
@@ -129,11 +139,11 @@ class _Inputs:
         branch, weight = self._normal(self.batch, self.tokens, width), self._uniform(0.5, 1.5, width).to(self.dtype)
         x = branch.float() if self.config.residual_in_fp32 else branch.clone()
         return Case(
-            "rms_norm_of_sum",
-            str(tuple(x.shape)),
-            norm.SUM_IMPLEMENTATIONS,
-            (x, branch, weight),
-            lambda inputs, name: norm.rms_norm_of_sum(*inputs, eps=1e-5, implementation=name)[0],
+            op="rms_norm_of_sum",
+            shape=str(tuple(x.shape)),
+            implementations=norm.SUM_IMPLEMENTATIONS,
+            inputs=(x, branch, weight),
+            call=lambda inputs, name: norm.rms_norm_of_sum(*inputs, eps=1e-5, implementation=name)[0],
             flops=0.0,
             nbytes=2 * x.nbytes + 2 * branch.nbytes,
         )
@@ -146,11 +156,11 @@ class _Inputs:
         weight = self._uniform(0.5, 1.5, inner).to(self.dtype)
         group = inner // self.config.n_groups
         return Case(
-            "gated_rms_norm",
-            str(tuple(y.shape)),
-            norm.GATED_IMPLEMENTATIONS,
-            (y, z, weight),
-            lambda inputs, name: norm.gated_rms_norm(*inputs, group_size=group, eps=1e-5, implementation=name),
+            op="gated_rms_norm",
+            shape=str(tuple(y.shape)),
+            implementations=norm.GATED_IMPLEMENTATIONS,
+            inputs=(y, z, weight),
+            call=lambda inputs, name: norm.gated_rms_norm(*inputs, group_size=group, eps=1e-5, implementation=name),
             flops=0.0,
             nbytes=3 * y.nbytes,
         )
@@ -162,11 +172,11 @@ class _Inputs:
         x = whole[..., config.inner_size : config.inner_size + channels]
         weight = self._normal(channels, taps)
         return Case(
-            "causal_conv1d",
-            f"{tuple(x.shape)}, {taps} taps",
-            causal_conv1d.IMPLEMENTATIONS,
-            (x, weight, self._normal(channels)),
-            lambda inputs, name: causal_conv1d.causal_conv1d(*inputs, implementation=name)[0],
+            op="causal_conv1d",
+            shape=f"{tuple(x.shape)}, {taps} taps",
+            implementations=causal_conv1d.IMPLEMENTATIONS,
+            inputs=(x, weight, self._normal(channels)),
+            call=lambda inputs, name: causal_conv1d.causal_conv1d(*inputs, implementation=name)[0],
             flops=2.0 * taps * x.numel(),
             nbytes=2 * x.nbytes,
         )
@@ -188,11 +198,11 @@ class _Inputs:
         )
         chunk = min(config.chunk_size, tokens)
         return Case(
-            "ssd",
-            f"{tuple(inputs[0].shape)}, state {state}",
-            ssd.IMPLEMENTATIONS,
-            inputs,
-            lambda inputs, name: ssd.ssd(*inputs, chunk_size=config.chunk_size, implementation=name)[0],
+            op="ssd",
+            shape=f"{tuple(inputs[0].shape)}, state {state}",
+            implementations=ssd.IMPLEMENTATIONS,
+            inputs=inputs,
+            call=lambda inputs, name: ssd.ssd(*inputs, chunk_size=config.chunk_size, implementation=name)[0],
             flops=batch * tokens * (2.0 * chunk * (bc + inner) + 4.0 * state * inner),
             nbytes=2 * x.nbytes + dt.nbytes + b.nbytes + c.nbytes,
         )
@@ -223,11 +233,11 @@ class _Inputs:
             )
 
         return Case(
-            "attention",
-            f"{tuple(q.shape)} to {keys:,} keys, window {window}",
-            attention.IMPLEMENTATIONS,
-            (q, k, v),
-            call,
+            op="attention",
+            shape=f"{tuple(q.shape)} to {keys:,} keys, window {window}",
+            implementations=attention.IMPLEMENTATIONS,
+            inputs=(q, k, v),
+            call=call,
             flops=4.0 * batch * config.num_attention_heads * config.head_dim * int(met.sum()),
             nbytes=2 * q.nbytes + k.nbytes + v.nbytes,
         )
@@ -244,11 +254,11 @@ class _Inputs:
             return linear_cross_entropy.linear_cross_entropy(hidden, weight, target, implementation=name)[0]
 
         return Case(
-            "linear_cross_entropy",
-            f"{tuple(hidden.shape)}, vocabulary {config.vocab_size:,}",
-            linear_cross_entropy.IMPLEMENTATIONS,
-            (hidden, weight),
-            call,
+            op="linear_cross_entropy",
+            shape=f"{tuple(hidden.shape)}, vocabulary {config.vocab_size:,}",
+            implementations=linear_cross_entropy.IMPLEMENTATIONS,
+            inputs=(hidden, weight),
+            call=call,
             flops=2.0 * hidden.numel() * config.vocab_size,
             nbytes=hidden.nbytes + weight.nbytes,
         )
@@ -285,5 +295,7 @@ def _layer(settings: Settings, progress: Progress | None) -> list[Measurement]:
         work = f"{SAL}, {tokens:,} tokens, {100 * share:.0f} % selected, forward"
         name = model.implementations["attention"]
         name = chosen("attention", attention.IMPLEMENTATIONS, h_BTD) if name == AUTO else name
-        found.append(Measurement("ops", work, name, "seconds", values, comparisons=comparisons))
+        found.append(
+            Measurement(suite="ops", work=work, subject=name, unit="seconds", values=values, comparisons=comparisons)
+        )
     return found

@@ -143,7 +143,13 @@ def joined() -> Generator[World]:
     local_rank = None if said is None else int(said)
     device = _device(local_rank or 0, local_size)
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), local_size, device, local_rank)
+        yield World(
+            rank=dist.get_rank(),
+            size=dist.get_world_size(),
+            local_size=local_size,
+            device=device,
+            local_rank=local_rank,
+        )
     elif size == 1:
         yield World(device=device)
     else:
@@ -151,7 +157,7 @@ def joined() -> Generator[World]:
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
         )
         try:
-            yield World(dist.get_rank(), size, local_size, device, local_rank)
+            yield World(rank=dist.get_rank(), size=size, local_size=local_size, device=device, local_rank=local_rank)
         finally:
             dist.destroy_process_group()
 

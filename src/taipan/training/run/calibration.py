@@ -83,7 +83,9 @@ def calibrate(
         before = float((margins > sal.gate.threshold).float().mean())
         sal.gate.threshold.fill_(threshold_for(margins, capacity))
         rate = float((margins > sal.gate.threshold).float().mean())
-        results.append(Calibration(sal.gate.layer, float(sal.gate.threshold), before, rate))
+        results.append(
+            Calibration(layer=sal.gate.layer, threshold=float(sal.gate.threshold), rate_before=before, rate=rate)
+        )
     model.train(was_training)
     return results
 

@@ -33,7 +33,13 @@ class Holder:
     def this_process(cls) -> "Holder":
         """This process."""
         pid = os.getpid()
-        return cls(platform.node(), pid, _boot(), _began(pid), datetime.now(UTC).isoformat(timespec="seconds"))
+        return cls(
+            host=platform.node(),
+            pid=pid,
+            boot=_boot(),
+            began=_began(pid),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
     @classmethod
     def from_dict(cls, values: Any) -> "Holder | None":
