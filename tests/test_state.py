@@ -226,10 +226,10 @@ ALTERNATIVES: dict[str, tuple[object, ...]] = {
     "gate_hidden_size": (5,),
     "gate_bias_init": (1.0,),
     "key_value_scope": ("selected",),
-    "window_unit": (),  # with the scope, below
+    "window_unit": (),  # only with key_value_scope
     "gate_gradient": ("gathered",),
     "refinement": ("add",),
-    "gate_objective": (),  # with the control, below
+    "gate_objective": (),  # with budget_control, below
     "gain_weight": (3.0,),
     "gain_rows": (0.25,),
     "gain_clip": (1.0,),
@@ -284,7 +284,13 @@ def test_a_state_file_goes_with_a_model_that_computes_the_same(tmp_path: Path) -
     model = small_model("taipan")
     state = model(random_tokens(2, 9)).state
     state.save(tmp_path / "state", model)
-    changed = {"chunk_size": 16, "budget_weight": 1.0, "gumbel_noise_end": 1.0, "initializer_range": 0.5}
+    changed: dict[str, object] = {
+        "chunk_size": 16,
+        "budget_weight": 1.0,
+        "gumbel_noise_end": 1.0,
+        "initializer_range": 0.5,
+    }
+    changed |= {"gate_objective": "gain", "budget_control": "threshold"}
     other = TaipanLM(model.config.replace(**changed)).double().eval()
     other.load_state_dict(model.state_dict())
     tokens = random_tokens(2, 5, 1)

@@ -209,7 +209,7 @@ def _submit(
             request = EngineRequest(
                 ids, settings[index % body.n], tell, key, logprobs, prompt_logprobs, only_read=only_read
             )
-            choices.append(Choice(index, ids, events, engine.submit(request)))
+            choices.append(Choice(index=index, ids=ids, events=events, cancel=engine.submit(request)))
     except TaipanError:
         for choice in choices:
             choice.cancel()

@@ -348,7 +348,7 @@ class Engine:
             logprob, top = float(log_V[token]), _top(log_V, stream.request.logprobs)
         self._next[row] = token
         self.counts["new_tokens"] += 1
-        stream.request.tell(TokenEvent(token, text, logprob, top))
+        stream.request.tell(TokenEvent(id=token, text=text, logprob=logprob, top=top))
         if reason is not None:
             self._leave(stream, EndEvent(reason))
 

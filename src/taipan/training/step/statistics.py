@@ -62,7 +62,12 @@ class GateMeaning:
         config = model.config
         penalty = config.attention_capacity > 0 and config.budget_control == "penalty"
         weight = config.budget_weight if penalty else 0.0
-        return cls(tuple(gate.layer for gate in gates), weight, model.model.schedule.capacity, config.budget_mean)
+        return cls(
+            layers=tuple(gate.layer for gate in gates),
+            weight=weight,
+            capacity=model.model.schedule.capacity,
+            mean=config.budget_mean,
+        )
 
 
 def gathered(model: TaipanLM, gates: Sequence[GateOutput]) -> Tensor:
