@@ -222,7 +222,7 @@ def parse_json(text: str | bytes, source: str, *, refused: type[TaipanError] = D
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         value: Any = _DECODER.decode(text.removeprefix("\ufeff"))
-        if _is_too_deep(value):
+        if text.count("[") + text.count("{") > _JSON_DEPTH and _is_too_deep(value):  # no deeper than it has brackets
             raise RecursionError
     except RecursionError as error:
         raise refused(

@@ -47,7 +47,7 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = None,
         format: Annotated[
             Literal["auto", "text", "jsonl"],
-            typer.Option(help="What files without a name of their own kind hold, if it is not to be recognised."),
+            typer.Option(help="Read files as text or as JSON lines, whatever their content looks like."),
         ] = "auto",
         licence: Annotated[str | None, typer.Option("--license", help=_LICENCE_HELP)] = None,
         workers: Annotated[
