@@ -20,8 +20,7 @@ def test_writes_a_page_and_the_shares(cli: Cli, model_directory: Path, text_file
     assert faults(content) == []
     assert str(tmp_path) not in content, "a page tells nobody where its files lay"
     assert str(model_directory.parent) not in content
-    assert "word" in content
-    assert "vocabulary of 257" in content
+    assert "single characters or their bytes, from a vocabulary of 257" in content
     for layer in trace(TaipanLM.from_pretrained(model_directory), Tokenizer.bytes().encode(TEXT)):
         line = next(line for line in finished.out.splitlines() if line.split()[:1] == [str(layer.layer)])
         assert f"{int(layer.selected_T.sum()):,}" in line

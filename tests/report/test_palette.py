@@ -26,6 +26,7 @@ def test_text_has_a_contrast_of_aa(palette: Palette) -> None:
     pairs = {(text, ground) for text in ("ink", "muted", "accent", "good") for ground in ("paper", "card")}
     pairs |= {("ink", f"heat-{level}") for level in range(1, len(palette.heat) + 1)}  # selected tokens
     pairs |= {("paper", "ink"), ("card", "ink")}  # the scores of a token; a pressed button
+    pairs |= {("card", "series-1")}  # the values in the bars
     colors = palette.variables
     ratios = {pair: contrast(colors[pair[0]], colors[pair[1]]) for pair in pairs}
     assert min(ratios.values()) >= 4.5, ratios

@@ -117,6 +117,14 @@ def test_closed_and_open_gates(threshold: float) -> None:
     assert "nan" not in page
 
 
+def test_word_pieces_are_explained_where_there_are_any() -> None:
+    for texts, words in (
+        (["The", " taipan"], "word pieces, from a vocabulary of 257"),
+        (["a", "é", ""], "single characters"),
+    ):
+        assert words in inspect_page(selection_view(texts, layers_for(len(texts), 0), vocabulary=257))
+
+
 def test_favourites_are_the_most_and_least_selected() -> None:
     texts = ["often"] * 20 + ["never"] * 20 + ["half"] * 20 + ["rare"] * 2
     selected_T = np.array([True] * 20 + [False] * 20 + [True, False] * 10 + [True] * 2)

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from taipan.report.figures import GREY, INK, SERIES, Words, centred_mean, in_page
+from taipan.report.figures import CARD, GREY, SERIES, Words, centred_mean, in_page
 
 _REACH = 0.05  # of the points of a curve, that its centred mean looks to either side
 _BINS = 48
@@ -127,11 +127,10 @@ def position_figure(bars: Sequence[PositionBar], references: Mapping[str, float]
 
     def draw(axes: Any, narrow: bool) -> None:
         places = list(range(len(bars)))
-        axes.bar(places, bits, color=SERIES[0], width=0.72, alpha=0.85)
-        for place, value in zip(places, bits, strict=True):
-            axes.annotate(
-                f"{value:.2f}", (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=9, color=INK
-            )
+        axes.bar(places, bits, color=SERIES[0], width=0.76)
+        for place, value in zip(places, bits, strict=True):  # at the foot, where no line crosses them
+            at_foot = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{value:.2f}", (place, 0), **at_foot, fontsize=9 if narrow else 10, color=CARD)
         for number, (name, value) in enumerate(references.items()):
             axes.axhline(value, color=SERIES[1 + number], linewidth=1.6, linestyle=_DASHES[1 + number], label=name)
         trained = sum(bar.stop <= context_length for bar in bars)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # What matplotlib is given for a colour of the palette: replaced when the SVG is written.
 _PLACEHOLDERS = {name: f"#01{number:02x}fe" for number, name in enumerate(LIGHT.variables, 1)}
 INK = _PLACEHOLDERS["ink"]
+CARD = _PLACEHOLDERS["card"]
 GREY = _PLACEHOLDERS["grey"]
 SERIES = tuple(_PLACEHOLDERS[f"series-{number}"] for number in range(1, len(LIGHT.series) + 1))
 

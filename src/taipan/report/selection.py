@@ -96,7 +96,8 @@ class Favourites:
 class SelectionView:
     """What the templates `selection_*.html.j2` show.
 
-    `vocabulary` is the number of tokens the model knows. A piece is the text of one token, or of the few tokens that
+    `vocabulary` is the number of tokens the model knows; `word_pieces` says whether any token is longer than one
+    character (those of bytes are not). A piece is the text of one token, or of the few tokens that
     make up one character together. `first_base64` holds the first token of every piece (uint32, little-endian),
     `layers_json` the layers' thresholds and scales of colours and, for every token, the margin and whether it was
     selected.
@@ -104,6 +105,7 @@ class SelectionView:
 
     tokens: int
     vocabulary: int
+    word_pieces: bool
     blocks: list[list[str]]
     layers: Sequence[LayerSelection]
     favourites: list[Favourites]
@@ -125,6 +127,7 @@ def selection_view(token_texts: Sequence[str], layers: Sequence[LayerSelection],
     return SelectionView(
         tokens=len(token_texts),
         vocabulary=vocabulary,
+        word_pieces=any(len(text) > 1 for text in token_texts),
         blocks=list(_blocks(pieces)),
         layers=layers,
         favourites=[_favourites(token_texts, layer) for layer in layers],
