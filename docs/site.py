@@ -46,6 +46,7 @@ PUBLIC = {
     "ops": [f"taipan.ops.{path.parent.name}" for path in sorted((ROOT / "src/taipan/ops").glob("*/__init__.py"))],
 }
 _LINK = re.compile(r"\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s]+)\)")
+_IMAGE = re.compile(r"(?P<name>srcset|src)=\"(?P<target>[^\":]+)\"")
 _FENCE = re.compile(r"(^```.*?^```\s*$)", re.DOTALL | re.MULTILINE)
 
 
@@ -90,8 +91,12 @@ def for_the_site(text: str, source: str, page: str) -> str:
         relative = os.path.relpath(name, os.path.dirname(page) or ".")
         return f"{match[0][: match.start('target') - match.start()]}{relative}{hash_}{anchor})"
 
+    def image(match: re.Match[str]) -> str:
+        path = os.path.normpath(os.path.join(os.path.dirname(source), match["target"]))
+        return f'{match["name"]}="{os.path.relpath(path.removeprefix("docs/"), os.path.dirname(page) or ".")}"'
+
     parts = _FENCE.split(text)
-    parts[::2] = [_LINK.sub(link, part) for part in parts[::2]]
+    parts[::2] = [_IMAGE.sub(image, _LINK.sub(link, part)) for part in parts[::2]]
     return "".join(parts)
 
 

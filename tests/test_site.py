@@ -187,6 +187,15 @@ def test_a_path_is_under_a_page(page: str) -> None:
     assert len(text.split()) < 450
 
 
+def test_images_are_there(site: Path) -> None:
+    found = 0
+    for path in (site / "site").rglob("*.html"):
+        for target in re.findall(r'(?:src|srcset)="([^":]+\.(?:svg|png))"', path.read_text(encoding="utf-8")):
+            assert (path.parent / target).is_file(), f"{path}: {target}"
+            found += 1
+    assert found >= 3
+
+
 def test_pages_show_no_path_of_this_machine(site: Path) -> None:
     for path in (site / "site").rglob("*.html"):
         assert str(ROOT) not in html.unescape(path.read_text(encoding="utf-8")), path

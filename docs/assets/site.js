@@ -1,6 +1,6 @@
-// What scrolls sideways (code, wide tables) can be reached and moved by keyboard.
+// Wide tables scroll sideways: make them reachable by keyboard (the theme does so for code).
 const reach = () =>
-  document.querySelectorAll("pre > code, .md-typeset__scrollwrap").forEach((box) => {
+  document.querySelectorAll(".md-typeset__scrollwrap").forEach((box) => {
     if (!box.hasAttribute("tabindex")) box.tabIndex = 0;
   });
 reach();

@@ -166,7 +166,7 @@ class AttentionState(LayerState):
 
 
 StateBuilder = Callable[[], LayerState]
-"""A layer hands over how to build its next state; in training nobody asks and the work is saved."""
+"""Builds the next state of a layer; in training it is not called, which saves the work."""
 
 
 def _with_row(tensor: Tensor, row: int, new: Tensor) -> Tensor:

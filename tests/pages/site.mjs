@@ -61,6 +61,7 @@ for (const name of pages)
       await page.setViewport({ width, height: 900 });
       await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
       await page.goto(`${origin}/${name}`, { waitUntil: "load" });
+      await new Promise((resolve) => setTimeout(resolve, 500)); // the theme makes wide code focusable once it is laid out
       const wide = await page.evaluate(() => document.documentElement.scrollWidth);
       if (wide > width) faults.push(`${wide} px wide in a window of ${width} px`);
       await page.evaluate(axe);

@@ -88,7 +88,7 @@ def register(app: typer.Typer, panel: str) -> None:
             "runs/gate-settings"
         ),
         workers: Annotated[
-            int | None, typer.Option(min=1, help="Runs side by side, one thread each; one per core if not given.")
+            int | None, typer.Option(min=1, help="Runs side by side, one thread each. [default: one per core]")
         ] = None,
     ) -> None:
         """How much of attention's lead on code each setting of the gate keeps at C = 0.15, between Mamba-2 and Jamba.

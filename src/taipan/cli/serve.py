@@ -26,7 +26,7 @@ def register(app: typer.Typer, panel: str) -> None:
             list[str] | None,
             typer.Option(envvar="TAIPAN_API_KEYS", help="Who may ask; several are given by several options."),
         ] = None,
-        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored if not given.")] = None,
+        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         weights: Annotated[
             str, typer.Option(help="New tokens read bfloat16 or int8 copies of the weights: faster, less exact.")
         ] = "auto",

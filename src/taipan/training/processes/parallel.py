@@ -44,7 +44,7 @@ class Parallel:
 
     Args:
         model: whole on every process, and equal. Sharded in place with `fsdp` and `hsdp`.
-        world: the processes; alone if not given.
+        world: the processes; by default this one alone.
         section: the recipe's `parallel`.
         batch_size: windows of a batch, to be cut into equal parts.
 
