@@ -1,0 +1,48 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from tests.cli.conftest import Cli
+
+
+def test_serves_the_model_with_its_options(cli: Cli, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the socket, which tests/serving has."""
+    served: dict[str, Any] = {}
+
+    def run(app: FastAPI, **options: Any) -> None:
+        served.update(options)
+        with TestClient(app) as client:
+            answer = client.post(
+                "/v1/completions",
+                json={"model": "mine", "prompt": "The", "max_tokens": 3},
+                headers={"Authorization": "Bearer secret"},
+            )
+            served["status"], served["tokens"] = answer.status_code, answer.json()["usage"]["completion_tokens"]
+            refused = {"model": "mine", "prompt": "The", "max_tokens": 5}
+            headers = {"Authorization": "Bearer secret"}
+            served["refused"] = client.post("/v1/completions", json=refused, headers=headers).status_code
+            served["unknown"] = client.get("/v1/models").status_code
+
+    monkeypatch.setattr(uvicorn, "run", run)
+    options = ["--name", "mine", "--api-key", "secret", "--port", 9000, "--new-tokens", 4, "--rows", 2]
+    finished = cli("serve", model_directory, *options)
+    assert finished.code == 0, finished
+    assert "Serving mine at http://127.0.0.1:9000/v1" in finished.err
+    assert (served["host"], served["port"]) == ("127.0.0.1", 9000)
+    assert (served["status"], served["refused"], served["unknown"]) == (200, 400, 401)
+    assert served["tokens"] <= 3
+
+
+def test_what_is_missing_is_named(
+    refused: Callable[..., str], model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    message = refused("serve", model_directory)
+    assert "taipan serve needs uvicorn" in message
+    assert "'.[serve]'" in message
