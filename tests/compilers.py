@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from taipan import hardware
-from taipan.native import build, library
+from taipan.native import build, interface, library
 
 REAL = hardware.compiler()
 needs_compiler = pytest.mark.skipif(REAL is None, reason="there is no C++ compiler")
@@ -19,6 +19,8 @@ NATIVE = pytest.param("native", marks=needs_kernels)
 SOURCE = """
 extern "C" const char* taipan_flags() {{ return TAIPAN_FLAGS; }}
 extern "C" const char* taipan_products() {{ return "none"; }}
+extern "C" const char* taipan_interface() {{ return sizeof(TAIPAN_REAL) == 4 ? R"~({float})~" : R"~({double})~"; }}
+{functions}
 extern "C" int taipan_answer() {{ return {answer}; }}
 """
 
@@ -40,7 +42,10 @@ def tiny_kernels(directory: Path) -> Iterator[pytest.MonkeyPatch]:
 
 
 def write_kernels(directory: Path, answer: int) -> None:
-    (directory / "kernels" / "tiny.cpp").write_text(SOURCE.format(answer=answer), encoding="utf-8")
+    texts = {real: "\n".join(interface.described(real)) for real in ("float", "double")}
+    stubs = "\n".join(f'extern "C" int taipan_{name}(const void*, int) {{ return 2; }}' for name in interface.FUNCTIONS)
+    source = SOURCE.format(answer=answer, functions=stubs, **texts)
+    (directory / "kernels" / "tiny.cpp").write_text(source, encoding="utf-8")
 
 
 def forget() -> None:

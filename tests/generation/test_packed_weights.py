@@ -229,12 +229,12 @@ def test_what_did_not_change_is_not_packed_again() -> None:
 def test_the_digest_is_that_of_the_bytes_whoever_reads_them() -> None:
     """Over more than one block of memory, at any length, by any number of threads."""
     from taipan.native import call
+    from taipan.native.interface import Digest, Piece, array_of
 
     def digest(tensor: Tensor) -> int:
-        import ctypes
-
         out = torch.empty(1, dtype=torch.int64)
-        call(torch.float32, "digest", (ctypes.c_ssize_t * 2)(tensor.data_ptr(), tensor.nbytes), 1, out)
+        pieces = array_of(Piece, [Piece.of(address=tensor.data_ptr(), bytes=tensor.nbytes)])
+        call(torch.float32, Digest, pieces=pieces, count=1, result=out)
         return int(out)
 
     generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()

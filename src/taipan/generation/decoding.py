@@ -1,6 +1,5 @@
 """Reading one token of every row after another: by the native step where it runs, else by the model itself."""
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,8 @@ from taipan.generation.prefill import Reading, read
 from taipan.generation.program import DecoderProgram, check_weights, program_of
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.sampling import greedy
-from taipan.native import call
+from taipan.native import invoke
+from taipan.native.interface import Decode, State, array_of
 from taipan.native.memory import Arena
 from taipan.shapes import BoolB, FloatBV, IntB, IntBT
 from taipan.state import AttentionState, DecoderState, LayerState, Mamba2State
@@ -168,22 +168,11 @@ class NativeDecoding:
         if self._growing:
             self._grow()
         logits_BV = torch.empty(len(rows_B), program.config.vocab_size, dtype=program.real)
-        call(
-            program.real,
-            "decode",
-            program.sizes,
-            *program.constants,
-            program.layers,
-            self._words,
-            program.head,
-            program.embedding,
-            program.norm,
-            rows_B,
-            len(rows_B),
-            token_B.long().contiguous(),
-            self._position_B,
-            logits_BV,
-        )
+        token_B = token_B.long().contiguous()
+        arguments = self._arguments
+        arguments.rows, arguments.count = rows_B.data_ptr(), len(rows_B)
+        arguments.tokens, arguments.logits = token_B.data_ptr(), logits_BV.data_ptr()
+        invoke(program.real, arguments)
         logits_BV = logits_BV.float()
         if len(rows_B) == len(self._rows_B):
             return logits_BV
@@ -249,13 +238,29 @@ class NativeDecoding:
         self._entries += 1
 
     def _address(self) -> None:
-        """Fields of `State`, of every layer."""
-        words: list[int] = []
-        for buffers in self._layers:
-            addresses = [tensor.data_ptr() for tensor in buffers]
-            slots = buffers[0].shape[2] if len(buffers) == 4 else 0
-            words += [*addresses, *[0] * (4 - len(addresses)), slots]
-        self._words = (ctypes.c_ssize_t * len(words))(*words)
+        """Tell the kernel where everything is; rows, tokens and logits are of each step."""
+        program = self._program
+        self._arguments = Decode.of(
+            program.real,
+            sizes=program.sizes,
+            layers=program.layers,
+            states=array_of(State, [_addresses(buffers, program.real) for buffers in self._layers]),
+            head=program.head,
+            embedding=program.embedding,
+            norm=program.norm,
+            batch=len(self._rows_B),
+            count=0,
+            rows=self._rows_B,
+            tokens=self._rows_B,
+            position=self._position_B,
+            logits=program.norm,
+        )
+
+
+def _addresses(buffers: list[Tensor], real: torch.dtype) -> State:
+    first, second, *ring = buffers
+    index, count = ring or (None, None)
+    return State.of(real, first=first, second=second, index=index, count=count, slots=first.shape[2] if ring else 0)
 
 
 class Continuation:

@@ -1,10 +1,9 @@
 """A decoder packed for the native step: one call of the compiled kernels reads one token of every row.
 
 Rows of weights are read as they lie in memory: the parameters themselves, or a narrower copy of them. The kernel is
-native/kernels/decode.cpp; the words handed to it here are the fields of its structures, in order.
+native/kernels/decode.cpp, its structures are in native/interface.py.
 """
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
@@ -24,13 +23,16 @@ from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.native import call, native_status
+from taipan.native.interface import DecodeSizes, Digest, Index, Layer, Matrix, Piece, array_of, fields_of
 from taipan.native.memory import Arena
 from taipan.ops.dispatch import AUTO
 
 WEIGHTS: tuple[str, ...] = ("auto", "bfloat16", "int8")
 _FORMATS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.int8: 2}
 _MAMBA2, _ATTENTION, _SELECTIVE, _CLOSED = range(4)
-_NO_MATRIX = (0, 0, 0, 0)
+_NONE = {
+    name: 0 if kind is Index else Matrix() if kind is Matrix else None for name, kind in fields_of(Layer)
+}  # what a layer has not
 
 
 @runtime_checkable
@@ -87,10 +89,10 @@ class Packed:
     weight: Tensor
     scale: Tensor | None = None
 
-    @property
-    def words(self) -> tuple[int, ...]:
-        """Fields of `Matrix`."""
-        return (self.weight.data_ptr(), 0 if self.scale is None else self.scale.data_ptr(), *self.weight.shape)
+    def matrix(self, real: torch.dtype) -> Matrix:
+        """What the kernel is told of it; this must live as long."""
+        rows, columns = self.weight.shape
+        return Matrix.of(real, weight=self.weight, scale=self.scale, rows=rows, columns=columns)
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +142,7 @@ class DecoderProgram:
         weights: the format its matrices are read in: `float32`, `float64`, `bfloat16` or `int8`.
         real: dtype of sums, states and logits.
         nbytes: bytes of weights that reading one token takes.
-        sizes, layers, head, embedding, norm, constants: what the kernel is called with.
+        sizes, layers, head, embedding, norm: what the kernel is called with.
     """
 
     def __init__(self, model: "Decodable", parts: DecoderParts, weights: str) -> None:
@@ -160,32 +162,39 @@ class DecoderProgram:
         self.embedding = parts.embedding.weight.detach().contiguous()
         self._note(parts.embedding.weight, self.embedding)
         self.norm = self._vector(parts.norm.weight)
-        layers = [self._layer(block) for block in parts.blocks]
-        self.layers = _words([word for layer in layers for word in layer])
+        self.layers = array_of(Layer, [self._layer(block) for block in parts.blocks])
         packed = self._packed(parts.head)
-        self.head = _words(packed.words)
+        self.head = packed.matrix(self.real)
         self.weights = str(packed.weight.dtype).removeprefix("torch.")
-        self.constants = (config.norm_eps, *map(float, config.time_step_limit))
         mamba2 = "mamba2" in config.layer_types
         attends = bool(set(config.layer_types) - {"mamba2"})
-        self.sizes = _words(
-            (
-                config.num_hidden_layers,
-                config.hidden_size,
-                config.vocab_size,
-                config.intermediate_size,
-                *((config.inner_size, config.conv_size, config.conv_kernel) if mamba2 else (0, 0, 0)),
-                *((config.num_mamba_heads, config.mamba_head_dim) if mamba2 else (0, 0)),
-                *((config.n_groups, config.state_size) if mamba2 else (0, 0)),
-                *((config.num_attention_heads, config.kv_heads, config.head_dim) if attends else (0, 0, 0)),
-                config.gate_hidden_size if config.gate == "mlp" else 0,
-                _FORMATS[packed.weight.dtype],
-                _FORMATS[self.embedding.dtype],
-                int(self.rounds),
-            )
+        low, high = config.time_step_limit
+        self.sizes = DecodeSizes.of(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
+            intermediate=config.intermediate_size,
+            inner=config.inner_size if mamba2 else 0,
+            conv=config.conv_size if mamba2 else 0,
+            taps=config.conv_kernel if mamba2 else 0,
+            heads=config.num_mamba_heads if mamba2 else 0,
+            head_dim=config.mamba_head_dim if mamba2 else 0,
+            groups=config.n_groups if mamba2 else 0,
+            state=config.state_size if mamba2 else 0,
+            query_heads=config.num_attention_heads if attends else 0,
+            key_heads=config.kv_heads if attends else 0,
+            width=config.head_dim if attends else 0,
+            gate_hidden=config.gate_hidden_size if config.gate == "mlp" else 0,
+            format=_FORMATS[packed.weight.dtype],
+            embedding_format=_FORMATS[self.embedding.dtype],
+            rounds=self.rounds,
+            eps=config.norm_eps,
+            dt_low=float(low),
+            dt_high=float(high),
         )
         # Addresses only: a program does not keep weights alive that the model has let go of.
-        self._pieces = _words([word for source in self._copied for word in (source.data_ptr(), _span(source))])
+        pieces = [Piece.of(address=source.data_ptr(), bytes=_span(source)) for source in self._copied]
+        self._pieces = array_of(Piece, pieces)
         self._identity = (weights, config, _places(model))
         self._digest = self._digest_now()
         self._copied.clear()
@@ -197,7 +206,7 @@ class DecoderProgram:
 
     def _digest_now(self) -> int:
         digest = torch.empty(1, dtype=torch.int64)
-        call(self.real, "digest", self._pieces, len(self._pieces) // 2, digest)
+        call(self.real, Digest, pieces=self._pieces, count=len(self._pieces), result=digest)
         return int(digest)
 
     def _note(self, source: Tensor, used: Tensor) -> None:
@@ -212,62 +221,77 @@ class DecoderProgram:
         self.nbytes += packed.nbytes
         return packed
 
-    def _matrix(self, linear: nn.Linear) -> tuple[int, ...]:
-        return self._packed(linear).words
+    def _matrix(self, linear: nn.Linear) -> Matrix:
+        return self._packed(linear).matrix(self.real)
 
-    def _vector(self, source: Tensor, value: Tensor | None = None) -> int:
-        """Address of a parameter as the kernel reads it, or of a value that is made of one."""
+    def _vector(self, source: Tensor, value: Tensor | None = None) -> Tensor:
+        """A parameter as the kernel reads it, or a value that is made of one."""
         vector = (source if value is None else value).detach().to(self.real).contiguous()
         self._note(source, vector)
         self._kept.append(vector)
-        return vector.data_ptr()
+        return vector
 
-    def _constant(self, tensor: Tensor) -> int:
+    def _constant(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
-        return tensor.data_ptr()
+        return tensor
 
-    def _layer(self, block: DecoderBlock) -> list[int]:
-        """Fields of `Layer`."""
+    def _layer(self, block: DecoderBlock) -> Layer:
         mixer = block.mixer
-        words = [0, self._vector(block.norm.weight)]
+        values: dict[str, Any] = {"norm": self._vector(block.norm.weight)}
         if isinstance(mixer, Mamba2):
-            assert mixer.conv1d.bias is not None
-            words[0] = _MAMBA2
-            words += [*self._matrix(mixer.in_proj), *_NO_MATRIX, *_NO_MATRIX, *self._matrix(mixer.out_proj)]
-            taps_KC = mixer.conv1d.weight.squeeze(1).t()
-            words += [self._vector(mixer.conv1d.weight, taps_KC), self._vector(mixer.conv1d.bias)]
-            A_H = -torch.exp(mixer.A_log.detach().to(self.real))
-            words += [self._vector(mixer.dt_bias), self._vector(mixer.A_log, A_H)]
-            words += [self._vector(mixer.D), self._vector(mixer.norm.weight)]
-            words += [0] * 11
+            values |= self._mamba2(mixer)
         else:
             assert isinstance(mixer, Attention | SelectiveAttention)
-            words += self._attention(words, mixer)
-        if block.mlp is None or block.mlp_norm is None:
-            return [*words, 0, *_NO_MATRIX, *_NO_MATRIX, *_NO_MATRIX]
-        linears = (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
-        matrices = [word for linear in linears for word in self._matrix(linear)]
-        return [*words, self._vector(block.mlp_norm.weight), *matrices]
+            values |= self._attention(mixer)
+        if block.mlp is not None and block.mlp_norm is not None:
+            values |= {
+                "mlp_norm": self._vector(block.mlp_norm.weight),
+                "gate": self._matrix(block.mlp.gate_proj),
+                "up": self._matrix(block.mlp.up_proj),
+                "down": self._matrix(block.mlp.down_proj),
+            }
+        return Layer.of(self.real, **{**_NONE, **values})
 
-    def _attention(self, words: list[int], mixer: Attention | SelectiveAttention) -> list[int]:
+    def _mamba2(self, mixer: Mamba2) -> dict[str, Any]:
+        assert mixer.conv1d.bias is not None
+        return {
+            "kind": _MAMBA2,
+            "first": self._matrix(mixer.in_proj),
+            "last": self._matrix(mixer.out_proj),
+            "conv_weight": self._vector(mixer.conv1d.weight, mixer.conv1d.weight.squeeze(1).t()),
+            "conv_bias": self._vector(mixer.conv1d.bias),
+            "dt_bias": self._vector(mixer.dt_bias),
+            "A": self._vector(mixer.A_log, -torch.exp(mixer.A_log.detach().to(self.real))),
+            "D": self._vector(mixer.D),
+            "gated_norm": self._vector(mixer.norm.weight),
+        }
+
+    def _attention(self, mixer: Attention | SelectiveAttention) -> dict[str, Any]:
         config = self.config
         selective = isinstance(mixer, SelectiveAttention)
         closed = selective and config.attention_capacity == 0
-        words[0] = _CLOSED if closed else _SELECTIVE if selective else _ATTENTION
-        linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
-        out = [word for linear in linears for word in (_NO_MATRIX if closed else self._matrix(linear))]
-        frequency = 0
+        values: dict[str, Any] = {"kind": _CLOSED if closed else _SELECTIVE if selective else _ATTENTION}
+        if not closed:
+            names = {"first": mixer.q_proj, "keys": mixer.k_proj, "values": mixer.v_proj, "last": mixer.o_proj}
+            values |= {name: self._matrix(linear) for name, linear in names.items()}
         if mixer.attention.rope:
             even_E = torch.arange(0, config.head_dim, 2, dtype=self.real)
-            frequency = self._constant(1 / config.rope_theta ** (even_E / config.head_dim))
-        out += [0] * 6 + [frequency, mixer.attention.window or 0]
+            values["frequency"] = self._constant(1 / config.rope_theta ** (even_E / config.head_dim))
+        values["window"] = mixer.attention.window or 0
         if not selective:
-            return out + [0] * 9
+            return values
         gate = mixer.gate
-        out += [self._vector(gate.proj.weight), self._vector(gate.proj.bias)]
-        out += [0, 0] if gate.hidden is None else [self._vector(gate.hidden.weight), self._vector(gate.hidden.bias)]
-        out += [self._vector(gate.threshold), int(config.gate_input == "raw"), int(config.key_value_scope == "all")]
-        return [*out, int(config.window_unit == "selected"), int(config.refinement == "add")]
+        values |= {"gate_weight": self._vector(gate.proj.weight), "gate_bias": self._vector(gate.proj.bias)}
+        if gate.hidden is not None:
+            values["gate_hidden_weight"] = self._vector(gate.hidden.weight)
+            values["gate_hidden_bias"] = self._vector(gate.hidden.bias)
+        return values | {
+            "threshold": self._vector(gate.threshold),
+            "gate_reads_raw": config.gate_input == "raw",
+            "keys_of_all": config.key_value_scope == "all",
+            "counts_selected": config.window_unit == "selected",
+            "adds": config.refinement == "add",
+        }
 
 
 def _span(tensor: Tensor) -> int:
@@ -276,10 +300,6 @@ def _span(tensor: Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
-
-
-def _words(words: Sequence[int]) -> "ctypes.Array[ctypes.c_ssize_t]":
-    return (ctypes.c_ssize_t * len(words))(*words)
 
 
 _programs: "WeakKeyDictionary[Any, DecoderProgram]" = WeakKeyDictionary()

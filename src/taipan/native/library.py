@@ -1,6 +1,7 @@
 """The compiled kernels in this process: loaded on first use, never at import."""
 
 import ctypes
+import logging
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from taipan.errors import InputError
 from taipan.native.build import CACHE_VARIABLE, BuildError, found_or_built
+from taipan.native.interface import FUNCTIONS, Arguments, Value, mismatch
 
 SWITCH = "TAIPAN_NATIVE"
 _REALS = {torch.float32: "float", torch.float64: "double"}
-_NO_MEMORY = 1
+_NO_MEMORY, _OUT_OF_RANGE = 1, 3
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,38 @@ def _load(real: str, rejected: frozenset[Path] = frozenset()) -> NativeStatus:
     with found_or_built(real, rejected) as built:
         try:
             library = ctypes.CDLL(str(built.path))
-            library.taipan_flags.restype = library.taipan_products.restype = ctypes.c_char_p
-            flags, products = library.taipan_flags().decode(), library.taipan_products().decode()
         except OSError:
             if built.path.exists():
                 raise
             return _load(real)  # another process has just removed it, as unused for long
-        except AttributeError as error:  # a library, but not of these kernels
-            if built.seconds is not None:
-                raise BuildError(f"the compiled kernels lack a function: {error}") from error
-            return _load(real, rejected | {built.path})
-        return NativeStatus(
-            library=library, reason=str(built.path), flags=flags, products=products, seconds=built.seconds
-        )
+        problem = _declare(library, real)
+        if problem is None:
+            flags, products = library.taipan_flags().decode(), library.taipan_products().decode()
+            return NativeStatus(
+                library=library, reason=str(built.path), flags=flags, products=products, seconds=built.seconds
+            )
+        if built.seconds is not None:
+            raise BuildError(
+                f"the compiled kernels do not fit the Python code of taipan: {problem}. Its files are of two versions; "
+                "install it again"
+            )
+        _log.warning("Compiling the kernels again: %s does not fit this version of taipan (%s)", built.path, problem)
+        return _load(real, rejected | {built.path})
+
+
+def _declare(library: ctypes.CDLL, real: str) -> str | None:
+    """Say what every function takes; returns what does not fit, if anything."""
+    try:
+        for name in ("flags", "products", "interface"):
+            text = getattr(library, f"taipan_{name}")
+            text.restype, text.argtypes = ctypes.c_char_p, ()
+        problem = mismatch(library.taipan_interface().decode(), real)
+        for name, arguments in FUNCTIONS.items():
+            function = getattr(library, f"taipan_{name}")
+            function.restype, function.argtypes = ctypes.c_int, (ctypes.POINTER(arguments), ctypes.c_int)
+    except AttributeError as error:
+        return str(error)
+    return problem
 
 
 def native_available(tensor: Tensor) -> bool:
@@ -82,37 +105,35 @@ def native_available(tensor: Tensor) -> bool:
     return native_status(dtype).library is not None
 
 
-def call(
-    dtype: torch.dtype, name: str, *arguments: Tensor | int | float | ctypes.Array[ctypes.c_ssize_t] | None
-) -> None:
-    """Call `taipan_<name>` of the library of a dtype; the number of threads is added as the last argument.
+def call(dtype: torch.dtype, arguments: type[Arguments], **values: Value) -> None:
+    """Call a function of the library of a dtype.
 
     Args:
-        dtype: fp32 or fp64, that of the floating tensors.
-        name: of the function.
-        arguments: tensors go as the address of their first element (None as null), int as ptrdiff_t, float as double,
-            arrays as their address.
+        dtype: fp32 or fp64: of the tensors that are in the library's own type.
+        arguments: those of the function.
+        values: their fields, by name; tensors must live as long as the call.
 
     Raises:
-        InputError: a tensor is not on the CPU.
+        InputError: a tensor is not on the CPU; an index is out of range.
+        TypeError: a field is missing, unknown or of another type.
         MemoryError: no memory for the work of a thread.
     """
+    invoke(dtype, arguments.of(dtype, **values))
+
+
+def invoke(dtype: torch.dtype, arguments: Arguments) -> None:
+    """The same with arguments that have been made; what they point at must live as long as the call."""
     library = native_status(dtype).library
     if library is None:
         raise RuntimeError(f"no native kernels: {native_status(dtype).reason}")
-    converted = [_convert(argument) for argument in arguments]
-    status = getattr(library, f"taipan_{name}")(*converted, ctypes.c_int(torch.get_num_threads()))
+    name = arguments.function
+    status = getattr(library, f"taipan_{name}")(arguments, torch.get_num_threads())
     if status == _NO_MEMORY:
         raise MemoryError(f"{name}: no memory for the work of a thread")
+    if status == _OUT_OF_RANGE:
+        raise InputError(
+            f"{name}: a token id, class, row or count is out of range. If a saved state was given, it is damaged: "
+            "make it again from the text."
+        )
     if status:
         raise RuntimeError(f"{name}: the kernels do not do this (status {status}); the caller should have seen it")
-
-
-def _convert(argument: Tensor | int | float | ctypes.Array[ctypes.c_ssize_t] | None) -> object:
-    if isinstance(argument, Tensor):
-        if not argument.is_cpu:
-            raise InputError(f"a tensor is on {argument.device}, others are on the CPU: give all on one device")
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_ssize_t(argument)
-    return ctypes.c_double(argument) if isinstance(argument, float) else argument

@@ -1,6 +1,29 @@
 // What the library is, for `taipan doctor`: what it was compiled with, and with what the products inside its ops are made
-// when tokens are bfloat16 in memory.
+// when tokens are bfloat16 in memory; and for loading it: what its functions take.
+#include "interface.h"
 #include "products.h"
+
+namespace taipan {
+namespace {
+
+template <class... Structures>
+void describe_all(std::string& out) {
+  (describe<Structures>(out), ...);
+}
+
+std::string interface() {
+  std::string out;
+  describe_all<SsdSizes, SsdInputs, SsdForward, SsdBackward, ConvSizes, ConvInputs, ConvForward, ConvBackward, NormSizes,
+               NormForward, NormBackward, NormSumSizes, NormSumForward, NormSumBackward, AttentionSizes, AttentionPlan,
+               AttentionPlanned, AttentionForward, AttentionBackward, CrossEntropy, Matrix, DecodeSizes, Layer, State,
+               Decode, Piece, Digest>(out);
+#define TAIPAN_DESCRIBE(name, Arguments) out += #name "(" #Arguments ")\n";
+  TAIPAN_FUNCTIONS(TAIPAN_DESCRIBE)
+  return out;
+}
+
+}  // namespace
+}  // namespace taipan
 
 extern "C" const char* taipan_flags() { return TAIPAN_FLAGS; }
 
@@ -11,4 +34,10 @@ extern "C" const char* taipan_products() {
     return taipan::kOk;
   });
   return name;
+}
+
+// One structure or function in a line.
+extern "C" const char* taipan_interface() {
+  static const std::string text = taipan::interface();
+  return text.c_str();
 }

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "gemm.h"
+#include "interface.h"
 #include "narrow.h"
 
 namespace taipan {
@@ -23,18 +24,15 @@ constexpr Index kMultiple = 16;        // of columns, which every vector width d
 constexpr Index kForwardKeys = 128;    // of a block
 constexpr Index kBackwardKeys = 256;
 
-// Sizes, and strides of rows, tokens and heads in elements.
-struct Shape {
-  Index batch, queries, keys, heads, groups, width, narrow, slices;
-  Index known_blocks, known_columns;  // what the caller has made room for
-  Index q[3], k[3], v[3], out[3], dout[3];
-
+struct Shape : AttentionSizes {
   Index shared() const { return heads / groups; }
   Index block() const { return std::max<Index>(1, kColumns / shared()); }  // queries
   Index blocks() const { return (queries + block() - 1) / block(); }
   Index columns() const { return round_up(block() * shared(), kMultiple); }
   Index pitch() const { return round_up(width, kMultiple); }
-  bool fits() const { return known_blocks == blocks() && known_columns == columns(); }
+  bool fits() const {
+    return groups > 0 && heads > 0 && heads % groups == 0 && known_blocks == blocks() && known_columns == columns();
+  }
   Index panel(Index b, Index g, Index block) const { return (b * groups + g) * blocks() + block; }
 };
 
@@ -51,6 +49,20 @@ struct Plan {
   std::int32_t *key, *query, *first, *stop;
   std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
   Bounds* bounds;        // (B, blocks)
+
+  // Whether all that is read by it lies in the tensors.
+  bool in_range(const Shape& s) const {
+    const auto below = [](const std::int32_t* of, Index count, Index most) {
+      return std::all_of(of, of + count, [&](std::int32_t at) { return at >= 0 && at < most; });
+    };
+    for (Index b = 0; b < s.batch; ++b) {
+      if (keys(b) < 0 || keys(b) > s.keys || queries(b) < 0 || queries(b) > s.queries) return false;
+      if (!below(key + b * s.keys, keys(b), s.keys) || !below(query + b * s.queries, queries(b), s.queries)) return false;
+      if (!below(first + b * s.queries, queries(b), keys(b) + 1) || !below(stop + b * s.queries, queries(b), keys(b) + 1))
+        return false;
+    }
+    return true;
+  }
 
   Index keys(Index b) const { return counts[3 * b]; }
   Index queries(Index b) const { return counts[3 * b + 1]; }
@@ -509,52 +521,47 @@ int backward(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>& out,
   return status;
 }
 
+Plan plan_of(const AttentionPlan& plan) {
+  return {plan.key, plan.query, plan.first, plan.stop, plan.counts, reinterpret_cast<Bounds*>(plan.bounds)};
+}
+
 }  // namespace
 }  // namespace taipan
 
-using Real = TAIPAN_REAL;
-
-// Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
-extern "C" int taipan_attention_plan(const std::ptrdiff_t* sizes, const std::int64_t* low, const std::int64_t* high,
-                                     const std::int64_t* code, std::int32_t* key, std::int32_t* query,
-                                     std::int32_t* first, std::int32_t* stop, std::int32_t* counts,
-                                     std::int32_t* bounds, int threads) {
-  taipan::Shape s;
-  std::memcpy(&s, sizes, sizeof s);
-  if (!s.fits()) return taipan::kUnsupported;
-  const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
+TAIPAN_FUNCTION(attention_plan, AttentionPlanned) {
+  using namespace taipan;
+  const Shape s{call->sizes};
+  if (!s.fits()) return kUnsupported;
+  const Plan plan = plan_of(call->plan);
 #pragma omp parallel for num_threads(threads) schedule(static) if (s.batch > 1)
-  for (taipan::Index b = 0; b < s.batch; ++b) taipan::make_plan(s, low, high, code, plan, b);
-  return taipan::kOk;
+  for (Index b = 0; b < s.batch; ++b) make_plan(s, call->low, call->high, call->code, plan, b);
+  return kOk;
 }
 
-extern "C" int taipan_attention_forward(const std::ptrdiff_t* sizes, const void* q, const void* k, const void* v,
-                                        std::int32_t* key, std::int32_t* query, std::int32_t* first,
-                                        std::int32_t* stop, std::int32_t* counts, std::int32_t* bounds, void* out,
-                                        Real* statistics, int threads) {
-  taipan::Shape s;
-  std::memcpy(&s, sizes, sizeof s);
-  if (!s.fits()) return taipan::kUnsupported;
-  const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
-  return taipan::with_element<Real>(s.narrow, [&]<class W>() {
+TAIPAN_FUNCTION(attention_forward, AttentionForward) {
+  using namespace taipan;
+  const Shape s{call->sizes};
+  const Plan plan = plan_of(call->plan);
+  if (!s.fits()) return kUnsupported;
+  if (!plan.in_range(s)) return kOutOfRange;
+  return with_element<Real>(s.narrow, [&]<class W>() {
     const auto of = [](const void* p) { return static_cast<const W*>(p); };
-    return taipan::forward<Real, W>(s, {of(q), of(k), of(v)}, plan, static_cast<W*>(out), statistics, threads);
+    return forward<Real, W>(s, {of(call->q), of(call->k), of(call->v)}, plan, static_cast<W*>(call->out),
+                            call->statistics, threads);
   });
 }
 
-extern "C" int taipan_attention_backward(const std::ptrdiff_t* sizes, const void* q, const void* k, const void* v,
-                                         std::int32_t* key, std::int32_t* query, std::int32_t* first,
-                                         std::int32_t* stop, std::int32_t* counts, std::int32_t* bounds,
-                                         const void* out, const void* dout, Real* statistics, Real* delta,
-                                         Real* parts_dq, void* dq, void* dk, void* dv, int threads) {
-  taipan::Shape s;
-  std::memcpy(&s, sizes, sizeof s);
-  if (!s.fits()) return taipan::kUnsupported;
-  const taipan::Plan plan{key, query, first, stop, counts, reinterpret_cast<taipan::Bounds*>(bounds)};
-  return taipan::with_element<Real>(s.narrow, [&]<class W>() {
+TAIPAN_FUNCTION(attention_backward, AttentionBackward) {
+  using namespace taipan;
+  const Shape s{call->sizes};
+  const Plan plan = plan_of(call->plan);
+  if (!s.fits()) return kUnsupported;
+  if (!plan.in_range(s)) return kOutOfRange;
+  return with_element<Real>(s.narrow, [&]<class W>() {
     const auto of = [](const void* p) { return static_cast<const W*>(p); };
     const auto to = [](void* p) { return static_cast<W*>(p); };
-    return taipan::backward<Real, W>(s, {of(q), of(k), of(v)}, {of(out), of(dout), to(dq), to(dk), to(dv)}, plan,
-                                     {statistics, delta, parts_dq}, threads);
+    return backward<Real, W>(s, {of(call->q), of(call->k), of(call->v)},
+                             {of(call->out), of(call->dout), to(call->dq), to(call->dk), to(call->dv)}, plan,
+                             {call->statistics, call->delta, call->parts_dq}, threads);
   });
 }

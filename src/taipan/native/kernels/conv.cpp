@@ -4,14 +4,15 @@
 // The backward takes a piece of the channels through all tokens, and walks from the last token to the first.
 #include <algorithm>
 
+#include "interface.h"
 #include "narrow.h"
 
 namespace taipan {
 namespace {
 
-struct Shape {
-  Index batch, tokens, channels, taps, x_b, x_t, silu, narrow;
-};
+using Shape = ConvSizes;
+
+constexpr Index kMultiple = 16;  // of channels, which every vector width divides
 
 // X is what the tokens are in memory.
 template <class T, class X>
@@ -182,36 +183,34 @@ int with_taps(Index taps, F&& f) {
   }
 }
 
+// As they are in memory.
+template <class X>
+Arrays<Real, X> arrays(const ConvInputs& in) {
+  return {static_cast<const X*>(in.x), in.weight, in.bias, in.columns, in.document};
+}
+
 }  // namespace
 }  // namespace taipan
 
-using Real = TAIPAN_REAL;
-
-// Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
-extern "C" int taipan_conv_forward(const std::ptrdiff_t* sizes, const void* x, const Real* weight, const Real* bias,
-                                   const Real* columns, const std::int32_t* document, void* y, int threads) {
+TAIPAN_FUNCTION(conv_forward, ConvForward) {
   using namespace taipan;
-  Shape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const ConvSizes s = call->sizes;
+  if (s.channels % kMultiple != 0) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
     return with_taps(s.taps, [&]<int K>() {
-      const Arrays<Real, X> in{static_cast<const X*>(x), weight, bias, columns, document};
-      forward<Real, X, K>(s, in, static_cast<X*>(y), threads);
+      forward<Real, X, K>(s, arrays<X>(call->inputs), static_cast<X*>(call->y), threads);
     });
   });
 }
 
-extern "C" int taipan_conv_backward(const std::ptrdiff_t* sizes, const void* x, const Real* weight, const Real* bias,
-                                    const Real* columns, const std::int32_t* document, const void* dy, void* dx,
-                                    Real* dcolumns, Real* dtaps, int threads) {
+TAIPAN_FUNCTION(conv_backward, ConvBackward) {
   using namespace taipan;
-  Shape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const ConvSizes s = call->sizes;
+  if (s.channels % kMultiple != 0) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
     return with_taps(s.taps, [&]<int K>() {
-      const Arrays<Real, X> in{static_cast<const X*>(x), weight, bias, columns, document};
-      const Gradients<Real, X> out{static_cast<const X*>(dy), static_cast<X*>(dx), dcolumns, dtaps};
-      backward<Real, X, K>(s, in, out, threads);
+      const Gradients<Real, X> out{static_cast<const X*>(call->dy), static_cast<X*>(call->dx), call->dcolumns, call->dtaps};
+      backward<Real, X, K>(s, arrays<X>(call->inputs), out, threads);
     });
   });
 }

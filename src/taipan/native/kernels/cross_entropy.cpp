@@ -1,4 +1,5 @@
 // Cross-entropy of rows of logits, which become its gradient (softmax − one-hot) in place.
+#include "interface.h"
 #include "narrow.h"
 
 namespace taipan {
@@ -53,13 +54,12 @@ int loss_and_gradient(Index rows, Index columns, X* logits, const std::int64_t* 
 }  // namespace
 }  // namespace taipan
 
-using Real = TAIPAN_REAL;
-
-// logits (rows, columns) contiguous, in Real or (`narrow`) in bfloat16; targets in range.
-extern "C" int taipan_cross_entropy(std::ptrdiff_t rows, std::ptrdiff_t columns, std::ptrdiff_t narrow, void* logits,
-                                    const std::int64_t* target, double* loss, int threads) {
+TAIPAN_FUNCTION(cross_entropy, CrossEntropy) {
   using namespace taipan;
-  return with_element<Real>(narrow, [&]<class X>() {
-    return loss_and_gradient<Real, X>(rows, columns, static_cast<X*>(logits), target, loss, threads);
+  for (Index r = 0; r < call->rows; ++r)
+    if (call->target[r] < 0 || call->target[r] >= call->columns) return kOutOfRange;
+  return with_element<Real>(call->narrow, [&]<class X>() {
+    return loss_and_gradient<Real, X>(call->rows, call->columns, static_cast<X*>(call->logits), call->target, call->loss,
+                                      threads);
   });
 }

@@ -5,18 +5,13 @@
 // to where the next product spreads them.
 #include <algorithm>
 
-#include "simd.h"
+#include "interface.h"
 
 namespace taipan {
 namespace {
 
 constexpr int kChains = 8;                // that do not wait for each other
 constexpr Index kBlock = Index(1) << 20;  // bytes that a thread takes at once
-
-struct Piece {
-  const unsigned char* address;
-  Index bytes;
-};
 
 struct Block {
   Piece piece;
@@ -29,15 +24,16 @@ inline std::uint64_t step(std::uint64_t digest, std::uint64_t word) {
 }
 
 std::uint64_t digest_of(const Piece& piece) {
+  const char* from = static_cast<const char*>(piece.address);
   std::uint64_t chain[kChains], words[kChains];
   for (int n = 0; n < kChains; ++n) chain[n] = n;
   Index at = 0;
   for (; at + Index(sizeof words) <= piece.bytes; at += sizeof words) {
-    std::memcpy(words, piece.address + at, sizeof words);
+    std::memcpy(words, from + at, sizeof words);
     for (int n = 0; n < kChains; ++n) chain[n] = step(chain[n], words[n]);
   }
   std::memset(words, 0, sizeof words);
-  std::memcpy(words, piece.address + at, piece.bytes - at);
+  std::memcpy(words, from + at, piece.bytes - at);
   std::uint64_t digest = piece.bytes;
   for (int n = 0; n < kChains; ++n) digest = step(digest, step(chain[n], words[n]));
   return digest;
@@ -46,24 +42,25 @@ std::uint64_t digest_of(const Piece& piece) {
 }  // namespace
 }  // namespace taipan
 
-// Of `count` pieces, addresses and bytes by turns; the digest does not depend on the threads.
-extern "C" int taipan_digest(const std::ptrdiff_t* pieces, std::ptrdiff_t count, std::int64_t* result, int threads) {
+// It does not depend on the threads.
+TAIPAN_FUNCTION(digest, Digest) {
   using namespace taipan;
   Index blocks = 0;
-  for (Index n = 0; n < count; ++n) blocks += (pieces[2 * n + 1] + kBlock - 1) / kBlock;
+  for (Index n = 0; n < call->count; ++n) blocks += (call->pieces[n].bytes + kBlock - 1) / kBlock;
   Scratch& scratch = thread_scratch();
   if (!scratch.reserve(Scratch::bytes<Block>(blocks))) return kNoMemory;
   Block* block = scratch.take<Block>(blocks);
   Index next = 0;
-  for (Index n = 0; n < count; ++n) {
-    const auto* address = reinterpret_cast<const unsigned char*>(pieces[2 * n]);
-    const Index bytes = pieces[2 * n + 1];
-    for (Index at = 0; at < bytes; at += kBlock) block[next++] = {{address + at, std::min(kBlock, bytes - at)}, 0};
+  for (Index n = 0; n < call->count; ++n) {
+    const Piece& piece = call->pieces[n];
+    const char* address = static_cast<const char*>(piece.address);
+    for (Index at = 0; at < piece.bytes; at += kBlock)
+      block[next++] = {{address + at, std::min(kBlock, piece.bytes - at)}, 0};
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (blocks > 1)
   for (Index n = 0; n < blocks; ++n) block[n].digest = digest_of(block[n].piece);
-  std::uint64_t digest = count;
+  std::uint64_t digest = call->count;
   for (Index n = 0; n < blocks; ++n) digest = step(digest, block[n].digest);
-  std::memcpy(result, &digest, sizeof digest);
+  std::memcpy(call->result, &digest, sizeof digest);
   return kOk;
 }

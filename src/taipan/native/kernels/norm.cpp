@@ -2,14 +2,17 @@
 // one pass over memory.
 #include <algorithm>
 
+#include "interface.h"
 #include "narrow.h"
 
 namespace taipan {
 namespace {
 
-struct Shape {
-  Index rows, channels, group, y_row, z_row, narrow;
-};
+using Shape = NormSizes;
+
+constexpr Index kMultiple = 16;  // of a group, which every vector width divides
+
+inline bool fits(const NormSizes& s) { return s.group > 0 && s.channels % s.group == 0 && s.group % kMultiple == 0; }
 
 // X is what the rows are in memory.
 template <class T, class X>
@@ -105,11 +108,9 @@ int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps
   return status;
 }
 
-// The residual stream, in T, a branch of it, which is X in memory, and what is normed, which is O: all contiguous.
-struct SumShape {
-  Index rows, channels, narrow_branch, narrow_out;
-};
+using SumShape = NormSumSizes;
 
+// The branch is X in memory, what is normed O.
 template <class T, class X, class O>
 int sum_forward(const SumShape& s, const T* x, const X* branch, const T* weight, double eps, T* total, O* out,
                 int threads) {
@@ -171,49 +172,43 @@ int with_elements(const SumShape& s, F&& f) {
 }  // namespace
 }  // namespace taipan
 
-using Real = TAIPAN_REAL;
-
-// Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
-extern "C" int taipan_norm_forward(const std::ptrdiff_t* sizes, const void* y, const void* z, const Real* weight,
-                                   double eps, void* out, int threads) {
+TAIPAN_FUNCTION(norm_forward, NormForward) {
   using namespace taipan;
-  Shape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const NormSizes s = call->sizes;
+  if (!fits(s)) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
-    return forward<Real, X>(s, static_cast<const X*>(y), static_cast<const X*>(z), weight, eps, static_cast<X*>(out),
-                            threads);
+    return forward<Real, X>(s, static_cast<const X*>(call->y), static_cast<const X*>(call->z), call->weight, call->eps,
+                            static_cast<X*>(call->out), threads);
   });
 }
 
-extern "C" int taipan_norm_backward(const std::ptrdiff_t* sizes, const void* y, const void* z, const Real* weight,
-                                    double eps, const void* dout, void* dy, void* dz, Real* dweight, int threads) {
+TAIPAN_FUNCTION(norm_backward, NormBackward) {
   using namespace taipan;
-  Shape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const NormSizes s = call->sizes;
+  if (!fits(s) || (call->z == nullptr) != (call->dz == nullptr)) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
-    return backward<Real, X>(s, static_cast<const X*>(y), static_cast<const X*>(z), weight, eps,
-                             static_cast<const X*>(dout), static_cast<X*>(dy), static_cast<X*>(dz), dweight, threads);
+    return backward<Real, X>(s, static_cast<const X*>(call->y), static_cast<const X*>(call->z), call->weight, call->eps,
+                             static_cast<const X*>(call->dout), static_cast<X*>(call->dy), static_cast<X*>(call->dz),
+                             call->dweight, threads);
   });
 }
 
-extern "C" int taipan_norm_sum_forward(const std::ptrdiff_t* sizes, const Real* x, const void* branch, const Real* weight,
-                                       double eps, Real* total, void* out, int threads) {
+TAIPAN_FUNCTION(norm_sum_forward, NormSumForward) {
   using namespace taipan;
-  SumShape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const NormSumSizes s = call->sizes;
+  if (s.channels % kMultiple != 0) return kUnsupported;
   return with_elements<Real>(s, [&]<class X, class O>() {
-    return sum_forward(s, x, static_cast<const X*>(branch), weight, eps, total, static_cast<O*>(out), threads);
+    return sum_forward(s, call->x, static_cast<const X*>(call->branch), call->weight, call->eps, call->total,
+                       static_cast<O*>(call->out), threads);
   });
 }
 
-extern "C" int taipan_norm_sum_backward(const std::ptrdiff_t* sizes, const Real* total, const Real* weight, double eps,
-                                        const void* dout, const Real* dtotal, Real* dx, void* dbranch, Real* dweight,
-                                        int threads) {
+TAIPAN_FUNCTION(norm_sum_backward, NormSumBackward) {
   using namespace taipan;
-  SumShape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const NormSumSizes s = call->sizes;
+  if (s.channels % kMultiple != 0) return kUnsupported;
   return with_elements<Real>(s, [&]<class X, class O>() {
-    return sum_backward(s, total, weight, eps, static_cast<const O*>(dout), dtotal, dx, static_cast<X*>(dbranch), dweight,
-                        threads);
+    return sum_backward(s, call->total, call->weight, call->eps, static_cast<const O*>(call->dout), call->dtotal, call->dx,
+                        static_cast<X*>(call->dbranch), call->dweight, threads);
   });
 }

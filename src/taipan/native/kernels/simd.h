@@ -192,6 +192,6 @@ inline Scratch& thread_scratch() {
 }
 
 // Results of every exported function.
-enum Status : int { kOk = 0, kNoMemory = 1, kUnsupported = 2 };
+enum Status : int { kOk = 0, kNoMemory = 1, kUnsupported = 2, kOutOfRange = 3 };
 
 }  // namespace taipan

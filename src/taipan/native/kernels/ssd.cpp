@@ -16,16 +16,18 @@
 #include <algorithm>
 #include <optional>
 
+#include "interface.h"
 #include "products.h"
 
 namespace taipan {
 namespace {
 
-// Sizes and strides in elements. N and P are multiples of the vector width; within a token, heads and groups lie one
-// after the other.
-struct Shape {
-  Index batch, tokens, heads, head_dim, groups, state, chunk;
-  Index x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, narrow;
+constexpr Index kMultiple = 16;  // of N and P, which every vector width divides
+
+struct Shape : SsdSizes {
+  bool fits() const {
+    return chunk > 0 && groups > 0 && heads % groups == 0 && head_dim % kMultiple == 0 && state % kMultiple == 0;
+  }
   Index chunks() const { return (tokens + chunk - 1) / chunk; }
   Index pitch() const { return round_up(chunk, kBytes / 4); }  // of a row of a (Q, Q) matrix
   Index rows_up() const { return round_up(chunk, 16); }        // of the result of a product
@@ -658,46 +660,42 @@ int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out,
   return status;
 }
 
+// As they are in memory.
+template <class X>
+Arrays<Real, X> arrays(const SsdInputs& in) {
+  const auto of = [](const void* p) { return static_cast<const X*>(p); };
+  return {of(in.x), of(in.B), of(in.C), in.dt, in.A, in.D, in.initial, in.document};
+}
+
 }  // namespace
 }  // namespace taipan
 
-using Real = TAIPAN_REAL;
-
-// Sizes are the fields of Shape in order; native.py of the op has the shapes of all else.
-extern "C" int taipan_ssd_forward(const std::ptrdiff_t* sizes, const void* x, const Real* dt, const Real* A,
-                                  const void* B, const void* C, const Real* D, const Real* initial,
-                                  const std::int32_t* document, Real* scores, Real* B_rows, Real* C_rows, void* y,
-                                  Real* final, int threads) {
+TAIPAN_FUNCTION(ssd_forward, SsdForward) {
   using namespace taipan;
-  Shape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const Shape s{call->sizes};
+  if (!s.fits()) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
-    const Arrays<Real, X> in{
-        static_cast<const X*>(x), static_cast<const X*>(B), static_cast<const X*>(C), dt, A, D, initial, document};
     return with_products<Real, X>([&]<class W>() {
-      return forward<W>(s, in, {scores, B_rows, C_rows, nullptr, nullptr}, static_cast<X*>(y), final, threads);
+      const SsdInputs& in = call->inputs;
+      return forward<W>(s, arrays<X>(in), {in.scores, in.B_rows, in.C_rows, nullptr, nullptr}, static_cast<X*>(call->y),
+                        call->final, threads);
     });
   });
 }
 
-extern "C" int taipan_ssd_backward(const std::ptrdiff_t* sizes, const void* x, const Real* dt, const Real* A,
-                                   const void* B, const void* C, const Real* D, const Real* initial,
-                                   const std::int32_t* document, Real* scores, Real* B_rows, Real* C_rows,
-                                   Real* B_columns, Real* C_columns, const void* dy, const Real* dfinal,
-                                   Real* slices_dB, Real* slices_dC, Real* slices_dscores, std::ptrdiff_t slices,
-                                   void* dx, Real* ddt, void* dB, void* dC, Real* dinitial, double* dA, double* dD,
-                                   int threads) {
+TAIPAN_FUNCTION(ssd_backward, SsdBackward) {
   using namespace taipan;
-  Shape s;
-  std::memcpy(&s, sizes, sizeof s);
+  const Shape s{call->sizes};
+  if (!s.fits()) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
-    const Arrays<Real, X> in{
-        static_cast<const X*>(x), static_cast<const X*>(B), static_cast<const X*>(C), dt, A, D, initial, document};
-    const Gradients<Real, X> out{static_cast<const X*>(dy), dfinal, static_cast<X*>(dx), static_cast<X*>(dB),
-                                 static_cast<X*>(dC), ddt, dinitial, dA, dD};
+    const SsdInputs& in = call->inputs;
+    const Gradients<Real, X> out{
+        static_cast<const X*>(call->dy), call->dfinal,  static_cast<X*>(call->dx), static_cast<X*>(call->dB),
+        static_cast<X*>(call->dC),       call->ddt,     call->dinitial,            call->dA,
+        call->dD};
     return with_products<Real, X>([&]<class W>() {
-      return backward<W>(s, in, out, {slices_dB, slices_dC, slices_dscores, slices},
-                         {scores, B_rows, C_rows, B_columns, C_columns}, threads);
+      return backward<W>(s, arrays<X>(in), out, {call->slices_dB, call->slices_dC, call->slices_dscores, call->slices},
+                         {in.scores, in.B_rows, in.C_rows, call->B_columns, call->C_columns}, threads);
     });
   });
 }

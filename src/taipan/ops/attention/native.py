@@ -1,6 +1,5 @@
 """Windowed attention by the compiled kernels (native/kernels/attention.cpp), in fp32 or fp64, bfloat16 as it lies."""
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taipan.native import call
+from taipan.native.interface import (
+    AttentionBackward,
+    AttentionForward,
+    AttentionPlan,
+    AttentionPlanned,
+    AttentionSizes,
+)
 from taipan.ops.attention import portable
 from taipan.ops.attention.codes import Codes, window_codes
 from taipan.ops.attention.inputs import AttentionInputs
@@ -44,13 +50,29 @@ class _Call:
         self.columns = -(-block * shared // _MULTIPLE) * _MULTIPLE
         self.slices = min(-(-_TASKS // (self.batch * self.groups)), -(-self.keys // _KEYS))
 
-    def sizes(self, dout: Tensor | None = None) -> "ctypes.Array[ctypes.c_ssize_t]":
-        sizes = (self.batch, self.queries, self.keys, self.heads, self.groups, self.width)
+    def sizes(self, dout: Tensor | None = None) -> AttentionSizes:
         out = (self.queries * self.heads * self.width, self.heads * self.width, self.width)
-        strides = [tensor.stride()[:3] for tensor in (self.q, self.k, self.v)]
-        last = out if dout is None else dout.stride()[:3]
-        own = (self.q.dtype == torch.bfloat16, self.slices, self.blocks, self.columns)
-        return (ctypes.c_ssize_t * 25)(*sizes, *own, *strides[0], *strides[1], *strides[2], *out, *last)
+        return AttentionSizes.of(
+            batch=self.batch,
+            queries=self.queries,
+            keys=self.keys,
+            heads=self.heads,
+            groups=self.groups,
+            width=self.width,
+            narrow=self.q.dtype == torch.bfloat16,
+            slices=self.slices,
+            known_blocks=self.blocks,
+            known_columns=self.columns,
+            q=self.q.stride()[:3],
+            k=self.k.stride()[:3],
+            v=self.v.stride()[:3],
+            out=out,
+            dout=out if dout is None else dout.stride()[:3],
+        )
+
+    def planned(self, plan: list[Tensor]) -> AttentionPlan:
+        key, query, first, stop, counts, bounds = plan
+        return AttentionPlan.of(self.dtype, key=key, query=query, first=first, stop=stop, counts=counts, bounds=bounds)
 
     def plan(self, codes: Codes) -> list[Tensor]:
         """Where the present keys and the queries that have any are, and the run of keys of each query."""
@@ -59,7 +81,9 @@ class _Call:
         counts = torch.empty(self.batch, 3, dtype=torch.int32)
         bounds = torch.empty(self.batch, self.blocks, 6, dtype=torch.int32)
         plan = [*of_keys, *of_queries, counts, bounds]
-        call(self.dtype, "attention_plan", self.sizes(), *(code.contiguous() for code in codes), *plan)
+        low, high, code = (code.contiguous() for code in codes)
+        sizes, planned = self.sizes(), self.planned(plan)
+        call(self.dtype, AttentionPlanned, sizes=sizes, low=low, high=high, code=code, plan=planned)
         return plan
 
     def new(self, *shape: int) -> Tensor:
@@ -74,7 +98,17 @@ class _Call:
 def _forward(inputs: _Call, plan: list[Tensor]) -> tuple[Tensor, Tensor]:
     out = inputs.result(inputs.q, plan[4][:, 1])
     statistics = inputs.new(inputs.batch, inputs.groups, inputs.blocks, 2, inputs.columns)
-    call(inputs.dtype, "attention_forward", inputs.sizes(), inputs.q, inputs.k, inputs.v, *plan, out, statistics)
+    call(
+        inputs.dtype,
+        AttentionForward,
+        sizes=inputs.sizes(),
+        q=inputs.q,
+        k=inputs.k,
+        v=inputs.v,
+        plan=inputs.planned(plan),
+        out=out,
+        statistics=statistics,
+    )
     return out, statistics
 
 
@@ -97,8 +131,23 @@ class _Attention(torch.autograd.Function):
         parts_dq = inputs.new(int(plan[4][:, 2].sum()), inputs.groups, inputs.width, inputs.columns)
         dq = inputs.result(q_BQHE, plan[4][:, 1])
         dk, dv = (inputs.result(tensor, plan[4][:, 0]) for tensor in (k_BJGE, v_BJGE))
-        given = (inputs.q, inputs.k, inputs.v, *plan, out, dout, statistics, delta, parts_dq)
-        call(inputs.dtype, "attention_backward", inputs.sizes(dout), *given, dq, dk, dv)
+        call(
+            inputs.dtype,
+            AttentionBackward,
+            sizes=inputs.sizes(dout),
+            q=inputs.q,
+            k=inputs.k,
+            v=inputs.v,
+            plan=inputs.planned(plan),
+            out=out,
+            dout=dout,
+            statistics=statistics,
+            delta=delta,
+            parts_dq=parts_dq,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+        )
         return dq, dk, dv, None
 
 

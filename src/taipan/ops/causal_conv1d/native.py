@@ -1,6 +1,5 @@
 """The causal convolution by the compiled kernels (native/kernels/conv.cpp), in fp32 or fp64; bfloat16 as it lies."""
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taipan.native import call
+from taipan.native.interface import ConvBackward, ConvForward, ConvInputs, ConvSizes
 from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable, final_columns
 from taipan.ops.documents import running_documents
@@ -48,9 +48,17 @@ class _CausalConv1d(torch.autograd.Function):
         dx_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype)
         dcolumns_BLC = torch.empty(batch, taps - 1, channels, dtype=weight_KC.dtype)
         dtaps = torch.empty(batch, taps + 1, channels, dtype=weight_KC.dtype)
-        sizes = _sizes(x_BTC, taps, ctx.silu)
         dy_BTC = grad_outputs[0].to(x_BTC.dtype).contiguous()
-        call(weight_KC.dtype, "conv_backward", sizes, x_BTC, *saved[1:], dy_BTC, dx_BTC, dcolumns_BLC, dtaps)
+        call(
+            weight_KC.dtype,
+            ConvBackward,
+            sizes=_sizes(x_BTC, taps, ctx.silu),
+            inputs=_inputs(x_BTC, *saved[1:]),
+            dy=dy_BTC,
+            dx=dx_BTC,
+            dcolumns=dcolumns_BLC,
+            dtaps=dtaps,
+        )
         dtaps = dtaps.sum(0)
         dcolumns = None if columns_BLC is None else dcolumns_BLC
         return dx_BTC.to(given_BTC.dtype), dtaps[:taps], dtaps[taps], dcolumns, None, None
@@ -64,9 +72,20 @@ def _readable(x_BTC: Tensor) -> Tensor:
     return x_BTC if x_BTC.stride(2) == 1 else x_BTC.contiguous()
 
 
-def _sizes(x_BTC: Tensor, taps: int, silu: bool) -> "ctypes.Array[ctypes.c_ssize_t]":
+def _sizes(x_BTC: Tensor, taps: int, silu: bool) -> ConvSizes:
+    (batch, tokens, channels), (x_b, x_t, _) = x_BTC.shape, x_BTC.stride()
     narrow = x_BTC.dtype == torch.bfloat16
-    return (ctypes.c_ssize_t * 8)(*x_BTC.shape, taps, x_BTC.stride(0), x_BTC.stride(1), silu, narrow)
+    return ConvSizes.of(
+        batch=batch, tokens=tokens, channels=channels, taps=taps, x_b=x_b, x_t=x_t, silu=silu, narrow=narrow
+    )
+
+
+def _inputs(
+    x_BTC: Tensor, weight_KC: Tensor, bias_C: Tensor, columns_BLC: Tensor | None, document_BT: Tensor | None
+) -> ConvInputs:
+    return ConvInputs.of(
+        weight_KC.dtype, x=x_BTC, weight=weight_KC, bias=bias_C, columns=columns_BLC, document=document_BT
+    )
 
 
 def _forward(
@@ -80,7 +99,8 @@ def _forward(
     read_BTC = _readable(x_BTC)
     y_BTC = torch.empty(read_BTC.shape, dtype=read_BTC.dtype)
     sizes = _sizes(read_BTC, len(weight_KC), silu)
-    call(weight_KC.dtype, "conv_forward", sizes, read_BTC, weight_KC, bias_C, columns_BLC, document_BT, y_BTC)
+    inputs = _inputs(read_BTC, weight_KC, bias_C, columns_BLC, document_BT)
+    call(weight_KC.dtype, ConvForward, sizes=sizes, inputs=inputs, y=y_BTC)
     return y_BTC.to(x_BTC.dtype)
 
 

@@ -1,6 +1,5 @@
 """RMS normalisation by the compiled kernels (native/kernels/norm.cpp), in fp32 or fp64; bfloat16 as it lies."""
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taipan.native import call
+from taipan.native.interface import (
+    NormBackward,
+    NormForward,
+    NormSizes,
+    NormSumBackward,
+    NormSumForward,
+    NormSumSizes,
+)
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
 from taipan.ops.gated_rms_norm.sums import in_two_steps
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
@@ -35,9 +42,20 @@ class _Norm(torch.autograd.Function):
         dy = torch.empty(y_RC.shape, dtype=y_RC.dtype)
         dz = None if z_RC is None else torch.empty(y_RC.shape, dtype=y_RC.dtype)
         dweight = torch.empty(torch.get_num_threads(), len(weight_C), dtype=weight_C.dtype)
-        sizes = _sizes(y_RC, z_RC, ctx.group_size)
         dout = grad_outputs[0].to(y_RC.dtype).contiguous()
-        call(weight_C.dtype, "norm_backward", sizes, y_RC, z_RC, weight_C, float(ctx.eps), dout, dy, dz, dweight)
+        call(
+            weight_C.dtype,
+            NormBackward,
+            sizes=_sizes(y_RC, z_RC, ctx.group_size),
+            eps=ctx.eps,
+            y=y_RC,
+            z=z_RC,
+            weight=weight_C,
+            dout=dout,
+            dy=dy,
+            dz=dz,
+            dweight=dweight,
+        )
         narrow = given_RC.dtype
         return dy.to(narrow), None if dz is None else dz.to(narrow), dweight.sum(0), None, None
 
@@ -65,8 +83,19 @@ class _NormOfSum(torch.autograd.Function):
             return dtotal, None if dtotal is None else dtotal.to(branch_dtype), None, None, None
         dx, dbranch = torch.empty_like(total_RC), torch.empty_like(total_RC, dtype=branch_dtype)
         dweight = torch.empty(torch.get_num_threads(), len(weight_C), dtype=weight_C.dtype)
-        sizes, eps = _sum_sizes(total_RC, branch_dtype, out_dtype), float(ctx.eps)
-        call(weight_C.dtype, "norm_sum_backward", sizes, total_RC, weight_C, eps, dout, dtotal, dx, dbranch, dweight)
+        call(
+            weight_C.dtype,
+            NormSumBackward,
+            sizes=_sum_sizes(total_RC, branch_dtype, out_dtype),
+            eps=ctx.eps,
+            total=total_RC,
+            weight=weight_C,
+            dout=dout,
+            dtotal=dtotal,
+            dx=dx,
+            dbranch=dbranch,
+            dweight=dweight,
+        )
         return dx, dbranch, dweight.sum(0), None, None
 
 
@@ -78,22 +107,27 @@ def _readable(tensor_RC: Tensor) -> Tensor:
     return tensor_RC.to(kernel_dtype(tensor_RC.dtype))
 
 
-def _sizes(y_RC: Tensor, z_RC: Tensor | None, group_size: int) -> "ctypes.Array[ctypes.c_ssize_t]":
+def _sizes(y_RC: Tensor, z_RC: Tensor | None, group_size: int) -> NormSizes:
+    (rows, channels), narrow = y_RC.shape, y_RC.dtype == torch.bfloat16
     z_row = 0 if z_RC is None else z_RC.stride(0)
-    return (ctypes.c_ssize_t * 6)(*y_RC.shape, group_size, y_RC.stride(0), z_row, y_RC.dtype == torch.bfloat16)
+    return NormSizes.of(
+        rows=rows, channels=channels, group=group_size, y_row=y_RC.stride(0), z_row=z_row, narrow=narrow
+    )
 
 
 def _forward(y_RC: Tensor, z_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
     read_RC, z_RC = _readable(y_RC), None if z_RC is None else _readable(z_RC)
     out = torch.empty(read_RC.shape, dtype=read_RC.dtype)
     sizes = _sizes(read_RC, z_RC, group_size)
-    call(weight_C.dtype, "norm_forward", sizes, read_RC, z_RC, weight_C, float(eps), out)
+    call(weight_C.dtype, NormForward, sizes=sizes, eps=eps, y=read_RC, z=z_RC, weight=weight_C, out=out)
     return out.to(y_RC.dtype)
 
 
-def _sum_sizes(x_RC: Tensor, branch_dtype: torch.dtype, out_dtype: torch.dtype) -> "ctypes.Array[ctypes.c_ssize_t]":
-    narrow = torch.bfloat16
-    return (ctypes.c_ssize_t * 4)(*x_RC.shape, branch_dtype == narrow, out_dtype == narrow)
+def _sum_sizes(x_RC: Tensor, branch_dtype: torch.dtype, out_dtype: torch.dtype) -> NormSumSizes:
+    (rows, channels), narrow = x_RC.shape, torch.bfloat16
+    return NormSumSizes.of(
+        rows=rows, channels=channels, narrow_branch=branch_dtype == narrow, narrow_out=out_dtype == narrow
+    )
 
 
 def _forward_of_sum(
@@ -101,7 +135,8 @@ def _forward_of_sum(
 ) -> tuple[Tensor, Tensor]:
     total, out = torch.empty_like(x_RC), torch.empty_like(x_RC, dtype=out_dtype)
     sizes = _sum_sizes(x_RC, branch_RC.dtype, out_dtype)
-    call(weight_C.dtype, "norm_sum_forward", sizes, x_RC, branch_RC, weight_C, float(eps), total, out)
+    given = {"sizes": sizes, "eps": eps, "x": x_RC, "branch": branch_RC, "weight": weight_C}
+    call(weight_C.dtype, NormSumForward, **given, total=total, out=out)
     return out, total
 
 

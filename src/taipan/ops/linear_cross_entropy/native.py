@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from taipan.native import call
+from taipan.native.interface import CrossEntropy
 from taipan.ops.linear_cross_entropy.portable import chunked_linear_cross_entropy
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import Float0, FloatMD, FloatVD, IntM
@@ -19,5 +20,7 @@ def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Ten
     logits_RV = logits_RV.to(kernel_dtype(logits_RV.dtype))
     loss_R = torch.empty(len(logits_RV), dtype=torch.float64)
     narrow = int(logits_RV.dtype == torch.bfloat16)
-    call(wide, "cross_entropy", *logits_RV.shape, narrow, logits_RV, target_R.contiguous(), loss_R)
+    rows, columns = logits_RV.shape
+    target_R = target_R.contiguous()
+    call(wide, CrossEntropy, rows=rows, columns=columns, narrow=narrow, logits=logits_RV, target=target_R, loss=loss_R)
     return loss_R.sum().to(wide), logits_RV

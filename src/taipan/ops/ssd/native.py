@@ -1,6 +1,5 @@
 """State space duality by the compiled kernels (native/kernels/ssd.cpp), in fp32 or fp64."""
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from taipan.native import call
+from taipan.native.interface import SsdBackward, SsdForward, SsdInputs, SsdSizes
 from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype, kernel_dtype, no_autocast
 from taipan.ops.ssd.inputs import SSDInputs
@@ -48,20 +48,49 @@ class _Call:
         self.token_dtype = kernel_dtype(widest)
         x_BTHP, B_BTGN, C_BTGN = (_rows(tensor.to(self.token_dtype)) for tensor in (x_BTHP, B_BTGN, C_BTGN))
         dt_BTH = dt_BTH if dt_BTH.stride(2) == 1 else dt_BTH.contiguous()
-        sizes = (self.batch, self.tokens, self.heads, self.head_dim, self.groups, self.state, self.chunk)
-        strides = [tensor.stride(dim) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN) for dim in (0, 1)]
-        self._sizes = (ctypes.c_ssize_t * 16)(*sizes, *strides, self.token_dtype == torch.bfloat16)
-        self._tensors = [x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT]
+        self._sizes = SsdSizes.of(
+            batch=self.batch,
+            tokens=self.tokens,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            groups=self.groups,
+            state=self.state,
+            chunk=self.chunk,
+            x_b=x_BTHP.stride(0),
+            x_t=x_BTHP.stride(1),
+            dt_b=dt_BTH.stride(0),
+            dt_t=dt_BTH.stride(1),
+            B_b=B_BTGN.stride(0),
+            B_t=B_BTGN.stride(1),
+            C_b=C_BTGN.stride(0),
+            C_t=C_BTGN.stride(1),
+            narrow=self.token_dtype == torch.bfloat16,
+        )
+        self._tensors: dict[str, Tensor | None] = {
+            "x": x_BTHP,
+            "dt": dt_BTH,
+            "A": A_H,
+            "B": B_BTGN,
+            "C": C_BTGN,
+            "D": D_H,
+            "initial": initial_BHPN,
+            "document": document_BT,
+        }
         chunks = -(-self.tokens // self.chunk)
         pitch = -(-self.chunk // _MULTIPLE) * _MULTIPLE
         self.scores_size = chunks * self.chunk * pitch
         self.columns_size = chunks * self.state * pitch
 
-    def arguments(self) -> list[Any]:
+    def arguments(self) -> dict[str, Any]:
         """Sizes and inputs, and room for what all heads of a group read: C Bᵀ, B and C."""
         groups = self.batch * self.groups
         rows = groups * self.tokens * self.state
-        return [self._sizes, *self._tensors, *map(self.new, (groups * self.scores_size, rows, rows))]
+        self._room = {
+            "scores": self.new(groups * self.scores_size),
+            "B_rows": self.new(rows),
+            "C_rows": self.new(rows),
+        }
+        return {"sizes": self._sizes, "inputs": SsdInputs.of(self.dtype, **self._tensors, **self._room)}
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype)
@@ -70,7 +99,7 @@ class _Call:
 def _forward(inputs: _Call) -> tuple[Tensor, Tensor]:
     y_BTHP = inputs.new(inputs.batch, inputs.tokens, inputs.heads, inputs.head_dim, dtype=inputs.token_dtype)
     final_BHPN = inputs.new(inputs.batch, inputs.heads, inputs.head_dim, inputs.state)
-    call(inputs.dtype, "ssd_forward", *inputs.arguments(), y_BTHP, final_BHPN)
+    call(inputs.dtype, SsdForward, **inputs.arguments(), y=y_BTHP, final=final_BHPN)
     return y_BTHP, final_BHPN
 
 
@@ -116,15 +145,31 @@ class _SSD(torch.autograd.Function):
         dy_BTHP = dy_BTHP.to(narrow).contiguous()
         batch, tokens, heads, groups, state = inputs.batch, inputs.tokens, inputs.heads, inputs.groups, inputs.state
         slices = _slices(batch * groups, heads // groups)
-        columns = [inputs.new(batch * groups * inputs.columns_size) for _ in range(2)]
-        shared = [inputs.new(slices * batch * groups * inputs.columns_size) for _ in range(2)]
-        dscores = inputs.new(slices * batch * groups * inputs.scores_size)
+        columns, shared = batch * groups * inputs.columns_size, slices * batch * groups * inputs.columns_size
         dx, ddt = inputs.new(*x_BTHP.shape, dtype=narrow), inputs.new(*dt_BTH.shape)
         dB, dC = (inputs.new(batch, tokens, groups, state, dtype=narrow) for _ in range(2))
         dinitial = inputs.new(batch, heads, inputs.head_dim, state)
         dA, dD = (inputs.new(batch, heads, dtype=torch.float64) for _ in range(2))
-        given = (*columns, dy_BTHP, dfinal_BHPN, *shared, dscores, slices)
-        call(inputs.dtype, "ssd_backward", *inputs.arguments(), *given, dx, ddt, dB, dC, dinitial, dA, dD)
+        call(
+            inputs.dtype,
+            SsdBackward,
+            **inputs.arguments(),
+            B_columns=inputs.new(columns),
+            C_columns=inputs.new(columns),
+            dy=dy_BTHP,
+            dfinal=dfinal_BHPN,
+            slices_dB=inputs.new(shared),
+            slices_dC=inputs.new(shared),
+            slices_dscores=inputs.new(slices * batch * groups * inputs.scores_size),
+            slices=slices,
+            dx=dx,
+            ddt=ddt,
+            dB=dB,
+            dC=dC,
+            dinitial=dinitial,
+            dA=dA,
+            dD=dD,
+        )
         return (
             dx.to(x_BTHP.dtype),
             ddt,

@@ -1,0 +1,588 @@
+"""What crosses the wall between Python and the kernels: one structure for the arguments of each function.
+
+native/kernels/interface.h declares the same structures, where the comments on their fields are. `mismatch` compares the
+two, word by word, when a library is loaded; `Arguments.of` checks what goes into one: every field, none else, and of a
+tensor device and dtype.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor
+
+from taipan.errors import InputError
+
+Index = ctypes.c_ssize_t
+Value = Tensor | int | float | Sequence[int] | ctypes.Structure | None
+"""What a field is given: a tensor stands for the address of its first element, None for null."""
+
+
+class Address(ctypes.c_void_p):
+    """Where the elements of a tensor are; `or_null`: or nowhere.
+
+    Attributes:
+        name: of the elements, as the library has it; `real` is `float` or `double`, as it was compiled.
+        dtypes: of tensors; None stands for that of the library.
+    """
+
+    name: ClassVar[str] = "any"
+    dtypes: ClassVar[tuple[torch.dtype | None, ...]] = (None,)
+    or_null: ClassVar[bool] = False
+
+
+class Reals(Address):
+    """In the library's own type."""
+
+    name = "real"
+
+
+class RealsOrNull(Reals):
+    """The same, or none."""
+
+    or_null = True
+
+
+class Elements(Address):
+    """In the library's own type or in bfloat16, as another field says."""
+
+    dtypes = (None, torch.bfloat16)
+
+
+class ElementsOrNull(Elements):
+    """The same, or none."""
+
+    or_null = True
+
+
+class Weights(Address):
+    """A matrix of any format, or none."""
+
+    dtypes, or_null = (None, torch.bfloat16, torch.int8), True
+
+
+class Scales(Address):
+    """fp32, or none."""
+
+    name, dtypes, or_null = "float", (torch.float32,), True
+
+
+class Bytes(Address):
+    """Anything; given as a number."""
+
+    dtypes = ()
+
+
+class Int32(Address):
+    """int32."""
+
+    name, dtypes = "int32", (torch.int32,)
+
+
+class Int32OrNull(Int32):
+    """The same, or none."""
+
+    or_null = True
+
+
+class Int64(Address):
+    """int64."""
+
+    name, dtypes = "int64", (torch.int64,)
+
+
+class Int64OrNull(Int64):
+    """The same, or none."""
+
+    or_null = True
+
+
+class Double(Address):
+    """fp64, whatever the library's type."""
+
+    name, dtypes = "double", (torch.float64,)
+
+
+class Structure(ctypes.Structure):
+    """A structure of interface.h, with its name and fields."""
+
+    @classmethod
+    def of(cls, real: torch.dtype = torch.float32, **values: Value) -> Self:
+        """Make one.
+
+        Args:
+            real: fp32 or fp64, as the library is compiled.
+            values: of every field, by name.
+
+        Raises:
+            TypeError: a field is missing, unknown, or of another type than it is declared.
+            InputError: a tensor is not on the CPU.
+        """
+        made = cls()
+        for name, kind in fields_of(cls):
+            try:
+                value = values.pop(name)
+            except KeyError:
+                raise TypeError(f"{cls.__name__} needs {name}") from None
+            try:
+                setattr(made, name, value if kind in _PLAIN else _converted(kind, value, real))
+            except TypeError as error:
+                raise TypeError(f"{cls.__name__}.{name}: {error}") from None
+        if values:
+            raise TypeError(f"{cls.__name__} has no {', '.join(values)}")
+        return made
+
+
+class Arguments(Structure):
+    """Those of one function.
+
+    Attributes:
+        function: its name.
+    """
+
+    function: ClassVar[str]
+
+
+def fields_of(structure: type[ctypes.Structure]) -> Sequence[tuple[str, Any]]:
+    """Name and type of every field, in order."""
+    return cast(Sequence[tuple[str, Any]], structure._fields_)
+
+
+_PLAIN = (Index, ctypes.c_double)  # ctypes takes nothing but a number for these
+
+
+def _converted(kind: Any, value: Value, real: torch.dtype) -> Any:
+    if issubclass(kind, Address):
+        return _address(kind, value, real)
+    if issubclass(kind, ctypes.Array):
+        length = ctypes.sizeof(kind) // ctypes.sizeof(Index)
+        if not isinstance(value, tuple) or len(value) != length:
+            raise TypeError(f"{value!r} is not {length} whole numbers")
+        return kind(*value)
+    return value
+
+
+def _address(kind: type[Address], value: Value, real: torch.dtype) -> int | None:
+    if isinstance(value, Tensor):
+        if not value.is_cpu:
+            raise InputError(f"a tensor is on {value.device}, others are on the CPU: give all on one device")
+        if value.dtype not in [real if dtype is None else dtype for dtype in kind.dtypes]:
+            raise TypeError(f"the kernel does not read a tensor of {value.dtype} there")
+        return value.data_ptr()
+    if value is None and kind.or_null:
+        return None
+    if isinstance(value, int) and not kind.dtypes:
+        return value
+    raise TypeError(f"{type(value).__name__} instead of {'a number' if not kind.dtypes else 'a tensor'}")
+
+
+_Strides = Index * 3
+
+
+def _sizes(names: str) -> list[tuple[str, Any]]:
+    return [(name, Index) for name in names.split()]
+
+
+# ---------------------------------------------------------------------- ops
+
+
+class SsdSizes(Structure):
+    """Sizes and strides of the state space duality."""
+
+    _fields_ = _sizes("batch tokens heads head_dim groups state chunk x_b x_t dt_b dt_t B_b B_t C_b C_t narrow")
+
+
+class SsdInputs(Structure):
+    """What forward and backward read."""
+
+    _fields_ = [
+        ("x", Elements),
+        ("dt", Reals),
+        ("A", Reals),
+        ("B", Elements),
+        ("C", Elements),
+        ("D", RealsOrNull),
+        ("initial", RealsOrNull),
+        ("document", Int32OrNull),
+        ("scores", Reals),
+        ("B_rows", Reals),
+        ("C_rows", Reals),
+    ]
+
+
+class SsdForward(Arguments):
+    """State space duality."""
+
+    function = "ssd_forward"
+    _fields_ = [("sizes", SsdSizes), ("inputs", SsdInputs), ("y", Elements), ("final", Reals)]
+
+
+class SsdBackward(Arguments):
+    """Its gradients."""
+
+    function = "ssd_backward"
+    _fields_ = [
+        ("sizes", SsdSizes),
+        ("inputs", SsdInputs),
+        ("B_columns", Reals),
+        ("C_columns", Reals),
+        ("dy", Elements),
+        ("dfinal", RealsOrNull),
+        ("slices_dB", Reals),
+        ("slices_dC", Reals),
+        ("slices_dscores", Reals),
+        ("slices", Index),
+        ("dx", Elements),
+        ("ddt", Reals),
+        ("dB", Elements),
+        ("dC", Elements),
+        ("dinitial", Reals),
+        ("dA", Double),
+        ("dD", Double),
+    ]
+
+
+class ConvSizes(Structure):
+    """Sizes and strides of the causal convolution."""
+
+    _fields_ = _sizes("batch tokens channels taps x_b x_t silu narrow")
+
+
+class ConvInputs(Structure):
+    """What forward and backward read."""
+
+    _fields_ = [
+        ("x", Elements),
+        ("weight", Reals),
+        ("bias", Reals),
+        ("columns", RealsOrNull),
+        ("document", Int32OrNull),
+    ]
+
+
+class ConvForward(Arguments):
+    """Causal convolution."""
+
+    function = "conv_forward"
+    _fields_ = [("sizes", ConvSizes), ("inputs", ConvInputs), ("y", Elements)]
+
+
+class ConvBackward(Arguments):
+    """Its gradients."""
+
+    function = "conv_backward"
+    _fields_ = [
+        ("sizes", ConvSizes),
+        ("inputs", ConvInputs),
+        ("dy", Elements),
+        ("dx", Elements),
+        ("dcolumns", Reals),
+        ("dtaps", Reals),
+    ]
+
+
+class NormSizes(Structure):
+    """Sizes and strides of the norms."""
+
+    _fields_ = _sizes("rows channels group y_row z_row narrow")
+
+
+class NormForward(Arguments):
+    """RMSNorm, gated or not."""
+
+    function = "norm_forward"
+    _fields_ = [
+        ("sizes", NormSizes),
+        ("eps", ctypes.c_double),
+        ("y", Elements),
+        ("z", ElementsOrNull),
+        ("weight", Reals),
+        ("out", Elements),
+    ]
+
+
+class NormBackward(Arguments):
+    """Its gradients."""
+
+    function = "norm_backward"
+    _fields_ = [
+        ("sizes", NormSizes),
+        ("eps", ctypes.c_double),
+        ("y", Elements),
+        ("z", ElementsOrNull),
+        ("weight", Reals),
+        ("dout", Elements),
+        ("dy", Elements),
+        ("dz", ElementsOrNull),
+        ("dweight", Reals),
+    ]
+
+
+class NormSumSizes(Structure):
+    """Sizes of the norm of a sum."""
+
+    _fields_ = _sizes("rows channels narrow_branch narrow_out")
+
+
+class NormSumForward(Arguments):
+    """RMSNorm of a residual stream and a branch, and their sum."""
+
+    function = "norm_sum_forward"
+    _fields_ = [
+        ("sizes", NormSumSizes),
+        ("eps", ctypes.c_double),
+        ("x", Reals),
+        ("branch", Elements),
+        ("weight", Reals),
+        ("total", Reals),
+        ("out", Elements),
+    ]
+
+
+class NormSumBackward(Arguments):
+    """Its gradients."""
+
+    function = "norm_sum_backward"
+    _fields_ = [
+        ("sizes", NormSumSizes),
+        ("eps", ctypes.c_double),
+        ("total", Reals),
+        ("weight", Reals),
+        ("dout", Elements),
+        ("dtotal", RealsOrNull),
+        ("dx", Reals),
+        ("dbranch", Elements),
+        ("dweight", Reals),
+    ]
+
+
+class AttentionSizes(Structure):
+    """Sizes and strides of windowed attention."""
+
+    _fields_ = [
+        *_sizes("batch queries keys heads groups width narrow slices known_blocks known_columns"),
+        *((name, _Strides) for name in ("q", "k", "v", "out", "dout")),
+    ]
+
+
+class AttentionPlan(Structure):
+    """Which keys each query meets."""
+
+    _fields_ = [(name, Int32) for name in ("key", "query", "first", "stop", "counts", "bounds")]
+
+
+class AttentionPlanned(Arguments):
+    """Makes the plan."""
+
+    function = "attention_plan"
+    _fields_ = [("sizes", AttentionSizes), ("low", Int64), ("high", Int64), ("code", Int64), ("plan", AttentionPlan)]
+
+
+class AttentionForward(Arguments):
+    """Windowed attention."""
+
+    function = "attention_forward"
+    _fields_ = [
+        ("sizes", AttentionSizes),
+        ("q", Elements),
+        ("k", Elements),
+        ("v", Elements),
+        ("plan", AttentionPlan),
+        ("out", Elements),
+        ("statistics", Reals),
+    ]
+
+
+class AttentionBackward(Arguments):
+    """Its gradients."""
+
+    function = "attention_backward"
+    _fields_ = [
+        ("sizes", AttentionSizes),
+        ("q", Elements),
+        ("k", Elements),
+        ("v", Elements),
+        ("plan", AttentionPlan),
+        ("out", Elements),
+        ("dout", Elements),
+        ("statistics", Reals),
+        ("delta", Reals),
+        ("parts_dq", Reals),
+        ("dq", Elements),
+        ("dk", Elements),
+        ("dv", Elements),
+    ]
+
+
+class CrossEntropy(Arguments):
+    """Loss of rows of logits, which become their gradient."""
+
+    function = "cross_entropy"
+    _fields_ = [*_sizes("rows columns narrow"), ("logits", Elements), ("target", Int64), ("loss", Double)]
+
+
+# ---------------------------------------------------------------------- decoding
+
+
+class Matrix(Structure):
+    """A matrix as a product reads it."""
+
+    _fields_ = [("weight", Weights), ("scale", Scales), ("rows", Index), ("columns", Index)]
+
+
+class DecodeSizes(Structure):
+    """Sizes and constants of a decoder."""
+
+    _fields_ = [
+        *_sizes("layers hidden vocabulary intermediate inner conv taps heads head_dim groups state"),
+        *_sizes("query_heads key_heads width gate_hidden format embedding_format rounds"),
+        *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high")),
+    ]
+
+
+class Layer(Structure):
+    """A layer of any kind; what it has not stays null."""
+
+    _fields_ = [
+        ("kind", Index),
+        ("norm", RealsOrNull),
+        ("first", Matrix),
+        ("keys", Matrix),
+        ("values", Matrix),
+        ("last", Matrix),
+        *((name, RealsOrNull) for name in ("conv_weight", "conv_bias", "dt_bias", "A", "D", "gated_norm", "frequency")),
+        ("window", Index),
+        *((name, RealsOrNull) for name in ("gate_weight", "gate_bias", "gate_hidden_weight", "gate_hidden_bias")),
+        ("threshold", RealsOrNull),
+        *_sizes("gate_reads_raw keys_of_all counts_selected adds"),
+        ("mlp_norm", RealsOrNull),
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+    ]
+
+
+class State(Structure):
+    """What a layer remembers."""
+
+    _fields_ = [
+        ("first", RealsOrNull),
+        ("second", RealsOrNull),
+        ("index", Int64OrNull),
+        ("count", Int64OrNull),
+        ("slots", Index),
+    ]
+
+
+class Decode(Arguments):
+    """One token of every row through the whole decoder."""
+
+    function = "decode"
+    _fields_ = [
+        ("sizes", DecodeSizes),
+        ("layers", ctypes.POINTER(Layer)),
+        ("states", ctypes.POINTER(State)),
+        ("head", Matrix),
+        ("embedding", Elements),
+        ("norm", Reals),
+        ("batch", Index),
+        ("count", Index),
+        ("rows", Int64),
+        ("tokens", Int64),
+        ("position", Int64),
+        ("logits", Reals),
+    ]
+
+
+class Piece(Structure):
+    """A piece of memory."""
+
+    _fields_ = [("address", Bytes), ("bytes", Index)]
+
+
+class Digest(Arguments):
+    """A digest of pieces of memory."""
+
+    function = "digest"
+    _fields_ = [("pieces", ctypes.POINTER(Piece)), ("count", Index), ("result", Int64)]
+
+
+STRUCTURES: tuple[type[Structure], ...] = (
+    SsdSizes,
+    SsdInputs,
+    SsdForward,
+    SsdBackward,
+    ConvSizes,
+    ConvInputs,
+    ConvForward,
+    ConvBackward,
+    NormSizes,
+    NormForward,
+    NormBackward,
+    NormSumSizes,
+    NormSumForward,
+    NormSumBackward,
+    AttentionSizes,
+    AttentionPlan,
+    AttentionPlanned,
+    AttentionForward,
+    AttentionBackward,
+    CrossEntropy,
+    Matrix,
+    DecodeSizes,
+    Layer,
+    State,
+    Decode,
+    Piece,
+    Digest,
+)
+FUNCTIONS: dict[str, type[Arguments]] = {
+    structure.function: structure for structure in STRUCTURES if issubclass(structure, Arguments)
+}
+
+
+def array_of(kind: type[Structure], items: Sequence[Structure]) -> Any:
+    """Structures one after the other."""
+    return (kind * len(items))(*items)
+
+
+def described(real: str) -> list[str]:
+    """The lines that a library of this type says of itself if it was compiled with these structures and functions."""
+    structures = [_described(structure, real) for structure in STRUCTURES]
+    return structures + [f"{name}({structure.__name__})" for name, structure in FUNCTIONS.items()]
+
+
+def mismatch(said: str, real: str) -> str | None:
+    """The first difference between what a library says of itself and these structures; None where there is none."""
+    ours, theirs = described(real), said.splitlines()
+    for own, other in zip(ours, theirs, strict=False):
+        if own != other:
+            fields = zip(own.split(), other.split(), strict=False)
+            word, found = next((pair for pair in fields if pair[0] != pair[1]), (own, other))
+            return f"{own.split(' ')[0]} has {word} in Python and {found} in the library"
+    if len(ours) != len(theirs):
+        return f"Python declares {len(ours)} structures and functions, the library {len(theirs)}"
+    return None
+
+
+def _described(structure: type[Structure], real: str) -> str:
+    fields = [
+        f"{name}@{getattr(structure, name).offset}:{_type_name(kind, real)}" for name, kind in fields_of(structure)
+    ]
+    return " ".join([structure.__name__, str(ctypes.sizeof(structure)), *fields])
+
+
+def _type_name(kind: Any, real: str) -> str:
+    """As layout.h names it."""
+    if kind is Index:
+        return f"int{8 * ctypes.sizeof(Index)}"
+    if kind is ctypes.c_double:
+        return "double"
+    if issubclass(kind, Address):
+        return f"{real if kind.name == 'real' else kind.name}*"
+    if issubclass(kind, ctypes.Array):
+        return f"{_type_name(kind._type_, real)}[{kind._length_}]"
+    if issubclass(kind, ctypes.Structure):
+        return kind.__name__
+    return f"{_type_name(kind._type_, real)}*"

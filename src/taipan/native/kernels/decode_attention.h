@@ -1,0 +1,182 @@
+// An attention layer of a decoding step, selective or not: the gate decides which rows ask, their keys and values go into
+// the ring of the window, and each head reads what the window shows.
+#pragma once
+
+#include "decode_step.h"
+
+namespace taipan {
+
+template <class T>
+struct AttentionLayer {
+  Step<T>& step;
+  const DecodeSizes& s;
+
+  explicit AttentionLayer(Step<T>& step) : step(step), s(step.s) {}
+
+  void run(const Layer& layer, const State& state, Own<T>& own) const {
+    const Index E = s.width, query = s.query_heads * E, key = s.key_heads * E;
+    step.normalise(layer.norm, own.x);
+    Index asked = step.count;
+    const T* x = own.x;
+    if (layer.kind == kSelective) {
+      asked = 0;
+      for (Index i = 0; i < step.count; ++i)
+        if (opens(layer, i, own)) own.asked[asked++] = i;
+      if (asked < step.count) {
+        for (Index j = 0; j < asked; ++j)
+          std::memcpy(own.chosen + j * s.hidden, own.x + own.asked[j] * s.hidden, sizeof(T) * s.hidden);
+        x = own.chosen;
+      }
+    } else {
+      for (Index i = 0; i < step.count; ++i) own.asked[i] = i;
+    }
+    const bool all = asked == step.count || layer.keys_of_all;
+    const Index keyed = all ? step.count : asked;
+    if (keyed == 0) return;
+    T *q = step.wide, *k = q + step.count * query, *v = k + step.count * key;
+    step.product(layer.first, x, s.hidden, asked, own, {q, query, false});
+    step.product(layer.keys, all ? own.x : x, s.hidden, keyed, own, {k, key, false});
+    step.product(layer.values, all ? own.x : x, s.hidden, keyed, own, {v, key, false});
+    step.team->wait(own.me);
+    step.team->share(own.me, keyed * s.key_heads, 1, [&](Index begin, Index end) {
+      for (Index task = begin; task < end; ++task) {
+        const Index j = task / s.key_heads, g = task % s.key_heads;
+        const Index i = all ? j : own.asked[j];
+        const Index at = std::lower_bound(own.asked, own.asked + asked, i) - own.asked;
+        const bool asks = at < asked && own.asked[at] == i;
+        remember(layer, state, i, g, k + j * key + g * E, v + j * key + g * E);
+        if (asks) attend(layer, state, i, g, q + at * query, step.y + at * query, own.attended);
+      }
+    });
+    step.team->wait(own.me);
+    if (own.me.part.number == 0)
+      for (Index j = 0; j < keyed; ++j) {
+        const Index i = all ? j : own.asked[j];
+        std::int64_t& entries = state.count[step.rows[i]];
+        state.index[step.rows[i] * state.slots + entries % state.slots] = coordinate(layer, state, i);
+        ++entries;
+      }
+    if (asked == 0) return;
+    if (layer.kind == kAttention) {
+      step.product(layer.last, step.y, query, asked, own, {step.h, s.hidden, true});
+    } else {
+      step.product(layer.last, step.y, query, asked, own, {step.wide, s.hidden, false}, [&](Index begin, Index end) {
+        for (Index j = 0; j < asked; ++j) {
+          const Index i = own.asked[j];
+          T* h = step.h + i * s.hidden;
+          for (Index c = begin; c < end; ++c)
+            h[c] += own.weight[i] * (step.wide[j * s.hidden + c] - (layer.adds ? T(0) : h[c]));
+        }
+      });
+    }
+    step.team->wait(own.me);
+  }
+
+  // The gate of row i (Eq. 1–3): whether it selects the token; its α goes to own.weight.
+  bool opens(const Layer& layer, Index i, const Own<T>& own) const {
+    const T* x = (layer.gate_reads_raw ? step.h : own.x) + i * s.hidden;
+    Index size = s.hidden;
+    if (s.gate_hidden > 0) {
+      for (Index r = 0; r < s.gate_hidden; ++r) {
+        const T value = dot(s.hidden, layer.gate_hidden_weight + r * s.hidden, x) + layer.gate_hidden_bias[r];
+        own.room[r] = value * sigmoid_of(value);
+      }
+      x = own.room;
+      size = s.gate_hidden;
+    }
+    const T skip = dot(size, layer.gate_weight, x) + layer.gate_bias[0];
+    const T attend = dot(size, layer.gate_weight + size, x) + layer.gate_bias[1];
+    own.weight[i] = sigmoid_of(attend - skip);
+    return attend - skip > *layer.threshold;
+  }
+
+  static T dot(Index count, const T* a, const T* b) {
+    T out[1][1];
+    dots(count, a, b, count, out);
+    return out[0][0];
+  }
+
+  // Where the token of row i stands in the window.
+  std::int64_t coordinate(const Layer& layer, const State& state, Index i) const {
+    return layer.counts_selected ? state.count[step.rows[i]] : step.position[step.rows[i]];
+  }
+
+  void rotate(const Layer& layer, Index i, T* x) const {
+    const Index half = s.width / 2;
+    for (Index e = 0; layer.frequency != nullptr && e < half; ++e) {
+      const T angle = static_cast<T>(step.position[step.rows[i]]) * layer.frequency[e];
+      const T cosine = std::cos(angle), sine = std::sin(angle), first = x[e], second = x[half + e];
+      x[e] = first * cosine - second * sine;
+      x[half + e] = second * cosine + first * sine;
+    }
+  }
+
+  // Key and value of one head into the slot of the oldest.
+  void remember(const Layer& layer, const State& state, Index i, Index g, T* key, const T* value) const {
+    const Index b = step.rows[i], slot = state.count[b] % state.slots;
+    const Index at = ((b * s.key_heads + g) * state.slots + slot) * s.width;
+    rotate(layer, i, key);
+    for (Index e = 0; e < s.width; ++e) {
+      state.first[at + e] = s.rounds ? to_bfloat16<T>(key[e]) : key[e];
+      state.second[at + e] = s.rounds ? to_bfloat16<T>(value[e]) : value[e];
+    }
+  }
+
+  // Attention of the query heads that share key/value head g, keys taken in blocks: running maximum and sum.
+  void attend(const Layer& layer, const State& state, Index i, Index g, T* query, T* out, T* room) const {
+    const Index E = s.width, heads = s.query_heads / s.key_heads, b = step.rows[i];
+    const std::int64_t here = coordinate(layer, state, i);
+    const Index entries = std::min<Index>(state.count[b] + 1, state.slots), own = state.count[b] % state.slots;
+    const T *keys = state.first + (b * s.key_heads + g) * state.slots * E;
+    const T *values = state.second + (b * s.key_heads + g) * state.slots * E;
+    const std::int64_t* index = state.index + b * state.slots;
+    T *q = room, *mean = q + heads * E, *largest = mean + heads * E, *total = largest + heads, *score = total + heads;
+    const T scale = T(1) / std::sqrt(static_cast<T>(E));
+    for (Index r = 0; r < heads; ++r) {
+      T* from = query + (g * heads + r) * E;
+      rotate(layer, i, from);
+      for (Index e = 0; e < E; ++e) q[r * E + e] = from[e] * scale;
+      largest[r] = -INFINITY;
+      total[r] = 0;
+    }
+    std::fill(mean, mean + heads * E, T(0));
+    for (Index begin = 0; begin < entries; begin += kKeys) {
+      const Index count = std::min(kKeys, entries - begin);
+      bool seen[kKeys], any = false;
+      for (Index j = 0; j < count; ++j) {
+        const std::int64_t at = index[begin + j];
+        seen[j] = begin + j == own || (at >= 0 && (layer.window == 0 || at > here - layer.window));
+        any |= seen[j];
+      }
+      if (!any) continue;
+      for (Index r = 0; r < heads; ++r) {
+        T* of = score + r * kKeys;
+        Index j = 0;
+        for (; j + 4 <= count; j += 4) {
+          T value[4][1];
+          dots(E, keys + (begin + j) * E, q + r * E, E, value);
+          for (int n = 0; n < 4; ++n) of[j + n] = value[n][0];
+        }
+        for (; j < count; ++j) of[j] = dot(E, keys + (begin + j) * E, q + r * E);
+        T top = largest[r];
+        for (j = 0; j < count; ++j)
+          if (seen[j]) top = std::max(top, of[j]);
+        const T kept = std::exp(largest[r] - top);
+        T added = 0;
+        for (j = 0; j < count; ++j) added += of[j] = seen[j] ? std::exp(of[j] - top) : T(0);
+        largest[r] = top;
+        total[r] = total[r] * kept + added;
+        for (Index e = 0; e < E; e += kLanes<T>) {
+          const Index n = E - e;
+          Vector<T> mix = kept * load_some(mean + r * E + e, n);
+          for (j = 0; j < count; ++j) mix += of[j] * load_some(values + (begin + j) * E + e, n);
+          store_some(mean + r * E + e, mix, n);
+        }
+      }
+    }
+    for (Index r = 0; r < heads; ++r)
+      for (Index e = 0; e < E; ++e) out[(g * heads + r) * E + e] = mean[r * E + e] / total[r];
+  }
+};
+
+}  // namespace taipan

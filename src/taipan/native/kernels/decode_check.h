@@ -1,0 +1,88 @@
+// Whether a call of the decoder describes one: every size that it computes places from, and every number that it indexes by.
+// It costs some comparisons a layer and row, beside matrices that are read.
+#pragma once
+
+#include "interface.h"
+
+namespace taipan {
+
+struct DecodeCheck {
+  const Decode& call;
+  const DecodeSizes& s;
+
+  explicit DecodeCheck(const Decode& call) : call(call), s(call.sizes) {}
+
+  int status() const {
+    if (!sizes()) return kUnsupported;
+    for (Index n = 0; n < s.layers; ++n)
+      if (!layer(call.layers[n], call.states[n])) return kUnsupported;
+    return indices() ? kOk : kOutOfRange;
+  }
+
+ private:
+  bool sizes() const {
+    const bool formats = s.format >= kReal && s.format <= kInt8 && (s.embedding_format == kReal ||
+                                                                    s.embedding_format == kBfloat16);
+    const bool there = call.embedding && call.norm && call.tokens && call.position &&
+                       (call.count == 0 || (call.rows && call.logits));
+    return formats && there && s.layers >= 0 && s.hidden > 0 && s.vocabulary > 0 && s.intermediate >= 0 &&
+           s.gate_hidden >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden);
+  }
+
+  bool is(const Matrix& m, Index rows, Index columns) const {
+    return m.rows == rows && m.columns == columns && m.weight != nullptr && (m.scale != nullptr) == (s.format == kInt8);
+  }
+
+  bool layer(const Layer& layer, const State& state) const {
+    if (layer.mlp_norm != nullptr) {
+      const bool fits = is(layer.gate, s.intermediate, s.hidden) && is(layer.up, s.intermediate, s.hidden);
+      if (!fits || !is(layer.down, s.hidden, s.intermediate)) return false;
+    }
+    switch (layer.kind) {
+      case kClosed: return true;
+      case kMamba2: return mamba2(layer, state);
+      case kSelective: return gate(layer) && attention(layer, state);
+      case kAttention: return attention(layer, state);
+      default: return false;
+    }
+  }
+
+  bool mamba2(const Layer& layer, const State& state) const {
+    const bool there = layer.norm && layer.conv_weight && layer.conv_bias && layer.dt_bias && layer.A && layer.D &&
+                       layer.gated_norm && state.first && state.second;
+    const bool fits = s.groups > 0 && s.heads > 0 && s.heads % s.groups == 0 && s.inner == s.heads * s.head_dim &&
+                      s.conv == s.inner + 2 * s.groups * s.state && s.taps > 1 && s.state > 0;
+    return there && fits && is(layer.first, s.inner + s.conv + s.heads, s.hidden) && is(layer.last, s.hidden, s.inner);
+  }
+
+  bool attention(const Layer& layer, const State& state) const {
+    const bool there = layer.norm && state.first && state.second && state.index && state.count;
+    const bool fits = s.width > 0 && s.key_heads > 0 && s.query_heads % s.key_heads == 0 && state.slots > 0 &&
+                      layer.window >= 0 && (layer.frequency == nullptr || s.width % 2 == 0);
+    const Index query = s.query_heads * s.width, key = s.key_heads * s.width;
+    return there && fits && is(layer.first, query, s.hidden) && is(layer.keys, key, s.hidden) &&
+           is(layer.values, key, s.hidden) && is(layer.last, s.hidden, query);
+  }
+
+  bool gate(const Layer& layer) const {
+    const bool hidden = s.gate_hidden == 0 || (layer.gate_hidden_weight && layer.gate_hidden_bias);
+    return layer.gate_weight && layer.gate_bias && layer.threshold && hidden;
+  }
+
+  // Rows, their tokens and positions, and how many entries their windows have had: a slot is that modulo the window.
+  bool indices() const {
+    if (call.count < 0 || call.count > call.batch) return false;
+    for (Index i = 0; i < call.count; ++i) {
+      const std::int64_t row = call.rows[i];
+      if (row < 0 || row >= call.batch || (i > 0 && row <= call.rows[i - 1])) return false;
+      if (call.tokens[row] < 0 || call.tokens[row] >= s.vocabulary || call.position[row] < 0) return false;
+      for (Index n = 0; n < s.layers; ++n) {
+        const Index kind = call.layers[n].kind;
+        if ((kind == kAttention || kind == kSelective) && call.states[n].count[row] < 0) return false;
+      }
+    }
+    return true;
+  }
+};
+
+}  // namespace taipan

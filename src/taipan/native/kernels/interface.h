@@ -1,0 +1,304 @@
+// What crosses the wall between Python and the kernels: one structure for the arguments of each exported function.
+//
+// native/interface.py declares the same structures. The library says how this file was compiled (`taipan_interface`), and
+// loading compares: a word missing, in another order, of another type or size is an error there, not memory overwritten.
+#pragma once
+
+#include "layout.h"
+#include "simd.h"
+
+namespace taipan {
+
+using Real = TAIPAN_REAL;  // of sums, states and statistics
+
+// ------------------------------------------------------------------ ops
+//
+// What is void* is in Real or, where `narrow`, in bfloat16. Sizes and strides count elements; what may be null says so.
+
+// N and P are multiples of the vector width; within a token, heads and groups lie one after the other.
+struct SsdSizes {
+  Index batch, tokens, heads, head_dim, groups, state, chunk;
+  Index x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, narrow;
+};
+
+struct SsdInputs {
+  const void* x;
+  const Real *dt, *A;
+  const void *B, *C;
+  const Real *D, *initial;        // may be null
+  const std::int32_t* document;   // running number of the document of each token, or null
+  Real *scores, *B_rows, *C_rows;  // room for what all heads of a group read
+};
+
+struct SsdForward {
+  SsdSizes sizes;
+  SsdInputs inputs;
+  void* y;
+  Real* final;
+};
+
+struct SsdBackward {
+  SsdSizes sizes;
+  SsdInputs inputs;
+  Real *B_columns, *C_columns;
+  const void* dy;
+  const Real* dfinal;  // may be null
+  Real *slices_dB, *slices_dC, *slices_dscores;
+  Index slices;
+  void* dx;
+  Real* ddt;
+  void *dB, *dC;
+  Real* dinitial;
+  double *dA, *dD;
+};
+
+struct ConvSizes {
+  Index batch, tokens, channels, taps, x_b, x_t, silu, narrow;
+};
+
+struct ConvInputs {
+  const void* x;
+  const Real *weight, *bias;      // (K, C), (C)
+  const Real* columns;            // (B, K - 1, C), or null for zeros
+  const std::int32_t* document;   // (B, T): running number of the document, 0 that of the columns; or null
+};
+
+struct ConvForward {
+  ConvSizes sizes;
+  ConvInputs inputs;
+  void* y;
+};
+
+struct ConvBackward {
+  ConvSizes sizes;
+  ConvInputs inputs;
+  const void* dy;
+  void* dx;
+  Real *dcolumns, *dtaps;
+};
+
+struct NormSizes {
+  Index rows, channels, group, y_row, z_row, narrow;
+};
+
+struct NormForward {
+  NormSizes sizes;
+  double eps;
+  const void *y, *z;  // z may be null
+  const Real* weight;
+  void* out;
+};
+
+struct NormBackward {
+  NormSizes sizes;
+  double eps;
+  const void *y, *z;  // z may be null, and then dz
+  const Real* weight;
+  const void* dout;
+  void *dy, *dz;
+  Real* dweight;  // (threads, C)
+};
+
+// The residual stream, in Real, a branch of it, and what is normed, either of which may be narrow: all contiguous.
+struct NormSumSizes {
+  Index rows, channels, narrow_branch, narrow_out;
+};
+
+struct NormSumForward {
+  NormSumSizes sizes;
+  double eps;
+  const Real* x;
+  const void* branch;
+  const Real* weight;
+  Real* total;
+  void* out;
+};
+
+struct NormSumBackward {
+  NormSumSizes sizes;
+  double eps;
+  const Real *total, *weight;
+  const void* dout;
+  const Real* dtotal;  // may be null
+  Real* dx;
+  void* dbranch;
+  Real* dweight;  // (threads, C)
+};
+
+// Strides of rows, tokens and heads.
+struct AttentionSizes {
+  Index batch, queries, keys, heads, groups, width, narrow, slices;
+  Index known_blocks, known_columns;  // what the caller has made room for
+  Index q[3], k[3], v[3], out[3], dout[3];
+};
+
+// Per row of the batch: places of the present keys and of the queries that have any, and their runs of those keys.
+struct AttentionPlan {
+  std::int32_t *key, *query, *first, *stop;
+  std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
+  std::int32_t* bounds;  // (B, blocks, 6)
+};
+
+struct AttentionPlanned {
+  AttentionSizes sizes;
+  const std::int64_t *low, *high, *code;
+  AttentionPlan plan;
+};
+
+struct AttentionForward {
+  AttentionSizes sizes;
+  const void *q, *k, *v;
+  AttentionPlan plan;
+  void* out;
+  Real* statistics;
+};
+
+struct AttentionBackward {
+  AttentionSizes sizes;
+  const void *q, *k, *v;
+  AttentionPlan plan;
+  const void *out, *dout;
+  Real *statistics, *delta, *parts_dq;
+  void *dq, *dk, *dv;
+};
+
+// logits (rows, columns) contiguous; targets in range.
+struct CrossEntropy {
+  Index rows, columns, narrow;
+  void* logits;
+  const std::int64_t* target;
+  double* loss;
+};
+
+// ------------------------------------------------------------------ decoding
+
+enum Format : Index { kReal = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// (rows, columns), one row after the other; scale per row for int8, else null.
+struct Matrix {
+  const void* weight;
+  const float* scale;
+  Index rows, columns;
+};
+
+struct DecodeSizes {
+  Index layers, hidden, vocabulary, intermediate;
+  Index inner, conv, taps, heads, head_dim, groups, state;  // of Mamba-2
+  Index query_heads, key_heads, width;                       // of attention
+  Index gate_hidden;                                         // 0: a linear gate
+  Index format, embedding_format;                            // of the matrices and of the embedding
+  Index rounds;  // the model is in bfloat16: what a state keeps is rounded to it, what a product takes may be
+  double eps, dt_low, dt_high;
+};
+
+enum Kind : Index { kMamba2 = 0, kAttention = 1, kSelective = 2, kClosed = 3 };
+
+struct Layer {
+  Index kind;
+  const Real* norm;
+  Matrix first, keys, values, last;  // in_proj, -, -, out_proj; or q_proj, k_proj, v_proj, o_proj
+  const Real *conv_weight, *conv_bias;  // (K, C), (C)
+  const Real *dt_bias, *A, *D;          // (H); A is negative
+  const Real* gated_norm;
+  const Real* frequency;  // (E / 2) of the rotary embedding, or null
+  Index window;           // 0: none
+  const Real *gate_weight, *gate_bias, *gate_hidden_weight, *gate_hidden_bias;
+  const Real* threshold;
+  Index gate_reads_raw, keys_of_all, counts_selected, adds;
+  const Real* mlp_norm;  // null: no MLP
+  Matrix gate, up, down;
+};
+
+// Of a Mamba-2 layer: columns (B, K - 1, C) and recurrent state (B, H, P, N). Of an attention layer: keys and values
+// (B, G, W, E), window coordinate (B, W) and number of entries so far (B).
+struct State {
+  Real *first, *second;
+  std::int64_t *index, *count;
+  Index slots;
+};
+
+// `rows` are the `count` of the batch that get a token; `tokens` and `position` are of the whole batch, `logits`
+// (count, V) of those rows.
+struct Decode {
+  DecodeSizes sizes;
+  const Layer* layers;
+  const State* states;
+  Matrix head;
+  const void* embedding;
+  const Real* norm;
+  Index batch, count;
+  const std::int64_t *rows, *tokens;
+  std::int64_t* position;
+  Real* logits;
+};
+
+// A piece of memory of a digest.
+struct Piece {
+  const void* address;
+  Index bytes;
+};
+
+struct Digest {
+  const Piece* pieces;
+  Index count;
+  std::int64_t* result;
+};
+
+// ------------------------------------------------------------------ as they are described
+
+TAIPAN_STRUCT(SsdSizes, batch, tokens, heads, head_dim, groups, state, chunk, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t,
+              narrow)
+TAIPAN_STRUCT(SsdInputs, x, dt, A, B, C, D, initial, document, scores, B_rows, C_rows)
+TAIPAN_STRUCT(SsdForward, sizes, inputs, y, final)
+TAIPAN_STRUCT(SsdBackward, sizes, inputs, B_columns, C_columns, dy, dfinal, slices_dB, slices_dC, slices_dscores, slices,
+              dx, ddt, dB, dC, dinitial, dA, dD)
+TAIPAN_STRUCT(ConvSizes, batch, tokens, channels, taps, x_b, x_t, silu, narrow)
+TAIPAN_STRUCT(ConvInputs, x, weight, bias, columns, document)
+TAIPAN_STRUCT(ConvForward, sizes, inputs, y)
+TAIPAN_STRUCT(ConvBackward, sizes, inputs, dy, dx, dcolumns, dtaps)
+TAIPAN_STRUCT(NormSizes, rows, channels, group, y_row, z_row, narrow)
+TAIPAN_STRUCT(NormForward, sizes, eps, y, z, weight, out)
+TAIPAN_STRUCT(NormBackward, sizes, eps, y, z, weight, dout, dy, dz, dweight)
+TAIPAN_STRUCT(NormSumSizes, rows, channels, narrow_branch, narrow_out)
+TAIPAN_STRUCT(NormSumForward, sizes, eps, x, branch, weight, total, out)
+TAIPAN_STRUCT(NormSumBackward, sizes, eps, total, weight, dout, dtotal, dx, dbranch, dweight)
+TAIPAN_STRUCT(AttentionSizes, batch, queries, keys, heads, groups, width, narrow, slices, known_blocks, known_columns, q,
+              k, v, out, dout)
+TAIPAN_STRUCT(AttentionPlan, key, query, first, stop, counts, bounds)
+TAIPAN_STRUCT(AttentionPlanned, sizes, low, high, code, plan)
+TAIPAN_STRUCT(AttentionForward, sizes, q, k, v, plan, out, statistics)
+TAIPAN_STRUCT(AttentionBackward, sizes, q, k, v, plan, out, dout, statistics, delta, parts_dq, dq, dk, dv)
+TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, logits, target, loss)
+TAIPAN_STRUCT(Matrix, weight, scale, rows, columns)
+TAIPAN_STRUCT(DecodeSizes, layers, hidden, vocabulary, intermediate, inner, conv, taps, heads, head_dim, groups, state,
+              query_heads, key_heads, width, gate_hidden, format, embedding_format, rounds, eps, dt_low, dt_high)
+TAIPAN_STRUCT(Layer, kind, norm, first, keys, values, last, conv_weight, conv_bias, dt_bias, A, D, gated_norm, frequency,
+              window, gate_weight, gate_bias, gate_hidden_weight, gate_hidden_bias, threshold, gate_reads_raw,
+              keys_of_all, counts_selected, adds, mlp_norm, gate, up, down)
+TAIPAN_STRUCT(State, first, second, index, count, slots)
+TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, rows, tokens, position, logits)
+TAIPAN_STRUCT(Piece, address, bytes)
+TAIPAN_STRUCT(Digest, pieces, count, result)
+
+}  // namespace taipan
+
+// Every function: arguments and number of threads in, a Status out.
+#define TAIPAN_FUNCTION(name, Arguments) extern "C" int taipan_##name(const taipan::Arguments* call, int threads)
+#define TAIPAN_FUNCTIONS(F)                  \
+  F(ssd_forward, SsdForward)                 \
+  F(ssd_backward, SsdBackward)               \
+  F(conv_forward, ConvForward)               \
+  F(conv_backward, ConvBackward)             \
+  F(norm_forward, NormForward)               \
+  F(norm_backward, NormBackward)             \
+  F(norm_sum_forward, NormSumForward)        \
+  F(norm_sum_backward, NormSumBackward)      \
+  F(attention_plan, AttentionPlanned)        \
+  F(attention_forward, AttentionForward)     \
+  F(attention_backward, AttentionBackward)   \
+  F(cross_entropy, CrossEntropy)             \
+  F(decode, Decode)                          \
+  F(digest, Digest)
+
+#define TAIPAN_DECLARE(name, Arguments) TAIPAN_FUNCTION(name, Arguments);
+TAIPAN_FUNCTIONS(TAIPAN_DECLARE)

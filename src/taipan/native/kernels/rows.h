@@ -1,0 +1,433 @@
+// Products of a matrix, read row after row as it lies in memory, with one vector or several: in Real, bfloat16 or int8.
+//
+// One vector meets one row after the other, as memory is read from end to end. Several meet tiles of rows. Everything is
+// summed in T, whatever the weights are stored in.
+#pragma once
+
+#include <algorithm>
+
+#include "interface.h"
+#include "narrow.h"
+
+namespace taipan {
+
+template <class T>
+inline Vector<T> load_some(const T* p, Index n) {
+  if (n >= kLanes<T>) return load(p);
+  Vector<T> v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_some(T* p, Vector<T> v, Index n) {
+  if (n >= kLanes<T>)
+    store(p, v);
+  else
+    std::memcpy(p, &v, n * sizeof(T));
+}
+
+template <class T>
+inline T sigmoid_of(T x) {
+  return T(1) / (T(1) + std::exp(-x));
+}
+
+constexpr int kMany = 4;      // vectors at once
+constexpr Index kPanel = 16;  // rows that meet all of many vectors before the next ones are read
+// Rows at once: as many sums as leave room in 32 registers, or in 16.
+constexpr int kRows = kBytes == 64 ? 4 : 2;
+constexpr int kChains = 4;  // sums of one row that do not wait for each other
+
+// v in a register: the compiler would read it from memory again for every use, which takes longer than the use.
+template <class V>
+inline V held(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// Rows that are fetched while some rows meet several vectors: of the same ones a panel further on those from `first` on,
+// so that the memory is as busy with the last vectors as with the first. One row after the other needs no such thing.
+struct Ahead {
+  Index first = 0, rows = 0;
+
+  template <class W>
+  void fetch(const W* w, Index columns, Index k) const {
+    if (k * sizeof(W) % 64 != 0) return;
+    for (Index row = first; row < first + rows; ++row) __builtin_prefetch(w + (kPanel + row) * columns + k, 0, 2);
+  }
+};
+
+// out(r, c) = Σ_k w(r, k) x(c, k)
+template <class T, class W, int R, int C>
+inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[R][C], const Ahead& ahead = {}) {
+  Vector<T> total[R][C];
+  for (auto& row : total)
+    for (auto& one : row) one = Vector<T>{};
+  Index k = 0;
+  for (; k + kLanes<T> <= count; k += kLanes<T>) {
+    ahead.fetch(w, count, k);
+    Vector<T> left[R];
+    for (int r = 0; r < R; ++r) left[r] = widen<T>(w + r * count + k);
+    for (int c = 0; c < C; ++c) {
+      const Vector<T> right = held(load(x + c * x_row + k));
+      for (int r = 0; r < R; ++r) total[r][c] += left[r] * right;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r][c] = sum<T>(total[r][c]);
+  for (; k < count; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) out[r][c] += widen_one<T>(w[r * count + k]) * x[c * x_row + k];
+}
+
+// Where a product goes: out(c, row), or added to it.
+template <class T>
+struct Target {
+  T* out;
+  Index out_row;
+  bool add;
+
+  template <int R, int C>
+  void put(const Matrix& m, Index row, Index column, const T (&value)[R][C]) const {
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) {
+        T* place = out + (column + c) * out_row + row + r;
+        const T scaled = m.scale == nullptr ? value[r][c] : value[r][c] * m.scale[row + r];
+        *place = add ? *place + scaled : scaled;
+      }
+  }
+};
+
+// How rows of W meet vectors of T: any length, each weight widened where it is used.
+template <class T, class W>
+struct Plain {
+  const W* weight;
+  Index columns;
+  const T* x;
+  Index x_row;
+
+  // The product of a row with the first vector.
+  T one(Index row) const {
+    const W* w = weight + row * columns;
+    Vector<T> total[kChains] = {};
+    Index k = 0;
+    for (; k + kChains * kLanes<T> <= columns; k += kChains * kLanes<T>)
+      for (int n = 0; n < kChains; ++n) total[n] += widen<T>(w + k + n * kLanes<T>) * load(x + k + n * kLanes<T>);
+    for (; k + kLanes<T> <= columns; k += kLanes<T>) total[0] += widen<T>(w + k) * load(x + k);
+    T all = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+    for (; k < columns; ++k) all += widen_one<T>(w[k]) * x[k];
+    return all;
+  }
+
+  template <int R, int C>
+  void dots(Index row, Index column, T (&out)[R][C], const Ahead& ahead) const {
+    taipan::dots(columns, weight + row * columns, x + column * x_row, x_row, out, ahead);
+  }
+};
+
+// Rows of bfloat16 meet vectors that lie in pairs: of a word of two weights, the upper is a float when the lower is
+// masked out, and the lower when it is shifted up.
+struct Pairs {
+  typedef std::uint32_t Words __attribute__((vector_size(kBytes)));
+  static constexpr Index kBoth = 2 * kLanes<float>;
+  const std::uint16_t* weight;
+  Index columns;
+  float* x;
+
+  static bool fits(Index columns) { return columns % kBoth == 0; }
+
+  // Of every kBoth values first the even ones, then the odd ones.
+  Pairs(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
+      : weight(static_cast<const std::uint16_t*>(weight)), columns(columns), x(room) {
+    for (Index c = 0; c < count; ++c)
+      for (Index k = 0; k < columns; k += kBoth) part(from + c * from_row + k, x + c * columns + k);
+  }
+
+  static void part(const float* from, float* to) {
+#if defined(__AVX512F__)
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
+    _mm512_storeu_ps(to, _mm512_permutex2var_ps(first, even, second));
+    _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(first, odd, second));
+#else
+    for (Index lane = 0; lane < kLanes<float>; ++lane) {
+      to[lane] = from[2 * lane];
+      to[kLanes<float> + lane] = from[2 * lane + 1];
+    }
+#endif
+  }
+
+  float one(Index row) const {
+    const std::uint16_t* w = weight + row * columns;
+    Vector<float> even[2] = {}, odd[2] = {};
+    Index k = 0;
+    for (; k + 2 * kBoth <= columns; k += 2 * kBoth)
+      for (int n = 0; n < 2; ++n) add(w + k + n * kBoth, x + k + n * kBoth, even[n], odd[n]);
+    if (k < columns) add(w + k, x + k, even[0], odd[0]);
+    return sum<float>((even[0] + odd[0]) + (even[1] + odd[1]));
+  }
+
+  static void add(const std::uint16_t* w, const float* x, Vector<float>& even, Vector<float>& odd) {
+    Words words;
+    std::memcpy(&words, w, sizeof words);
+    even += reinterpret_cast<Vector<float>>(words << 16) * load(x);
+    odd += reinterpret_cast<Vector<float>>(words & 0xffff0000u) * load(x + kLanes<float>);
+  }
+
+  template <int R, int C>
+  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
+    const std::uint16_t* w = weight + row * columns;
+    const float* of = x + column * columns;
+    Vector<float> total[R][C];
+    for (auto& row : total)
+      for (auto& one : row) one = Vector<float>{};
+    for (Index k = 0; k < columns; k += kBoth) {
+      ahead.fetch(w, columns, k);
+      Vector<float> even[R], odd[R];
+      for (int r = 0; r < R; ++r) {
+        Words words;
+        std::memcpy(&words, w + r * columns + k, sizeof words);
+        words = held(words);
+        even[r] = reinterpret_cast<Vector<float>>(words << 16);
+        odd[r] = reinterpret_cast<Vector<float>>(words & 0xffff0000u);
+      }
+      for (int c = 0; c < C; ++c) {
+        const Vector<float> first = held(load(of + c * columns + k));
+        const Vector<float> second = held(load(of + c * columns + k + kLanes<float>));
+        for (int r = 0; r < R; ++r) total[r][c] += even[r] * first;
+        for (int r = 0; r < R; ++r) total[r][c] += odd[r] * second;
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) out[r][c] = sum<float>(total[r][c]);
+  }
+};
+
+// Rows of weights W meet vectors X, so many columns at once as a step of a Kind takes: it knows how a step is read, added
+// and summed, and the unit of a vector.
+template <class Kind, class W, class X>
+struct Stepped {
+  const W* weight;
+  Index columns;
+  X* x;
+
+  float one(Index row) const {
+    const W* w = weight + row * columns;
+    typename Kind::Sums total[kChains] = {};
+    Index k = 0;
+    for (; k + kChains * Kind::kStep <= columns; k += kChains * Kind::kStep)
+      for (int n = 0; n < kChains; ++n) step(total[n], w, x, k + n * Kind::kStep);
+    for (; k < columns; k += Kind::kStep) step(total[0], w, x, k);
+    float all = 0;
+    for (int n = 0; n < kChains; ++n) all += Kind::sum_of(total[n]);
+    return kind().unit_of(0) * all;
+  }
+
+  template <int R, int C>
+  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
+    const W* w = weight + row * columns;
+    const X* of = x + column * columns;
+    typename Kind::Sums total[R][C];
+    for (auto& sums : total)
+      for (auto& one : sums) one = typename Kind::Sums{};
+    for (Index k = 0; k < columns; k += Kind::kStep) {
+      ahead.fetch(w, columns, k);
+      typename Kind::Operand left[R];
+      for (int r = 0; r < R; ++r) left[r] = held(Kind::read(w + r * columns + k));
+      for (int c = 0; c < C; ++c) {
+        const auto right = held(Kind::read(of + c * columns + k));
+        for (int r = 0; r < R; ++r) total[r][c] = Kind::add(total[r][c], left[r], right);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) out[r][c] = kind().unit_of(column + c) * Kind::sum_of(total[r][c]);
+  }
+
+ private:
+  const Kind& kind() const { return static_cast<const Kind&>(*this); }
+
+  template <class Sums>  // a Kind's: it is not whole yet
+  static void step(Sums& total, const W* w, const X* x, Index k) {
+    total = Kind::add(total, Kind::read(w + k), Kind::read(x + k));
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Rows of bfloat16 meet vectors of a model in bfloat16, which its own forward rounds to that before every product, too:
+// with several vectors half the instructions count; with one only memory does, and it is not rounded.
+struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
+  using Sums = __m512;
+  using Operand = __m512bh;
+  static constexpr Index kStep = 2 * kLanes<float>;
+
+  static bool fits(Index columns) { return columns % kStep == 0; }
+
+  Rounded(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
+      : Stepped{static_cast<const Bfloat16*>(weight), columns, reinterpret_cast<Bfloat16*>(room)} {
+    for (Index c = 0; c < count; ++c)
+      for (Index k = 0; k < columns; k += kLanes<float>) narrow(x + c * columns + k, load(from + c * from_row + k));
+  }
+
+  static Operand read(const Bfloat16* p) {
+    Operand v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+
+  static Sums add(Sums total, Operand left, Operand right) { return _mm512_dpbf16_ps(total, left, right); }
+  static float sum_of(Sums total) { return sum<float>(reinterpret_cast<Vector<float>>(total)); }
+  float unit_of(Index) const { return 1; }
+};
+#endif
+
+#if defined(__AVX2__)
+// Rows of int8 meet vectors that are rounded to 16 bits, which is 1 / 65534 of their largest value: exact sums at half
+// the instructions, where widening to float takes longer than memory does.
+struct Short : Stepped<Short, std::int8_t, std::int16_t> {
+#if defined(__AVX512BW__)
+  using Integers = __m512i;
+#else
+  using Integers = __m256i;
+#endif
+  using Sums = Integers;
+  using Operand = Integers;
+  static constexpr Index kStep = sizeof(Integers) / 2;
+  static constexpr Index kMost = 4096;  // columns whose sum fits 32 bits
+  float* unit;  // of each vector
+
+  static bool fits(Index columns) { return columns % kStep == 0 && columns <= kMost; }
+
+  Short(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
+      : Stepped{static_cast<const std::int8_t*>(weight), columns,
+                reinterpret_cast<std::int16_t*>(room + round_up(count, 16))},
+        unit(room) {
+    for (Index c = 0; c < count; ++c) unit[c] = round(columns, from + c * from_row, x + c * columns);
+  }
+
+  // x to 16 bits; returns its unit.
+  static float round(Index count, const float* x, std::int16_t* to) {
+    Vector<float> most{};
+    for (Index k = 0; k < count; k += kLanes<float>) {
+      const Vector<float> value = load(x + k), size = value < Vector<float>{} ? -value : value;
+      most = size > most ? size : most;
+    }
+    float largest = 0;
+    for (int lane = 0; lane < kLanes<float>; ++lane) largest = std::max(largest, most[lane]);
+    const float unit = largest > 0 ? largest / 32767 : 1;
+    const __m256 per_unit = _mm256_set1_ps(1 / unit);
+    for (Index k = 0; k < count; k += 16) {
+      const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), per_unit));
+      const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k + 8), per_unit));
+      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), both);
+    }
+    return unit;
+  }
+
+#if defined(__AVX512BW__)
+  static Integers read(const std::int8_t* w) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+  }
+
+  static Integers read(const std::int16_t* x) { return _mm512_loadu_si512(x); }
+
+  static Integers add(Integers total, Integers left, Integers right) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(total, left, right);
+#else
+    return _mm512_add_epi32(total, _mm512_madd_epi16(left, right));
+#endif
+  }
+
+  // As float before lanes meet: their sum does not fit.
+  static float sum_of(Integers total) {
+    return sum<float>(reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)));
+  }
+#else
+  static Integers read(const std::int8_t* w) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+  }
+
+  static Integers read(const std::int16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+
+  static Integers add(Integers total, Integers left, Integers right) {
+    return _mm256_add_epi32(total, _mm256_madd_epi16(left, right));
+  }
+
+  static float sum_of(Integers total) {
+    return sum<float>(reinterpret_cast<Vector<float>>(_mm256_cvtepi32_ps(total)));
+  }
+#endif
+
+  float unit_of(Index vector) const { return unit[vector]; }
+};
+#endif
+
+// Rows [row, end) of the product with C vectors.
+template <int C, class T, class Rows>
+inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, Index column, const Target<T>& target,
+                      const Ahead& ahead) {
+  for (; row + kRows <= end; row += kRows) {
+    T value[kRows][C];
+    rows.dots(row, column, value, ahead);
+    target.put(m, row, column, value);
+  }
+  for (; row < end; ++row) {
+    T value[1][C];
+    rows.dots(row, column, value, Ahead{});
+    target.put(m, row, column, value);
+  }
+}
+
+// Rows [row, end) of the product with `count` vectors. Of many, kMany stay in the first cache while they meet a panel of
+// rows, which the next ones find in the second.
+template <class T, class Rows>
+void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index count, const Target<T>& target) {
+  if (count == 1) {
+    for (; row < end; ++row) {
+      const T value[1][1] = {{rows.one(row)}};
+      target.put(m, row, 0, value);
+    }
+    return;
+  }
+  const Index passes = (count + kMany - 1) / kMany, fetched = (kRows + passes - 1) / passes;
+  for (; row < end; row += kPanel) {
+    const Index until = std::min(row + kPanel, end);
+    Ahead ahead{0, fetched};
+    for (Index column = 0; column < count; column += kMany) {
+      switch (count - column) {
+        case 1: rows_with<1>(rows, m, row, until, column, target, ahead); break;
+        case 2: rows_with<2>(rows, m, row, until, column, target, ahead); break;
+        case 3: rows_with<3>(rows, m, row, until, column, target, ahead); break;
+        default: rows_with<kMany>(rows, m, row, until, column, target, ahead); break;
+      }
+      ahead.first += ahead.rows;
+      ahead.rows = std::min(fetched, kRows - ahead.first);
+    }
+  }
+}
+
+// Floats that the vectors of a product take once more, as its rows want them.
+inline Index room_of(Index count, Index columns) { return count * columns + round_up(count, 16); }
+
+// Calls f(rows) with the rows of a matrix that meet `count` vectors x(c, ·), which may be rounded to bfloat16 if `rounds`;
+// `room` has what room_of says.
+template <class T, class W, class F>
+void with_rows(const Matrix& m, const T* x, Index x_row, Index count, [[maybe_unused]] bool rounds, T* room, F&& f) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
+    if (rounds && count > 1 && Rounded::fits(m.columns)) return f(Rounded(m.weight, m.columns, x, x_row, count, room));
+#endif
+  if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
+    if (Pairs::fits(m.columns)) return f(Pairs(m.weight, m.columns, x, x_row, count, room));
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<W, std::int8_t> && std::is_same_v<T, float>)
+    if (Short::fits(m.columns)) return f(Short(m.weight, m.columns, x, x_row, count, room));
+#endif
+  f(Plain<T, W>{static_cast<const W*>(m.weight), m.columns, x, x_row});
+}
+
+}  // namespace taipan
