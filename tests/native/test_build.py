@@ -568,7 +568,7 @@ def test_a_library_without_our_functions_is_built_again(tiny: pytest.MonkeyPatch
 
 def test_kernels_that_compile_without_our_functions_are_a_reason(tmp_path: Path) -> None:
     (tmp_path / "kernels" / "tiny.cpp").write_text("int nothing;", encoding="utf-8")
-    assert reason().startswith("the compiled kernels lack a function: ")
+    assert reason().startswith("the compiled kernels do not fit the Python code of taipan: ")
 
 
 def test_import_neither_compiles_nor_loads(tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def test_every_function_has_its_types_and_takes_no_other_arguments() -> None:
 
 def test_functions_are_called_in_one_place() -> None:
     source = Path(taipan.__file__).parent
-    calls = [path for path in source.rglob("*.py") if re.search(r"\btaipan_\w+\(|f\"taipan_", path.read_text("utf-8"))]
+    calls = [
+        path for path in source.rglob("*.py") if re.search(r"\.taipan_\w+\(|f\"taipan_\{", path.read_text("utf-8"))
+    ]
     assert [path.relative_to(source).as_posix() for path in calls] == ["native/library.py"]
 
 
@@ -59,7 +61,7 @@ SLIPS: dict[str, Callable[[Fields], Fields]] = {
     "a word too many": lambda fields: [*fields, ("more", Index)],
     "another order": lambda fields: [fields[1], fields[0], *fields[2:]],
     "another name": lambda fields: [("another", fields[0][1]), *fields[1:]],
-    "another type": lambda fields: [*fields[:-1], (fields[-1][0], ctypes.c_double)],
+    "another type": lambda fields: [*fields[:-1], (fields[-1][0], interface.Int32)],
     "another size": lambda fields: [*fields[:-1], (fields[-1][0], ctypes.c_int32)],
     "more of them": lambda fields: [*fields[:-1], (fields[-1][0], Index * 4)],
 }
@@ -119,7 +121,9 @@ def test_a_library_of_another_interface_is_built_again(
     write_kernels(tmp_path, 41)
     source = tmp_path / "kernels" / "tiny.cpp"
     text = source.read_text("utf-8")
-    changed = text.replace("Layer 560", "Layer 552") if wrong == "another layout" else text.replace("taipan_decode", "f")
+    changed = (
+        text.replace("Layer 560", "Layer 552") if wrong == "another layout" else text.replace("taipan_decode", "f")
+    )
     source.write_text(changed if changed != text else text.replace("Layer ", "Layer 1"), "utf-8")
     assert "do not fit" in reason()
     write_kernels(tmp_path, 42)
@@ -151,7 +155,6 @@ def cross_entropy(**changes: Any) -> dict[str, Any]:
         ({"loss": None}, "CrossEntropy.loss: NoneType instead of a tensor"),
         ({"loss": 12345}, "CrossEntropy.loss: int instead of a tensor"),
         ({"rows": 2.0}, "CrossEntropy.rows: .*int"),
-        ({"rows": torch.tensor(2)}, "CrossEntropy.rows: .*int"),
         ({"more": 1}, "CrossEntropy has no more"),
     ],
 )
@@ -169,7 +172,9 @@ def test_a_missing_value_is_named() -> None:
 
 
 def test_strides_are_three_numbers() -> None:
-    values: dict[str, Any] = {name: 1 if kind is Index else (1, 2, 3) for name, kind in fields_of(interface.AttentionSizes)}
+    values: dict[str, Any] = {
+        name: 1 if kind is Index else (1, 2, 3) for name, kind in fields_of(interface.AttentionSizes)
+    }
     assert list(interface.AttentionSizes.of(**values).dout) == [1, 2, 3]
     for wrong in ((1, 2), (1, 2, 3, 4), 5):
         with pytest.raises(TypeError, match=r"AttentionSizes.dout: .* is not 3 whole numbers"):
@@ -242,7 +247,7 @@ def test_what_does_not_fit_the_sizes_is_refused(layer: int) -> None:
     started = decoding()
     arguments = started._arguments
     arguments.count = 0
-    invoke(torch.float32, arguments)
+    invoke(torch.float32, arguments)  # no row gets a token
 
     def refused() -> None:
         with pytest.raises(RuntimeError, match="decode: the kernels do not do this"):
@@ -260,7 +265,11 @@ def test_what_does_not_fit_the_sizes_is_refused(layer: int) -> None:
         (own, "kind", -1),
         (state, "first", None),
         (state, "second", None),
-        *(((own, "conv_weight", None), (own, "A", None)) if layer == 0 else ((state, "slots", 0), (state, "count", None))),
+        *(
+            ((own, "conv_weight", None), (own, "A", None))
+            if layer == 0
+            else ((state, "slots", 0), (state, "count", None))
+        ),
         *(((own, "threshold", None), (own, "gate_weight", None)) if layer == 1 else ()),
         (arguments.head, "rows", 60),
         (arguments.sizes, "format", 3),
@@ -269,10 +278,12 @@ def test_what_does_not_fit_the_sizes_is_refused(layer: int) -> None:
         (arguments.sizes, "hidden", 48),
         (arguments, "embedding", None),
     ):
-        right = getattr(structure, name)
+        field = getattr(structure, name)
+        right = getattr(field, "value", field)  # a field is a view of its structure
         setattr(structure, name, wrong)
         refused()
-        setattr(structure, name, getattr(right, "value", right))
+        setattr(structure, name, right)
+        invoke(torch.float32, arguments)
     invoke(torch.float32, arguments)
 
 

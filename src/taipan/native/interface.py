@@ -583,6 +583,6 @@ def _type_name(kind: Any, real: str) -> str:
         return f"{real if kind.name == 'real' else kind.name}*"
     if issubclass(kind, ctypes.Array):
         return f"{_type_name(kind._type_, real)}[{kind._length_}]"
-    if issubclass(kind, ctypes.Structure):
+    if issubclass(kind, ctypes.Structure) or isinstance(kind._type_, str):
         return kind.__name__
     return f"{_type_name(kind._type_, real)}*"

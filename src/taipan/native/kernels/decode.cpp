@@ -34,6 +34,7 @@ void run(const Decode& call, Step<Real>& step, Own<Real>& own) {
 TAIPAN_FUNCTION(decode, Decode) {
   using namespace taipan;
   if (const int status = DecodeCheck(*call).status(); status != kOk) return status;
+  if (call->count == 0) return kOk;
   Step<Real> step(*call);
   static thread_local Scratch shared;
   if (!step.reserve(shared, threads)) return kNoMemory;
