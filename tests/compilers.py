@@ -42,10 +42,14 @@ def tiny_kernels(directory: Path) -> Iterator[pytest.MonkeyPatch]:
 
 
 def write_kernels(directory: Path, answer: int) -> None:
+    (directory / "kernels" / "tiny.cpp").write_text(source_of(answer), encoding="utf-8")
+
+
+def source_of(answer: int) -> str:
+    """Of a library that says it has our structures and functions, and of which one answers."""
     texts = {real: "\n".join(interface.described(real)) for real in ("float", "double")}
     stubs = "\n".join(f'extern "C" int taipan_{name}(const void*, int) {{ return 2; }}' for name in interface.FUNCTIONS)
-    source = SOURCE.format(answer=answer, functions=stubs, **texts)
-    (directory / "kernels" / "tiny.cpp").write_text(source, encoding="utf-8")
+    return SOURCE.format(answer=answer, functions=stubs, **texts)
 
 
 def forget() -> None:

@@ -21,12 +21,12 @@ from taipan.native.build import found_or_built
 from taipan.ops.dispatch import select
 from tests.compilers import (
     REAL,
-    SOURCE,
     answer,
     forget,
     leftovers,
     needs_compiler,
     reason,
+    source_of,
     tiny_kernels,
     use_compiler,
     write_kernels,
@@ -470,7 +470,7 @@ def planted(directory: Path) -> Path:
     name = ours.name[:-20]
     ours.unlink()
     source = directory / "planted.cpp"
-    source.write_text(SOURCE.format(answer=666).replace("TAIPAN_FLAGS", '"g++"'), encoding="utf-8")
+    source.write_text(source_of(666).replace("TAIPAN_FLAGS", '"g++"').replace("TAIPAN_REAL", "float"), encoding="utf-8")
     made = directory / "planted.so"
     subprocess.run([str(REAL), "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
     made.chmod(0o755)
