@@ -50,7 +50,9 @@ def test_every_function_has_its_types_and_takes_no_other_arguments() -> None:
 def test_functions_are_called_in_one_place() -> None:
     source = Path(taipan.__file__).parent
     calls = [
-        path for path in source.rglob("*.py") if re.search(r"\.taipan_\w+\(|f\"taipan_\{", path.read_text("utf-8"))
+        path
+        for path in source.rglob("*.py")
+        if re.search(r"library\.taipan_|f\"taipan_\{|CDLL\(", path.read_text("utf-8"))
     ]
     assert [path.relative_to(source).as_posix() for path in calls] == ["native/library.py"]
 
