@@ -52,7 +52,7 @@ def test_functions_are_called_in_one_place() -> None:
     calls = [
         path
         for path in source.rglob("*.py")
-        if re.search(r"library\.taipan_|f\"taipan_\{|CDLL\(", path.read_text("utf-8"))
+        if re.search(r"library\.taipan_|library, f\"taipan_", path.read_text("utf-8"))
     ]
     assert [path.relative_to(source).as_posix() for path in calls] == ["native/library.py"]
 
@@ -296,7 +296,8 @@ def test_a_plan_of_attention_that_leads_out_of_its_tensors_is_refused() -> None:
     q, k = torch.randn(1, 16, 2, 16), torch.randn(1, 16, 2, 16)
     inputs = native._Call(q, k, k)
     index = torch.arange(16)[None]
-    plan = inputs.plan(native.window_codes(index, index, 4, None, None))
+    given = native.AttentionInputs(q_BQHE=q, k_BJGE=k, v_BJGE=k, query_index_BQ=index, key_index_BJ=index, window=4)
+    plan = inputs.plan(native.window_codes(given))
     native._forward(inputs, plan)
     for number, wrong in ((0, 16), (0, -1), (1, 16), (2, 17), (3, -1), (4, 17)):
         damaged = [tensor.clone() for tensor in plan]
@@ -316,6 +317,6 @@ def test_a_plan_of_attention_that_leads_out_of_its_tensors_is_refused() -> None:
 
 
 def test_a_library_that_is_none_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "native_status", lambda _: library.NativeStatus(None, "no compiler"))
+    monkeypatch.setattr(library, "native_status", lambda _: library.NativeStatus(library=None, reason="no compiler"))
     with pytest.raises(RuntimeError, match="no native kernels: no compiler"):
         call(torch.float32, interface.CrossEntropy, **cross_entropy())
