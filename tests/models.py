@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "budget_control": "threshold",
         "attention_weight": "one",
         "refinement": "add",
+        "lookahead": 2,
     },
 }
 

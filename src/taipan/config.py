@@ -147,6 +147,9 @@ class TaipanConfig:
         gate_bias_init: s_1 − s_0 of a fresh gate on a zero input; positive starts open.
         key_value_scope: keys and values of `all` previous tokens (Eq. 4) or of the `selected` ones (Figure 2).
         window_unit: the window counts original `positions`, or `selected` tokens (needs scope `selected`).
+        lookahead: a SAL's entry for a token pairs the key of the token so many places before with values made of it and
+            of all tokens since, so that who finds a token reads how the text went on. 0: key and value of the token
+            itself (Eq. 4). Needs scope `all`.
         gate_objective: what teaches the gate. `straight_through`: the cross-entropy, through the mask of Eq. 3. `gain`:
             the score s_1 − s_0 is regressed on what the token's attention gained, the next token's loss with every
             gate closed less that with every gate open, both measured in training without a gradient; then no other
@@ -212,6 +215,7 @@ class TaipanConfig:
     gate_input: GateInput = "normed"
     recall_orders: tuple[int, ...] = (1, 2, 3)
     recall_rank: int = 16
+    lookahead: int = 0
     gate_objective: GateObjective = "straight_through"
     gain_weight: float = 1.0
     gain_rows: float = 0.5
@@ -377,6 +381,12 @@ class TaipanConfig:
         )
         if self.gate_input == "recall":
             self._check_recall()
+        self._require(0 <= self.lookahead <= 64, "lookahead", "a number of tokens from 0 to 64")
+        self._require(
+            self.lookahead == 0 or self.key_value_scope == "all",
+            "key_value_scope",
+            "'all' while lookahead is not 0: the values of an entry are of all tokens since its key",
+        )
         if self.window_unit == "selected":
             self._require(
                 self.key_value_scope == "selected",

@@ -17,7 +17,7 @@ from taipan.config import TaipanConfig
 from taipan.errors import StateError, brief, shown
 from taipan.io import atomic_write, order_safetensors, utf8_name
 from taipan.layer_types import table_of, tables
-from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
+from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBLD, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
 
 NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: the next tokens continue the document
 _FORMAT = "taipan-state-3"
@@ -163,6 +163,16 @@ class AttentionState(LayerState):
             index_BW=index_BW,
             count_B=count_B,
         )
+
+
+@dataclass(frozen=True)
+class LookaheadState(AttentionState):
+    """Keys and values, and what the entries of the next tokens still need: the last K inputs of the document.
+
+    `recent_BLD` is zero where the document has no token.
+    """
+
+    recent_BLD: FloatBLD
 
 
 StateBuilder = Callable[[], LayerState]

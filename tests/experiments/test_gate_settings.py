@@ -8,6 +8,7 @@ import pytest
 
 from taipan.accounting import parameter_count
 from taipan.experiments.gate_settings import (
+    AHEAD,
     JAMBA,
     MAMBA2,
     OPEN,
@@ -25,7 +26,7 @@ from tests.command import run
 def test_models_are_equal_in_parameters() -> None:
     counts = {name: parameter_count(config) for name, config in models(SCALES["small"]).items()}
     assert max(counts.values()) <= 1.02 * min(counts.values()), counts
-    assert list(counts) == [MAMBA2, JAMBA, OPEN, *settings()]
+    assert list(counts) == [MAMBA2, JAMBA, OPEN, AHEAD, *settings()]
 
 
 def test_every_setting_is_another_run() -> None:
@@ -58,16 +59,16 @@ def test_the_tiny_one_runs_and_goes_on(tmp_path: Path) -> None:
     first = run(*arguments)
     assert first.code == 0, first.err
     report = json.loads((tmp_path / "tiny" / "results.json").read_text(encoding="utf-8"))
-    assert list(report["results"]) == [MAMBA2, JAMBA, OPEN, "recall"]
-    (own,) = report["results"]["recall"]
+    assert list(report["results"]) == [MAMBA2, JAMBA, OPEN, AHEAD, "recall, lookahead"]
+    (own,) = report["results"]["recall, lookahead"]
     assert own["bits_per_byte_open"] != own["bits_per_byte_closed"]
     assert 0 < own["rate"] < 1
     assert own["thresholds"] != [0.0]
     (whole,) = report["results"][OPEN]
     assert whole["rate"] > 0.9
     header, rows = table(Report(SCALES["tiny"], report["results"]))
-    assert [len(row) for row in rows] == [len(header)] * 4
+    assert [len(row) for row in rows] == [len(header)] * 5
     seconds = own["seconds"]
     assert run(*arguments).code == 0
     report = json.loads((tmp_path / "tiny" / "results.json").read_text(encoding="utf-8"))
-    assert report["results"]["recall"][0]["seconds"] == seconds  # kept, not run again
+    assert report["results"]["recall, lookahead"][0]["seconds"] == seconds  # kept, not run again

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from taipan.model import TaipanLM
 
 MAMBA2, JAMBA, OPEN = "mamba2", "jamba", "taipan, C = 1"
+AHEAD = "taipan, C = 1, lookahead"
 _HYBRID = ("mamba2", "mamba2", "{}", "mamba2", "mamba2")
 _FORECAST: dict[str, Any] = {
     "gate": "mlp",
@@ -58,14 +59,14 @@ SCALES: dict[str, Scale] = {
         seeds=(1, 2, 3),
         context=512,
         model={"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "state_size": 32, "heads": 2},
-        names=("mix", "add", "forecast", "recall", "recall, C = 0.3"),
+        names=("mix", "add", "forecast", "recall", "recall, lookahead", "recall, lookahead, C = 0.3"),
     ),
     "tiny": Scale(
         steps=20,
         seeds=(1,),
         context=64,
         model={"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "state_size": 8, "heads": 1},
-        names=("recall",),
+        names=("recall, lookahead",),
         documents=12,
     ),
 }
@@ -79,7 +80,8 @@ def settings() -> dict[str, dict[str, Any]]:
         "add": {"refinement": "add"},
         "forecast": {**_FORECAST, "refinement": "add"},
         "recall": recall,
-        "recall, C = 0.3": {**recall, "attention_capacity": 0.3},
+        "recall, lookahead": {**recall, "lookahead": 2},
+        "recall, lookahead, C = 0.3": {**recall, "lookahead": 2, "attention_capacity": 0.3},
     }
 
 
@@ -92,13 +94,17 @@ def models(scale: Scale) -> dict[str, TaipanConfig]:
 
     def model(mixer: str, **overrides: Any) -> TaipanConfig:
         layers = [name.format(mixer) for name in _HYBRID]
-        return TaipanConfig.from_dict({**base, "layer_types": layers, **overrides})
+        # what wider values cost the MLP gives: 3 matrices against 1 for every token looked ahead
+        narrower = overrides.get("lookahead", 0) * base["hidden_size"] // 3
+        sizes = {"layer_types": layers, "intermediate_size": base["intermediate_size"] - narrower}
+        return TaipanConfig.from_dict({**base, **sizes, **overrides})
 
-    known = settings()
+    known, everything = settings(), {"refinement": "add", "attention_capacity": 1.0}
     return {
         MAMBA2: TaipanConfig.from_dict({**base, "layer_types": ["mamba2"] * 6}),
         JAMBA: model("full_attention"),
-        OPEN: model("selective_attention", refinement="add", attention_capacity=1.0),
+        OPEN: model("selective_attention", **everything),
+        AHEAD: model("selective_attention", **everything, lookahead=2),
         **{name: model("selective_attention", **known[name]) for name in scale.names},
     }
 

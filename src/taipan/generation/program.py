@@ -378,6 +378,8 @@ def _settings_without_kernel(config: TaipanConfig) -> str | None:
     if config.remembered_tokens:
         return "gate_input='recall'"
     weighs = "selective_attention" in config.layer_types and config.attention_capacity > 0
+    if weighs and config.lookahead:
+        return f"lookahead={config.lookahead}"
     return "attention_weight='one'" if weighs and config.attention_weight == "one" else None
 
 

@@ -1,5 +1,6 @@
 """`full_attention`, `sliding_attention` and `selective_attention` in numbers."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 from taipan.config import WIDEST, TaipanConfig, require
@@ -143,7 +144,11 @@ class SelectiveAttentionTable(AttentionTable):
             gate = (*gate, Matrix("gate.hidden", width, config.gate_hidden_size, hidden=False))
             width = config.gate_hidden_size
         gate = (*gate, Matrix("gate.proj", width, 2, hidden=False))
-        return (*gate, *super().matrices(config, selected=selected, training=training))
+        projections = [
+            replace(matrix, inputs=(1 + config.lookahead) * matrix.inputs) if matrix.name == "v_proj" else matrix
+            for matrix in super().matrices(config, selected=selected, training=training)
+        ]
+        return (*gate, *projections)
 
     def other_parameters(self, config: TaipanConfig) -> int:
         """The gate's biases."""
@@ -163,6 +168,11 @@ class SelectiveAttentionTable(AttentionTable):
     def slots(self, config: TaipanConfig, context: int) -> int:
         """None behind a gate that is always closed."""
         return 0 if config.attention_capacity == 0 else super().slots(config, context)
+
+    def state_bytes(self, config: TaipanConfig, context: int, bytes_per_value: int) -> int:
+        """As attention's; and the last tokens, where entries look ahead."""
+        ahead = 0 if config.attention_capacity == 0 else config.lookahead
+        return super().state_bytes(config, context, bytes_per_value) + ahead * config.hidden_size * bytes_per_value
 
     def state_share(self, config: TaipanConfig) -> float:
         """The tokens selected."""

@@ -14,8 +14,8 @@ from taipan.layers.linear import Linear
 from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.selection import gather, scatter, select_tokens
-from taipan.shapes import FloatBTD
-from taipan.state import AttentionState, StateBuilder
+from taipan.shapes import FloatBLD, FloatBTD
+from taipan.state import AttentionState, LookaheadState, StateBuilder, take
 
 
 class SelectiveAttention(Mixer[AttentionState]):
@@ -38,7 +38,7 @@ class SelectiveAttention(Mixer[AttentionState]):
         hidden, head_dim = config.hidden_size, config.head_dim
         self.q_proj = Linear(hidden, config.num_attention_heads * head_dim)
         self.k_proj = Linear(hidden, config.kv_heads * head_dim)
-        self.v_proj = Linear(hidden, config.kv_heads * head_dim)
+        self.v_proj = Linear((1 + config.lookahead) * hidden, config.kv_heads * head_dim)
         self.o_proj = Linear(config.num_attention_heads * head_dim, hidden)
         self.attention = GatheredAttention(
             config, implementations["attention"], window=config.sliding_window, rope=config.selective_rope
@@ -67,9 +67,12 @@ class SelectiveAttention(Mixer[AttentionState]):
             index_BT = selected_ordinals(gate.selected_BT, state, layout)
         queries = Attended.of(everything(x_BTD, layout) if dense else selected, index_BT)
         keys = Attended.of(everything(x_BTD, layout) if config.key_value_scope == "all" else selected, index_BT)
-        x_queries, x_keys = gather(x_BTD, queries.tokens), gather(x_BTD, keys.tokens)
-        q, k, v = self.q_proj(x_queries), self.k_proj(x_keys), self.v_proj(x_keys)
+        entries = _Entries(x_BTD, state, layout, config.lookahead)
+        q = self.q_proj(gather(x_BTD, queries.tokens))
+        k = self.k_proj(gather(entries.back(config.lookahead), keys.tokens))
+        v = self.v_proj(gather(entries.since(), keys.tokens))
         out, build = self.attention(q, k, v, state, layout, queries=queries, keys=keys)
+        build = entries.remembering(build)
         out_BSD = self.o_proj(out)
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
         h_BSD = gather(h_BTD, queries.tokens)
@@ -89,7 +92,11 @@ class SelectiveAttention(Mixer[AttentionState]):
     def empty_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> AttentionState:
         """See `Mixer.empty_state`: all W slots from the start; none behind a gate that is always closed."""
         config, slots = self.config, 0 if self.closed else self.config.sliding_window
-        return AttentionState.empty(batch, slots, config.kv_heads, config.head_dim, dtype, device)
+        state = AttentionState.empty(batch, slots, config.kv_heads, config.head_dim, dtype, device)
+        if self.closed or config.lookahead == 0:
+            return state
+        recent = torch.zeros(batch, config.lookahead, config.hidden_size, dtype=dtype, device=device)
+        return _with_recent(state, recent)
 
     def impossible(self, state: AttentionState, position_B: Tensor) -> Iterator[tuple[str, str]]:
         """See `Mixer.impossible`."""
@@ -98,6 +105,11 @@ class SelectiveAttention(Mixer[AttentionState]):
         every = self.config.key_value_scope == "all"
         ordinals = every or self.config.window_unit == "selected"
         yield from out_of_place(state, position_B, every=every and not self.closed, ordinals=ordinals)
+        if isinstance(state, LookaheadState):
+            ago_L = self.config.lookahead - torch.arange(self.config.lookahead)
+            before_BL = position_B[:, None] < ago_L
+            if state.recent_BLD[before_BL].any():
+                yield "recent_BLD", "holds tokens from before the text"
 
     def reset_parameters(self, generator: Generator | None, residual_scale: float) -> None:
         """Default linears and gate; an output that is mixed in (Eq. 5), not added, is not scaled down."""
@@ -106,6 +118,70 @@ class SelectiveAttention(Mixer[AttentionState]):
         if self.config.refinement == "add":
             self.o_proj.weight.data.mul_(residual_scale)
         self.gate.reset_parameters(generator)
+
+
+class _Entries:
+    """What keys and values are made of, where an entry looks ahead from its key.
+
+    Args:
+        x_BTD: normed hidden states of a call.
+        state: from before it.
+        layout: of the call.
+        lookahead: K; 0 for entries of one token.
+    """
+
+    def __init__(self, x_BTD: FloatBTD, state: AttentionState | None, layout: Layout, lookahead: int) -> None:
+        self._layout = layout
+        self._lookahead = lookahead
+        self._x = x_BTD
+        if lookahead:
+            if isinstance(state, LookaheadState):
+                recent_BLD = state.recent_BLD.to(x_BTD.dtype)
+            else:
+                recent_BLD = x_BTD.new_zeros(len(x_BTD), lookahead, x_BTD.shape[-1])
+            self._x = torch.cat([recent_BLD, x_BTD], 1)
+
+    def back(self, tokens: int) -> FloatBTD:
+        """The hidden state so many tokens before each token; 0 where its document has none."""
+        if tokens == 0 and self._lookahead == 0:
+            return self._x
+        begin, length = self._lookahead - tokens, self._x.shape[1] - self._lookahead
+        return self._x[:, begin : begin + length] * (self._layout.position_BT >= tokens)[..., None]
+
+    def since(self) -> Tensor:
+        """Those of each token and of the K before it, side by side, (B, T, (K + 1)·D)."""
+        if self._lookahead == 0:
+            return self._x
+        return torch.cat([self.back(tokens) for tokens in range(self._lookahead + 1)], -1)
+
+    def remembering(self, build: StateBuilder) -> StateBuilder:
+        """How to build the state with the last K hidden states of the document in it."""
+        if self._lookahead == 0:
+            return build
+
+        def both() -> LookaheadState:
+            length, position_BT = self._layout.length_B, self._layout.position_BT
+            if length is None:
+                length = torch.full_like(position_BT[:, 0], position_BT.shape[1])
+            place_BL = length[:, None] + torch.arange(self._lookahead, device=length.device)
+            # tokens of the document so far: none of the call where all of the row is padding
+            last_B = position_BT.gather(1, (length - 1).clamp_min(0)[:, None])[:, 0] + (length > 0)
+            ago_L = self._lookahead - torch.arange(self._lookahead, device=length.device)
+            state = build()
+            assert isinstance(state, AttentionState)
+            return _with_recent(state, take(self._x, place_BL) * (last_B[:, None] >= ago_L)[..., None])
+
+        return both
+
+
+def _with_recent(state: AttentionState, recent_BLD: FloatBLD) -> LookaheadState:
+    return LookaheadState(
+        key_BWGE=state.key_BWGE,
+        value_BWGE=state.value_BWGE,
+        index_BW=state.index_BW,
+        count_B=state.count_B,
+        recent_BLD=recent_BLD,
+    )
 
 
 def selected_ordinals(selected_BT: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:
