@@ -141,7 +141,7 @@ class TaipanConfig:
         gate_hidden_size: width of the hidden layer of an `mlp` gate.
         gate_input: the gate reads the `normed` hidden state (as the attention does) or the `raw` one. `recall` is the
             normed one and what the token repeats: how far back in the window the n-gram that ends here was last seen,
-            and the token that followed it then (docs/decisions/0016).
+            and the token that followed it then (docs/decisions/0018).
         recall_orders: the lengths n of the n-grams that `recall` looks for.
         recall_rank: in how many dimensions `recall` compares the hidden state with the token that followed.
         gate_bias_init: s_1 − s_0 of a fresh gate on a zero input; positive starts open.

@@ -106,6 +106,7 @@ class SelectiveAttentionTable(AttentionTable):
         "gate_hidden_size",
         "recall_orders",
         "recall_rank",
+        "lookahead",
         "attention_weight",
         "key_value_scope",
         "window_unit",
