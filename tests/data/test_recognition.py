@@ -279,6 +279,7 @@ ROWS: dict[str, list[Case]] = {
         _refused(
             {"a.txt": b"one"}, "--text-column 'nothing_has_it' was given", words=["--text-column", "nothing_has_it"]
         ),
+        _refused({"a.jsonl": LINES}, "--text-column 'id'", words=["--format", "text", "--text-column", "id"]),
         _refused({"a.txt": b"one"}, "--split 'test' was given", words=["--split", "test"]),
         _refused({"a.parquet": _parquet({"text": BOTH})}, "--format", words=["--format", "jsonl"]),
         _not_imported(_npy(np.array(IDS)), "--dtype uint16 was given", words=["--dtype", "uint16"]),

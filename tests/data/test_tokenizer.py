@@ -228,6 +228,14 @@ def test_a_byte_order_mark_before_a_file_of_a_tokenizer_is_taken_off(tmp_path: P
     assert Tokenizer.load(tmp_path).fingerprint == BPE.fingerprint
 
 
+def test_a_long_name_of_the_end_makes_no_long_message(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "y" * 70_000}))
+    with pytest.raises(DataError, match="has none of the tokens yyy") as caught:
+        Tokenizer.load(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
 def test_specifications(tmp_path: Path) -> None:
     BPE.save(tmp_path)
     assert Tokenizer.from_spec("bytes").fingerprint == BYTES.fingerprint

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from taipan.content import BYTE_ORDER_MARK, encoding, is_parquet, not_text
+from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, encoding, is_parquet, not_text
 from taipan.data.records import Option, Record, column_records, listed, require_text_column
 from taipan.data.streams import COMPRESSION_SUFFIXES, Unpacked, needed, on_disk, unpacked
 from taipan.errors import DataError, brief, shown
@@ -76,8 +76,8 @@ class FileReader:
 
     def uses(self, option: Option) -> bool:
         """Whether it holds records with fields, for the text column; whether it is no Parquet file, for the format."""
-        if option == "split":
-            return False
+        if option == "split" or self._format == "text":
+            return option == "format"
         if self._named == PARQUET_SUFFIX or self._named in JSON_LINES_SUFFIXES:
             return option == "text_column" or self._named != PARQUET_SUFFIX
         if option == "format" or self._format == "jsonl" or not self.path.is_file():  # a pipe can be read only once
@@ -153,8 +153,9 @@ class FileReader:
             return "empty", " is empty; expected text."
         if self._format == "text":
             return None
-        if what := not_text(data):
-            return "not UTF-8" if encoding(data[:4096]) else "binary", f" cannot be read as text: {what}"
+        head = data[:HEAD_BYTES]
+        if what := not_text(head):
+            return "not UTF-8" if encoding(head) else "binary", f" cannot be read as text: {what}"
         if (place := data.find(b"\0")) >= 0:
             return "binary", f" is binary: it has a zero byte at offset {place:,}. Name files of text."
         return None

@@ -147,7 +147,7 @@ class Tokenizer:
         known = [name for name in names if backend.token_to_id(name) is not None]
         if not known:
             raise DataError(
-                f"{file} has none of the tokens {', '.join(names)} to end a document with. "
+                f"{file} has none of the tokens {brief(', '.join(names))} to end a document with. "
                 f'Name its end token in a {_CONFIG_FILE} beside it: {{"eos_token": "…"}}'
             )
         return cls(backend, known[0])
