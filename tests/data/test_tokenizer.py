@@ -322,3 +322,11 @@ def test_importing_the_module_does_not_import_the_library() -> None:
     code = "import sys, taipan.data.tokenizer; assert 'tokenizers' not in sys.modules"
     source = str(Path(module.__file__).parents[2])
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": source})
+
+
+@pytest.mark.parametrize("size", ["99999999999999999999", "18446744073709551615", "4294967296", "16777217", "9" * 5000])
+def test_a_vocabulary_larger_than_any_is_refused(size: str) -> None:
+    """The library ends the process, or an integer is too big to convert."""
+    with pytest.raises(ConfigError, match="expected at most 16,777,216|is not a vocabulary size") as error:
+        Tokenizer.from_spec(f"bpe:{size}", ["The taipan waits."])
+    assert len(str(error.value)) < 600

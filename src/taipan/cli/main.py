@@ -30,10 +30,11 @@ from taipan.cli import (
     train,
 )
 from taipan.cli.console import Notes
-from taipan.errors import TaipanError
+from taipan.errors import TaipanError, brief
 
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
+_LONGEST = 4000  # characters of a message: some name a path, and who calls may give one of any length
 
 # The panels of `taipan --help`, in its order.
 PANELS = {
@@ -133,6 +134,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if _is_out_of_memory(error):
+            _fail(
+                f"There is not enough memory for this ({brief(error)}). Give smaller numbers (a smaller model, fewer "
+                "rows "
+                "or tokens at once), or a machine with more memory.",
+                EXIT_ERROR,
+            )
         _fail(
             f"Unexpected {type(error).__name__}: {error}\n"
             "This is a bug in taipan, not in your input. TAIPAN_DEBUG=1 before the command shows where it happened.",
@@ -155,9 +163,17 @@ def _tell_of_compiling() -> None:
     log.addHandler(_notes)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own error, PyTorch's on a GPU, and PyTorch's on a CPU, which is known by its words "
+    "alone."""
+    return (
+        isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error)
+    )
+
+
 def _fail(message: str, code: int) -> NoReturn:
     """Print one red message on standard error and leave."""
-    typer.secho(f"Error: {message}", fg="red", err=True)
+    typer.secho(f"Error: {brief(message, _LONGEST)}", fg="red", err=True)
     sys.exit(code)
 
 

@@ -36,16 +36,21 @@ def register(app: typer.Typer, panel: str) -> None:
 
             taipan plan taipan-450m --gpus 16 --gpu-memory 40 -o training.batch_size=32
         """
+        import math
         from textwrap import fill
 
         from taipan.accounting import parameter_count
         from taipan.cli.console import print_table, quantity
+        from taipan.errors import ConfigError
         from taipan.planning import Cluster, memory, step_time
         from taipan.training.processes.parallel import Strategy
 
         def echo(text: str) -> None:
             typer.echo(fill(text, _COLUMNS))
 
+        for name, value in {"gpu-memory": gpu_memory, "tflops": tflops, "bandwidth": bandwidth}.items():
+            if not 0 < value < math.inf:
+                raise ConfigError(f"--{name} is {value:g}, but must be a number above 0.")
         chosen = _recipe(recipe, override or [])
         config = _config(chosen)
         cluster = Cluster(

@@ -42,6 +42,7 @@ _SPLIT = (
     r"|\s*[\r\n]+[ \t]*"
     r"|\s+(?!\S)|\s+"
 )
+_MOST_TOKENS = 1 << 24  # the library sets up tables of this size, and ends the process where it cannot
 
 
 class Tokenizer:
@@ -88,11 +89,15 @@ class Tokenizer:
             vocab_size: number of tokens, including the 256 bytes and the end-of-document token.
 
         Raises:
-            ConfigError: ``vocab_size`` is less than 257.
+            ConfigError: ``vocab_size`` is less than 257, or more than 2²⁴.
             DataError: ``texts`` holds no text.
         """
         if vocab_size < 257:
             raise ConfigError(f"a byte-level BPE got vocab_size {vocab_size}; expected at least 257 (256 bytes + end).")
+        if vocab_size > _MOST_TOKENS:
+            raise ConfigError(
+                f"a byte-level BPE got vocab_size {shown(vocab_size)}; expected at most {_MOST_TOKENS:,}."
+            )
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
         backend = Tokenizer(models.BPE())
@@ -171,7 +176,7 @@ class Tokenizer:
         if spec == "bytes":
             return cls.bytes()
         if kind == "bpe" and colon:
-            if not size.isdecimal():
+            if not size.isdecimal() or len(size) > 100:
                 raise ConfigError(
                     f"tokenizer {shown(spec)}: {shown(size)} is not a vocabulary size; expected for example bpe:4096"
                 )
