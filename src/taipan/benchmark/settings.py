@@ -73,5 +73,5 @@ def require_known(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} is {value}, but must be at least 1.")
+    if not 1 <= value < 1 << 31:
+        raise ConfigError(f"{name} is {shown(value)}, but must be at least 1, and below 2³¹.")
