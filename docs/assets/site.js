@@ -1,7 +1,9 @@
-// Wide tables scroll sideways: make them reachable by keyboard (the theme does so for code).
+// What scrolls sideways (code, wide tables) can be reached by keyboard; the theme takes that from code as it is laid out.
 const reach = () =>
-  document.querySelectorAll(".md-typeset__scrollwrap").forEach((box) => {
+  document.querySelectorAll("pre > code, .md-typeset__scrollwrap").forEach((box) => {
     if (!box.hasAttribute("tabindex")) box.tabIndex = 0;
   });
 reach();
-new MutationObserver(reach).observe(document.documentElement, { childList: true, subtree: true });
+new MutationObserver(reach).observe(document.documentElement, {
+  childList: true, subtree: true, attributes: true, attributeFilter: ["tabindex"],
+});
