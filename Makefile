@@ -53,11 +53,13 @@ types: $(DEVELOPMENT) ## Check types (pyright, strict)
 floors: $(DEVELOPMENT) ## Check that each floor imports only downwards
 	$(BIN)/lint-imports --no-logo
 
-pages: $(DEVELOPMENT) ## Check the HTML pages in headless Chromium with axe-core (needs npm and Chromium)
+pages: $(DEVELOPMENT) ## Check the HTML pages and the site in headless Chromium with axe-core (needs npm and Chromium)
 	cd tests/pages && npm ci --no-audit --no-fund
 	$(BIN)/taipan quickstart --seconds 20 --out build/pages/quickstart --overwrite
 	$(BIN)/taipan inspect build/pages/quickstart/model CONTRIBUTING.md -o build/pages/inspect.html
 	node tests/pages/check.mjs build/pages/screenshots build/pages/quickstart/report.html build/pages/inspect.html
+	$(BIN)/python docs/site.py
+	node tests/pages/site.mjs build/pages/screenshots/site build/site
 
 format: $(DEVELOPMENT) ## Format the code and sort imports
 	$(BIN)/ruff check --fix
