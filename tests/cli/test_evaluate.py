@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,3 +74,16 @@ def test_bad_input_is_refused(
     message = said(damaged)
     assert "tokens-00000.bin" in message
     assert "truncated" in message
+
+
+def test_without_a_terminal_it_says_now_and_then_how_far_it_is(
+    cli: Cli, model_directory: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = cli("evaluate", model_directory, text_file, "--context", 64)
+    assert "context 64" not in quiet.err, "nothing is said of what is done in a moment"
+    monkeypatch.setattr("taipan.cli.progress.LINE_SECONDS", 0.0)
+    finished = cli("evaluate", model_directory, text_file, "--context", 64, "--context", 128)
+    assert finished.code == 0, finished.err
+    for length in (64, 128):
+        assert re.search(rf"context {length}: [\d,]+ of [\d,]+ tokens \(\d+ %\), .* left\n", finished.err)
+    assert "(100 %)" in finished.err
