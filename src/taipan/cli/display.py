@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ class TrainingDisplay(TrainingListener):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
     # ------------------------------------------------------------------ what the run tells
 
@@ -104,7 +106,8 @@ class TrainingDisplay(TrainingListener):
 
     def warned(self, message: str) -> None:
         """Show a warning above the panel."""
-        self._console.print(f"Warning: {message}", style="yellow", markup=False)
+        with suppress(OSError):
+            self._console.print(f"Warning: {message}", style="yellow", markup=False)
 
     def note(self, message: str) -> None:
         """Print a line above the panel, and take the panel's content away: another part begins."""
@@ -118,7 +121,8 @@ class TrainingDisplay(TrainingListener):
     # ------------------------------------------------------------------ how it looks
 
     def _print(self, message: str) -> None:
-        self._console.print(message, markup=False)
+        with suppress(OSError):  # the terminal was closed: the run has something to save
+            self._console.print(message, markup=False)
 
     @property
     def _mean_loss(self) -> float:

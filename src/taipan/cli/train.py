@@ -33,7 +33,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
             torchrun --nproc-per-node 2 -m taipan train recipes/tiny.yaml --auto-resume
         """
-        from contextlib import nullcontext
+        from contextlib import nullcontext, suppress
 
         from taipan.cli.console import note
         from taipan.cli.display import TrainingDisplay
@@ -58,9 +58,11 @@ def register(app: typer.Typer, panel: str) -> None:
             result = run(chosen, resume=resume, listener=display)
         if not leads:
             raise typer.Exit(130 if result.interrupted else 0)
-        note(result.message)
         if result.interrupted:
+            with suppress(OSError):  # of a terminal that was closed
+                note(result.message)
             raise typer.Exit(130)
+        note(result.message)
         for gate in result.calibration:
             note(f"layer {gate.layer}: threshold {gate.threshold:.3f} selects {100 * gate.rate:.1f} % at inference")
         note(f'Try it: taipan generate {result.model_directory} "The "')

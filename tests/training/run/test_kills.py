@@ -2,12 +2,14 @@
 
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ def test_killed_inside_calls_of_the_system(
     print(f"{kills} kills inside calls in {runs} runs")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=str)
 def test_asked_to_stop(number: int, ask: Ask, reference: Path, corpora: tuple[Path, Path], tmp_path: Path) -> None:
     draw, stops, runs = random.Random(number), 0, 0
     while stops < SIGNALS // 2:
@@ -128,6 +130,30 @@ def test_asked_to_stop(number: int, ask: Ask, reference: Path, corpora: tuple[Pa
             assert ask(recipe=values) == [0]
         assert metrics(Path(values["output"])) == metrics(reference)
     print(f"{stops} stops by signal {number} in {runs} runs")
+
+
+def test_a_closed_terminal_saves(corpora: tuple[Path, Path], tmp_path: Path) -> None:
+    """The command line on a terminal of its own, which goes away: SIGHUP, and nowhere to print to."""
+    import yaml
+
+    values = recipe(corpora, tmp_path / "run", steps=100_000, checkpoint_every=None, sample_every=1, sample_tokens=2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    process, terminal = pty.fork()
+    if process == 0:
+        surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        os.execve(
+            sys.executable, [sys.executable, "-m", "taipan", "train", str(tmp_path / "recipe.yaml")], surroundings
+        )
+    os.set_blocking(terminal, False)
+    while len(metrics(tmp_path / "run")) < 3:
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)
+        time.sleep(0.05)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert latest(tmp_path / "run").step == metrics(tmp_path / "run")[-1]["step"] >= 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
