@@ -273,7 +273,10 @@ def test_the_command_line_refuses_a_second_process_and_goes_on_after_a_kill(
         steps = [line["step"] for line in metrics(run)]
         assert steps == list(range(1, len(steps) + 1))
     finally:
+        holder = holder_of(run)
         os.killpg(first.pid, signal.SIGKILL)
+        if ranks > 1 and holder is not None:  # torchrun's processes are in sessions of their own, and outlive it
+            os.kill(holder.pid, signal.SIGKILL)
         first.wait()
     assert (run / LOCK).exists()
     length = metrics(run)[-1]["step"] + 1
