@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from taipan.errors import ConfigError
 from taipan.training.recipe import Recipe
-from taipan.training.watch.listener import TrainingListener
+from taipan.training.run.loop import train
+from taipan.training.watch.listener import StepInfo, TrainingListener
 from taipan.training.watch.trackers import TrackedListener, scalars
 
 RECORD: dict[str, Any] = {
@@ -139,6 +141,37 @@ def test_tensorboard_has_every_number_and_forgets_what_was_not_saved(
     assert {(event.step, event.value) for event in events.Scalars("loss")} == {(2, 3.0), (4, 2.0), (6, 1.0)}
     assert {event.value for event in events.Scalars("gates/layer6/rate")} == {0.5}
     assert events.Tags()["tensors"]  # recipe and sample
+
+
+class Killing(Heard):
+    """Ends the run in a step, as a kill does: after the last checkpoint."""
+
+    def stepped(self, info: StepInfo) -> None:
+        if info.step == 7:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_no_step_is_told_twice_to_a_tracker_that_cannot_forget(
+    name: str, fake: Callable[..., list[FakeRun]], make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    changes = {"training.trackers": [name], "training.checkpoint_every": 4, "training.log_every": 1}
+    changes |= {"training.sample_every": 3, "training.sample_tokens": 3, "training.evaluate_every": None}
+    runs = fake(name)
+    train(make_recipe(**changes, output=str(tmp_path / "whole")))
+    (whole,) = runs
+    with pytest.raises(ZeroDivisionError):
+        train(make_recipe(**changes), listener=Killing())
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    train(None, resume=tmp_path / "run")
+    _, killed, resumed = runs
+
+    def told(*sessions: FakeRun) -> list[tuple[int, list[str]]]:
+        return [(step, sorted(values)) for session in sessions for values, step in session.logged]
+
+    assert told(killed, resumed) == told(whole)
+    train(None, resume=tmp_path / "copy")
+    assert [step for step, _ in told(runs[-1])][:2] == [5, 6], "a copy is another run: it has been told nothing"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

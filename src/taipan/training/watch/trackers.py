@@ -3,7 +3,7 @@
 A tracker that fails is dropped with a warning: a run does not end because a dashboard does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ class Tracker(Protocol):
     """One place that metrics go to."""
 
     name: str
+    forgets: bool  # what a killed session told after its last checkpoint, when the run goes on
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Take the numbers of one line of metrics."""
@@ -38,6 +39,7 @@ class TensorBoard:
     """Event files in RUN/tensorboard; what a killed session logged after its last checkpoint is purged."""
 
     name = "tensorboard"
+    forgets = True
 
     def __init__(self, run: Path, run_id: str, recipe: Recipe, step: int) -> None:
         _load("tensorboard", self.name)
@@ -64,6 +66,7 @@ class Wandb:
     """A Weights & Biases run with the id of ours, so that a resumed run continues in it. `WANDB_MODE=offline` works."""
 
     name = "wandb"
+    forgets = False
 
     def __init__(self, run: Path, run_id: str, recipe: Recipe, step: int) -> None:
         module = _load("wandb", self.name)
@@ -88,6 +91,7 @@ class Trackio:
     """A Trackio run, on this machine unless Trackio is told otherwise."""
 
     name = "trackio"
+    forgets = False
 
     def __init__(self, run: Path, run_id: str, recipe: Recipe, step: int) -> None:
         self._module = _load("trackio", self.name)
@@ -125,15 +129,25 @@ class TrackedListener(TrainingListener):
         run_id: of the run, over all sessions.
         recipe: is shown with the run.
         step: steps already taken.
+        told: kinds and steps of records that an earlier session wrote, those after its last checkpoint too. A tracker
+            that cannot forget them gets none of them again: the steps are repeated, and so are their numbers.
 
     Raises:
         ConfigError: a tracker's package is not installed.
     """
 
     def __init__(
-        self, listener: TrainingListener, names: Sequence[str], run: Path, run_id: str, recipe: Recipe, step: int
+        self,
+        listener: TrainingListener,
+        names: Sequence[str],
+        run: Path,
+        run_id: str,
+        recipe: Recipe,
+        step: int,
+        told: Collection[tuple[str, int]] = (),
     ) -> None:
         self._listener = listener
+        self._told = frozenset(told)
         self._trackers = [_KINDS[name](run, run_id, recipe, step) for name in dict.fromkeys(names)]
 
     def started(self, info: RunInfo) -> None:
@@ -148,12 +162,12 @@ class TrackedListener(TrainingListener):
         """Passed on, and the numbers to every tracker."""
         self._listener.recorded(record)
         values = dict(scalars(record))
-        self._tell(lambda tracker: tracker.scalars(values, record["step"]))
+        self._tell(lambda tracker: tracker.scalars(values, record["step"]), record)
 
     def sampled(self, record: Record) -> None:
         """Passed on, and the text to every tracker."""
         self._listener.sampled(record)
-        self._tell(lambda tracker: tracker.text("sample", record["prompt"] + record["text"], record["step"]))
+        self._tell(lambda tracker: tracker.text("sample", record["prompt"] + record["text"], record["step"]), record)
 
     def saved(self, path: Path) -> None:
         """Passed on."""
@@ -171,8 +185,11 @@ class TrackedListener(TrainingListener):
         """Close all trackers."""
         self._tell(lambda tracker: tracker.close())
 
-    def _tell(self, what: Callable[[Tracker], None]) -> None:
+    def _tell(self, what: Callable[[Tracker], None], record: Record | None = None) -> None:
+        again = record is not None and (record["kind"], record["step"]) in self._told
         for tracker in list(self._trackers):
+            if again and not tracker.forgets:
+                continue
             try:
                 what(tracker)
             except Exception as error:  # any: the package's own, the network's, the disk's
