@@ -20,6 +20,7 @@ HEALTHY = GateStatistics(
     alpha_std=0.2,
     weight_mean=0.1,
     entropy=0.3,
+    margin_std=1.0,
     budget=0.0,
 )
 
