@@ -47,7 +47,7 @@ def configuration(model: str) -> TaipanConfig:
     if model == QUICKSTART:
         from taipan.experiments.quickstart import quickstart_recipe
 
-        section = quickstart_recipe(Path()).model
+        section = quickstart_recipe(Path("runs/quickstart")).model
         return section.config(section.overrides["vocab_size"], None)
     if model in CONFIGURATIONS:
         return TaipanConfig.from_dict(CONFIGURATIONS[model])
