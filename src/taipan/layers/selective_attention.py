@@ -72,7 +72,8 @@ class SelectiveAttention(Mixer[AttentionState]):
         k = self.k_proj(gather(entries.back(config.lookahead), keys.tokens))
         v = self.v_proj(gather(entries.since(), keys.tokens))
         out, build = self.attention(q, k, v, state, layout, queries=queries, keys=keys)
-        build = entries.remembering(build)
+        if config.lookahead:
+            build = entries.remembering(build)
         out_BSD = self.o_proj(out)
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
         h_BSD = gather(h_BTD, queries.tokens)
@@ -156,8 +157,6 @@ class _Entries:
 
     def remembering(self, build: StateBuilder) -> StateBuilder:
         """How to build the state with the last K hidden states of the document in it."""
-        if self._lookahead == 0:
-            return build
 
         def both() -> LookaheadState:
             length, position_BT = self._layout.length_B, self._layout.position_BT
