@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from taipan.config import LAYER_TYPES, TaipanConfig
-from taipan.errors import ConfigError
+from taipan.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def register_table(name: str, table: LayerTable) -> None:
         ConfigError: it is known already.
     """
     if name in _TABLES:
-        raise ConfigError(f"The layer type {name!r} is there already: give yours another name.")
+        raise ConfigError(f"The layer type {shown(name)} is there already: give yours another name.")
     _TABLES[name] = LAYER_TYPES[name] = table
 
 

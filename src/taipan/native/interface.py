@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from taipan.errors import InputError
+from taipan.errors import InputError, shown
 
 Index = ctypes.c_ssize_t
 Value = Tensor | int | float | Sequence[int] | ctypes.Structure | None
@@ -158,7 +158,7 @@ def _converted(kind: Any, value: Value, real: torch.dtype) -> Any:
     if issubclass(kind, ctypes.Array):
         length = ctypes.sizeof(kind) // ctypes.sizeof(Index)
         if not isinstance(value, tuple) or len(value) != length:
-            raise TypeError(f"{value!r} is not {length} whole numbers")
+            raise TypeError(f"{shown(value)} is not {length} whole numbers")
         return kind(*value)
     return value
 

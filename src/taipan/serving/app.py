@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from sse_starlette import EventSourceResponse
 
-from taipan.errors import InputError, TaipanError
+from taipan.errors import InputError, TaipanError, shown
 from taipan.serving import chat
 from taipan.serving.answers import ChatFace, Choice, CompletionFace, Face
 from taipan.serving.engine import (
@@ -296,4 +296,4 @@ def _model(name: str) -> dict[str, Any]:
 
 def _require_model(given: str, name: str) -> None:
     if given != name:
-        raise HTTPException(404, f"The model {given[:100]!r} does not exist: this server has {name!r}.")
+        raise HTTPException(404, f"The model {shown(given[:100])} does not exist: this server has {shown(name)}.")

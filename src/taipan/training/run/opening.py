@@ -223,7 +223,7 @@ def _require_free(path: Path) -> None:
     """Refuse an output in which another run would be lost, or which is something else."""
     for file, what in (("manifest.json", "a data set"), ("config.json", "a model")):
         if (path / file).exists():
-            raise ConfigError(f"output is {str(path)!r}, which holds {what}: name a directory for the run alone.")
+            raise ConfigError(f"output is {shown(str(path))}, which holds {what}: name a directory for the run alone.")
     if checkpoints(path) or (path / MODEL).exists():
         raise ConfigError(
             f"output is {shown(str(path))}, which already holds a run: resume it with `taipan train --resume {path}`, "
