@@ -41,7 +41,7 @@ def started(tmp_path: Path) -> RunInfo:
 
 
 def step(number: int) -> StepInfo:
-    gate = [0.125, 0.25, 0.375, 0.5, 0.0625, 0.1, 0.3, 1.0, 0.01, 0.0]
+    gate = [0.125, 0.25, 0.375, 0.5, 0.0625, 0.1, 0.3, 1.0, 0.01, 0.0, 0.0, 0.0]
     numbers = ([2.5, math.log(2), 0.1, 0.0], [1.0], [[gate, gate]])
     tensors = (torch.tensor(values, dtype=torch.float64) for values in numbers)
     result = StepResult(*tensors, GateMeaning((1, 3), 1.0, 0.15, "batch"), parts=1, tokens=1000)

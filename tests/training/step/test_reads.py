@@ -68,7 +68,7 @@ def test_a_step_with_three_selective_layers_reads_one_number_until_it_is_asked(
     assert len(result.gates) == 3
     assert result.loss == result.cross_entropy + result.budget
     assert result.grad_norm > 0
-    assert listed == [4 + 1 + accumulation * 3 * 10]  # all at once, and once
+    assert listed == [4 + 1 + accumulation * 3 * 12]  # all at once, and once
 
 
 class Silent(TrainingListener):
@@ -87,4 +87,4 @@ def test_a_run_reads_losses_and_gates_when_a_line_is_due(
     steps = [line for line in reads.lines.elements() if "train_step.py" in line]
     assert len(steps) == 6
     # of each line the means and the last step; one checkpoint asks once more, of no sums
-    assert len([count for count in listed if count in (3, 5 + 10)]) == 2 * lines
+    assert len([count for count in listed if count in (3, 5 + 12)]) == 2 * lines

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taipan.layers.gating import GateOutput
 from taipan.model import TaipanLM
+from taipan.ops.masked_mean import masked_mean
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GateStatistics:
     budget: float
 
 
-WIDTH = 10  # numbers gathered of one SAL: the statistics, and the square from which a spread over processes comes
+WIDTH = 12  # numbers gathered of one SAL: the statistics, and what the spreads over processes come from
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class GateMeaning:
 
 
 def gathered(model: TaipanLM, gates: Sequence[GateOutput]) -> Tensor:
-    """The numbers of every SAL in one forward, float64 (SALs, 10) on the device; nothing is read.
+    """The numbers of every SAL in one forward, float64 (SALs, 12) on the device; nothing is read.
 
     Args:
         model: whose configuration and progress give the budget.
@@ -85,7 +86,9 @@ def gathered(model: TaipanLM, gates: Sequence[GateOutput]) -> Tensor:
         values = (gate.rate, gate.training_rate, gate.noise_free_rate, gate.alpha_mean, gate.alpha_std)
         values = (*values, gate.weight_mean, gate.entropy, gate.margin_std, gate.budget_loss(capacity, mean))
         row = torch.stack([value.detach().double() for value in values])
-        rows.append(torch.cat([row, (row[4] ** 2 + row[3] ** 2)[None]]))
+        margin = masked_mean(gate.margin_BT.detach(), gate.real_BT).double()
+        squares = torch.stack([row[4] ** 2 + row[3] ** 2, margin, row[7] ** 2 + margin**2])
+        rows.append(torch.cat([row, squares]))
     return torch.stack(rows)
 
 
@@ -108,11 +111,12 @@ def statistics(
 
 def _told(row: Sequence[float], layer: int, meaning: GateMeaning, parts: int) -> list[float]:
     """The statistics of one SAL in one forward, in the order of their fields."""
-    *values, square = row
+    *values, alpha_square, margin, margin_square = row
     if parts == 1:
         return [*values[:-1], meaning.weight * values[-1]]
     values = [value / parts for value in values]
-    values[4] = math.sqrt(max(0.0, square / parts - values[3] ** 2))
+    values[4] = math.sqrt(max(0.0, alpha_square / parts - values[3] ** 2))
+    values[7] = math.sqrt(max(0.0, margin_square / parts - (margin / parts) ** 2))
     values[-1] *= meaning.weight
     if meaning.mean == "batch" and meaning.weight > 0:
         values[-1] = meaning.weight * (meaning.capacity - values[0]) ** 2

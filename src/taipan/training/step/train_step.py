@@ -25,7 +25,7 @@ class StepResult:
     Args:
         losses: loss, cross-entropy, budget and forecast in nats per predicted token, float64 (4,).
         norm: of the gradient before clipping, float64 (1,).
-        gates: as `gathered`, summed over the processes, float64 (forwards, SALs, 10).
+        gates: as `gathered`, summed over the processes, float64 (forwards, SALs, 12).
         meaning: of the gates' numbers.
         parts: processes that were summed over.
         tokens: read in this step.
