@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=r"weights are not those of the recipe's model.*upcycle"):
         start(make_recipe(model={"from": str(directory), "state_size": 16}))
-    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
         start(make_recipe(**{"model.from": str(tmp_path)}))
     other = Tokenizer.train_bpe(["some words to learn from, some words"] * 5, 257)
     with pytest.raises(ConfigError, match=r"another tokenizer.*--tokenizer"):
