@@ -135,7 +135,7 @@ def test_keys_get_rows_in_turn(model: TextModel) -> None:
     second = Engine(model, rows=2, prefix_bytes=0)
     Stream(second, prompt(4, 0), settings(1_000_000), key="greedy").next()
     for name in ("greedy 3", "other"):
-        second.submit(Request(prompt(4, 1), settings(200), tell(name), key=name.split()[0]))
+        second.submit(Request(prompt(4, 1), settings(30), tell(name), key=name.split()[0]))
     running.cancel()
     for _ in range(5):
         done.get(timeout=60)
