@@ -101,6 +101,23 @@ def test_an_end_of_one_character_is_refused_in_a_text() -> None:
         tokenizer.encode("a\x03")
 
 
+@OURS
+@given(parts=st.lists(hard_text, min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_a_template_has_special_tokens_by_their_names(tokenizer: Tokenizer, parts: list[str]) -> None:
+    plain = [part.replace(END_OF_TEXT, "") for part in parts]
+    expected = tokenizer.encode(plain[0])
+    for part in plain[1:]:
+        expected += [tokenizer.eos_id, *tokenizer.encode(part)]
+    assert tokenizer.encode_template(END_OF_TEXT.join(plain)) == expected
+    assert tokenizer.eos_id not in tokenizer.encode(END_OF_TEXT), "text stays text afterwards"
+
+
+def test_a_surrogate_is_refused_in_a_template() -> None:
+    with pytest.raises(InputError, match="a lone surrogate"):
+        BYTES.encode_template("\ud800")
+
+
 @given(text=hard_text)
 @settings(max_examples=100, deadline=None)
 def test_the_id_of_a_byte_is_its_value(text: str) -> None:

@@ -41,10 +41,11 @@ def test_any_text_has_the_same_ids_and_comes_back(both: tuple[Tokenizer, Path]) 
     @settings(max_examples=60, deadline=None)
     @given(TEXTS)
     def same(text: str) -> None:
-        ids = tokenizer(text).input_ids
+        ids = tokenizer(text, split_special_tokens=True).input_ids
         assert ids == native.encode(text)
         assert native.eos_id not in ids
         assert tokenizer.decode(ids) == text
+        assert tokenizer(text).input_ids == native.encode_template(text)
 
     same()
 
@@ -65,4 +66,37 @@ def test_saved_by_transformers_it_is_still_ours(both: tuple[Tokenizer, Path], tm
     again = Tokenizer.load(tmp_path)
     assert again.eos_id == native.eos_id
     text = f"def f(x):\n    return {END_OF_TEXT}"
-    assert again.encode(text) == native.encode(text) == face(tmp_path)(text).input_ids
+    assert again.encode(text) == native.encode(text) == face(tmp_path)(text, split_special_tokens=True).input_ids
+    assert again.encode_template(text) == face(tmp_path)(text).input_ids
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_chat_template_has_real_tokens_in_both_faces(both: tuple[Tokenizer, Path], tmp_path: Path) -> None:
+    """A tuned model could never learn to stop where the end of a turn is letters."""
+    native, directory = both
+    tokenizer = face(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "a name\n"}, {"role": "assistant", "content": "naïve"}]
+    again, reread = face(tmp_path), Tokenizer.load(tmp_path)
+    text = again.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    user, assistant = again.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    first, second = native.encode("a name\n"), native.encode("naïve")
+    assert ids == [user, *first, native.eos_id, assistant, *second, native.eos_id, assistant]
+    assert isinstance(text, str)
+    assert reread.encode_template(text) == ids
+    assert not {user, assistant, native.eos_id} & {*reread.encode(text)}
+
+
+def test_an_end_that_a_trainer_puts_behind_a_text_is_a_token(both: tuple[Tokenizer, Path]) -> None:
+    """As TRL's SFT does it: the name of the end is joined to the text, and the whole is encoded."""
+    native, directory = both
+    tokenizer = face(directory)
+    assert tokenizer(text=f"a name{tokenizer.eos_token}").input_ids == [*native.encode("a name"), native.eos_id]

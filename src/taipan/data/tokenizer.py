@@ -50,7 +50,8 @@ class Tokenizer:
 
     Text is only text: the name of a special token inside it is encoded letter by letter, so no document can end
     itself. The end-of-document token is added by whoever joins documents (:attr:`eos_id`). A foreign tokenizer whose
-    vocabulary has the name of its end as a word of text gets such a text in two pieces, cut within the name.
+    vocabulary has the name of its end as a word of text gets such a text in two pieces, cut within the name. Only
+    what a chat template wrote has special tokens by their names: :meth:`encode_template`.
 
     Args:
         backend: the tokenizer of the ``tokenizers`` library; padding and truncation are switched off.
@@ -206,7 +207,6 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eos_token,
             "padding_side": "left",
-            "split_special_tokens": True,  # there, too, text is only text
         }
         atomic_write(Path(directory, _CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
 
@@ -217,6 +217,19 @@ class Tokenizer:
             InputError: the text holds a lone surrogate, which no UTF-8 text can.
         """
         return self.encode_batch([text])[0]
+
+    def encode_template(self, text: str) -> list[int]:
+        """Return the token ids of what a chat template wrote: the names of special tokens become those tokens.
+
+        Nothing is put before or behind: a template writes its own begin and end tokens. The ids are those of
+        transformers' ``apply_chat_template(tokenize=True)``. A name within what a user said becomes a token, too: only
+        :meth:`encode` keeps text from that.
+
+        Raises:
+            InputError: the text holds a lone surrogate, which no UTF-8 text can.
+        """
+        _utf8([text])
+        return self._template_backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of several texts; byte-pair encoding runs on all cores.
@@ -380,6 +393,13 @@ class Tokenizer:
                 "remove it from the text, or use another tokenizer."
             )
         return [index for start, stop in pairwise(cuts) for index in self._without_end(text[start:stop])]
+
+    @cached_property
+    def _template_backend(self) -> "tokenizers.Tokenizer":
+        """The same tokenizer, but one that sees special tokens in a text (the library keeps no such setting)."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self._backend.to_str())
 
     @property
     def _json(self) -> dict[str, Any]:
