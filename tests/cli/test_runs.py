@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from taipan.config import TaipanConfig
+from taipan.locks import Holder
 from taipan.training.recipe import Recipe
-from taipan.training.watch.holder import Holder
 from taipan.training.watch.summary import differences, find_runs, summarize
 from tests.cli.conftest import Cli
 

@@ -19,11 +19,10 @@ import pytest
 import yaml
 
 from taipan.errors import CheckpointError, ConfigError
+from taipan.locks import Holder, holder_of, lock
 from taipan.training.recipe import Recipe
-from taipan.training.run import hold
-from taipan.training.run.hold import LOCK, held, holder_of
+from taipan.training.run.hold import LOCK, held
 from taipan.training.run.loop import train
-from taipan.training.watch.holder import Holder
 from tests.training.conftest import tiny_values
 from tests.training.processes.launch import ROOT, environment, free_port
 from tests.training.run.test_loop import Watcher, interrupt, metrics
@@ -66,7 +65,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_who_holds_it_is_named_until_it_ends_and_nothing_is_left(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with held(run, quiet):
-        first = holder_of(run)
+        first = holder_of(run / LOCK)
         assert first is not None
         assert (first.host, first.pid, first.lives) == (platform.node(), os.getpid(), True)
         refused(run, str(run), f"process {os.getpid()} on {platform.node()}, since {first.since}")
@@ -84,7 +83,9 @@ def test_the_killed_hold_nothing(tmp_path: Path, other: subprocess.Popen[str]) -
     other.wait()
     assert (run / LOCK).exists()
     with held(run, quiet):
-        assert holder_of(run) == replace(Holder.this_process(), since=getattr(holder_of(run), "since", ""))
+        assert holder_of(run / LOCK) == replace(
+            Holder.this_process(), since=getattr(holder_of(run / LOCK), "since", "")
+        )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1, "pid": -1, "boot": 0, "began": 0, "since": 0}'])
@@ -106,7 +107,7 @@ def test_whoever_opened_the_file_before_it_was_removed_does_not_hold_what_has_no
         seen.append(descriptor)
         flock(descriptor, operation)
 
-    monkeypatch.setattr(hold.fcntl, "flock", slow)
+    monkeypatch.setattr(lock.fcntl, "flock", slow)
     with held(tmp_path, quiet):
         assert len(seen) == 2
         refused(tmp_path, f"process {os.getpid()}")
@@ -136,7 +137,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOLCK) -
     def none(descriptor: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(hold.fcntl, "flock", none)
+    monkeypatch.setattr(lock.fcntl, "flock", none)
 
 
 def leave(run: Path, holder: Holder) -> None:
@@ -180,7 +181,7 @@ def test_without_locks_the_file_decides_and_that_is_said(
 def test_where_locks_do_not_reach_other_machines_that_is_said(
     kind: str, options: str, reaches: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hold, "_mount_of", lambda path: (kind, set(options.split(","))))
+    monkeypatch.setattr(lock, "_mount_of", lambda path: (kind, set(options.split(","))))
     leave(tmp_path, replace(Holder.this_process(), host="elsewhere", pid=17))
     if reaches:
         with held(tmp_path, quiet):
@@ -190,8 +191,8 @@ def test_where_locks_do_not_reach_other_machines_that_is_said(
 
 
 def test_the_mount_of_a_path_is_found(tmp_path: Path) -> None:
-    assert hold._mount_of(Path("/proc/self"))[0] == "proc"
-    assert hold._mount_of(tmp_path)[0] != ""
+    assert lock._mount_of(Path("/proc/self"))[0] == "proc"
+    assert lock._mount_of(tmp_path)[0] != ""
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_the_command_line_refuses_a_second_process_and_goes_on_after_a_kill(
     first = subprocess.Popen(line, env=surroundings, start_new_session=True)
     try:
         wait_until(lambda: len(metrics(run)) > 6, first)
-        holder = holder_of(run)
+        holder = holder_of(run / LOCK)
         assert holder is not None
         for arguments in (["--resume", str(run)], [str(tmp_path / "recipe.yaml"), "--auto-resume"]):
             done = go([*alone, *arguments])
@@ -273,7 +274,7 @@ def test_the_command_line_refuses_a_second_process_and_goes_on_after_a_kill(
         steps = [line["step"] for line in metrics(run)]
         assert steps == list(range(1, len(steps) + 1))
     finally:
-        holder = holder_of(run)
+        holder = holder_of(run / LOCK)
         os.killpg(first.pid, signal.SIGKILL)
         if ranks > 1 and holder is not None:  # torchrun's processes are in sessions of their own, and outlive it
             os.kill(holder.pid, signal.SIGKILL)

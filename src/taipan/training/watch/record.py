@@ -17,7 +17,7 @@ from typing import Any, Literal
 from taipan.errors import DataError
 from taipan.hardware import describe
 from taipan.io import atomic_write, parse_json_object
-from taipan.training.watch.holder import Holder
+from taipan.locks import Holder
 
 FILE = "run.json"
 _FORMAT = "taipan-run-1"

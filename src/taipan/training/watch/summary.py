@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from taipan.accounting import parameter_count
 from taipan.errors import ConfigError, brief
+from taipan.locks import Holder
 from taipan.training.recipe import Recipe
-from taipan.training.watch.holder import Holder
 from taipan.training.watch.metrics import Record, read_records
 from taipan.training.watch.record import read_run_record
 
