@@ -4,6 +4,10 @@
 face wrote them.
 """
 
+import importlib
+import sys
+
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from taipan.hf.cache import TaipanCache
@@ -27,3 +31,8 @@ AutoConfig.register(TaipanHFConfig.model_type, TaipanHFConfig, exist_ok=True)
 AutoModelForCausalLM.register(TaipanHFConfig, TaipanForCausalLM, exist_ok=True)
 # our tokenizer.json needs no class of its own
 AutoTokenizer.register(TaipanHFConfig, tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+# `transformers serve` and TRL's trainers look a class up in their module `transformers`, by its name in config.json.
+# There are two: importing processing_utils puts another in the place of the first, which earlier importers keep.
+importlib.import_module("transformers.processing_utils")
+for module in (transformers, sys.modules["transformers"]):
+    setattr(module, TaipanForCausalLM.__name__, TaipanForCausalLM)

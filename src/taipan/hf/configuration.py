@@ -1,6 +1,8 @@
 """`TaipanConfig` as transformers wants a configuration: the same fields, the same `config.json`."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from taipan.config import TaipanConfig
 from taipan.hf.cache import explain_layer_types
+from taipan.model.hub import AUTO_MAP, write_remote_code
 
 _NATIVE = tuple(field.name for field in dataclasses.fields(TaipanConfig))
 
@@ -33,6 +36,7 @@ class TaipanHFConfig(PreTrainedConfig):
     def __init__(self, *, use_cache: bool = True, **kwargs: Any) -> None:
         native = TaipanConfig.from_dict({name: kwargs.pop(name) for name in _NATIVE if name in kwargs})
         explain_layer_types(native.layer_types)
+        kwargs["auto_map"] = dict(AUTO_MAP)  # of this version, whichever repository the configuration came from
         super().__init__(**kwargs)  # its own validation must not meet our layer_types
         self.use_cache = use_cache
         for name, value in native.to_dict().items():  # lists instead of tuples, as a config.json gives them
@@ -50,6 +54,17 @@ class TaipanHFConfig(PreTrainedConfig):
             ConfigError: a field was set to something impossible.
         """
         return TaipanConfig.from_dict({name: getattr(self, name) for name in _NATIVE})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers does it, with the module that leads programs to this package (`taipan.model.hub`)."""
+        if not Path(save_directory).is_file():  # which transformers refuses
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_remote_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing: transformers would put a copy of this source, without the package around it, beside the weights."""
 
     @property
     def num_hidden_layers(self) -> int:

@@ -153,6 +153,10 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         return embedding
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
+        """Nothing, as in `TaipanHFConfig`."""
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it.
 

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from torch import Tensor
 from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError
 from taipan.io import atomic_directory
+from taipan.model.hub import REMOTE_CODE, hub_config, write_remote_code
 from taipan.model.weights import PRECISE, WEIGHTS, check_numbers, read_weights, shards
 from taipan.native.memory import in_large_pages
 
@@ -26,16 +27,12 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
 
-def hub_config(config: TaipanConfig) -> dict[str, Any]:
-    """The fields of config.json: ours, and what Hugging Face's AutoConfig and AutoModelForCausalLM look for."""
-    return {"model_type": "taipan", "architectures": ["TaipanForCausalLM"], **config.to_dict()}
-
-
 def write_model(
     config: TaipanConfig, weights: dict[str, Tensor], directory: Path, tokenizer: "Tokenizer | None" = None
 ) -> None:
     """Write the files of a model into an existing directory, without any care for what stands there."""
     (directory / CONFIG).write_text(json.dumps(hub_config(config), indent=2) + "\n", encoding="utf-8")
+    write_remote_code(directory)
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(directory)
@@ -69,7 +66,7 @@ def save_model(
     size = sum(tensor.nbytes for tensor in weights.values())
     with atomic_directory(directory, needed_bytes=size) as temporary:
         if directory.is_dir():
-            replaced = {CONFIG, WEIGHTS, *shards(directory)}
+            replaced = {CONFIG, REMOTE_CODE, WEIGHTS, *shards(directory)}
             for entry in directory.iterdir():
                 if entry.is_file() and entry.name not in replaced:
                     shutil.copy2(entry, temporary / entry.name)

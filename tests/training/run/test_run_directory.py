@@ -226,6 +226,7 @@ def test_the_model_card_has_the_facts_and_metadata(whole: TrainResult) -> None:
     assert metric == {"type": "bits_per_byte", "value": round(final["valid_bits_per_byte"], 4)}
     record = record_of(whole.run)
     threshold = whole.calibration[0].threshold
+    assert "trust_remote_code=True" in body
     for fact in (record["id"], record["data"]["fingerprint"], "1 mamba2, 1 selective_attention", f"{threshold:.4f}"):
         assert fact in body
     assert f"{sum(parameter.numel() for parameter in whole.model.parameters()):,}" in body

@@ -97,7 +97,10 @@ def model_card(
         )
     parts.append(
         '```python\nimport taipan\n\nmodel = taipan.load("DIRECTORY")\nprint(model.generate("The "))\n```\n\n'
-        '```bash\ntaipan generate DIRECTORY "The "\n```'
+        '```bash\ntaipan generate DIRECTORY "The "\n```\n\n'
+        "With transformers: `import taipan.hf`, then its Auto classes load `DIRECTORY`. Programs that cannot import it are "
+        "told to trust the directory (`trust_remote_code=True`, `--trust-remote-code`): its `modeling_taipan.py` imports "
+        "the package, `taipan-lm[hf]`, which must be installed."
     )
     notes = "\n".join(f"* {note}" for note in dict.fromkeys(licences))
     parts.append(f"The licence of the weights is for whoever publishes them to say. Of the data:\n\n{notes}")
