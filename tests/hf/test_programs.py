@@ -60,7 +60,7 @@ def test_without_the_package_the_directory_says_what_to_install(directory: Path,
     done = python(
         f"import sys; sys.modules['taipan'] = None\n{_LOAD}", directory, tmp_path, modules=tmp_path / "modules"
     )
-    assert "package taipan-lm[hf]: pip install '.[hf]' in your clone of Taipan" in done.stderr
+    assert "package taipan-lm, extra hf: pip install '.[hf]' in your clone of Taipan" in done.stderr
 
 
 def test_both_faces_write_the_same_module(directory: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ try:
     from taipan.hf import {classes}
 except ImportError as error:
     raise ImportError(
-        "This is a Taipan model, whose code is in the package taipan-lm[hf]: {install} ("
+        "This is a Taipan model, whose code is in the package taipan-lm, extra hf: {install} ("
         + str(error)
         + ")."
     ) from error

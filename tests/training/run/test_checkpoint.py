@@ -15,6 +15,7 @@ from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError
 from taipan.model import TaipanLM, directory, load_tokenizer
+from taipan.model.hub import REMOTE_CODE
 from taipan.training.run.checkpoint import (
     Shapes,
     checkpoints,
@@ -54,7 +55,7 @@ def test_it_is_a_model_directory_with_the_trainer_beside(save: Callable[[int], P
     assert model.config == CONFIG
     assert load_tokenizer(path, model.config).vocab_size == 257
     assert load_trainer(path) == {"step": 5, "seconds": 0.1}
-    assert set(names_in(path)) == {*FILES, "manifest.json"}
+    assert set(names_in(path)) == {*FILES, "manifest.json", REMOTE_CODE}
 
     def blank(saved: Shapes) -> dict[str, Tensor]:
         assert saved == {"a/moment": (torch.Size([3]), torch.float32), "a/step": (torch.Size(), torch.float32)}
@@ -215,4 +216,4 @@ def test_no_pickle_is_written_or_read(save: Callable[[int], Path], monkeypatch: 
     load_trainer(path)
     assert load_optimizer(path, lambda saved: {name: torch.zeros(shape) for name, (shape, _) in saved.items()})
     for file in names_in(path):
-        assert Path(file).suffix in (".json", ".safetensors")
+        assert Path(file).suffix in (".json", ".safetensors") or file == REMOTE_CODE

@@ -9,6 +9,7 @@ import yaml
 
 from taipan.accounting import flops_per_token, parameter_count, state_bytes
 from taipan.config import TaipanConfig
+from taipan.errors import how_to_install
 from taipan.io import shareable
 from taipan.training.recipe import Recipe
 from taipan.training.run.calibration import Calibration
@@ -100,7 +101,7 @@ def model_card(
         '```bash\ntaipan generate DIRECTORY "The "\n```\n\n'
         "With transformers: `import taipan.hf`, then its Auto classes load `DIRECTORY`. Programs that cannot import it are "
         "told to trust the directory (`trust_remote_code=True`, `--trust-remote-code`): its `modeling_taipan.py` imports "
-        "the package, `taipan-lm[hf]`, which must be installed."
+        f"the package or says what to do: {how_to_install('hf')}."
     )
     notes = "\n".join(f"* {note}" for note in dict.fromkeys(licences))
     parts.append(f"The licence of the weights is for whoever publishes them to say. Of the data:\n\n{notes}")
