@@ -99,9 +99,9 @@ def model_card(
     parts.append(
         '```python\nimport taipan\n\nmodel = taipan.load("DIRECTORY")\nprint(model.generate("The "))\n```\n\n'
         '```bash\ntaipan generate DIRECTORY "The "\n```\n\n'
-        "With transformers: `import taipan.hf`, then its Auto classes load `DIRECTORY`. Programs that cannot import it are "
-        "told to trust the directory (`trust_remote_code=True`, `--trust-remote-code`): its `modeling_taipan.py` imports "
-        f"the package or says what to do: {how_to_install('hf')}."
+        "With transformers: `import taipan.hf`, then its Auto classes load `DIRECTORY`. Programs that cannot import it "
+        "are told to trust the directory (`trust_remote_code=True`, `--trust-remote-code`): its `modeling_taipan.py` "
+        f"imports the package or says what to do: {how_to_install('hf')}."
     )
     notes = "\n".join(f"* {note}" for note in dict.fromkeys(licences))
     parts.append(f"The licence of the weights is for whoever publishes them to say. Of the data:\n\n{notes}")
