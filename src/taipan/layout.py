@@ -1,11 +1,13 @@
 """How the tokens of one call lie in their rows: the decoder normalises masks and documents once, here."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from taipan.errors import InputError
+from taipan.ops.selection import Selection, select_all, select_tokens
 from taipan.shapes import BoolBT, FloatBTD, IntB, IntBT, IntBTO
 from taipan.state import NO_SEGMENT, DecoderState
 
@@ -43,6 +45,14 @@ class Layout:
     segment_BT: IntBT | None = None
     last_segment_B: IntB | None = None
     recalled: Recalled | None = None
+
+    @cached_property
+    def everything(self) -> Selection:
+        """All real tokens; made once for all layers, because the lengths of padded rows are read from the device."""
+        if self.real_BT is None:
+            batch, tokens = self.position_BT.shape
+            return select_all(batch, tokens, self.position_BT.device)
+        return select_tokens(self.real_BT)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class GateAverage:
 
     def __init__(self, gate: GateOutput) -> None:
         self._layer = gate.layer
-        self._threshold = gate.threshold
+        self._threshold = float(gate.threshold)
         self._count = 0
         self._sums = [0.0] * 6
 

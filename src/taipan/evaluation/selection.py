@@ -85,7 +85,7 @@ def _traced_pieces(
         yield [
             LayerTrace(
                 layer=gate.layer,
-                threshold=gate.threshold,
+                threshold=float(gate.threshold),
                 scores_T2=gate.scores_BT2[0].float().cpu(),
                 selected_T=gate.selected_BT[0].cpu(),
                 alpha_T=gate.alpha_BT[0].float().cpu(),

@@ -14,8 +14,8 @@ from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.attention import windowed_attention
 from taipan.ops.rope import rotate
-from taipan.ops.selection import Selection, gather, scatter, select_tokens
-from taipan.shapes import BoolBT, FloatBTD, IntBS
+from taipan.ops.selection import Selection, gather, scatter
+from taipan.shapes import FloatBTD, IntBS
 from taipan.state import AttentionState, StateBuilder, newest_ordinals
 
 
@@ -156,7 +156,7 @@ class Attention(Mixer[AttentionState]):
         self, h_BTD: FloatBTD, x_BTD: FloatBTD, state: AttentionState | None, layout: Layout, schedule: GateSchedule
     ) -> Mixed:
         """See `Mixer.forward`: a branch."""
-        every = Attended.of(everything(x_BTD, layout), layout.position_BT)
+        every = Attended.of(layout.everything, layout.position_BT)
         x_queries, x_keys = gather(x_BTD, every.tokens), gather(x_BTD, every.tokens)
         q, k, v = self.q_proj(x_queries), self.k_proj(x_keys), self.v_proj(x_keys)
         out, build = self.attention(q, k, v, state, layout, queries=every, keys=every)
@@ -219,11 +219,3 @@ def out_of_place(
             yield "index_BW", "is not in the order of the text"
     if not right_BW.all():
         yield "index_BW", "names tokens that are not in the window"
-
-
-def everything(x_BTD: FloatBTD, layout: Layout) -> Selection:
-    """Selection of all real tokens, at their own places."""
-    real_BT: BoolBT = (
-        layout.real_BT if layout.real_BT is not None else x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool)
-    )
-    return select_tokens(real_BT)

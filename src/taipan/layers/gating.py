@@ -58,7 +58,7 @@ class GateOutput:
         alpha_BT: α of Eq. 5, fp32.
         real_BT: which tokens are not padding; None when all are.
         noise: scale of the training noise at the model's progress.
-        threshold: inference threshold on s_1 − s_0.
+        threshold: inference threshold on s_1 − s_0 at the time of the call, fp32, without dimensions.
         training_threshold: the one of training: the same where it holds the budget, else 0.
     """
 
@@ -69,8 +69,8 @@ class GateOutput:
     alpha_BT: FloatBT
     real_BT: BoolBT | None
     noise: float
-    threshold: float
-    training_threshold: float = 0.0
+    threshold: Tensor
+    training_threshold: Tensor
 
     @property
     def margin_BT(self) -> Tensor:
@@ -245,7 +245,7 @@ class Gate(nn.Module):
             alpha_BT = torch.ones_like(margin_BT)
         else:
             alpha_BT = torch.softmax(scores_BT2, dim=-1)[..., 1]
-        threshold = float(self.threshold)
+        threshold = self.threshold.clone()  # the layer's own moves in training
         return GateOutput(
             layer=self.layer,
             scores_BT2=scores_BT2,
@@ -255,7 +255,7 @@ class Gate(nn.Module):
             real_BT=real_BT,
             noise=schedule.noise,
             threshold=threshold,
-            training_threshold=threshold if controlled else 0.0,
+            training_threshold=threshold if controlled else torch.zeros_like(threshold),
         )
 
     @torch.no_grad()

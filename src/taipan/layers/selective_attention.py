@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from taipan.config import TaipanConfig
-from taipan.layers.attention import Attended, GatheredAttention, everything, out_of_place
+from taipan.layers.attention import Attended, GatheredAttention, out_of_place
 from taipan.layers.gating import Gate, GateSchedule
 from taipan.layers.init import linear_
 from taipan.layers.linear import Linear
@@ -65,8 +65,8 @@ class SelectiveAttention(Mixer[AttentionState]):
         index_BT = layout.position_BT
         if config.window_unit == "selected":
             index_BT = selected_ordinals(gate.selected_BT, state, layout)
-        queries = Attended.of(everything(x_BTD, layout) if dense else selected, index_BT)
-        keys = Attended.of(everything(x_BTD, layout) if config.key_value_scope == "all" else selected, index_BT)
+        queries = Attended.of(layout.everything if dense else selected, index_BT)
+        keys = Attended.of(layout.everything if config.key_value_scope == "all" else selected, index_BT)
         entries = _Entries(x_BTD, state, layout, config.lookahead)
         q = self.q_proj(gather(x_BTD, queries.tokens))
         k = self.k_proj(gather(entries.back(config.lookahead), keys.tokens))

@@ -130,7 +130,7 @@ class TaipanDecoder(nn.Module):
                 f"The tokens have shape {tuple(tokens_BT.shape)}, but must be (batch, length) with at least one row "
                 "and one token: start an empty prompt with the end-of-text token."
             )
-        low, high = (int(value) for value in tokens_BT.aminmax())
+        low, high = torch.stack(tokens_BT.aminmax()).tolist()
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(
                 f"Token id {low if low < 0 else high} is out of range: this model knows ids 0 to "

@@ -25,6 +25,10 @@ class Codes(NamedTuple):
         key_B1J = self.key_BJ[:, None, :]
         return (key_B1J >= self.low_BQ[:, :, None]) & (key_B1J <= self.high_BQ[:, :, None])
 
+    def of_first_row(self) -> "Codes":
+        """The codes of the first row alone, which serve every row where all are the same."""
+        return Codes(*(code[:1] for code in self))
+
 
 def window_codes(inputs: AttentionInputs) -> Codes:
     """Codes of the queries and keys."""

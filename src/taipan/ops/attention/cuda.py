@@ -31,10 +31,55 @@ def _kernel_does(q_BQHE: Tensor, k_BJGE: Tensor) -> bool:
     return q_BQHE.shape[1] > 1 and can_index(q_BQHE, k_BJGE)
 
 
-class _Sequences:
-    """Present queries and keys one after the other, cut where the row or the segment changes."""
+_LAST = 2**31  # above every number of a group
 
-    def __init__(self, inputs: AttentionInputs):
+
+class _Entries:
+    """Queries or keys of all rows one after the other, the absent ones last, so that no length has to be known.
+
+    Args:
+        index_BJ: window coordinates, −1 where absent.
+        group_BJ: a number for each row and segment, rising.
+    """
+
+    def __init__(self, index_BJ: Tensor, group_BJ: Tensor) -> None:
+        absent = index_BJ.flatten() < 0
+        self.at = absent.to(torch.int8).argsort(stable=True)
+        self.present = ~absent[self.at]
+        self.index = index_BJ.flatten()[self.at]
+        self.group = group_BJ.flatten()[self.at].masked_fill(~self.present, _LAST)
+
+    def begin(self, group: Tensor) -> Tensor:
+        """Where the entries of groups begin."""
+        return torch.searchsorted(self.group, group)
+
+    def end(self, group: Tensor) -> Tensor:
+        """Where they end."""
+        return torch.searchsorted(self.group, group, right=True)
+
+    def count(self, group: Tensor) -> Tensor:
+        """How many there are."""
+        return self.end(group) - self.begin(group)
+
+    @property
+    def longest(self) -> Tensor:
+        """Entries of the largest group."""
+        return self.count(self.group).where(self.present, 0).amax()
+
+
+class _Sequences:
+    """Present queries and keys one after the other, cut where the row or the segment changes.
+
+    Everything is worked out on the device and read once.
+
+    Attributes:
+        exact: whether the kernel sees what the coordinates say.
+        query_at, key_at: places of the present ones among all, the rows one after the other.
+        query_start, key_start: int32, where each sequence begins, and the last ends.
+        longest, other_longest: the largest number of queries and of keys.
+    """
+
+    def __init__(self, inputs: AttentionInputs) -> None:
         query_index, key_index = inputs.query_index_BQ, inputs.key_index_BJ
         query_segment, key_segment = inputs.query_segment_BQ, inputs.key_segment_BJ
         rows = torch.arange(len(query_index), device=query_index.device)[:, None]
@@ -42,62 +87,62 @@ class _Sequences:
         if query_segment is not None and key_segment is not None:
             segments = torch.maximum(query_segment.amax(), key_segment.amax()) + 1
             query_group, key_group = rows * segments + query_segment, rows * segments + key_segment
-        # Places among all, the rows one after the other.
-        self.query_at, self.key_at = (index.flatten().ge(0).nonzero()[:, 0] for index in (query_index, key_index))
-        self.index, self.other_index = query_index.flatten()[self.query_at], key_index.flatten()[self.key_at]
-        both = torch.cat((query_group.flatten()[self.query_at], key_group.flatten()[self.key_at]))
-        groups, number = both.unique(return_inverse=True)
-        self.query_number, self.key_number = number.split((len(self.index), len(self.other_index)))
-        self.query_start = _starts(self.query_number, len(groups))
-        self.key_start = _starts(self.key_number, len(groups))
-
-    def windows(self, window: int | None) -> tuple[bool, int, int]:
-        """Whether the kernel sees what the coordinates say; the largest number of queries and of keys."""
-        queries, keys = self.query_start.diff(), self.key_start.diff()
-        at = self.query_number
-        # Where the keys of each query begin and end, among all present keys: by coordinates …
-        if window is None:
-            low = torch.zeros_like(self.index)
-        else:
-            low = (self.index - (window - 1)).clamp_min(0)
-        beyond = torch.cat((self.index, self.other_index)).amax() + 1
-        code = self.key_number * beyond + self.other_index
-        begin = torch.searchsorted(code, at * beyond + low)
-        end = torch.searchsorted(code, at * beyond + self.index, right=True)
-        # … and as the kernel counts.
-        place = torch.arange(len(at), device=at.device) - self.query_start[at]
-        counted_end = self.key_start[at] + place + 1 + keys[at] - queries[at]
-        counted_begin = self.key_start[at]
-        if window is not None:
-            counted_begin = torch.maximum(counted_begin, counted_end - window)
-        same = ((begin == counted_begin) & (end == counted_end) & (end > begin)).all()
-        exact, longest, other_longest = torch.stack((same.long(), queries.amax(), keys.amax())).tolist()
-        return bool(exact), longest, other_longest
+        queries, keys = _Entries(query_index, query_group), _Entries(key_index, key_group)
+        group = torch.cat((queries.group, keys.group)).sort().values
+        first = torch.nn.functional.pad(group.diff() > 0, (1, 0), value=True) & (group < _LAST)
+        numbers = (
+            _sees_what_coordinates_say(queries, keys, inputs.window),
+            queries.longest,
+            keys.longest,
+            queries.present.sum(),
+            keys.present.sum(),
+            first.sum(),
+        )
+        exact, self.longest, self.other_longest, present, other_present, groups = torch.stack(numbers).tolist()
+        self.exact = bool(exact) and present > 0 and other_present > 0
+        self.query_at, self.key_at = queries.at[:present], keys.at[:other_present]
+        begins = group[first.nonzero_static(size=groups)[:, 0]]
+        ends = begins.new_full((1,), _LAST)
+        self.query_start, self.key_start = (own.begin(torch.cat((begins, ends))).int() for own in (queries, keys))
 
 
-def _starts(number: Tensor, groups: int) -> Tensor:
-    return torch.nn.functional.pad(torch.bincount(number, minlength=groups).cumsum(0), (1, 0))
+def _sees_what_coordinates_say(queries: _Entries, keys: _Entries, window: int | None) -> Tensor:
+    """Whether the kernel's windows are those of the coordinates, for every query; int64 on the device."""
+    group, index = queries.group, queries.index
+    # Where the keys of each query begin and end, among all present keys: by coordinates …
+    low = torch.zeros_like(index) if window is None else (index - (window - 1)).clamp_min(0)
+    beyond = torch.cat((index, keys.index)).amax() + 1
+    code = keys.group * beyond + keys.index
+    begin = torch.searchsorted(code, group * beyond + low)
+    end = torch.searchsorted(code, group * beyond + index, right=True)
+    # … and as the kernel counts.
+    place = torch.arange(len(group), device=group.device) - queries.begin(group)
+    counted_begin = keys.begin(group)
+    counted_end = counted_begin + place + 1 + keys.count(group) - queries.count(group)
+    if window is not None:
+        counted_begin = torch.maximum(counted_begin, counted_end - window)
+    same = (begin == counted_begin) & (end == counted_end) & (end > begin)
+    return (same | ~queries.present).all().long()
 
 
 def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     """See ``taipan.ops.attention.windowed_attention``."""
     q_BQHE, k_BJGE, v_BJGE = inputs.q_BQHE, inputs.k_BJGE, inputs.v_BJGE
-    if _kernel_does(q_BQHE, k_BJGE):
-        found = _Sequences(inputs)
-        if len(found.index) and len(found.other_index):
-            exact, queries, keys = found.windows(inputs.window)
-            if exact:
-                out: Tensor = ATTENTION(
-                    q_BQHE.flatten(0, 1)[found.query_at],
-                    k_BJGE.flatten(0, 1)[found.key_at],
-                    v_BJGE.flatten(0, 1)[found.key_at],
-                    found.query_start.int(),
-                    found.key_start.int(),
-                    queries,
-                    keys,
-                    window_size=(-1 if inputs.window is None else inputs.window - 1, 0),
-                    enable_gqa=q_BQHE.shape[2] != k_BJGE.shape[2],
-                )
-                everywhere = out.new_zeros(q_BQHE.shape).flatten(0, 1)
-                return everywhere.index_copy(0, found.query_at, out).view(q_BQHE.shape)
-    return portable.windowed_attention(inputs)
+    if not _kernel_does(q_BQHE, k_BJGE):
+        return portable.windowed_attention(inputs)
+    found = _Sequences(inputs)
+    if not found.exact:
+        return portable.windowed_attention(inputs)
+    out: Tensor = ATTENTION(
+        q_BQHE.flatten(0, 1)[found.query_at],
+        k_BJGE.flatten(0, 1)[found.key_at],
+        v_BJGE.flatten(0, 1)[found.key_at],
+        found.query_start,
+        found.key_start,
+        found.longest,
+        found.other_longest,
+        window_size=(-1 if inputs.window is None else inputs.window - 1, 0),
+        enable_gqa=q_BQHE.shape[2] != k_BJGE.shape[2],
+    )
+    everywhere = out.new_zeros(q_BQHE.shape).flatten(0, 1)
+    return everywhere.index_copy(0, found.query_at, out).view(q_BQHE.shape)

@@ -29,12 +29,16 @@ def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     if emulates(q_BQHE.dtype, q_BQHE.device.type):
         wide = replace(inputs, q_BQHE=q_BQHE.float(), k_BJGE=k_BJGE.float(), v_BJGE=v_BJGE.float())
         return windowed_attention(wide).to(q_BQHE.dtype)
-    codes = _merge_equal_rows(window_codes(inputs))
+    codes = window_codes(inputs)
     queries, keys, window = q_BQHE.shape[1], k_BJGE.shape[1], inputs.window
     size = block_size(window)
     if min(q_BQHE.numel(), k_BJGE.numel()) > 0 and queries <= size and (window is None or keys <= window + size):
+        if len(q_BQHE) > 1 and queries > 1 and bool(_rows_are_equal(codes)):
+            codes = codes.of_first_row()
         return _attend(q_BQHE, k_BJGE, v_BJGE, codes)
-    blocks = _plan(codes, size)
+    blocks, equal = _plan(codes, size)
+    if equal:
+        codes = codes.of_first_row()
     if len(blocks) == -(-queries // size) and 0 < len(blocks) <= MAX_RECORDED_BLOCKS:
         return torch.cat([block.attend(q_BQHE, k_BJGE, v_BJGE, codes) for block in blocks], dim=1)
     return _BlockedAttention.apply(q_BQHE, k_BJGE, v_BJGE, codes, blocks)
@@ -85,12 +89,12 @@ def _rows(index_BU: IntBU) -> Tensor:
     return torch.arange(index_BU.shape[0], device=index_BU.device)[:, None]
 
 
-def _plan(codes: Codes, size: int) -> list[_Block]:
-    """The blocks that have anything to attend; queries in no block attend nothing."""
+def _plan(codes: Codes, size: int) -> tuple[list[_Block], bool]:
+    """The blocks that have anything to attend (queries in no block attend nothing); whether all rows are the same."""
     batch, queries = codes.low_BQ.shape
     keys = codes.key_BJ.shape[1]
     if 0 in (batch, queries, keys):
-        return []
+        return [], False
     # an absent query has an empty interval: it must not widen that of its block
     absent_BQ = codes.high_BQ < codes.low_BQ
     beyond = 2**62  # exact as the float that F.pad makes of it
@@ -105,10 +109,11 @@ def _plan(codes: Codes, size: int) -> list[_Block]:
 
     empty_BM = stop_BM <= start_BM
     start_BM, stop_BM = start_BM.masked_fill(empty_BM, keys), stop_BM.masked_fill(empty_BM, 0)
-    bounds_3M = torch.stack([start_BM.amin(0), stop_BM.amax(0), (stop_BM - start_BM).amax(0)])
-    bounds: list[list[int]] = bounds_3M.tolist()
+    bounds = [start_BM.amin(0), stop_BM.amax(0), (stop_BM - start_BM).amax(0)]
+    # the one read from the device
+    starts, stops, lengths, equal = torch.stack([*bounds, _rows_are_equal(codes).expand_as(bounds[0])]).tolist()
     blocks: list[_Block] = []
-    for number, (start, stop, longest) in enumerate(zip(*bounds, strict=True)):
+    for number, (start, stop, longest) in enumerate(zip(starts, stops, lengths, strict=True)):
         if longest <= 0:
             continue
         key_BU = None
@@ -124,7 +129,7 @@ def _plan(codes: Codes, size: int) -> list[_Block]:
                 key_BU=key_BU,
             )
         )
-    return blocks
+    return blocks, bool(equal[0])
 
 
 def _blocks_of(value_BQ: IntBQ, size: int, padding: int) -> Tensor:
@@ -133,12 +138,9 @@ def _blocks_of(value_BQ: IntBQ, size: int, padding: int) -> Tensor:
     return F.pad(value_BQ, (0, -queries % size), value=padding).view(batch, -1, size)
 
 
-def _merge_equal_rows(codes: Codes) -> Codes:
-    """One row of codes for the whole batch if all rows are the same, so that one mask serves all."""
-    batch, queries = codes.low_BQ.shape
-    if batch > 1 and queries > 1 and all(bool((code == code[:1]).all()) for code in codes):
-        return Codes(*(code[:1] for code in codes))
-    return codes
+def _rows_are_equal(codes: Codes) -> Tensor:
+    """Whether all rows of the batch have the same codes, so that one mask serves all; a boolean on the device."""
+    return torch.stack([(code == code[:1]).all() for code in codes]).all()
 
 
 def _attend(q_BQHE: Tensor, k_BUGE: Tensor, v_BUGE: Tensor, codes: Codes) -> Tensor:

@@ -61,7 +61,8 @@ def _tiles(
 
 def _mask(document_nL: Tensor, count: int, dtype: torch.dtype) -> Tensor | None:
     own_nT = document_nL[:, count - 1 :]
-    if document_nL[:, : own_nT.shape[1]].equal(own_nT):
+    # elsewhere the answer would take longer than the mask
+    if document_nL.device.type == "cpu" and document_nL[:, : own_nT.shape[1]].equal(own_nT):
         return None
     same = [document_nL[:, tap : tap + own_nT.shape[1]] == own_nT for tap in range(count - 1)]
     return torch.stack(same)[..., None].to(dtype)

@@ -83,9 +83,10 @@ def _validated_kept_rows(
     ignored = target == ignore_index
     classes = weight.shape[0]
     bad = ((target < 0) | (target >= classes)) & ~ignored
-    if bool(bad.any()):
+    wrong, kept = torch.stack((bad.sum(), (~ignored).sum())).tolist()  # the one read from the device
+    if wrong:
         raise InputError(
             f"linear_cross_entropy: target {int(target[bad][0])} is no class; "
             f"expected 0 … {classes - 1}, or {ignore_index} to ignore a token."
         )
-    return (~ignored).nonzero().flatten()
+    return (~ignored).nonzero_static(size=kept).flatten()

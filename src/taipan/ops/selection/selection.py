@@ -41,19 +41,32 @@ def select_tokens(mask_BT: BoolBT) -> Selection:
         raise InputError(f"select_tokens: mask is {mask_BT.dtype} {tuple(mask_BT.shape)}; expected torch.bool (B, T).")
     batch, tokens = mask_BT.shape
     device = mask_BT.device
-    source_M = mask_BT.flatten().nonzero().flatten()
     count_B = mask_BT.sum(dim=1)
-    longest = int(count_B.max()) if batch > 0 else 0
+    # the one read from the device: these two numbers are the sizes of all that follows
+    longest, selected = torch.stack((count_B.max(), count_B.sum())).tolist() if batch > 0 else (0, 0)
+    source_M = mask_BT.flatten().nonzero_static(size=selected).flatten()
     present_BS = torch.arange(longest, device=device) < count_B[:, None]
-    if source_M.numel() == batch * longest:
+    if selected == batch * longest:
         target_M = None
         index_BS = source_M.view(batch, longest) % max(tokens, 1)
     else:
-        target_M = present_BS.flatten().nonzero().flatten()
+        target_M = present_BS.flatten().nonzero_static(size=selected).flatten()
         index_BS = torch.zeros(batch * longest, dtype=torch.int64, device=device)
         index_BS = index_BS.index_copy(0, target_M, source_M % tokens).view(batch, longest)
     return Selection(
         index_BS=index_BS, present_BS=present_BS, count_B=count_B, tokens=tokens, source_M=source_M, target_M=target_M
+    )
+
+
+def select_all(batch: int, tokens: int, device: torch.device) -> Selection:
+    """Every token of every row: what `select_tokens` makes of a mask that is True everywhere, with nothing to read."""
+    return Selection(
+        index_BS=torch.arange(tokens, device=device).expand(batch, tokens),
+        present_BS=torch.ones(batch, tokens, dtype=torch.bool, device=device),
+        count_B=torch.full((batch,), tokens, device=device),
+        tokens=tokens,
+        source_M=torch.arange(batch * tokens, device=device),
+        target_M=None,
     )
 
 
