@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,10 +170,10 @@ def test_gradients_flow_through_a_state_and_detach_stops_them(variant: str) -> N
     assert any(not torch.allclose(a, b) for a, b in zip(whole, cut, strict=True))
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(("stack", "options"), [*((name, {}) for name in STACKS), ("taipan", VARIANTS["recall"])])
 @torch.no_grad()
-def test_a_row_can_come_from_another_state(stack: str) -> None:
-    model = small_model(stack)
+def test_a_row_can_come_from_another_state(stack: str, options: dict[str, Any]) -> None:
+    model = small_model(stack, **options)
     texts = [random_tokens(1, length, seed=length) for length in (3, 20, 9)]
     alone = [model(text).state for text in texts]
     state = model(torch.cat([texts[0]] * 3)).state
@@ -182,6 +183,8 @@ def test_a_row_can_come_from_another_state(stack: str) -> None:
         assert_same_state(state, before)  # a value: the old one stays what it was
         state = joined
         before = state.fork()
+    if state.recent_BR is not None:
+        assert state.recent_BR.equal(torch.cat([own.recent_BR for own in alone if own.recent_BR is not None]))
     probe = random_tokens(3, 4, seed=5)
     after = model(probe, state=state).logits
     for row, text in enumerate(texts):

@@ -174,6 +174,17 @@ class LookaheadState(AttentionState):
 
     recent_BLD: FloatBLD
 
+    @classmethod
+    def after(cls, state: AttentionState, recent_BLD: FloatBLD) -> "LookaheadState":
+        """The entries of another state, and these inputs."""
+        return cls(
+            key_BWGE=state.key_BWGE,
+            value_BWGE=state.value_BWGE,
+            index_BW=state.index_BW,
+            count_B=state.count_B,
+            recent_BLD=recent_BLD,
+        )
+
 
 StateBuilder = Callable[[], LayerState]
 """Builds the next state of a layer; in training it is not called, which saves the work."""
@@ -343,11 +354,15 @@ class DecoderState:
             )
 
         layers = tuple(own.with_row(row, new) for own, new in zip(self.layers, other.layers, strict=True))
+        recent_BR = self.recent_BR
+        if recent_BR is not None and other.recent_BR is not None:
+            recent_BR = _with_row(recent_BR, row, other.recent_BR)
         return replace(
             self,
             layers=layers,
             position_B=_with_row(self.position_B, row, other.position_B),
             segment_B=_with_row(self.segment_B, row, other.segment_B),
+            recent_BR=recent_BR,
         )
 
     def save(self, path: str | Path, model: Fingerprinted) -> None:

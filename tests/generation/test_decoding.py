@@ -17,7 +17,9 @@ from tests.tolerance import relative_error
 
 EVERY_LAYER_TYPE = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
 READINGS: dict[str, dict[str, Any]] = {
-    **{name: options for name, options in VARIANTS.items() if name != "recall"},
+    **VARIANTS,
+    "recall-linear": {"gate_input": "recall", "recall_orders": (2, 4), "recall_rank": 5},
+    "lookahead": {"lookahead": 3, "refinement": "add"},
     "groups": {"n_groups": 2, "conv_kernel": 3, "time_step_limit": (0.01, 0.05)},
     "closed": {"attention_capacity": 0.0},
     "untied": {"tie_word_embeddings": False, "conv_kernel": 2, "residual_in_fp32": False},
@@ -90,6 +92,21 @@ def test_full_attention_grows_beyond_its_spare_room(monkeypatch: pytest.MonkeyPa
     logits, state, _ = compare(small_model("jamba"), 12)
     assert logits < 2e-7
     assert state < 1e-13
+
+
+@pytest.mark.parametrize("reading", ["recall", "selected-selected"])
+def test_a_row_goes_on_from_another_text(reading: str) -> None:
+    model = small_model(EVERY_LAYER_TYPE, **READINGS[reading])
+    texts = [random_tokens(1, length, seed=length) for length in (3, 20, 9)]
+    native = start_decoding(model, prefill(model, random_tokens(3, 11)).state)
+    for row, text in enumerate(texts):
+        native.put(row, prefill(model, text).state)
+    more = random_tokens(3, 9, seed=5)
+    logits = torch.stack([native.step(more[:, t]) for t in range(9)], 1)
+    with torch.no_grad():
+        for row, text in enumerate(texts):
+            expected = model(torch.cat([text, more[row : row + 1]], 1)).logits[0, -9:]
+            torch.testing.assert_close(logits[row], expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
@@ -262,9 +279,6 @@ def test_what_is_not_covered_is_read_by_the_model(monkeypatch: pytest.MonkeyPatc
     assert "Adapter" in reason(adapted)
     assert "portable" in reason(TaipanLM(adapted.config, implementation="portable"))
     assert "forward of its own" in reason(Own(adapted.config))
-    assert "gate_input='recall'" in reason(small_model("taipan", **VARIANTS["recall"]))
-    assert "attention_weight='one'" in reason(small_model("taipan", attention_weight="one"))
-    assert isinstance(program_of(small_model("jamba", attention_weight="one")), DecoderProgram)
     mixed = small_model("taipan")
     mixed.lm_head.to(torch.float32)
     mixed.model.norm.float()

@@ -17,7 +17,7 @@ from taipan.generation.decoding import NativeDecoding
 from taipan.native import build, call, interface, invoke, library, native_status
 from taipan.native.interface import FUNCTIONS, Index, fields_of, mismatch
 from tests.compilers import answer, needs_compiler, needs_kernels, reason, tiny_kernels, write_kernels
-from tests.models import small_model
+from tests.models import VARIANTS, small_model
 
 REALS = {"float": torch.float32, "double": torch.float64}
 
@@ -221,13 +221,62 @@ def test_a_number_that_decoding_indexes_by_is_checked(field: str, value: int) ->
     elif field == "position":
         started._position_B[1] = value
     else:
-        started._layers[1][3][1] = value  # of a selective attention layer
+        count_B = started._layers[1].count  # of a selective attention layer
+        assert count_B is not None
+        count_B[1] = value
     harmless = field in ("position", "count") and value > 0
     if harmless and value < 2**32:
         invoke(torch.float32, arguments)
     elif not harmless:
         with pytest.raises(InputError, match="decode: a token id, class, row or count is out of range"):
             invoke(torch.float32, arguments)
+
+
+@needs_kernels
+@pytest.mark.parametrize("follower", [61, 2**62])
+def test_a_remembered_token_that_no_vocabulary_has_is_refused(follower: int) -> None:
+    model = small_model("taipan", **VARIANTS["recall"])
+    started = start_decoding(model, model(torch.tensor([[5, 1, 2]])).state)
+    assert isinstance(started, NativeDecoding)
+    assert started._recent_BR is not None
+    started._recent_BR[0, -2] = follower  # it came after the 5 that is read again
+    with pytest.raises(InputError, match="decode: a token id, class, row or count is out of range"):
+        started.step(torch.tensor([5]))
+    started._recent_BR[0, -2] = 1
+    assert started.step(torch.tensor([5])).isfinite().all()
+
+
+@needs_kernels
+def test_what_recalling_gates_need_is_asked_for() -> None:
+    model = small_model("taipan", **VARIANTS["recall"])
+    started = start_decoding(model, model.empty_state(2))
+    assert isinstance(started, NativeDecoding)
+    arguments = started._arguments
+    arguments.count = 0
+    invoke(torch.float64, arguments)
+    layer, state = arguments.layers[1], arguments.states[1]
+    for structure, name, wrong in (
+        (layer, "recall_query_weight", None),
+        (layer, "recall_key_bias", None),
+        (layer, "keys_of_all", 0),
+        (layer.values, "columns", 24),
+        (state, "recent", None),
+        (arguments, "orders", None),
+        (arguments, "recent", None),
+        (arguments.sizes, "window", 8),
+        (arguments.sizes, "remembered", 7),
+        (arguments.sizes, "orders", 0),
+        (arguments.sizes, "rank", 0),
+    ):
+        right = getattr(structure, name)
+        setattr(structure, name, wrong)
+        with pytest.raises(RuntimeError, match="decode: the kernels do not do this"):
+            invoke(torch.float64, arguments)
+        setattr(structure, name, right)
+    orders = torch.tensor([1, 3, 2])
+    arguments.orders = orders.data_ptr()
+    with pytest.raises(RuntimeError, match="decode: the kernels do not do this"):
+        invoke(torch.float64, arguments)
 
 
 @needs_kernels

@@ -1,7 +1,7 @@
 """Reading one token of every row after another: by the native step where it runs, else by the model itself."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -17,7 +17,7 @@ from taipan.native import invoke
 from taipan.native.interface import Decode, State, array_of
 from taipan.native.memory import Arena
 from taipan.shapes import BoolB, FloatBV, IntB, IntBT
-from taipan.state import AttentionState, DecoderState, LayerState, Mamba2State
+from taipan.state import AttentionState, DecoderState, LayerState, LookaheadState, Mamba2State
 
 _SPARE = 256  # a full attention's buffers grow by at least so many entries
 
@@ -151,12 +151,15 @@ class NativeDecoding:
         self._program = program
         self._state = state.map(lambda tensor: tensor[:0].clone())  # its dtypes; the buffers have the values
         arena = Arena([(tensor.shape, program.real) for tensor in state.tensors().values()])
-        self._layers = [_buffers(layer, program.real, arena) for layer in state.layers]
+        self._layers = [_Buffers.of(layer, program.real, arena) for layer in state.layers]
         self._position_B = state.position_B.clone()
+        self._recent_BR = (
+            None if state.recent_BR is None else state.recent_BR.clone(memory_format=torch.contiguous_format)
+        )
         self._segment_B = state.segment_B.clone()
         self._rows_B = torch.arange(state.batch_size)
         self._growing = [number for number, kind in enumerate(program.config.layer_types) if kind == "full_attention"]
-        counts = [int(self._layers[number][3].max()) for number in self._growing]
+        counts = [self._layers[number].entries for number in self._growing]
         self._entries = max(counts, default=0)  # no row of a full attention has more
         self._address()
 
@@ -182,37 +185,34 @@ class NativeDecoding:
     def state(self) -> DecoderState:
         """See `Decoding.state`."""
         layers = tuple(
-            _layer_state(buffers, like, grown=number in self._growing)
+            buffers.state(like, grown=number in self._growing)
             for number, (buffers, like) in enumerate(zip(self._layers, self._state.layers, strict=True))
         )
-        position_B, segment_B = self._position_B.clone(), self._segment_B.clone()
-        return replace(self._state, layers=layers, position_B=position_B, segment_B=segment_B)
+        return replace(
+            self._state,
+            layers=layers,
+            position_B=self._position_B.clone(),
+            segment_B=self._segment_B.clone(),
+            recent_BR=None if self._recent_BR is None else self._recent_BR.clone(),
+        )
 
     def put(self, row: int, state: DecoderState) -> None:
         """See `Decoding.put`."""
         state.require(self._program.config, 1)
         self._make_room(state)
         for buffers, layer in zip(self._layers, state.layers, strict=True):
-            if isinstance(layer, Mamba2State):
-                buffers[0][row], buffers[1][row] = layer.conv_BLC[0], layer.ssm_BHPN[0]
-                continue
-            layer = cast(AttentionState, layer)
-            key_BGWE, value_BGWE, index_BW, count_B = buffers
-            slots = layer.index_BW.shape[1]
-            key_BGWE[row, :, :slots] = layer.key_BWGE[0].transpose(0, 1)
-            value_BGWE[row, :, :slots] = layer.value_BWGE[0].transpose(0, 1)
-            index_BW[row] = -1
-            index_BW[row, :slots] = layer.index_BW[0]
-            count_B[row] = layer.count_B[0]
+            buffers.put(row, layer)
         self._position_B[row], self._segment_B[row] = state.position_B[0], state.segment_B[0]
+        if self._recent_BR is not None and state.recent_BR is not None:
+            self._recent_BR[row] = state.recent_BR[0]
 
     def _make_room(self, state: DecoderState) -> None:
         """Widen full attentions until the entries of a state fit."""
         for number in self._growing:
             slots = cast(AttentionState, state.layers[number]).index_BW.shape[1]
             self._entries = max(self._entries, slots)
-            if slots > self._layers[number][0].shape[2]:
-                self._layers[number] = _wider(self._layers[number], slots - self._layers[number][0].shape[2] + _SPARE)
+            if slots > self._layers[number].slots:
+                self._layers[number] = self._layers[number].wider(slots - self._layers[number].slots + _SPARE)
         if self._growing:
             self._address()
 
@@ -231,9 +231,9 @@ class NativeDecoding:
 
     def _grow(self) -> None:
         """Make room for one more entry in every full attention."""
-        if self._entries >= self._layers[self._growing[0]][0].shape[2]:
+        if self._entries >= self._layers[self._growing[0]].slots:
             for number in self._growing:
-                self._layers[number] = _wider(self._layers[number], max(_SPARE, self._entries // 2))
+                self._layers[number] = self._layers[number].wider(max(_SPARE, self._entries // 2))
             self._address()
         self._entries += 1
 
@@ -244,7 +244,7 @@ class NativeDecoding:
             program.real,
             sizes=program.sizes,
             layers=program.layers,
-            states=array_of(State, [_addresses(buffers, program.real) for buffers in self._layers]),
+            states=array_of(State, [buffers.addresses(program.real) for buffers in self._layers]),
             head=program.head,
             embedding=program.embedding,
             norm=program.norm,
@@ -253,14 +253,10 @@ class NativeDecoding:
             rows=self._rows_B,
             tokens=self._rows_B,
             position=self._position_B,
+            orders=program.orders,
+            recent=self._recent_BR,
             logits=program.norm,
         )
-
-
-def _addresses(buffers: list[Tensor], real: torch.dtype) -> State:
-    first, second, *ring = buffers
-    index, count = ring or (None, None)
-    return State.of(real, first=first, second=second, index=index, count=count, slots=first.shape[2] if ring else 0)
 
 
 class Continuation:
@@ -300,36 +296,98 @@ class Continuation:
         return Reading(logits_BV.clone(), again.state)
 
 
-def _buffers(state: LayerState, real: torch.dtype, arena: Arena) -> list[Tensor]:
-    """What the kernel writes into: columns and recurrent state; or keys, values (B, G, W, E), indices and counts."""
+@dataclass(frozen=True)
+class _Buffers:
+    """What the kernel writes into for one layer.
 
-    def copied(tensor: Tensor) -> Tensor:
-        return arena.take(tensor.shape, real).copy_(tensor.detach())
+    Attributes:
+        first, second: columns and recurrent state of Mamba-2; keys and values (B, G, W, E) of attention.
+        index, count: of attention, as in its state.
+        recent: (B, K, D), where entries look ahead.
+    """
 
-    if isinstance(state, Mamba2State):
-        return [copied(state.conv_BLC), copied(state.ssm_BHPN)]
-    assert isinstance(state, AttentionState)
-    heads = (copied(tensor.transpose(1, 2)) for tensor in (state.key_BWGE, state.value_BWGE))
-    return [*heads, state.index_BW.clone(), state.count_B.clone()]
+    first: Tensor
+    second: Tensor
+    index: Tensor | None = None
+    count: Tensor | None = None
+    recent: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: LayerState, real: torch.dtype, arena: Arena) -> "_Buffers":
+        """A copy of a state."""
+
+        def copied(tensor: Tensor) -> Tensor:
+            return arena.take(tensor.shape, real).copy_(tensor.detach())
+
+        if isinstance(state, Mamba2State):
+            return cls(copied(state.conv_BLC), copied(state.ssm_BHPN))
+        assert isinstance(state, AttentionState)
+        keys, values = (copied(tensor.transpose(1, 2)) for tensor in (state.key_BWGE, state.value_BWGE))
+        recent = copied(state.recent_BLD) if isinstance(state, LookaheadState) else None
+        return cls(keys, values, state.index_BW.clone(), state.count_B.clone(), recent)
+
+    @property
+    def slots(self) -> int:
+        """Of attention."""
+        return 0 if self.index is None else self.index.shape[1]
+
+    @property
+    def entries(self) -> int:
+        """Most that a row of attention has had."""
+        return 0 if self.count is None else int(self.count.max())
+
+    def addresses(self, real: torch.dtype) -> State:
+        """What the kernel is told."""
+        return State.of(
+            real,
+            first=self.first,
+            second=self.second,
+            recent=self.recent,
+            index=self.index,
+            count=self.count,
+            slots=self.slots,
+        )
+
+    def wider(self, more: int) -> "_Buffers":
+        """The same with empty slots for more entries."""
+        assert self.index is not None
+        first, second = (torch.nn.functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.first, self.second))
+        index = torch.nn.functional.pad(self.index, (0, more), value=-1)
+        return replace(self, first=first, second=second, index=index)
+
+    def put(self, row: int, state: LayerState) -> None:
+        """Let a row go on from a state of one row, whose entries have room here."""
+        if isinstance(state, Mamba2State):
+            self.first[row], self.second[row] = state.conv_BLC[0], state.ssm_BHPN[0]
+            return
+        assert isinstance(state, AttentionState)
+        assert self.index is not None
+        assert self.count is not None
+        slots = state.index_BW.shape[1]
+        self.first[row, :, :slots] = state.key_BWGE[0].transpose(0, 1)
+        self.second[row, :, :slots] = state.value_BWGE[0].transpose(0, 1)
+        self.index[row] = -1
+        self.index[row, :slots] = state.index_BW[0]
+        self.count[row] = state.count_B[0]
+        if self.recent is not None and isinstance(state, LookaheadState):
+            self.recent[row] = state.recent_BLD[0]
+
+    def state(self, like: LayerState, *, grown: bool) -> LayerState:
+        """A copy of what is there, in the dtypes of `like`; of attention that has grown without spare slots."""
+        if isinstance(like, Mamba2State):
+            return Mamba2State(_copy(self.first, like.conv_BLC.dtype), _copy(self.second, like.ssm_BHPN.dtype))
+        assert isinstance(like, AttentionState)
+        assert self.index is not None
+        assert self.count is not None
+        slots = self.entries if grown else self.slots
+        key, value = (_copy(t.transpose(1, 2)[:, :slots], like.key_BWGE.dtype) for t in (self.first, self.second))
+        made = AttentionState(
+            key_BWGE=key, value_BWGE=value, index_BW=self.index[:, :slots].clone(), count_B=self.count.clone()
+        )
+        if self.recent is None or not isinstance(like, LookaheadState):
+            return made
+        return LookaheadState.after(made, _copy(self.recent, like.recent_BLD.dtype))
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _wider(buffers: list[Tensor], more: int) -> list[Tensor]:
-    """Append empty slots for more entries."""
-    key_BGWE, value_BGWE, index_BW, count_B = buffers
-    wider = [torch.nn.functional.pad(tensor, (0, 0, 0, more)) for tensor in (key_BGWE, value_BGWE)]
-    return [*wider, torch.nn.functional.pad(index_BW, (0, more), value=-1), count_B]
-
-
-def _layer_state(buffers: list[Tensor], like: LayerState, *, grown: bool) -> LayerState:
-    """The state in the buffers, in the dtypes of `like`, without spare slots."""
-    if isinstance(like, Mamba2State):
-        return Mamba2State(_copy(buffers[0], like.conv_BLC.dtype), _copy(buffers[1], like.ssm_BHPN.dtype))
-    assert isinstance(like, AttentionState)
-    key_BGWE, value_BGWE, index_BW, count_B = buffers
-    slots = int(count_B.max()) if grown else index_BW.shape[1]
-    key, value = (_copy(t.transpose(1, 2)[:, :slots], like.key_BWGE.dtype) for t in (key_BGWE, value_BGWE))
-    return AttentionState(key_BWGE=key, value_BWGE=value, index_BW=index_BW[:, :slots].clone(), count_B=count_B.clone())

@@ -142,7 +142,7 @@ class DecoderProgram:
         weights: the format its matrices are read in: `float32`, `float64`, `bfloat16` or `int8`.
         real: dtype of sums, states and logits.
         nbytes: bytes of weights that reading one token takes.
-        sizes, layers, head, embedding, norm: what the kernel is called with.
+        sizes, layers, head, embedding, norm, orders: what the kernel is called with.
     """
 
     def __init__(self, model: "Decodable", parts: DecoderParts, weights: str) -> None:
@@ -166,6 +166,7 @@ class DecoderProgram:
         packed = self._packed(parts.head)
         self.head = packed.matrix(self.real)
         self.weights = str(packed.weight.dtype).removeprefix("torch.")
+        self.orders = self._constant(torch.tensor(config.recall_orders)) if config.remembered_tokens else None
         mamba2 = "mamba2" in config.layer_types
         attends = bool(set(config.layer_types) - {"mamba2"})
         low, high = config.time_step_limit
@@ -185,6 +186,11 @@ class DecoderProgram:
             key_heads=config.kv_heads if attends else 0,
             width=config.head_dim if attends else 0,
             gate_hidden=config.gate_hidden_size if config.gate == "mlp" else 0,
+            lookahead=config.lookahead if "selective_attention" in config.layer_types else 0,
+            orders=0 if self.orders is None else len(self.orders),
+            remembered=config.remembered_tokens,
+            window=config.sliding_window if config.remembered_tokens else 0,
+            rank=config.recall_rank if config.remembered_tokens else 0,
             format=_FORMATS[packed.weight.dtype],
             embedding_format=_FORMATS[self.embedding.dtype],
             rounds=self.rounds,
@@ -285,12 +291,16 @@ class DecoderProgram:
         if gate.hidden is not None:
             values["gate_hidden_weight"] = self._vector(gate.hidden.weight)
             values["gate_hidden_bias"] = self._vector(gate.hidden.bias)
+        for name, linear in (("recall_query", gate.recall_query), ("recall_key", gate.recall_key)):
+            if linear is not None:
+                values |= {f"{name}_weight": self._vector(linear.weight), f"{name}_bias": self._vector(linear.bias)}
         return values | {
             "threshold": self._vector(gate.threshold),
             "gate_reads_raw": config.gate_input == "raw",
             "keys_of_all": config.key_value_scope == "all",
             "counts_selected": config.window_unit == "selected",
             "adds": config.refinement == "add",
+            "weighs_one": config.attention_weight == "one",
         }
 
 
@@ -351,9 +361,6 @@ def _parts(model: object) -> DecoderParts | str:
         return f"{type(model).__name__} has a forward of its own"
     if not set(parts.implementations) <= {AUTO, "native"}:
         return f"the model was built for other implementations ({', '.join(sorted(set(parts.implementations)))})"
-    unknown = _settings_without_kernel(parts.config)
-    if unknown:
-        return f"the kernels know no {unknown}"
     for module in cast(Decodable, model).modules():
         attributes = vars(module)
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
@@ -373,16 +380,6 @@ def _parts(model: object) -> DecoderParts | str:
     return parts if status.library is not None else f"no native kernels: {status.reason}"
 
 
-def _settings_without_kernel(config: TaipanConfig) -> str | None:
-    """The first setting of the gates that only the model itself computes."""
-    if config.remembered_tokens:
-        return "gate_input='recall'"
-    weighs = "selective_attention" in config.layer_types and config.attention_capacity > 0
-    if weighs and config.lookahead:
-        return f"lookahead={config.lookahead}"
-    return "attention_weight='one'" if weighs and config.attention_weight == "one" else None
-
-
 def _linears(parts: DecoderParts) -> Iterator[nn.Module]:
     """Everything that must be a plain linear; anything of another type than expected instead of it."""
     yield parts.head
@@ -394,8 +391,8 @@ def _linears(parts: DecoderParts) -> Iterator[nn.Module]:
             yield from (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
             if isinstance(mixer, SelectiveAttention):
                 gate = mixer.gate
-                inner = (gate.proj,) if gate.hidden is None else (gate.proj, gate.hidden)
-                yield from inner if type(gate) is Gate else (gate,)
+                inner = (gate.proj, gate.hidden, gate.recall_query, gate.recall_key)
+                yield from (linear for linear in inner if linear is not None) if type(gate) is Gate else (gate,)
         else:
             yield mixer
         if mlp is not None:

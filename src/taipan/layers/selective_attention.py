@@ -14,7 +14,7 @@ from taipan.layers.linear import Linear
 from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.selection import gather, scatter, select_tokens
-from taipan.shapes import FloatBLD, FloatBTD
+from taipan.shapes import FloatBTD
 from taipan.state import AttentionState, LookaheadState, StateBuilder, take
 
 
@@ -97,7 +97,7 @@ class SelectiveAttention(Mixer[AttentionState]):
         if self.closed or config.lookahead == 0:
             return state
         recent = torch.zeros(batch, config.lookahead, config.hidden_size, dtype=dtype, device=device)
-        return _with_recent(state, recent)
+        return LookaheadState.after(state, recent)
 
     def impossible(self, state: AttentionState, position_B: Tensor) -> Iterator[tuple[str, str]]:
         """See `Mixer.impossible`."""
@@ -168,19 +168,9 @@ class _Entries:
             ago_L = self._lookahead - torch.arange(self._lookahead, device=length.device)
             state = build()
             assert isinstance(state, AttentionState)
-            return _with_recent(state, take(self._x, place_BL) * (last_B[:, None] >= ago_L)[..., None])
+            return LookaheadState.after(state, take(self._x, place_BL) * (last_B[:, None] >= ago_L)[..., None])
 
         return both
-
-
-def _with_recent(state: AttentionState, recent_BLD: FloatBLD) -> LookaheadState:
-    return LookaheadState(
-        key_BWGE=state.key_BWGE,
-        value_BWGE=state.value_BWGE,
-        index_BW=state.index_BW,
-        count_B=state.count_B,
-        recent_BLD=recent_BLD,
-    )
 
 
 def selected_ordinals(selected_BT: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:

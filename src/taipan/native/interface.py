@@ -436,7 +436,8 @@ class DecodeSizes(Structure):
 
     _fields_ = [
         *_sizes("layers hidden vocabulary intermediate inner conv taps heads head_dim groups state"),
-        *_sizes("query_heads key_heads width gate_hidden format embedding_format rounds"),
+        *_sizes("query_heads key_heads width gate_hidden lookahead orders remembered window rank"),
+        *_sizes("format embedding_format rounds"),
         *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high")),
     ]
 
@@ -454,8 +455,9 @@ class Layer(Structure):
         *((name, RealsOrNull) for name in ("conv_weight", "conv_bias", "dt_bias", "A", "D", "gated_norm", "frequency")),
         ("window", Index),
         *((name, RealsOrNull) for name in ("gate_weight", "gate_bias", "gate_hidden_weight", "gate_hidden_bias")),
+        *((f"recall_{name}", RealsOrNull) for name in ("query_weight", "query_bias", "key_weight", "key_bias")),
         ("threshold", RealsOrNull),
-        *_sizes("gate_reads_raw keys_of_all counts_selected adds"),
+        *_sizes("gate_reads_raw keys_of_all counts_selected adds weighs_one"),
         ("mlp_norm", RealsOrNull),
         ("gate", Matrix),
         ("up", Matrix),
@@ -469,6 +471,7 @@ class State(Structure):
     _fields_ = [
         ("first", RealsOrNull),
         ("second", RealsOrNull),
+        ("recent", RealsOrNull),
         ("index", Int64OrNull),
         ("count", Int64OrNull),
         ("slots", Index),
@@ -491,6 +494,8 @@ class Decode(Arguments):
         ("rows", Int64),
         ("tokens", Int64),
         ("position", Int64),
+        ("orders", Int64OrNull),
+        ("recent", Int64OrNull),
         ("logits", Reals),
     ]
 

@@ -7,6 +7,7 @@
 #include "decode_check.h"
 #include "decode_mamba2.h"
 #include "decode_mlp.h"
+#include "decode_recall.h"
 
 namespace taipan {
 namespace {
@@ -39,6 +40,8 @@ TAIPAN_FUNCTION(decode, Decode) {
   static thread_local Scratch shared;
   if (!step.reserve(shared, threads)) return kNoMemory;
   step.embed(call->embedding, call->tokens);
+  const Recall<Real> recall(step, *call);
+  if (const int status = recall.look_back(); status != kOk) return status;
   std::atomic<bool> enough = true;
 #pragma omp parallel num_threads(threads) shared(enough)
   {
@@ -52,6 +55,7 @@ TAIPAN_FUNCTION(decode, Decode) {
     if (enough) run(*call, step, own);
   }
   if (!enough) return kNoMemory;
+  recall.remember();
   for (Index i = 0; i < call->count; ++i) ++call->position[call->rows[i]];
   return kOk;
 }

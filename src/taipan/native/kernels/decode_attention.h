@@ -31,12 +31,18 @@ struct AttentionLayer {
       for (Index i = 0; i < step.count; ++i) own.asked[i] = i;
     }
     const bool all = asked == step.count || layer.keys_of_all;
-    const Index keyed = all ? step.count : asked;
+    const Index keyed = all ? step.count : asked, ahead = layer.kind == kSelective ? s.lookahead : 0;
     if (keyed == 0) return;
+    const T *values = all ? own.x : x, *keys = values;
+    if (ahead > 0) {
+      entries(state, own);
+      values = own.entries;
+      keys = own.entries + ahead * s.hidden;
+    }
     T *q = step.wide, *k = q + step.count * query, *v = k + step.count * key;
     step.product(layer.first, x, s.hidden, asked, own, {q, query, false});
-    step.product(layer.keys, all ? own.x : x, s.hidden, keyed, own, {k, key, false});
-    step.product(layer.values, all ? own.x : x, s.hidden, keyed, own, {v, key, false});
+    step.product(layer.keys, keys, s.hidden * (1 + ahead), keyed, own, {k, key, false});
+    step.product(layer.values, values, s.hidden * (1 + ahead), keyed, own, {v, key, false});
     step.team->wait(own.me);
     step.team->share(own.me, keyed * s.key_heads, 1, [&](Index begin, Index end) {
       for (Index task = begin; task < end; ++task) {
@@ -55,6 +61,7 @@ struct AttentionLayer {
         std::int64_t& entries = state.count[step.rows[i]];
         state.index[step.rows[i] * state.slots + entries % state.slots] = coordinate(layer, state, i);
         ++entries;
+        if (ahead > 0) follow(state, i, own);
       }
     if (asked == 0) return;
     if (layer.kind == kAttention) {
@@ -72,22 +79,63 @@ struct AttentionLayer {
     step.team->wait(own.me);
   }
 
-  // The gate of row i (Eq. 1–3): whether it selects the token; its α goes to own.weight.
+  // What the entries of this step are made of: for each row its input and the K before it, the newest first; 0 where the
+  // text has none, as the state has it.
+  void entries(const State& state, const Own<T>& own) const {
+    const Index D = s.hidden, K = s.lookahead;
+    for (Index i = 0; i < step.count; ++i) {
+      T* to = own.entries + i * (1 + K) * D;
+      const T* recent = state.recent + step.rows[i] * K * D;
+      std::memcpy(to, own.x + i * D, sizeof(T) * D);
+      for (Index back = 1; back <= K; ++back) std::memcpy(to + back * D, recent + (K - back) * D, sizeof(T) * D);
+    }
+  }
+
+  // The input of row i becomes the last one of its text.
+  void follow(const State& state, Index i, const Own<T>& own) const {
+    const Index D = s.hidden, K = s.lookahead;
+    T* recent = state.recent + step.rows[i] * K * D;
+    std::memmove(recent, recent + D, sizeof(T) * (K - 1) * D);
+    for (Index c = 0; c < D; ++c) {
+      const T value = own.x[i * D + c];
+      recent[(K - 1) * D + c] = s.rounds ? to_bfloat16<T>(value) : value;
+    }
+  }
+
+  // The gate of row i (Eq. 1–3): whether it selects the token; its weight, α or 1, goes to own.weight.
   bool opens(const Layer& layer, Index i, const Own<T>& own) const {
     const T* x = (layer.gate_reads_raw ? step.h : own.x) + i * s.hidden;
     Index size = s.hidden;
+    if (layer.recall_query_weight != nullptr) {
+      x = with_recall(layer, i, x, own.gate);
+      size += 2 * s.orders + s.rank;
+    }
     if (s.gate_hidden > 0) {
+      T* hidden = own.gate + s.hidden + 2 * s.orders + s.rank;
       for (Index r = 0; r < s.gate_hidden; ++r) {
-        const T value = dot(s.hidden, layer.gate_hidden_weight + r * s.hidden, x) + layer.gate_hidden_bias[r];
-        own.room[r] = value * sigmoid_of(value);
+        const T value = dot(size, layer.gate_hidden_weight + r * size, x) + layer.gate_hidden_bias[r];
+        hidden[r] = value * sigmoid_of(value);
       }
-      x = own.room;
+      x = hidden;
       size = s.gate_hidden;
     }
     const T skip = dot(size, layer.gate_weight, x) + layer.gate_bias[0];
     const T attend = dot(size, layer.gate_weight + size, x) + layer.gate_bias[1];
-    own.weight[i] = sigmoid_of(attend - skip);
+    own.weight[i] = layer.weighs_one ? T(1) : sigmoid_of(attend - skip);
     return attend - skip > *layer.threshold;
+  }
+
+  // The input of row i, what it repeats, and how the token that followed fits it, one after the other.
+  const T* with_recall(const Layer& layer, Index i, const T* x, T* room) const {
+    const T* follower = step.follower + i * s.hidden;
+    T* to = std::copy(x, x + s.hidden, room);
+    to = std::copy_n(step.repeated + i * 2 * s.orders, 2 * s.orders, to);
+    for (Index r = 0; r < s.rank; ++r) {
+      const T query = dot(s.hidden, layer.recall_query_weight + r * s.hidden, x) + layer.recall_query_bias[r];
+      const T key = dot(s.hidden, layer.recall_key_weight + r * s.hidden, follower) + layer.recall_key_bias[r];
+      to[r] = query * key;
+    }
+    return room;
   }
 
   static T dot(Index count, const T* a, const T* b) {

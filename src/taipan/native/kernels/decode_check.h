@@ -26,7 +26,16 @@ struct DecodeCheck {
     const bool there = call.embedding && call.norm && call.tokens && call.position &&
                        (call.count == 0 || (call.rows && call.logits));
     return formats && there && s.layers >= 0 && s.hidden > 0 && s.vocabulary > 0 && s.intermediate >= 0 &&
-           s.gate_hidden >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden);
+           s.gate_hidden >= 0 && s.lookahead >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden) && recall();
+  }
+
+  // Orders rise, and what is remembered holds all of their n-grams that end within the window.
+  bool recall() const {
+    if (s.orders == 0) return s.remembered == 0 && s.rank == 0;
+    if (s.orders < 0 || s.window < 2 || s.rank < 1 || call.orders == nullptr || call.recent == nullptr) return false;
+    for (Index n = 0; n < s.orders; ++n)
+      if (call.orders[n] < 1 || (n > 0 && call.orders[n] <= call.orders[n - 1])) return false;
+    return s.remembered == s.window + call.orders[s.orders - 1] - 2;
   }
 
   bool is(const Matrix& m, Index rows, Index columns) const {
@@ -60,13 +69,17 @@ struct DecodeCheck {
     const bool fits = s.width > 0 && s.key_heads > 0 && s.query_heads % s.key_heads == 0 && state.slots > 0 &&
                       layer.window >= 0 && (layer.frequency == nullptr || s.width % 2 == 0);
     const Index query = s.query_heads * s.width, key = s.key_heads * s.width;
-    return there && fits && is(layer.first, query, s.hidden) && is(layer.keys, key, s.hidden) &&
-           is(layer.values, key, s.hidden) && is(layer.last, s.hidden, query);
+    const Index ahead = layer.kind == kSelective ? s.lookahead : 0;
+    const bool entries = ahead == 0 || (state.recent && layer.keys_of_all);
+    return there && fits && entries && is(layer.first, query, s.hidden) && is(layer.keys, key, s.hidden) &&
+           is(layer.values, key, s.hidden * (1 + ahead)) && is(layer.last, s.hidden, query);
   }
 
   bool gate(const Layer& layer) const {
     const bool hidden = s.gate_hidden == 0 || (layer.gate_hidden_weight && layer.gate_hidden_bias);
-    return layer.gate_weight && layer.gate_bias && layer.threshold && hidden;
+    const bool recalls = layer.recall_query_weight && layer.recall_query_bias && layer.recall_key_weight &&
+                         layer.recall_key_bias;
+    return layer.gate_weight && layer.gate_bias && layer.threshold && hidden && recalls == (s.orders > 0);
   }
 
   // Rows, their tokens and positions, and how many entries their windows have had: a slot is that modulo the window.

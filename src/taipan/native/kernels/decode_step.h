@@ -14,7 +14,7 @@ constexpr Index kKeys = 64;  // of an attention at once
 // What one thread needs for itself.
 template <class T>
 struct Own {
-  T *x, *chosen, *room, *weight, *attended;
+  T *x, *chosen, *room, *weight, *attended, *entries, *gate;
   Index* asked;
   Team::Member me;
 };
@@ -28,16 +28,18 @@ struct Step {
   Index longest, in, widest;
   std::optional<Team> team;
   T *h = nullptr, *wide = nullptr, *y = nullptr, *squares = nullptr;  // by all threads: residual stream, results
+  T *repeated = nullptr, *follower = nullptr;  // by gates that recall: (count, 2 O) and (count, D)
 
   explicit Step(const Decode& call) : s(call.sizes), rows(call.rows), count(call.count), position(call.position) {
     const Index query = s.query_heads * s.width, key = s.key_heads * s.width;
-    longest = std::max({s.hidden, s.inner, s.intermediate, query, s.gate_hidden});
+    longest = std::max({s.hidden * (1 + s.lookahead), s.inner, s.intermediate, query});
     in = 2 * s.inner + 2 * s.groups * s.state + s.heads;
     widest = std::max({s.hidden, in, 2 * s.intermediate, query + 2 * key});
   }
 
   bool reserve(Scratch& scratch, Index threads) {
-    const Index sizes[] = {count * s.hidden, count * widest, count * longest, count * s.heads};
+    const Index sizes[] = {count * s.hidden,     count * widest,        count * longest,
+                           count * s.heads, count * 2 * s.orders, s.orders > 0 ? count * s.hidden : 0};
     std::size_t bytes = Scratch::bytes<char>(Team::bytes(threads));
     for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
     if (!scratch.reserve(bytes)) return false;
@@ -45,14 +47,21 @@ struct Step {
     wide = scratch.take<T>(sizes[1]);
     y = scratch.take<T>(sizes[2]);
     squares = scratch.take<T>(sizes[3]);
+    repeated = scratch.take<T>(sizes[4]);
+    follower = scratch.take<T>(sizes[5]);
     team.emplace(threads, scratch.take<char>(Team::bytes(threads)));
     return true;
   }
 
   bool reserve(Scratch& scratch, Part part, Own<T>& own) const {
     const Index shared = s.key_heads == 0 ? 0 : s.query_heads / s.key_heads;
-    const Index sizes[] = {count * longest, count * s.hidden, room_of(count, longest), count,
-                           shared * (2 * s.width + 2 + kKeys)};
+    const Index sizes[] = {count * longest,
+                           count * s.hidden,
+                           room_of(count, longest),
+                           count,
+                           shared * (2 * s.width + 2 + kKeys),
+                           s.lookahead > 0 ? count * s.hidden * (1 + s.lookahead) : 0,
+                           s.hidden + 2 * s.orders + s.rank + s.gate_hidden};
     std::size_t bytes = Scratch::bytes<Index>(count);
     for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
     if (!scratch.reserve(bytes)) return false;
@@ -61,20 +70,23 @@ struct Step {
     own.room = scratch.take<T>(sizes[2]);
     own.weight = scratch.take<T>(sizes[3]);
     own.attended = scratch.take<T>(sizes[4]);
+    own.entries = scratch.take<T>(sizes[5]);
+    own.gate = scratch.take<T>(sizes[6]);
     own.asked = scratch.take<Index>(count);
     own.me.part = part;
     return true;
   }
 
   void embed(const void* embedding, const std::int64_t* tokens) {
-    for (Index i = 0; i < count; ++i) {
-      const Index at = tokens[rows[i]] * s.hidden;
-      T* to = h + i * s.hidden;
-      if (s.embedding_format == kBfloat16)
-        widen_row(s.hidden, static_cast<const std::uint16_t*>(embedding) + at, to);
-      else
-        widen_row(s.hidden, static_cast<const T*>(embedding) + at, to);
-    }
+    for (Index i = 0; i < count; ++i) embed(embedding, tokens[rows[i]], h + i * s.hidden);
+  }
+
+  void embed(const void* embedding, std::int64_t token, T* to) const {
+    const Index at = token * s.hidden;
+    if (s.embedding_format == kBfloat16)
+      widen_row(s.hidden, static_cast<const std::uint16_t*>(embedding) + at, to);
+    else
+      widen_row(s.hidden, static_cast<const T*>(embedding) + at, to);
   }
 
   static constexpr Index kPiece = 32768;  // bytes of a matrix

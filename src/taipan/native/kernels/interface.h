@@ -186,6 +186,8 @@ struct DecodeSizes {
   Index inner, conv, taps, heads, head_dim, groups, state;  // of Mamba-2
   Index query_heads, key_heads, width;                       // of attention
   Index gate_hidden;                                         // 0: a linear gate
+  Index lookahead;                                           // K of the selective layers
+  Index orders, remembered, window, rank;                    // of gates that recall; 0: none does
   Index format, embedding_format;                            // of the matrices and of the embedding
   Index rounds;  // the model is in bfloat16: what a state keeps is rounded to it, what a product takes may be
   double eps, dt_low, dt_high;
@@ -203,22 +205,24 @@ struct Layer {
   const Real* frequency;  // (E / 2) of the rotary embedding, or null
   Index window;           // 0: none
   const Real *gate_weight, *gate_bias, *gate_hidden_weight, *gate_hidden_bias;
+  const Real *recall_query_weight, *recall_query_bias, *recall_key_weight, *recall_key_bias;  // or null
   const Real* threshold;
-  Index gate_reads_raw, keys_of_all, counts_selected, adds;
+  Index gate_reads_raw, keys_of_all, counts_selected, adds, weighs_one;
   const Real* mlp_norm;  // null: no MLP
   Matrix gate, up, down;
 };
 
 // Of a Mamba-2 layer: columns (B, K - 1, C) and recurrent state (B, H, P, N). Of an attention layer: keys and values
-// (B, G, W, E), window coordinate (B, W) and number of entries so far (B).
+// (B, G, W, E), window coordinate (B, W) and number of entries so far (B); where entries look ahead, the last inputs
+// (B, K, D).
 struct State {
-  Real *first, *second;
+  Real *first, *second, *recent;
   std::int64_t *index, *count;
   Index slots;
 };
 
-// `rows` are the `count` of the batch that get a token; `tokens` and `position` are of the whole batch, `logits`
-// (count, V) of those rows.
+// `rows` are the `count` of the batch that get a token; `tokens`, `position` and `recent` (B, R) are of the whole batch,
+// `logits` (count, V) of those rows. `orders` are the lengths of the n-grams that are recalled, rising.
 struct Decode {
   DecodeSizes sizes;
   const Layer* layers;
@@ -229,6 +233,8 @@ struct Decode {
   Index batch, count;
   const std::int64_t *rows, *tokens;
   std::int64_t* position;
+  const std::int64_t* orders;  // may be null, and then `recent`
+  std::int64_t* recent;
   Real* logits;
 };
 
@@ -271,12 +277,15 @@ TAIPAN_STRUCT(AttentionBackward, sizes, q, k, v, plan, out, dout, statistics, de
 TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, logits, target, loss)
 TAIPAN_STRUCT(Matrix, weight, scale, rows, columns)
 TAIPAN_STRUCT(DecodeSizes, layers, hidden, vocabulary, intermediate, inner, conv, taps, heads, head_dim, groups, state,
-              query_heads, key_heads, width, gate_hidden, format, embedding_format, rounds, eps, dt_low, dt_high)
+              query_heads, key_heads, width, gate_hidden, lookahead, orders, remembered, window, rank, format,
+              embedding_format, rounds, eps, dt_low, dt_high)
 TAIPAN_STRUCT(Layer, kind, norm, first, keys, values, last, conv_weight, conv_bias, dt_bias, A, D, gated_norm, frequency,
-              window, gate_weight, gate_bias, gate_hidden_weight, gate_hidden_bias, threshold, gate_reads_raw,
-              keys_of_all, counts_selected, adds, mlp_norm, gate, up, down)
-TAIPAN_STRUCT(State, first, second, index, count, slots)
-TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, rows, tokens, position, logits)
+              window, gate_weight, gate_bias, gate_hidden_weight, gate_hidden_bias, recall_query_weight,
+              recall_query_bias, recall_key_weight, recall_key_bias, threshold, gate_reads_raw, keys_of_all,
+              counts_selected, adds, weighs_one, mlp_norm, gate, up, down)
+TAIPAN_STRUCT(State, first, second, recent, index, count, slots)
+TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, rows, tokens, position, orders,
+              recent, logits)
 TAIPAN_STRUCT(Piece, address, bytes)
 TAIPAN_STRUCT(Digest, pieces, count, result)
 
