@@ -51,6 +51,18 @@ def test_an_answer_is_what_generate_gives(cli: Cli, session: Path, model_directo
     assert tokens(session) == len(TEXT.encode())
 
 
+def test_generate_goes_on_from_a_session(cli: Cli, session: Path, model_directory: Path) -> None:
+    before = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    for prompt in ("So?", None):
+        answer = cli("session", "ask", session, prompt or "", *ASK)
+        arguments = [model_directory, *([] if prompt is None else [prompt])]
+        made = cli("generate", *arguments, "--session", session, *ASK)
+        assert made.code == 0
+        assert made.out == answer.out
+        assert f"{len(prompt or '')} tokens read" in made.err
+    assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
+
+
 def test_every_verb(cli: Cli, session: Path, book: Path, tmp_path: Path) -> None:
     before = tokens(session)
     assert cli("session", "mark", session, "here").code == 0
@@ -98,6 +110,9 @@ def test_mistakes_are_explained(
     assert "has no mark 'there'" in refused("session", "rollback", session, "there")
     assert "is not a session" in refused("session", "info", tmp_path)
     assert "Give either a TEXT or --file" in refused("session", "append", session)
+    both = ["--session", session, "--load-state", book]
+    assert "not both" in refused("generate", model_directory, "x", *both)
+    assert "is not a session" in refused("generate", model_directory, "x", "--session", tmp_path)
     assert "name it with --model" in refused("session", "ask", session, "x", "--model", tmp_path / "none")
     assert "does not exist" in refused("session", "read", model_directory, tmp_path / "none", "-o", tmp_path / "new")
     assert "there already" in refused("session", "fork", session, session)

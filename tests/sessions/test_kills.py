@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from taipan.data.tokenizer import Tokenizer
+from taipan.generation import GenerationSettings
 from taipan.model import TaipanLM
 from taipan.sessions import Session
 from taipan.text import TextModel
@@ -136,14 +138,75 @@ def changing_kills(step: int, tmp_path: Path, model: TextModel) -> int:
             ids = list(TEXT.encode())
             after = {"append": [*ids, *MORE.encode()], "rollback": ids[:33], "fork": ids}[kind]
             assert session.ids() in (ids, after)
+            fork = path(number).with_suffix(".fork")
+            if kind == "fork":
+                if not (fork / "session.json").exists():
+                    session.fork(fork)  # the same again works
+                assert opened(fork, model).ids() == ids
             session.append("x")
             assert opened(session.directory, model).ids() in ([*ids, ord("x")], [*after, ord("x")])
-            fork = path(number).with_suffix(".fork")
-            if (fork / "session.json").exists():
-                assert opened(fork, model).ids() in ([], ids)
 
         kills += kill_everywhere(step, work, check)
     return kills
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_kills_at_random_moments(tmp_path: Path, model: TextModel) -> None:
+    """Kills from outside, at any moment of reading, saving (a mark and a kept answer) and forking."""
+    generator = torch.Generator().manual_seed(0)
+    ids = list(TEXT.encode())
+    settings = GenerationSettings(max_new_tokens=4, eos_token_id=())
+
+    def work(number: int) -> Callable[[], object]:
+        path = tmp_path / str(number)
+        session = Session.create(path, model, every=20, most=3)
+        if number % 3 == 0:
+            return lambda: session.read_files(["book"], lambda _: [TEXT])
+        session.append(TEXT)
+        if number % 3 == 1:
+            return lambda: [session.mark("here"), session.ask(MORE, keep=True, settings=settings)]
+        return lambda: session.fork(path.with_suffix(".fork"))
+
+    def check(number: int) -> None:
+        session = opened(tmp_path / str(number), model)
+        known = session.ids()
+        if number % 3 == 0:
+            assert known == [*ids, 256][: len(known)]
+            if session.manifest.reading or not known:
+                session.read_files(["book"], lambda _: [TEXT])
+            assert opened(session.directory, model).ids() == [*ids, 256]
+        elif number % 3 == 1:
+            assert known[: len(ids)] == ids
+            assert known[len(ids) :] in ([], [*MORE.encode(), *known[-4:]])
+        else:
+            assert known == ids
+            fork = session.directory.with_suffix(".fork")
+            if not (fork / "session.json").exists():
+                session.fork(fork)
+            assert opened(fork, model).ids() == ids
+
+    seconds = [0.1] * 3
+    killed = [0] * 3
+    number = 0
+    while sum(killed) < 50:
+        kind = number % 3
+        todo = work(number)
+        begin = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            todo()
+            os._exit(0)
+        time.sleep(seconds[kind] * float(torch.rand((), generator=generator)))
+        os.kill(child, signal.SIGKILL)
+        if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            killed[kind] += 1
+            seconds[kind] *= 1.1
+        else:  # it was done: the next one is killed sooner
+            seconds[kind] = time.perf_counter() - begin
+        check(number)
+        number += 1
+    assert min(killed) >= 10
 
 
 def test_some_kills(tmp_path: Path, model: TextModel) -> None:

@@ -15,7 +15,7 @@ from taipan import TaipanLM
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError, StateError
 from taipan.generation import GenerationSettings, generate, prefill
-from taipan.sessions import Session
+from taipan.sessions import Session, SessionBusyError
 from taipan.text import TextModel
 from tests.models import small_model
 
@@ -201,11 +201,44 @@ def test_an_edited_record_is_refused(session: Session, change: tuple[str, str], 
 
 
 def test_one_changes_it_at_a_time(session: Session) -> None:
-    with session._changing():  # pyright: ignore[reportPrivateUsage]
-        with pytest.raises(StateError, match="being changed by another process"):
+    with session.changing():
+        with pytest.raises(SessionBusyError, match="being changed by another process"):
             reopened(session).append("x")
         assert reopened(session).ask("x", settings=GREEDY).tokens  # who only reads need not wait
     reopened(session).append("x")
+
+
+def test_several_changes_are_one_for_the_others(session: Session) -> None:
+    ids = session.ids()
+    before = reopened(session)
+    reopened(session).append("seen by who holds the lock: ")
+    with before.changing():
+        assert before.tokens == len(ids) + 28
+        before.mark("here")
+        before.append("x")
+        with pytest.raises(SessionBusyError):
+            reopened(session).mark("there")
+    assert reopened(session).manifest.marks == {"here": len(ids) + 28}
+
+
+def test_what_was_read_elsewhere_is_added(session: Session) -> None:
+    ids = session.ids()
+    known = session.state
+    assert known is not None
+    more = list(b"more")
+    session.extend(more, prefill(session.model.model, torch.tensor([more]), state=known.decoder))
+    assert_knows(reopened(session), [*ids, *more])
+
+
+def test_a_deleted_session_is_gone_for_everyone(session: Session) -> None:
+    other = reopened(session)
+    with other.changing(), pytest.raises(SessionBusyError):
+        session.delete()
+    session.delete()
+    assert list(session.directory.parent.iterdir()) == []
+    for change in (lambda: other.append("x"), lambda: other.mark("a"), other.delete):
+        with pytest.raises(StateError, match="not there any more"):
+            change()
 
 
 def test_what_is_there_is_not_written_over(session: Session, tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ def register(app: typer.Typer, panel: str) -> None:
             Path | None, typer.Option(help="Write the state of the model at the end to this file.")
         ] = None,
         load_state: Annotated[Path | None, typer.Option(help="Continue from a saved state of this model.")] = None,
+        session: Annotated[
+            Path | None, typer.Option(help="Continue from a session (taipan session read); it stays as it is.")
+        ] = None,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         weights: Annotated[
             str,
@@ -59,13 +62,17 @@ def register(app: typer.Typer, panel: str) -> None:
             taipan generate quickstart/model --prompt-file long.txt --max-new-tokens 0 --save-state long.safetensors
 
             taipan generate quickstart/model "And so" --load-state long.safetensors
+
+            taipan generate quickstart/model "And so" --session book.session
         """
         from taipan.errors import InputError
         from taipan.generation import GenerationSettings
 
         if prompt is not None and prompt_file is not None:
             raise InputError("Give either a PROMPT or --prompt-file, not both.")
-        if prompt is None and prompt_file is None and not new_document:
+        if session is not None and load_state is not None:
+            raise InputError("Give either --session or --load-state, not both.")
+        if prompt is None and prompt_file is None and not new_document and session is None:
             raise InputError(
                 "Give a PROMPT (- reads standard input) or --prompt-file; or --new-document to begin with no text."
             )
@@ -83,7 +90,7 @@ def register(app: typer.Typer, panel: str) -> None:
             prefill_chunk=prefill_chunk,
             weights=weights,
         )
-        _run(model, prompt, prompt_file, new_document, settings, max_new_tokens == 0, save_state, load_state, dtype)
+        _run(model, prompt, prompt_file, new_document, settings, max_new_tokens == 0, save_state, load_state, session, dtype)
 
 
 def _run(
@@ -95,6 +102,7 @@ def _run(
     only_read: bool,
     save_state: Path | None,
     load_state: Path | None,
+    session: Path | None,
     dtype: str | None,
 ) -> None:
     import sys
@@ -103,11 +111,14 @@ def _run(
     from taipan.cli.console import note, size
     from taipan.cli.text import text_pieces
     from taipan.hardware import tune_allocator
+    from taipan.sessions import Session
     from taipan.text import load
 
     tune_allocator()
     model = load(directory, dtype=dtype)
     state = None if load_state is None else model.load_state(load_state)
+    if session is not None:
+        state = Session.open(session, model).state
     source = str(prompt_file) if prompt_file is not None else "-" if prompt == "-" else None
     text = prompt or "" if source is None else text_pieces(source)
     if only_read:

@@ -2,6 +2,6 @@
 
 from taipan.sessions.manifest import Manifest
 from taipan.sessions.objects import ObjectStore
-from taipan.sessions.session import Answer, Session
+from taipan.sessions.session import Answer, Session, SessionBusyError
 
-__all__ = ["Answer", "Manifest", "ObjectStore", "Session"]
+__all__ = ["Answer", "Manifest", "ObjectStore", "Session", "SessionBusyError"]

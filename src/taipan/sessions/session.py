@@ -2,7 +2,9 @@
 
 import fcntl
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +15,24 @@ import torch
 from taipan.errors import InputError, StateError, shown
 from taipan.generation import GenerationSettings, Reading, prefill
 from taipan.generation.stopping import CONTEXT, FinishReason
+from taipan.io import remove_abandoned
 from taipan.sessions.manifest import Manifest, Segment, Snapshot, check_mark
 from taipan.sessions.objects import RESTORE, ObjectStore
 from taipan.shapes import IntBT
 from taipan.state import DecoderState
 from taipan.text import DEFAULTS, TextModel, TextState
 
+DELETED = ".deleted-"
+"""How the name of a directory begins that was a session; what is left of one after a kill may be removed."""
+
 _LOCK = "session.lock"
 _EVERY = 16_384
 _MOST = 16
 _SMALL = 4_096  # a last segment shorter than this is written again, together with what comes
+
+
+class SessionBusyError(StateError):
+    """Another process is changing the session."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Session:
         self.manifest = manifest
         self._objects = ObjectStore.of(directory)
         self._known: tuple[Snapshot, Reading] | None = None
+        self._held = False
 
     @classmethod
     def create(
@@ -73,7 +84,7 @@ class Session:
         """Begin an empty session.
 
         Args:
-            directory: must not exist, or be empty.
+            directory: must not exist, or be empty; what a killed `create` or `fork` left in it goes.
             model: reads the text.
             model_path: where the model can be found later.
             every: tokens between snapshots that are kept for rolling back; doubled as the text outgrows them.
@@ -87,10 +98,6 @@ class Session:
         for name, value in (("every", every), ("most", most)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise InputError(f"{name} is {shown(value)}, but must be a whole number of at least 1.")
-        path = Path(directory)
-        if path.is_file() or (path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())):
-            raise StateError(f"{path} is there already: name another path, or append to it if it is a session.")
-        path.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(
             model=model.model.fingerprint,
             model_path=None if model_path is None else str(Path(model_path).resolve()),
@@ -98,8 +105,8 @@ class Session:
             every=every,
             most=most,
         )
-        session = cls(path, model, manifest)
-        with session._changing(fresh=True):
+        session = cls(Path(directory), model, manifest)
+        with session._new():
             session._commit(manifest)
         return session
 
@@ -180,6 +187,23 @@ class Session:
 
     # ------------------------------------------------------------------ changes
 
+    @contextmanager
+    def changing(self) -> Generator[None]:
+        """Hold the session's lock, for several changes that nobody may come between; begin with what it is now.
+
+        Every change takes the lock by itself; inside of this it is held already.
+
+        Raises:
+            SessionBusyError: another process holds it.
+            StateError: the session is not there any more, or damaged.
+        """
+        if self._held:
+            yield
+            return
+        with self._lock():
+            self.manifest = Manifest.load(self.directory)
+            yield
+
     def append(
         self, text: str | Iterable[str], *, piece: int = 2048, progress: Callable[[int], object] | None = None
     ) -> int:
@@ -191,7 +215,7 @@ class Session:
             progress: called with the number of tokens read so far.
 
         Raises:
-            StateError: another process is changing the session.
+            SessionBusyError: another process is changing the session.
         """
         pieces = (text,) if isinstance(text, str) else text
         return self.append_tokens(self.model.tokenizer.iter_encode(pieces), piece=piece, progress=progress)
@@ -206,9 +230,22 @@ class Session:
             StateError: another process is changing the session.
         """
         before = self.tokens
-        with self._changing():
+        with self.changing():
             self._read(ids, piece, progress)
         return self.tokens - before
+
+    def extend(self, ids: Sequence[int], reading: Reading) -> None:
+        """Add tokens that were read or written elsewhere, after what this session knew, and what is known after them.
+
+        Args:
+            ids: at least one.
+            reading: of this session's model, one row.
+
+        Raises:
+            SessionBusyError: another process is changing the session.
+        """
+        with self.changing():
+            self._commit(self._with(self.manifest, list(ids), reading))
 
     def read_files(
         self,
@@ -236,7 +273,7 @@ class Session:
         tokenizer = self.model.tokenizer
         names = tuple(files)
         begun = self.tokens
-        with self._changing():
+        with self.changing():
             if self.manifest.reading and self.manifest.reading != names:
                 raise StateError(
                     f"{self.directory} was reading {', '.join(self.manifest.reading)} when it was stopped: give the "
@@ -263,7 +300,7 @@ class Session:
             StateError: the name is none, or the session is being changed.
         """
         check_mark(name)
-        with self._changing():
+        with self.changing():
             self._commit(replace(self.manifest, marks={**self.manifest.marks, name: self.tokens}))
 
     def rollback(self, target: str | int, *, piece: int = 2048) -> int:
@@ -277,7 +314,7 @@ class Session:
         Raises:
             StateError: no such place; a file is missing or damaged.
         """
-        with self._changing():
+        with self.changing():
             place = self.place(target)
             if place == self.tokens:
                 return 0
@@ -302,11 +339,22 @@ class Session:
         Raises:
             StateError: there is something in the directory.
         """
-        other = Session.create(directory, self.model, every=self.manifest.every, most=self.manifest.most)
-        with self._changing(), other._changing():
+        other = Session(Path(directory), self.model, self.manifest)
+        with self.changing(), other._new():
             self._objects.share(self.manifest.objects, other._objects)
             other._commit(self.manifest)
         return other
+
+    def delete(self) -> None:
+        """Remove the session from the disk; as one step for whoever looks.
+
+        Raises:
+            SessionBusyError: another process is changing the session.
+        """
+        with self.changing():
+            gone = self.directory.with_name(f"{DELETED}{uuid.uuid4().hex}")
+            os.replace(self.directory, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def ask(
         self,
@@ -328,9 +376,9 @@ class Session:
 
         Raises:
             InputError: there is nothing to continue from, or a setting is not usable.
-            StateError: with `keep`, another process is changing the session.
+            SessionBusyError: with `keep`, another process is changing the session.
         """
-        with self._changing() if keep else nullcontext():
+        with self.changing() if keep else nullcontext():
             stream = self.model.generate(text, state=self.state, stream=True, settings=settings, **options)
             pieces: list[str] = []
             for piece in stream:
@@ -341,7 +389,7 @@ class Session:
                 after = stream.state
                 assert after.logits_BV is not None
                 ids = [*self.model.tokenizer.encode(text), *stream.new_tokens]
-                self._commit(self._with(self.manifest, ids, Reading(after.logits_BV, after.decoder)))
+                self.extend(ids, Reading(after.logits_BV, after.decoder))
         return Answer("".join(pieces), stream.new_tokens, stream.finish_reason)
 
     def verify(self) -> None:
@@ -452,23 +500,43 @@ class Session:
         self._objects.keep(manifest.objects)
 
     @contextmanager
-    def _changing(self, *, fresh: bool = False) -> Generator[None]:
-        """Hold the session's lock, and begin with what it is now.
+    def _new(self) -> Generator[None]:
+        """Hold the lock of a session that is not there yet, in a directory of its own.
 
         Raises:
-            StateError: another process holds it.
+            StateError: there is something in the directory.
         """
-        descriptor = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._require_room()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            self._require_room()  # another process may have been quicker
+            yield
+
+    def _require_room(self) -> None:
+        remove_abandoned(self.directory)
+        left = [_LOCK, self._objects.directory.name]
+        is_file = self.directory.is_file()
+        if is_file or (self.directory.is_dir() and any(entry.name not in left for entry in self.directory.iterdir())):
+            raise StateError(
+                f"{self.directory} is there already: name another path, or append to it if it is a session."
+            )
+
+    @contextmanager
+    def _lock(self) -> Generator[None]:
+        try:
+            descriptor = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError as error:
+            raise StateError(f"{self.directory} is not there any more.") from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise StateError(
+                raise SessionBusyError(
                     f"{self.directory} is being changed by another process: wait for it, or work on a fork."
                 ) from error
-            if not fresh:
-                self.manifest = Manifest.load(self.directory)
+            self._held = True
             yield
         finally:
+            self._held = False
             with suppress(OSError):
                 os.close(descriptor)
