@@ -10,7 +10,8 @@ import torch
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.generation import GenerationSettings, Reading, generate, prefill
-from taipan.serving.engine import BusyError, EndEvent, Engine, Event, PromptEvent, Request, TokenEvent, Until
+from taipan.generation.stopping import Until
+from taipan.serving.engine import BusyError, EndEvent, Engine, Event, PromptEvent, Request, TokenEvent
 from taipan.serving.prefixes import PrefixStore
 from taipan.text import TextModel
 from tests.models import random_tokens, small_model

@@ -14,8 +14,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from taipan import TaipanLM
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError, StateError
-from taipan.generation import GenerationSettings, generate, prefill
-from taipan.sessions import Session, SessionBusyError
+from taipan.generation import GenerationSettings, Reading, generate, prefill
+from taipan.sessions import ReadingCache, Session, SessionBusyError
 from taipan.text import TextModel
 from tests.models import small_model
 
@@ -228,6 +228,41 @@ def test_what_was_read_elsewhere_is_added(session: Session) -> None:
     more = list(b"more")
     session.extend(more, prefill(session.model.model, torch.tensor([more]), state=known.decoder))
     assert_knows(reopened(session), [*ids, *more])
+
+
+def test_a_shared_cache_is_bounded_and_saves_the_disk(session: Session, tmp_path: Path) -> None:
+    one = reopened(session).state
+    assert one is not None
+    assert one.logits_BV is not None
+    cache = ReadingCache(2 * (one.nbytes + one.logits_BV.nbytes))
+    paths = [session.directory, *(session.fork(tmp_path / str(number)).directory for number in range(3))]
+    for number, path in enumerate(paths):
+        opened = Session.open(path, session.model, cache=cache)
+        opened.append("x" * (number + 1))
+        assert cache.nbytes <= 2 * (one.nbytes + one.logits_BV.nbytes)
+    assert len(cache) == 2
+    last = Session.open(paths[-1], session.model, cache=cache)
+    for snapshot in last.manifest.snapshots[-1:]:
+        (paths[-1] / "objects" / f"{snapshot.state}.safetensors").unlink()
+    assert last.state is not None
+    with pytest.raises(StateError, match="does not exist"):
+        print(reopened(last).state)
+
+
+def test_who_reads_may_be_somebody_else(session: Session) -> None:
+    ids = session.ids()
+    read: list[int] = []
+
+    def elsewhere(new: list[int], before: Reading | None) -> Reading:
+        read.extend(new)
+        state = None if before is None else before.state
+        return prefill(session.model.model, torch.tensor([new]), state=state)
+
+    own = Session.open(session.directory, session.model, read=elsewhere)
+    own.append("more")
+    own.rollback(len(ids) + 2)
+    assert bytes(read).startswith(b"more")
+    assert_knows(reopened(session), [*ids, *b"mo"])
 
 
 def test_a_deleted_session_is_gone_for_everyone(session: Session) -> None:

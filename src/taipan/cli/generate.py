@@ -90,7 +90,18 @@ def register(app: typer.Typer, panel: str) -> None:
             prefill_chunk=prefill_chunk,
             weights=weights,
         )
-        _run(model, prompt, prompt_file, new_document, settings, max_new_tokens == 0, save_state, load_state, session, dtype)
+        _run(
+            model,
+            prompt,
+            prompt_file,
+            new_document,
+            settings,
+            max_new_tokens == 0,
+            save_state,
+            load_state,
+            session,
+            dtype,
+        )
 
 
 def _run(

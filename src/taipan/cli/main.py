@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from taipan.cli import (
     bench,
     calibrate,
+    chat,
     convert,
     data,
     doctor,
@@ -41,7 +42,7 @@ PANELS = {
     "Start": (quickstart, doctor),
     "Data": (data,),
     "Train": (train, runs, presets, plan, calibrate),
-    "Use": (generate, session, serve, inspect, convert),
+    "Use": (generate, chat, session, serve, inspect, convert),
     "Measure": (evaluate, bench, reproduce),
 }
 _HELP = ["-h", "--help"]

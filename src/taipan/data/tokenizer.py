@@ -327,6 +327,12 @@ class Tokenizer:
                     break
         return context
 
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The names of its special tokens, in the order of their ids."""
+        named = {index: token.content for index, token in self._backend.get_added_tokens_decoder().items()}
+        return tuple(named[index] for index in sorted(self._special))
+
     def is_special(self, index: int) -> bool:
         """Whether a token leaves no trace in a text, as the end of a document."""
         return index in self._special

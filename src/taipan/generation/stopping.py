@@ -87,3 +87,40 @@ class Endings:
         if self._watches and self._watches[row].push(token):
             return "stop_string"
         return "length" if self._steps == self._settings.max_new_tokens else None
+
+
+class Until:
+    """The text up to the first stop string, piece by piece: what may become one is held back until it cannot.
+
+    Args:
+        strings: the stop strings; none of them is empty.
+    """
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self._strings = strings
+        self._held = ""
+        self._over = False
+
+    def push(self, text: str) -> str:
+        """Take more text; returns what is sure to come before any stop string."""
+        if self._over:
+            return ""
+        self._held += text
+        found = [place for string in self._strings if (place := self._held.find(string)) >= 0]
+        if found:
+            self._over, told = True, self._held[: min(found)]
+            self._held = ""
+            return told
+        kept = max((_overlap(self._held, string) for string in self._strings), default=0)
+        told, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return told
+
+    def flush(self) -> str:
+        """The rest, at the end of the text."""
+        told, self._held = self._held, ""
+        return told
+
+
+def _overlap(text: str, string: str) -> int:
+    """Length of the longest end of a text that is a beginning of a string."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)

@@ -2,6 +2,7 @@
 
 from taipan.sessions.manifest import Manifest
 from taipan.sessions.objects import ObjectStore
+from taipan.sessions.readings import ReadingCache
 from taipan.sessions.session import Answer, Session, SessionBusyError
 
-__all__ = ["Answer", "Manifest", "ObjectStore", "Session", "SessionBusyError"]
+__all__ = ["Answer", "Manifest", "ObjectStore", "ReadingCache", "Session", "SessionBusyError"]

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from taipan.generation.stopping import CONTEXT, FinishReason
 from taipan.io import remove_abandoned
 from taipan.sessions.manifest import Manifest, Segment, Snapshot, check_mark
 from taipan.sessions.objects import RESTORE, ObjectStore
+from taipan.sessions.readings import ReadingCache
 from taipan.shapes import IntBT
 from taipan.state import DecoderState
 from taipan.text import DEFAULTS, TextModel, TextState
@@ -28,7 +30,13 @@ DELETED = ".deleted-"
 _LOCK = "session.lock"
 _EVERY = 16_384
 _MOST = 16
+_TURN = re.compile(r"turn_(\d{1,9})")
+_TURNS = 17  # the beginning, and the ends of 16 turns
 _SMALL = 4_096  # a last segment shorter than this is written again, together with what comes
+
+
+Read = Callable[[list[int], Reading | None], Reading]
+"""Reads tokens after what is known (None: nothing) and returns what is known then."""
 
 
 class SessionBusyError(StateError):
@@ -61,14 +69,25 @@ class Session:
         directory: of the session.
         model: the model and the tokenizer it is of.
         manifest: its record.
+        read: how tokens are read after a reading (None: after nothing); by default here and now.
+        cache: what was restored last, shared with other sessions.
     """
 
-    def __init__(self, directory: Path, model: TextModel, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: TextModel,
+        manifest: Manifest,
+        *,
+        read: Read | None = None,
+        cache: ReadingCache | None = None,
+    ) -> None:
         self.directory = directory
         self.model = model
         self.manifest = manifest
         self._objects = ObjectStore.of(directory)
-        self._known: tuple[Snapshot, Reading] | None = None
+        self._read_ids = read
+        self._cache = ReadingCache() if cache is None else cache
         self._held = False
 
     @classmethod
@@ -80,6 +99,8 @@ class Session:
         model_path: str | Path | None = None,
         every: int = _EVERY,
         most: int = _MOST,
+        read: Read | None = None,
+        cache: ReadingCache | None = None,
     ) -> "Session":
         """Begin an empty session.
 
@@ -89,6 +110,7 @@ class Session:
             model_path: where the model can be found later.
             every: tokens between snapshots that are kept for rolling back; doubled as the text outgrows them.
             most: how many of these are kept.
+            read, cache: see `Session`.
 
         Raises:
             StateError: there is something in the directory.
@@ -105,14 +127,21 @@ class Session:
             every=every,
             most=most,
         )
-        session = cls(Path(directory), model, manifest)
+        session = cls(Path(directory), model, manifest, read=read, cache=cache)
         with session._new():
             session._commit(manifest)
         return session
 
     @classmethod
-    def open(cls, directory: str | Path, model: TextModel) -> "Session":
+    def open(
+        cls, directory: str | Path, model: TextModel, *, read: Read | None = None, cache: ReadingCache | None = None
+    ) -> "Session":
         """Open a session; nothing is read again.
+
+        Args:
+            directory: of the session.
+            model: the one that read it.
+            read, cache: see `Session`.
 
         Raises:
             StateError: it is missing, damaged, of another version, of another model, or of another tokenizer.
@@ -127,7 +156,7 @@ class Session:
             )
         if manifest.tokenizer != model.tokenizer.fingerprint:
             raise StateError(f"{path} was read with another tokenizer: open it with the one beside its model.")
-        return cls(path, model, manifest)
+        return cls(path, model, manifest, read=read, cache=cache)
 
     # ------------------------------------------------------------------ what it knows
 
@@ -168,6 +197,30 @@ class Session:
                 found += self._segment_ids(segment)[low:high]
             place += segment.tokens
         return found
+
+    @property
+    def marks(self) -> dict[int, str]:
+        """The name of each marked place (of several the last), in tokens."""
+        return {place: name for name, place in self.manifest.marks.items()}
+
+    @property
+    def turns(self) -> list[int]:
+        """Where a conversation began and where each of its last turns ended, in tokens; empty if there is none."""
+        found = [(int(match[1]), at) for name, at in self.manifest.marks.items() if (match := _TURN.fullmatch(name))]
+        return [at for _, at in sorted(found)]
+
+    def known_at(self, place: int) -> Reading | None:
+        """What the model knew at a place of which there is a snapshot, as at every mark; None at the beginning.
+
+        Raises:
+            StateError: there is no snapshot, or its file is missing or damaged.
+        """
+        if place == 0:
+            return None
+        nearest = self.manifest.nearest(place)
+        if nearest is None or nearest.tokens != place:
+            raise StateError(f"{self.directory} has no snapshot at {place:,} tokens: roll back to it.")
+        return self._restore(nearest)
 
     def place(self, target: str | int) -> int:
         """The number of tokens that a mark, or a number, names.
@@ -246,6 +299,23 @@ class Session:
         """
         with self.changing():
             self._commit(self._with(self.manifest, list(ids), reading))
+
+    def add_turn(self, ids: Sequence[int], reading: Reading) -> None:
+        """As `extend`, and mark the end as that of a turn of a conversation: `turn_1`, `turn_2`, …
+
+        The place before the first turn is `turn_0`. Of these marks the last 16 stay.
+        """
+        with self.changing():
+            numbers = sorted(int(match[1]) for name in self.manifest.marks if (match := _TURN.fullmatch(name)))
+            if not numbers:
+                self.mark("turn_0")
+                numbers = [0]
+            self.extend(ids, reading)
+            self.mark(f"turn_{numbers[-1] + 1}")
+            old = {f"turn_{number}" for number in numbers[: max(0, len(numbers) + 1 - _TURNS)]}
+            if old:
+                marks = {name: at for name, at in self.manifest.marks.items() if name not in old}
+                self._commit(replace(self.manifest, marks=marks))
 
     def read_files(
         self,
@@ -339,7 +409,7 @@ class Session:
         Raises:
             StateError: there is something in the directory.
         """
-        other = Session(Path(directory), self.model, self.manifest)
+        other = Session(Path(directory), self.model, self.manifest, read=self._read_ids, cache=self._cache)
         with self.changing(), other._new():
             self._objects.share(self.manifest.objects, other._objects)
             other._commit(self.manifest)
@@ -438,6 +508,8 @@ class Session:
     def _extend(self, manifest: Manifest, ids: list[int], piece: int) -> Manifest:
         """The record after reading more."""
         before = None if not manifest.snapshots else self._restore(manifest.snapshots[-1])
+        if self._read_ids is not None:
+            return self._with(manifest, ids, self._read_ids(ids, before))
         tokens_BT: IntBT = torch.tensor([ids], dtype=torch.int64)
         reading = prefill(self.model.model, tokens_BT, state=None if before is None else before.state, chunk=piece)
         return self._with(manifest, ids, reading)
@@ -451,7 +523,7 @@ class Session:
         segment = Segment(len(ids), self._objects.put({"ids": torch.tensor(ids, dtype=torch.int32)}))
         longer = replace(manifest, segments=(*segments, segment))
         snapshot = self._store(longer.tokens, reading)
-        self._known = (snapshot, reading)
+        self._cache.put(snapshot, reading)
         return longer.with_snapshot(snapshot)
 
     def _store(self, tokens: int, reading: Reading) -> Snapshot:
@@ -461,8 +533,8 @@ class Session:
         return Snapshot(tokens, state, self._objects.put({"logits_BV": reading.logits_BV.float().cpu()}))
 
     def _restore(self, snapshot: Snapshot) -> Reading:
-        if self._known is not None and self._known[0] == snapshot:
-            return self._known[1]
+        if (known := self._cache.get(snapshot)) is not None:
+            return known
         self._objects.check(snapshot.state)
         state = DecoderState.load(self._objects.path(snapshot.state), self.model.model)
         logits = self._objects.get(snapshot.logits).get("logits_BV")
@@ -472,7 +544,7 @@ class Session:
         if state.batch_size != 1:
             raise StateError(f"{self.directory} holds a state of {state.batch_size} rows; a session has one. {RESTORE}")
         reading = Reading(logits, state)
-        self._known = (snapshot, reading)
+        self._cache.put(snapshot, reading)
         return reading
 
     def _segment_ids(self, segment: Segment) -> list[int]:
