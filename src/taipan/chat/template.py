@@ -96,9 +96,13 @@ class TemplateFormat:
         end = self._end(ids)
         return ids[end + 1 :] if end is not None and last and last[-1] == ids[end] else ids
 
-    @cached_property
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """See `ChatFormat.end_ids`: the special token that the template puts behind an answer."""
+        return self._ends
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
         ids = self._tokenizer.encode_template(self._after_answer([]))
         end = self._end(ids)
         return () if end is None else (ids[end],)
