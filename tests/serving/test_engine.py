@@ -11,8 +11,9 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.generation import GenerationSettings, Reading, generate, prefill
 from taipan.generation.stopping import Until
-from taipan.serving.engine import BusyError, EndEvent, Engine, Event, PromptEvent, Request, TokenEvent
-from taipan.serving.prefixes import PrefixStore
+from taipan.serving.engine import BusyError, Engine, Request
+from taipan.serving.events import EndEvent, Event, PromptEvent, TokenEvent
+from taipan.serving.prefixes import Chain, PrefixStore
 from taipan.text import TextModel
 from tests.models import random_tokens, small_model
 
@@ -24,7 +25,7 @@ def model(request: pytest.FixtureRequest) -> TextModel:
     """A model that decodes by the native step, and one that calls its own forward."""
     own = small_model(STACK, vocab_size=257, dtype=torch.float32)
     if request.param == "model":
-        own.lm_head.register_forward_pre_hook(lambda *_: None)  # what the native step would pass by
+        own.lm_head.register_forward_pre_hook(lambda module, inputs: None)  # what the native step would pass by
     return TextModel(own, Tokenizer.bytes())
 
 
@@ -63,6 +64,10 @@ def alone(model: TextModel, ids: list[int], chosen: GenerationSettings) -> list[
     return generate(model.model, torch.tensor([ids]), settings=chosen, tokenizer=model.tokenizer)[
         0, len(ids) :
     ].tolist()
+
+
+def chain(ids: list[int]) -> Chain:
+    return Chain(ids, b"", 8)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -163,12 +168,14 @@ def test_the_store_is_bounded_and_drops_what_was_not_used(model: TextModel) -> N
     size = reading.state.nbytes + reading.logits_BV.nbytes
     store = PrefixStore(2 * size)
     for ids in ([1], [2], [1], [3]):  # 2 is the oldest that nobody asked for
-        store.longest(ids)
-        store.add(ids, Reading(reading.logits_BV, reading.state))
-    assert [store.longest([n])[0] for n in (1, 2, 3)] == [1, 0, 1]
+        store.longest(chain(ids))
+        store.add(chain(ids), 1, Reading(reading.logits_BV, reading.state))
+    assert [store.longest(chain([n]))[0] for n in (1, 2, 3)] == [1, 0, 1]
     assert store.nbytes == 2 * size
-    PrefixStore(size - 1).add([1], reading)
-    assert store.longest([3, 4, 5])[0] == 1
+    small = PrefixStore(size - 1)
+    small.add(chain([1]), 1, reading)
+    assert len(small) == 0
+    assert store.longest(chain([3, 4, 5]))[0] == 1
 
 
 @pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([257], "does not know"), ([-1], "does not know")])
@@ -192,10 +199,10 @@ def test_a_failing_stream_ends_alone(engine: Engine, model: TextModel, monkeypat
     good = Stream(engine, prompt(4, 0), settings(60))
     real = Engine._say  # pyright: ignore[reportPrivateUsage]
 
-    def fails(self: Engine, row: int, logits_BV: torch.Tensor) -> None:
+    def fails(self: Engine, row: int, token: int | None, logits_BV: torch.Tensor) -> None:
         if self._running[row].request.key == "bad":  # pyright: ignore[reportPrivateUsage]
             raise ZeroDivisionError
-        real(self, row, logits_BV)
+        real(self, row, token, logits_BV)
 
     monkeypatch.setattr(Engine, "_say", fails)
     end = Stream(engine, prompt(4, 1), settings(5), key="bad").all()[-1]

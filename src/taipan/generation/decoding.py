@@ -43,9 +43,17 @@ class Decoding(Protocol):
         """
         ...
 
+    def step_active(self, token_B: IntB, active_B: BoolB) -> Tensor:
+        """As `step`; logits of the rows that get their token alone, in their order."""
+        ...
+
     @property
     def state(self) -> Any:
         """What the model remembers now: a copy, as ordinary tensors."""
+        ...
+
+    def row(self, row: int) -> Any:
+        """What it remembers of one row: a copy, a state of one row."""
         ...
 
     def put(self, row: int, state: Any) -> None:
@@ -123,10 +131,18 @@ class ModelDecoding:
         self._state = reading.state
         return reading.logits_BV
 
+    def step_active(self, token_B: IntB, active_B: BoolB) -> Tensor:
+        """See `Decoding.step_active`."""
+        return self.step(token_B, active_B)[active_B]
+
     @property
     def state(self) -> Any:
         """See `Decoding.state`."""
         return self._state.fork()
+
+    def row(self, row: int) -> Any:
+        """See `Decoding.row`."""
+        return self._state.select(torch.tensor([row])).fork()
 
     def put(self, row: int, state: Any) -> None:
         """See `Decoding.put`."""
@@ -165,9 +181,19 @@ class NativeDecoding:
 
     def step(self, token_B: IntB, active_B: BoolB | None = None) -> FloatBV:
         """See `Decoding.step`."""
+        rows_B = self._rows_B if active_B is None else active_B.nonzero()[:, 0]
+        logits_BV = self._step_rows(token_B, rows_B)
+        if len(rows_B) == len(self._rows_B):
+            return logits_BV
+        return logits_BV.new_zeros(len(self._rows_B), logits_BV.shape[1]).index_copy_(0, rows_B, logits_BV)
+
+    def step_active(self, token_B: IntB, active_B: BoolB) -> Tensor:
+        """See `Decoding.step_active`."""
+        return self._step_rows(token_B, active_B.nonzero()[:, 0])
+
+    def _step_rows(self, token_B: Tensor, rows_B: Tensor) -> Tensor:
         program = self._program
         self._check(token_B)
-        rows_B = self._rows_B if active_B is None else active_B.nonzero()[:, 0]
         if self._growing:
             self._grow()
         logits_BV = torch.empty(len(rows_B), program.config.vocab_size, dtype=program.real)
@@ -176,24 +202,28 @@ class NativeDecoding:
         arguments.rows, arguments.count = rows_B.data_ptr(), len(rows_B)
         arguments.tokens, arguments.logits = token_B.data_ptr(), logits_BV.data_ptr()
         invoke(program.real, arguments)
-        logits_BV = logits_BV.float()
-        if len(rows_B) == len(self._rows_B):
-            return logits_BV
-        return logits_BV.new_zeros(len(self._rows_B), logits_BV.shape[1]).index_copy_(0, rows_B, logits_BV)
+        return logits_BV.float()
 
     @property
     def state(self) -> DecoderState:
         """See `Decoding.state`."""
+        return self._of_rows(slice(None))
+
+    def row(self, row: int) -> DecoderState:
+        """See `Decoding.row`."""
+        return self._of_rows(slice(row, row + 1))
+
+    def _of_rows(self, rows: slice) -> DecoderState:
         layers = tuple(
-            buffers.state(like, grown=number in self._growing)
+            buffers.of_rows(rows).state(like, grown=number in self._growing)
             for number, (buffers, like) in enumerate(zip(self._layers, self._state.layers, strict=True))
         )
         return replace(
             self._state,
             layers=layers,
-            position_B=self._position_B.clone(),
-            segment_B=self._segment_B.clone(),
-            recent_BR=None if self._recent_BR is None else self._recent_BR.clone(),
+            position_B=self._position_B[rows].clone(),
+            segment_B=self._segment_B[rows].clone(),
+            recent_BR=None if self._recent_BR is None else self._recent_BR[rows].clone(),
         )
 
     def put(self, row: int, state: DecoderState) -> None:
@@ -231,6 +261,9 @@ class NativeDecoding:
 
     def _grow(self) -> None:
         """Make room for one more entry in every full attention."""
+        if self._entries >= self._layers[self._growing[0]].slots:
+            # rows come and go, and not every one takes part in every step: count anew before memory grows
+            self._entries = max(self._layers[number].entries for number in self._growing)
         if self._entries >= self._layers[self._growing[0]].slots:
             for number in self._growing:
                 self._layers[number] = self._layers[number].wider(max(_SPARE, self._entries // 2))
@@ -354,6 +387,10 @@ class _Buffers:
         first, second = (torch.nn.functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.first, self.second))
         index = torch.nn.functional.pad(self.index, (0, more), value=-1)
         return replace(self, first=first, second=second, index=index)
+
+    def of_rows(self, rows: slice) -> "_Buffers":
+        """The same memory of some rows."""
+        return _Buffers(*(None if part is None else part[rows] for part in vars(self).values()))  # pyright: ignore[reportArgumentType]
 
     def put(self, row: int, state: LayerState) -> None:
         """Let a row go on from a state of one row, whose entries have room here."""

@@ -44,6 +44,8 @@ class TaipanDecoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
         self.schedule = GateSchedule.at(config, 1.0)
         self.keeps_states = True
+        self.between_layers: Callable[[], object] | None = None
+        """Called after every layer: whoever must do something else in time, in the middle of a long call."""
 
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""
@@ -82,6 +84,8 @@ class TaipanDecoder(nn.Module):
                 builders.append(mixed.build_state)
             if mixed.gate is not None:
                 gates.append(mixed.gate)
+            if self.between_layers is not None:
+                self.between_layers()
 
         def build_state() -> DecoderState:
             if len(builders) < len(self.layers):

@@ -1,14 +1,14 @@
 """The form of an answer, whole or streamed, of each endpoint."""
 
-import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.serving.engine import EndEvent, Event, PromptEvent, TokenEvent
+from taipan.serving.events import EndEvent, Event, PromptEvent, ReadEvent, TokenEvent
 from taipan.serving.schema import ChatRequest, CompletionRequest, Sampling
 
 _FINISH = {"eos": "stop", "stop_string": "stop", "length": "length", "cancelled": "stop", None: "stop"}
@@ -16,11 +16,10 @@ _FINISH = {"eos": "stop", "stop_string": "stop", "length": "length", "cancelled"
 
 @dataclass(frozen=True)
 class Choice:
-    """One stream of a request: where its answer stands, its prompt, what happens to it, and what cancels it."""
+    """One stream of a request: where its answer stands, its prompt, and what cancels it."""
 
     index: int
     ids: list[int]
-    events: asyncio.Queue[Event]
     cancel: Callable[[], None]
 
 
@@ -80,6 +79,7 @@ class CompletionFace(Face):
         super().__init__(name, tokenizer, body)
         self._echoed = echoed
         self._logprobs = body.logprobs is not None
+        self._offsets: Counter[int] = Counter()  # characters told of each choice
 
     def choice(self, choice: Choice, events: list[Event]) -> dict[str, Any]:
         """See `Face.choice`."""
@@ -95,6 +95,8 @@ class CompletionFace(Face):
 
     def chunks(self, choice: Choice, event: Event) -> Iterator[dict[str, Any]]:
         """See `Face.chunks`."""
+        if isinstance(event, ReadEvent):
+            return
         text, reason, logprobs = "", None, None
         if isinstance(event, PromptEvent):
             text = self._echoed[choice.index]
@@ -122,7 +124,10 @@ class CompletionFace(Face):
             values.append(event.logprob)
             tops.append(self._top(event.top))
         texts = [self.token(index) for index in ids]
-        offsets = [sum(len(text) for text in texts[:place]) for place in range(len(texts))]
+        offsets = [self._offsets[choice.index]]
+        for text in texts:
+            offsets.append(offsets[-1] + len(text))
+        self._offsets[choice.index] = offsets.pop()  # a stream goes on from here
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _top(self, top: tuple[tuple[int, float], ...]) -> dict[str, float]:
@@ -153,6 +158,8 @@ class ChatFace(Face):
 
     def chunks(self, choice: Choice, event: Event) -> Iterator[dict[str, Any]]:
         """See `Face.chunks`."""
+        if isinstance(event, ReadEvent):
+            return
         delta: dict[str, Any] = {}
         reason, logprobs = None, None
         if isinstance(event, PromptEvent):

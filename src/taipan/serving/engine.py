@@ -3,11 +3,13 @@
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from taipan.data.tokenizer import StreamDecoder
@@ -17,62 +19,19 @@ from taipan.generation.choosing import Chooser
 from taipan.generation.decoding import start_decoding
 from taipan.generation.mode import inference
 from taipan.generation.stopping import CONTEXT, Endings, FinishReason, Until
-from taipan.serving.prefixes import PrefixStore
+from taipan.serving.counts import Counts
+from taipan.serving.events import EndEvent, Event, PromptEvent, ReadEvent, TokenEvent, Top
+from taipan.serving.pace import Pace
+from taipan.serving.prefixes import BLOCK, Chain, PrefixStore
+from taipan.serving.shelf import Shelf
+from taipan.state import DecoderState
 from taipan.text import TextModel
 
-_WHOLE = 2048  # tokens of a prompt read at once while no stream waits
-_LEAST = 16
-_SHARE = 1.0  # a piece of a prompt may take this much of the time of a decoding step
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """A new token.
-
-    Attributes:
-        id: the token.
-        text: what it adds to the text; may be empty while bytes of a character are missing.
-        logprob: ln of its probability, before temperature and the rest.
-        top: the likeliest tokens and theirs, as many as were asked for.
-    """
-
-    id: int
-    text: str
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class PromptEvent:
-    """The prompt has been read.
-
-    Attributes:
-        tokens: of the prompt.
-        reused: of these, not read again because they were known.
-        logprobs: ln of the probability of each token after the first, where asked for.
-        tops: the likeliest tokens at each of these places.
-    """
-
-    tokens: int
-    reused: int
-    logprobs: tuple[float, ...] = ()
-    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class EndEvent:
-    """The stream is over.
-
-    Attributes:
-        reason: why, or None after an error.
-        error: what went wrong, for people.
-    """
-
-    reason: FinishReason | Literal["cancelled"] | None
-    error: str | None = None
-
-
-Event = TokenEvent | PromptEvent | EndEvent
+_SCORED = 256  # tokens read at once whose logits are all needed
+_BEHIND = 256  # events that a client has not taken yet: its stream waits
+_CAUGHT_UP = 64
+_TURN = 16  # tokens a stream gets at least before it gives its row to another key
+_IDLE_SECONDS = 0.02  # between two looks at streams that wait for their client or for the disk
 
 
 @dataclass(frozen=True)
@@ -80,37 +39,53 @@ class Request:
     """A prompt and how to go on from it.
 
     Attributes:
-        ids: the prompt, at least one token.
+        ids: the prompt, at least one token; none may come after `before`.
         settings: how to generate.
         tell: called from the engine's thread with every event.
         key: whose it is; keys get rows in turn.
         logprobs: so many likeliest tokens are told beside each new one; None tells no probabilities.
         prompt_logprobs: tell those of the prompt too; then nothing of it is reused.
         only_read: end after the prompt.
+        before: what is known before the prompt; None where it begins a text.
+        keep: tell at the end what is known then.
+        progress: tell how much of the prompt has been read.
+        backlog: how many events the client has not taken yet.
     """
 
-    ids: list[int]
+    ids: Sequence[int] | NDArray[np.int64]
     settings: GenerationSettings
     tell: Callable[[Event], object]
     key: str = ""
     logprobs: int | None = None
     prompt_logprobs: bool = False
     only_read: bool = False
+    before: Reading | None = None
+    keep: bool = False
+    progress: bool = False
+    backlog: Callable[[], int] = field(default=lambda: 0)
 
 
 class _Stream:
     """A request on its way through the engine: tokens of the prompt read so far, and what is known after them."""
 
-    def __init__(self, request: Request, chooser: Chooser, endings: Endings, decoder: StreamDecoder) -> None:
+    def __init__(self, request: Request, chain: Chain, chooser: Chooser, endings: Endings, decoder: StreamDecoder):
         self.request = request
+        self.chain = chain
+        self.ids_T = torch.from_numpy(np.asarray(request.ids, dtype=np.int64))
         self.chooser = chooser
         self.endings = endings
         self.decoder = decoder
         self.until = Until(request.settings.stop_strings)
-        self.place = self.reused = self.pieces = 0
-        self.reading: Reading | None = None
-        self.logits: list[Tensor] = []
+        self.place = self.reused = self.pieces = self.number = self.turn = 0
+        self.stops: list[int] = []
+        self.loading: tuple[int, Future[DecoderState | None]] | None = None
+        self.reading = request.before
+        self.parked: tuple[DecoderState, int] | None = None  # of a stream without a row: its state, its next token
+        self.logprobs: list[float] = []
+        self.tops: list[Top] = []
         self.cancelled = False
+        settings = request.settings
+        self.plain = not (settings.do_sample or settings.suppress_tokens) and settings.repetition_penalty == 1.0
 
     def cancel(self) -> None:
         """Leave at the next token; the row is free then."""
@@ -119,7 +94,12 @@ class _Stream:
     @property
     def read(self) -> bool:
         """Whether the whole prompt has been read."""
-        return self.place == len(self.request.ids)
+        return self.place == len(self.ids_T)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether its prompt may be known from others, and become known to them."""
+        return self.request.before is None and not self.request.prompt_logprobs
 
 
 class Engine:
@@ -128,12 +108,14 @@ class Engine:
     Every stream gets what it would get alone: a row of the batch does not depend on the others.
 
     Args:
-        model: the model and its tokenizer.
+        model: the model and its tokenizer; no other engine should have it, or its long prompts make streams wait.
         rows: streams at once; further ones wait.
-        waiting: streams that may wait; further ones are refused.
+        waiting: streams of one key that may wait; further ones are refused.
         prefix_bytes: memory for states of prompts that were read (see `PrefixStore`).
-        block: such a state is kept every so many tokens of a prompt, and at its end.
+        block: tokens between the links of a prompt's chain, where such states are kept.
         weights: what new tokens are read with, as in `GenerationSettings`.
+        shelf: makes the store of such states on disk; None: there is none.
+        counts: where numbers for `/metrics` are kept.
     """
 
     def __init__(
@@ -143,27 +125,39 @@ class Engine:
         rows: int = 16,
         waiting: int = 256,
         prefix_bytes: int = 1 << 30,
-        block: int = 2048,
+        block: int = BLOCK,
         weights: str = "auto",
+        shelf: Callable[[Counts], Shelf] | None = None,
+        counts: Counts | None = None,
     ) -> None:
         self.model = model
         self.rows = rows
-        self.counts: Counter[str] = Counter()
+        self.counts = counts or Counts()
         self.prefixes = PrefixStore(prefix_bytes)
+        self._shelf = None if shelf is None else shelf(self.counts)
+        self._root = bytes.fromhex(model.model.fingerprint)
         self._block = block
         self._most_waiting = waiting
         vocabulary = model.model.config.vocab_size
-        self._excluded = model.tokenizer.ids_without_token(vocabulary)
+        excluded = model.tokenizer.ids_without_token(vocabulary)
+        self._excluded = excluded
+        self._excluded_ids = torch.tensor(excluded, dtype=torch.int64)
         self._decoding = start_decoding(model.model, model.model.empty_state(rows), weights=weights)
         self._waiting: deque[_Stream] = deque()
+        self._parked: list[_Stream] = []
         self._reading: list[_Stream] = []
         self._running: dict[int, _Stream] = {}
         self._next: dict[int, int] = {}
+        self._number = 0
+        self.flush: Callable[[], object] = lambda: None
+        """Called when a round of events has been told."""
+        self._pace = Pace()
+        self._interruptible = False
         self._changed = threading.Condition()
         self._stopping = False
-        self._step_seconds = 0.0
-        self._token_seconds = 0.0
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="taipan-engine", daemon=True)
+        model.model.model.between_layers = self._between_layers
         self._thread.start()
 
     # ------------------------------------------------------------------ from any thread
@@ -176,23 +170,28 @@ class Engine:
             BusyError: too many are waiting, or the server is stopping.
         """
         config = self.model.model.config
-        if not request.ids:
+        ids = np.asarray(request.ids, dtype=np.int64)
+        if not len(ids) and request.before is None:
             raise InputError("The prompt has no tokens: give at least one.")
-        if not 0 <= min(request.ids) <= max(request.ids) < config.vocab_size:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
             raise InputError(
                 f"The prompt holds an id that the model does not know: its ids are 0 to {config.vocab_size - 1}."
             )
         stream = _Stream(
-            request,
+            replace(request, ids=ids),
+            Chain(ids, self._root, self._block),
             Chooser(request.settings, config.vocab_size, self._excluded),
             Endings(request.settings, request.settings.end_tokens(config.eos_token_id), self.model.tokenizer),
-            StreamDecoder(self.model.tokenizer, request.ids[-CONTEXT:]),
+            StreamDecoder(self.model.tokenizer, ids[-CONTEXT:].tolist()),
         )
         with self._changed:
-            if self._stopping:
+            if self._stopping or self._failed:
                 raise BusyError("The server is stopping.")
-            if len(self._waiting) >= self._most_waiting:
-                raise BusyError(f"{len(self._waiting)} requests are waiting already: try again later.")
+            waiting = sum(other.request.key == request.key for other in self._waiting)
+            if waiting >= self._most_waiting:
+                raise BusyError(f"{waiting} requests are waiting already: try again later.")
+            self._number += 1
+            stream.number = self._number
             self._waiting.append(stream)
             self._changed.notify()
         return stream.cancel
@@ -203,30 +202,62 @@ class Engine:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+        if self._shelf is not None:
+            self._shelf.close()
+            self._shelf = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not self._failed
 
     @property
     def load(self) -> dict[str, int]:
         """How many streams run, are being read, and wait."""
-        return {"running": len(self._running), "reading": len(self._reading), "waiting": len(self._waiting)}
+        return {"running": len(self._running), "reading": len(self._reading), "waiting": self._pending}
+
+    @property
+    def _pending(self) -> int:
+        return len(self._waiting) + len(self._parked)
 
     # ------------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._reading or self._running or self._stopping):
-                    self._changed.wait()
-                if self._stopping:
-                    break
-            self._drop_cancelled()
-            self._admit()
-            if self._reading:
+        error = "The server is stopping."
+        try:
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._park_slow()
+                self._admit()
+                self._gauge()
                 # who has been read least comes first, so that a short prompt does not wait for a long one
-                self._guarded(min(self._reading, key=lambda stream: stream.pieces), self._read_piece)
-            if self._running:
-                self._step()
-        for stream in [*self._waiting, *self._reading, *self._running.values()]:
-            stream.request.tell(EndEvent("cancelled", "The server is stopping."))
+                stream = min(filter(self._loaded, self._reading), key=lambda stream: stream.pieces, default=None)
+                if stream is not None:
+                    self._guarded(stream, self._read_piece)
+                if self._running:
+                    self._step()
+                elif stream is None:
+                    time.sleep(_IDLE_SECONDS)  # for the disk, or for clients
+                self.flush()
+        except BaseException as failure:
+            self._failed = True
+            error = f"{type(failure).__name__} in the engine: this is a bug in taipan."
+            raise
+        finally:
+            with self._changed:
+                self._stopping = True
+                left = [*self._waiting, *self._parked, *self._reading, *self._running.values()]
+            for stream in left:
+                stream.request.tell(EndEvent("cancelled" if not self._failed else None, error))
+            self.flush()
+            self.model.model.model.between_layers = None
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._pending or self._reading or self._running or self._stopping):
+                self._gauge()
+                self._changed.wait()
+            return not self._stopping
 
     def _guarded(self, stream: _Stream, work: Callable[[_Stream], None]) -> None:
         """An error of one stream ends that stream alone."""
@@ -239,104 +270,240 @@ class Engine:
             self.counts["errors"] += 1
 
     def _leave(self, stream: _Stream, event: EndEvent) -> None:
-        if stream in self._reading:
-            self._reading.remove(stream)
+        for streams in (self._reading, self._parked):
+            if stream in streams:
+                streams.remove(stream)
         for row in [row for row, own in self._running.items() if own is stream]:
             del self._running[row]
             self._next.pop(row, None)  # a stream that failed at its first token has none
-        self.counts["finished" if event.error is None else "failed"] += 1
+        name = "failed" if event.error is not None else "cancelled" if event.reason == "cancelled" else "finished"
+        self.counts[name] += 1
         stream.request.tell(event)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            gone = [stream for stream in [*self._waiting, *self._reading, *self._running.values()] if stream.cancelled]
-            self._waiting = deque(stream for stream in self._waiting if not stream.cancelled)
+            gone = [stream for stream in self._waiting if stream.cancelled]
+            for stream in gone:
+                self._waiting.remove(stream)
+        gone += [stream for stream in [*self._parked, *self._reading, *self._running.values()] if stream.cancelled]
         for stream in gone:
             self._leave(stream, EndEvent("cancelled"))
 
+    def _gauge(self) -> None:
+        self.counts["running"], self.counts["reading"] = len(self._running), len(self._reading)
+        self.counts["waiting"], self.counts["paused"] = len(self._waiting), len(self._parked)
+        self.counts["prefix_bytes"] = self.prefixes.nbytes
+
+    # ------------------------------------------------------------------ rows
+
     def _admit(self) -> None:
-        """Give free rows to those who wait: to the key that has fewest, and among its jobs to the first."""
-        with self._changed:
-            while self._waiting and len(self._reading) + len(self._running) < self.rows:
-                have = Counter(stream.request.key for stream in [*self._reading, *self._running.values()])
-                stream = min(self._waiting, key=lambda stream: have[stream.request.key])
-                self._waiting.remove(stream)
-                self._reading.append(stream)
-                if not stream.request.prompt_logprobs:
-                    stream.place, stream.reading = self.prefixes.longest(stream.request.ids)
-                    stream.reused = stream.place
-                    self.counts["prefix_hits"] += stream.place > 0
-                    self.counts["prefix_tokens"] += stream.place
+        """Give rows to those who wait: to the key that has fewest, and among its streams to the first."""
+        while True:
+            have = Counter(stream.request.key for stream in [*self._reading, *self._running.values()])
+            with self._changed:
+                ready = [stream for stream in self._parked if stream.request.backlog() <= _CAUGHT_UP]
+                ready += self._waiting
+                if not ready:
+                    return
+                stream = min(ready, key=lambda stream: (have[stream.request.key], stream.number))
+                if have.total() >= self.rows and not self._make_room(have, stream.request.key):
+                    return
+                if stream.parked is None:
+                    self._waiting.remove(stream)
+            if stream.parked is not None:
+                self._parked.remove(stream)
+                self._take_row(stream, *stream.parked)
+                continue
+            self._reading.append(stream)
+            if stream.reusable:
+                stream.stops = self.prefixes.stops(stream.chain)
+                self._skip_known(stream)
+
+    def _make_room(self, have: Counter[str], key: str) -> bool:
+        """Let the key with the most rows give up one, if that leaves it with no fewer than this one has then."""
+        most = max(have.values())
+        if have[key] + 1 >= most or len(self._parked) >= self.rows:
+            return False
+        rows = [row for row, own in self._running.items() if have[own.request.key] == most and own.turn >= _TURN]
+        if not rows:
+            return False
+        self._park(max(rows, key=lambda row: self._running[row].turn))
+        return True
+
+    def _park(self, row: int) -> None:
+        """Take a stream's row; it goes on from its state when there is one again."""
+        stream = self._running.pop(row)
+        with torch.inference_mode():
+            stream.parked = (self._decoding.row(row), self._next.pop(row))
+        self._parked.append(stream)
+        self.counts["parked"] += 1
+
+    def _park_slow(self) -> None:
+        """A client that does not take what is written holds no row."""
+        for row, stream in list(self._running.items()):
+            if stream.request.backlog() <= _BEHIND:
+                continue
+            if len(self._parked) < self.rows:
+                self._park(row)
+            else:
+                self._leave(stream, EndEvent(None, "The client does not take what is written."))
+
+    def _take_row(self, stream: _Stream, state: DecoderState, token: int | None) -> int:
+        row = next(row for row in range(self.rows) if row not in self._running)
+        with torch.inference_mode():
+            self._decoding.put(row, state)
+        self._running[row] = stream
+        stream.parked, stream.turn = None, 0
+        if token is not None:
+            self._next[row] = token
+        return row
+
+    # ------------------------------------------------------------------ reading
+
+    def _loaded(self, stream: _Stream) -> bool:
+        """Whether a stream waits for nothing from the disk; takes what has come."""
+        if stream.loading is None:
+            return True
+        length, future = stream.loading
+        if not future.done():
+            return False
+        stream.loading = None
+        state = future.result()
+        if state is None:  # damaged: perhaps a shorter one is not
+            self._skip_known(stream)
+        elif length > stream.place:
+            self._count_known(stream, length)
+            self.counts["prefix_disk_hits"] += 1
+            # what comes next is known when one token more has been read
+            stream.place, stream.reading = length, Reading(torch.zeros(1, 0), state)
+        return stream.loading is None
+
+    def _skip_known(self, stream: _Stream) -> None:
+        """Go on from what others have read of a prompt meanwhile, or before."""
+        length, reading = self.prefixes.longest(stream.chain, stream.place)
+        if reading is not None:
+            self._count_known(stream, length)
+            stream.place, stream.reading = length, reading
+        if self._shelf is not None and not stream.pieces:
+            stream.loading = self._shelf.longest(stream.chain, stream.place)
+
+    def _count_known(self, stream: _Stream, length: int) -> None:
+        self.counts["prefix_hits"] += stream.reused == 0
+        stream.reused += length - stream.place
+        self.counts["prefix_tokens"] += length - stream.place
 
     def _read_piece(self, stream: _Stream) -> None:
         """Read on in a prompt, so little that no stream waits long; at its end the first token is chosen."""
+        if stream.reusable and not stream.read and stream.pieces:
+            self._skip_known(stream)
         if not stream.read:
-            prompt, block = stream.request.ids, self._block
-            end = min(stream.place + self._piece(), (stream.place // block + 1) * block, len(prompt))
-            ids = prompt[stream.place : end]
-            begin = time.perf_counter()
-            stream.reading = self._read(stream, torch.tensor([ids]))
-            seconds = (time.perf_counter() - begin) / len(ids)
-            self._token_seconds = seconds if self._token_seconds == 0 else 0.5 * (self._token_seconds + seconds)
+            stop = next((stop for stop in stream.stops if stop > stream.place), len(stream.ids_T))
+            end = min(stream.place + self._pace.piece(alone=not self._running), stop)
+            if stream.request.prompt_logprobs:
+                end = min(end, stream.place + _SCORED)
+            self._pace.begin()
+            self._interruptible = True
+            try:
+                stream.reading = self._read(stream, stream.ids_T[None, stream.place : end])
+            finally:
+                self._interruptible = False
+            self._pace.end(end - stream.place)
+            self.counts["prompt_tokens"] += end - stream.place
             stream.place, stream.pieces = end, stream.pieces + 1
-            self.counts["prompt_tokens"] += len(ids)
-            if end % block == 0 or end == len(prompt):
-                self.prefixes.add(prompt[:end], stream.reading)
+            if stream.reusable and end == stop:
+                self.prefixes.add(stream.chain, end, stream.reading)
+                if self._shelf is not None:
+                    self._shelf.add(stream.chain, end, stream.reading.state)
+            if stream.request.progress:
+                stream.request.tell(ReadEvent(end))
         if stream.read:
             self._begin(stream)
 
-    def _piece(self) -> int:
-        if not self._running or self._token_seconds == 0:
-            return _WHOLE
-        return max(_LEAST, min(_WHOLE, int(_SHARE * self._step_seconds / self._token_seconds)))
+    def _between_layers(self) -> None:
+        """A layer of a piece has been read: those who write may have waited long enough."""
+        if not self._interruptible or threading.get_ident() != self._thread.ident:
+            return  # a decoding step that is the model's own forward, or somebody else's call
+        if self._pace.due() and self._running:
+            self._interruptible = False
+            self._step()
+            self._interruptible = True
 
     def _read(self, stream: _Stream, tokens_BT: Tensor) -> Reading:
-        model = self.model.model
-        before = None if stream.reading is None else stream.reading.state
+        model, before = self.model.model, stream.reading
+        scored = stream.request.prompt_logprobs
         with inference(model):
-            output = model(tokens_BT, state=before, logits_to_keep=0 if stream.request.prompt_logprobs else 1)
-            if stream.request.prompt_logprobs:
-                stream.logits.append(output.logits[0].float())
+            output = model(tokens_BT, state=None if before is None else before.state, logits_to_keep=0 if scored else 1)
+            if scored:
+                logits_TV = output.logits[0].float()
+                first = [] if before is None or not stream.pieces else [before.logits_BV]
+                told = tokens_BT[0] if first else tokens_BT[0, 1:]
+                log_TV = torch.cat([*first, logits_TV[:-1]]).log_softmax(1)
+                stream.logprobs += log_TV.gather(1, told[:, None])[:, 0].tolist()
+                stream.tops += [_top(log_V, stream.request.logprobs or 0) for log_V in log_TV]
             return Reading(output.logits[:, -1].float(), output.state)
 
     def _begin(self, stream: _Stream) -> None:
         """The prompt has been read: tell it, and take a row."""
         reading = stream.reading
         assert reading is not None
-        prompt_BT = torch.tensor([stream.request.ids])
-        stream.chooser.hear(prompt_BT)
-        stream.endings.hear(prompt_BT)
-        stream.request.tell(PromptEvent(len(stream.request.ids), stream.reused, *_prompt_logprobs(stream)))
+        stream.chooser.hear(stream.ids_T[None])
+        stream.endings.hear(stream.ids_T[None])
+        count = len(stream.ids_T)
+        stream.request.tell(PromptEvent(count, stream.reused, tuple(stream.logprobs), tuple(stream.tops)))
         if stream.request.only_read:
-            self._leave(stream, EndEvent("length"))
+            self._leave(stream, EndEvent("length", reading=reading if stream.request.keep else None))
             return
-        row = next(row for row in range(self.rows) if row not in self._running)
-        with torch.inference_mode():
-            self._decoding.put(row, reading.state)
         self._reading.remove(stream)
-        self._running[row] = stream
-        stream.reading, stream.logits = None, []
-        self._say(row, reading.logits_BV)
+        row = self._take_row(stream, reading.state, None)
+        stream.reading, stream.logprobs, stream.tops = None, [], []
+        self._say(row, self._choose([row], reading.logits_BV)[0], reading.logits_BV)
+
+    # ------------------------------------------------------------------ writing
 
     def _step(self) -> None:
+        """One token more for every row."""
         begin = time.perf_counter()
+        for stream in [stream for stream in self._running.values() if stream.cancelled]:
+            self._leave(stream, EndEvent("cancelled"))
+        rows = sorted(self._next)
+        if not rows:
+            return
+        logits_BV = self._logits(rows)
+        for number, (row, token) in enumerate(zip(rows, self._choose(rows, logits_BV), strict=True)):
+            one = logits_BV[number : number + 1]
+            self._guarded(self._running[row], lambda _, row=row, token=token, one=one: self._say(row, token, one))
+        self.counts["steps"] += 1
+        self.flush()
+        self._pace.stepped(time.perf_counter() - begin)
+
+    def _logits(self, rows: list[int]) -> Tensor:
+        """Read the next token of these rows; logits of the one after, in their order."""
         token_B = torch.zeros(self.rows, dtype=torch.int64)
         active_B = torch.zeros(self.rows, dtype=torch.bool)
-        for row, token in self._next.items():
-            token_B[row], active_B[row] = token, True
+        for row in rows:
+            token_B[row], active_B[row] = self._next[row], True
         with torch.inference_mode():
-            logits_BV = self._decoding.step(token_B, active_B)
-        for row, stream in list(self._running.items()):
-            self._guarded(stream, lambda _, row=row: self._say(row, logits_BV[row : row + 1]))
-        seconds = time.perf_counter() - begin
-        self._step_seconds = seconds if self._step_seconds == 0 else 0.5 * (self._step_seconds + seconds)
-        self.counts["steps"] += 1
+            return self._decoding.step_active(token_B, active_B)
 
-    def _say(self, row: int, logits_BV: Tensor) -> None:
-        """Choose a row's next token and tell it."""
+    def _choose(self, rows: list[int], logits_BV: Tensor) -> list[int | None]:
+        """The next token of those rows that take the likeliest, all at once; None for the others."""
+        plain = [number for number, row in enumerate(rows) if self._running[row].plain]
+        found: list[int | None] = [None] * len(rows)
+        if plain:
+            part_BV = logits_BV if len(plain) == len(rows) else logits_BV[plain]
+            if self._excluded:
+                part_BV = part_BV.index_fill(1, self._excluded_ids, -torch.inf)
+            best_B, token_B = part_BV.max(1)
+            if bool(best_B.isfinite().all()):  # else each says itself what is wrong
+                for number, token in zip(plain, token_B.tolist(), strict=True):
+                    found[number] = token
+        return found
+
+    def _say(self, row: int, token: int | None, logits_BV: Tensor) -> None:
+        """Choose a row's next token, if that has not been done, and tell it."""
         stream = self._running[row]
-        token_B = stream.chooser(logits_BV)
-        token = int(token_B[0])
+        token_B = stream.chooser(logits_BV) if token is None else torch.tensor([token])
+        token = int(token_B[0]) if token is None else token
         stream.chooser.hear(token_B[:, None])
         reason = stream.endings.after(token_B)[0]
         text = stream.until.push(stream.decoder.push(token))
@@ -347,27 +514,28 @@ class Engine:
             log_V = logits_BV[0].log_softmax(0)
             logprob, top = float(log_V[token]), _top(log_V, stream.request.logprobs)
         self._next[row] = token
+        stream.turn += 1
         self.counts["new_tokens"] += 1
-        stream.request.tell(TokenEvent(id=token, text=text, logprob=logprob, top=top))
+        stream.request.tell(TokenEvent(token, text, logprob, top))
         if reason is not None:
-            self._leave(stream, EndEvent(reason))
+            self._finish(stream, row, reason)
+
+    def _finish(self, stream: _Stream, row: int, reason: FinishReason) -> None:
+        reading = None
+        if stream.request.keep:  # its last token has not been read yet
+            logits_BV = self._logits([row]).clone()
+            with torch.inference_mode():
+                reading = Reading(logits_BV, self._decoding.row(row))
+        self._leave(stream, EndEvent(reason, reading=reading))
 
 
 class BusyError(TaipanError):
     """More requests wait than the server takes."""
 
 
-def _top(log_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+def _top(log_V: Tensor, count: int) -> Top:
     values, ids = log_V.topk(min(count, len(log_V)))
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
-
-
-def _prompt_logprobs(stream: _Stream) -> tuple[tuple[float, ...], tuple[tuple[tuple[int, float], ...], ...]]:
-    if not stream.logits:
-        return (), ()
-    log_TV = torch.cat(stream.logits)[:-1].log_softmax(1)
-    told = log_TV.gather(1, torch.tensor(stream.request.ids[1:])[:, None])[:, 0].tolist()
-    return tuple(told), tuple(_top(log_V, stream.request.logprobs or 0) for log_V in log_TV)
 
 
 def as_choices(settings: GenerationSettings, n: int) -> list[GenerationSettings]:

@@ -1,23 +1,43 @@
-"""Errors in OpenAI's form, and the limit of a body."""
+"""Errors in OpenAI's form."""
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHTTPException
 
-from taipan.errors import TaipanError
+from taipan.errors import TaipanError, brief
 from taipan.serving.engine import BusyError
 
+_INVALID = "invalid_request_error"
 
-def error_body(message: str, kind: str, parameter: str | None = None) -> dict[str, Any]:
+
+class Refusal(HTTPException):
+    """A request that is refused, with the code that OpenAI gives such an error.
+
+    Args:
+        status: of the answer.
+        message: for people.
+        code: in the words of OpenAI.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(status, message)
+        self.code = code
+
+
+def error_body(message: str, kind: str, parameter: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The value of `error` in an answer."""
-    return {"message": message, "type": kind, "param": parameter, "code": None}
+    return {"message": message, "type": kind, "param": parameter, "code": code}
 
 
-def _error(status: int, message: str, kind: str, parameter: str | None = None) -> JSONResponse:
-    return JSONResponse({"error": error_body(message, kind, parameter)}, status)
+def error_response(
+    status: int, message: str, kind: str, *, parameter: str | None = None, code: str | None = None
+) -> JSONResponse:
+    """An answer that tells an error."""
+    headers = {"Retry-After": "1"} if status == 429 else None
+    return JSONResponse({"error": error_body(message, kind, parameter, code)}, status, headers=headers)
 
 
 def install_errors(app: FastAPI) -> None:
@@ -26,48 +46,22 @@ def install_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        parameter = ".".join(str(part) for part in first["loc"][1:2]) or None
-        return _error(400, f"{parameter or 'The body'}: {first['msg']}", "invalid_request_error", parameter)
+        parameter = ".".join(brief(part, 40) for part in first["loc"][1:2]) or None
+        return error_response(400, f"{parameter or 'The body'}: {first['msg']}", _INVALID, parameter=parameter)
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-        return _error(error.status_code, str(error.detail), kind)
+    @app.exception_handler(AnyHTTPException)
+    async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:
+        kind = "server_error" if error.status_code >= 500 else _INVALID
+        return error_response(error.status_code, str(error.detail), kind, code=getattr(error, "code", None))
 
     @app.exception_handler(BusyError)
     async def busy(_: Request, error: BusyError) -> JSONResponse:
-        return _error(429, str(error), "rate_limit_error")
+        return error_response(429, str(error), "rate_limit_error", code="rate_limit_exceeded")
 
     @app.exception_handler(TaipanError)
     async def foreseen(_: Request, error: TaipanError) -> JSONResponse:
-        return _error(400, str(error), "invalid_request_error")
+        return error_response(400, str(error), _INVALID)
 
-
-class BodyLimit:
-    """Refuses a body that is too large before it is read whole."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self._app = app
-        self._most = most
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on, as ASGI calls it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        message = f"The body is larger than the {self._most:,} bytes that this server allows."
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self._most:
-            await _error(413, message, "invalid_request_error")(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Any:
-            nonlocal read
-            part = await receive()
-            read += len(part.get("body", b""))
-            if read > self._most:
-                raise HTTPException(413, message)
-            return part
-
-        await self._app(scope, counted, send)
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"{type(error).__name__} in the server: this is a bug in taipan.", "server_error")
