@@ -21,8 +21,8 @@ from taipan.errors import ConfigError, InputError, shown, suggestion
 from taipan.generation import GenerationSettings, Reading, StepOutput, inference, prefill
 from taipan.generation import stream as stream_tokens
 from taipan.generation.stopping import CONTEXT, FinishReason
+from taipan.layers.head import token_nats
 from taipan.model import TaipanLM, load_tokenizer
-from taipan.ops.linear_cross_entropy import linear_cross_entropy_per_token
 from taipan.shapes import FloatBV, FloatT, IntT
 from taipan.state import DecoderState
 
@@ -297,9 +297,7 @@ class TextModel:
         with inference(self.model):
             output = self.model(tokens_1T, state=before.state, logits_to_keep=1)
             first = -before.logits_BV[0].double().log_softmax(0)[tokens_1T[0, 0]]
-            later = linear_cross_entropy_per_token(
-                output.hidden_BTD[0, :-1], self.model.lm_head.weight, tokens_1T[0, 1:]
-            )
+            later = token_nats(self.model.lm_head, output.hidden_BTD[0, :-1], tokens_1T[0, 1:])
             after = Reading(output.logits[:, -1].float(), output.state)
             return torch.cat([first[None].cpu(), later.cpu().double()]).clone(), after
 

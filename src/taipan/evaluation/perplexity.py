@@ -16,8 +16,8 @@ from taipan.errors import DataError, InputError
 from taipan.evaluation.documents import Documents, PreparedDocuments
 from taipan.evaluation.gates import GateAverages, GateStatistics
 from taipan.generation.mode import inference
+from taipan.layers.head import token_nats
 from taipan.model import TaipanLM
-from taipan.ops.linear_cross_entropy import linear_cross_entropy_per_token
 from taipan.state import DecoderState
 
 FIRST_BUCKET = 64
@@ -165,7 +165,7 @@ def _predict(model: TaipanLM, documents: Documents, spans: list[_Span], piece: i
         output = model(tokens_BT.to(device), state=state, attention_mask=mask)
         target_M = target_BT[real_BT]
         hidden_MD = output.hidden_BTD[real_BT.to(device)]
-        nats_M = linear_cross_entropy_per_token(hidden_MD, model.lm_head.weight, target_M.to(device))
+        nats_M = token_nats(model.lm_head, hidden_MD, target_M.to(device))
         position_BT = (begin + torch.arange(target_BT.shape[1])).expand_as(target_BT)
         tally.add(nats_M.cpu().double(), target_M, position_BT[real_BT])
         tally.gates.add(output.gates)

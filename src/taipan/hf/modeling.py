@@ -13,6 +13,7 @@ from taipan.hf.arguments import PACKING, check_arguments, packed_segments
 from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
 from taipan.hf.output import TaipanCausalLMOutput
+from taipan.hf.quantisation import GATES, prepare, refuse_training
 from taipan.layers.gating import GateSchedule
 from taipan.model import Loss, TaipanLM, TaipanOutput, compute_loss
 from taipan.model.gains import measure_gains
@@ -48,10 +49,15 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         native = TaipanLM(config.to_native(), implementation=implementation)
         self.implementations = native.implementations
+        quantised = getattr(config, "quantization_config", None) is not None
+        if quantised:
+            prepare(native)
         self.model = native.model
         self.lm_head = native.lm_head
         self._built_to_load = native.lm_head.weight.is_meta
         self.post_init()
+        if quantised:
+            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), GATES}
 
     def forward(
         self,
@@ -189,6 +195,8 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _check_parts(self) -> None:
         """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""
+        if self.training and torch.is_grad_enabled() and getattr(self.config, "quantization_config", None) is not None:
+            refuse_training(self)
         for number, layer in enumerate(self.model.layers):
             if next(layer.parameters()).is_meta:
                 raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {_OFFLOAD}")

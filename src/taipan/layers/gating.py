@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -290,7 +290,8 @@ class Gate(nn.Module):
 
 
 def precise_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear in its input's precision; a wrapped one (an adapter) is called, as it does more than its weight."""
+    """A linear in its input's precision; a wrapped one (an adapter) is called in that of its weights."""
     if type(linear) is PreciseLinear:
         return linear(x)
-    return linear(x.to(cast(Tensor, linear.weight).dtype)).to(x.dtype)
+    dtypes = (parameter.dtype for parameter in linear.parameters() if parameter.is_floating_point())
+    return linear(x.to(next(dtypes, x.dtype))).to(x.dtype)

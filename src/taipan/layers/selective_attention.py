@@ -10,7 +10,7 @@ from taipan.config import TaipanConfig
 from taipan.layers.attention import Attended, GatheredAttention, out_of_place
 from taipan.layers.gating import Gate, GateSchedule
 from taipan.layers.init import linear_
-from taipan.layers.linear import Linear
+from taipan.layers.linear import Linear, of_tokens
 from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.selection import gather, scatter, select_tokens
@@ -68,13 +68,13 @@ class SelectiveAttention(Mixer[AttentionState]):
         queries = Attended.of(layout.everything if dense else selected, index_BT)
         keys = Attended.of(layout.everything if config.key_value_scope == "all" else selected, index_BT)
         entries = _Entries(x_BTD, state, layout, config.lookahead)
-        q = self.q_proj(gather(x_BTD, queries.tokens))
-        k = self.k_proj(gather(entries.back(config.lookahead), keys.tokens))
-        v = self.v_proj(gather(entries.since(), keys.tokens))
+        q = of_tokens(self.q_proj, gather(x_BTD, queries.tokens))
+        k = of_tokens(self.k_proj, gather(entries.back(config.lookahead), keys.tokens))
+        v = of_tokens(self.v_proj, gather(entries.since(), keys.tokens))
         out, build = self.attention(q, k, v, state, layout, queries=queries, keys=keys)
         if config.lookahead:
             build = entries.remembering(build)
-        out_BSD = self.o_proj(out)
+        out_BSD = of_tokens(self.o_proj, out)
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
         h_BSD = gather(h_BTD, queries.tokens)
         change_BSD = out_BSD.to(h_BTD.dtype)

@@ -120,7 +120,7 @@ class TaipanDecoder(nn.Module):
             vocabulary=config.vocab_size,
         )
         with torch.no_grad():
-            embedded_BTD = F.embedding(follower_BT.clamp_min(0), self.embed_tokens.weight)
+            embedded_BTD = self.embed_tokens(follower_BT.clamp_min(0))
             embedded_BTD = embedded_BTD.to(torch.promote_types(embedded_BTD.dtype, torch.float32))
             unit_BTD = F.rms_norm(embedded_BTD, embedded_BTD.shape[-1:], eps=_SMALLEST_SQUARE)
         recalled = Recalled(distance_BTO, unit_BTD * (follower_BT >= 0)[..., None])

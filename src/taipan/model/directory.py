@@ -7,15 +7,15 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from taipan.config import TaipanConfig
-from taipan.errors import CheckpointError
-from taipan.io import atomic_directory
+from taipan.errors import CheckpointError, brief, shown
+from taipan.io import atomic_directory, parse_json_object
 from taipan.model.hub import REMOTE_CODE, hub_config, write_remote_code
 from taipan.model.weights import PRECISE, WEIGHTS, check_numbers, read_weights, shards
 from taipan.native.memory import in_large_pages
@@ -60,9 +60,18 @@ def save_model(
         tokenizer: written beside the weights. Without one, a tokenizer.json that is already there stays.
 
     Raises:
-        CheckpointError: the directory cannot be written (for example: the disk is full); the old one stays whole.
+        CheckpointError: the directory cannot be written (for example: the disk is full), or the weights are quantised;
+            the old one stays whole.
     """
     directory = Path(directory)
+    odd = [name for name, tensor in weights.items() if type(tensor) not in (Tensor, torch.nn.Parameter)]
+    if odd:
+        kinds = {type(weights[name]).__name__ for name in odd}
+        raise CheckpointError(
+            f"{brief(', '.join(odd))} are no plain tensors ({', '.join(sorted(kinds))}), which a model directory "
+            "cannot hold: save the model before it is quantised, or quantise it with transformers "
+            "(quantization_config=) and save that."
+        )
     size = sum(tensor.nbytes for tensor in weights.values())
     with atomic_directory(directory, needed_bytes=size) as temporary:
         if directory.is_dir():
@@ -89,6 +98,7 @@ def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tu
     """
     directory = Path(directory)
     config = TaipanConfig.from_json_file(directory / CONFIG)
+    _refuse_quantised(directory)
     path, tensors = read_weights(directory)
     if config.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
         embedding = tensors.get("model.embed_tokens.weight")
@@ -101,6 +111,19 @@ def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tu
     if dtype is not None:
         tensors = {name: t if name.endswith(PRECISE) else t.to(dtype) for name, t in tensors.items()}
     return config, dict(zip(tensors, in_large_pages(list(tensors.values())), strict=True))
+
+
+def _refuse_quantised(directory: Path) -> None:
+    """Weights that another library packed: its classes unpack them, which the native model does not have."""
+    values = parse_json_object((directory / CONFIG).read_bytes(), str(directory / CONFIG), refused=CheckpointError)
+    quantisation: Any = values.get("quantization_config")
+    if quantisation:
+        method = cast("dict[str, Any]", quantisation).get("quant_method") if isinstance(quantisation, dict) else None
+        raise CheckpointError(
+            f"The weights in {directory} are quantised ({shown(method)}), which only transformers unpacks: load them "
+            "with `import taipan.hf` and AutoModelForCausalLM, or load the model from before it was quantised here; "
+            "decoding has its own 8 bits (weights='int8', on the command line --weights int8)."
+        )
 
 
 def check_fit(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

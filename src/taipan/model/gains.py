@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from taipan.config import TaipanConfig
 from taipan.errors import InputError
-from taipan.layers.linear import is_plain
+from taipan.layers.head import token_nats
 from taipan.model.decoder import TaipanDecoder
-from taipan.ops.linear_cross_entropy import linear_cross_entropy_per_token
 from taipan.shapes import BoolBT, FloatBT, IntBT
 from taipan.state import DecoderState
 
@@ -94,11 +93,7 @@ def measure_gains(
         with _forced(decoder, forced):
             hidden_BTD = decoder(tokens_BT[:rows], state, mask, documents).hidden_BTD
         hidden_MD = hidden_BTD[:, :-1].flatten(0, 1)
-        if is_plain(head):
-            loss_M = linear_cross_entropy_per_token(hidden_MD, head.weight, target.flatten())
-        else:
-            loss_M = F.cross_entropy(head(hidden_MD).float(), target.flatten(), ignore_index=-100, reduction="none")
-        return loss_M.float().view(target.shape)
+        return token_nats(head, hidden_MD, target.flatten()).float().view(target.shape)
 
     gain_BT = (losses("closed") - losses("open")).clamp(-config.gain_clip, config.gain_clip)
     return Gains(F.pad(gain_BT, (0, 1)), F.pad(target != -100, (0, 1)))
