@@ -1,19 +1,20 @@
 """A session: a text that a model has read, kept on disk to be asked, gone on with, forked and rolled back."""
 
-import fcntl
 import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from taipan.errors import InputError, StateError, shown
+from taipan import locks
+from taipan.errors import CheckpointError, InputError, StateError, shown
 from taipan.generation import GenerationSettings, Reading, prefill
 from taipan.generation.stopping import CONTEXT, FinishReason
 from taipan.io import remove_abandoned
@@ -23,6 +24,8 @@ from taipan.sessions.readings import ReadingCache
 from taipan.shapes import IntBT
 from taipan.state import DecoderState
 from taipan.text import DEFAULTS, TextModel, TextState
+
+_T = TypeVar("_T")
 
 DELETED = ".deleted-"
 """How the name of a directory begins that was a session; what is left of one after a kill may be removed."""
@@ -172,10 +175,14 @@ class Session:
         Raises:
             StateError: its file is missing or damaged.
         """
-        if not self.manifest.snapshots:
-            return None
-        reading = self._restore(self.manifest.snapshots[-1])
-        return TextState(reading.state, reading.logits_BV, tuple(self.ids(max(0, self.tokens - CONTEXT))))
+
+        def read() -> TextState | None:
+            if not self.manifest.snapshots:
+                return None
+            reading = self._restore(self.manifest.snapshots[-1])
+            return TextState(reading.state, reading.logits_BV, tuple(self._ids(max(0, self.tokens - CONTEXT), None)))
+
+        return self._as_it_is(read)
 
     @property
     def nbytes(self) -> int:
@@ -188,6 +195,9 @@ class Session:
         Raises:
             StateError: an object is missing or damaged.
         """
+        return self._as_it_is(lambda: self._ids(begin, end))
+
+    def _ids(self, begin: int, end: int | None) -> list[int]:
         end = self.tokens if end is None else end
         found: list[int] = []
         place = 0
@@ -468,12 +478,27 @@ class Session:
         Raises:
             StateError: naming the first that is missing or damaged.
         """
-        for segment in self.manifest.segments:
-            self._segment_ids(segment)
-        for snapshot in self.manifest.snapshots:
-            self._restore(snapshot)
+
+        def read() -> None:
+            for segment in self.manifest.segments:
+                self._segment_ids(segment)
+            for snapshot in self.manifest.snapshots:
+                self._restore(snapshot)
+
+        self._as_it_is(read)
 
     # ------------------------------------------------------------------ inside
+
+    def _as_it_is(self, read: Callable[[], _T]) -> _T:
+        """Read of the session's files; once more where another process has changed it and removed what it was."""
+        while True:
+            try:
+                return read()
+            except StateError:
+                now = Manifest.load(self.directory)
+                if now == self.manifest:
+                    raise
+                self.manifest = now
 
     def _after_known(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
         """The pieces without the tokens that have been read, which must be the same."""
@@ -595,20 +620,25 @@ class Session:
 
     @contextmanager
     def _lock(self) -> Generator[None]:
-        try:
-            descriptor = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError as error:
-            raise StateError(f"{self.directory} is not there any more.") from error
-        try:
+        """Hold the lock file: no other process changes the session, on no machine that shares the directory."""
+        with ExitStack() as stack:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                stack.enter_context(locks.held(self.directory / _LOCK, warnings.warn))
+            except locks.HeldError as error:
+                if not error.seen:
+                    raise SessionBusyError(str(error)) from error
                 raise SessionBusyError(
-                    f"{self.directory} is being changed by another process: wait for it, or work on a fork."
+                    f"{self.directory} is being changed by another process ({error.who}): wait for it, or work on a "
+                    "fork."
+                ) from error
+            except FileNotFoundError as error:
+                raise StateError(f"{self.directory} is not there any more.") from error
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.directory} cannot be written ({error.strerror or error}): check the permissions."
                 ) from error
             self._held = True
-            yield
-        finally:
-            self._held = False
-            with suppress(OSError):
-                os.close(descriptor)
+            try:
+                yield
+            finally:
+                self._held = False
