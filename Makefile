@@ -27,13 +27,13 @@ quickstart: $(RUNTIME) ## Train, evaluate and show a small Taipan: one command, 
 	$(BIN)/taipan quickstart $(ARGS)
 
 test: $(DEVELOPMENT) ## Run the default tier of the tests (a few minutes)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: $(DEVELOPMENT) ## Run every test, the slow ones too
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
 
 stress: $(DEVELOPMENT) ## Kill, damage, starve and resume training, thousands of times (docs/reliability.md)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" $(RELIABILITY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(RELIABILITY)
 
 docs: $(DEVELOPMENT) ## Build the documentation as a site, in build/site
 	$(BIN)/python docs/site.py

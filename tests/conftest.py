@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -15,7 +16,10 @@ from jaxtyping import install_import_hook
 from torch.utils import deterministic
 
 SOURCE = Path(__file__).parents[1] / "src"
+TESTS = Path(__file__).parent
 SEED = 20241024
+# Their tests run long through calls that the tests of the model and its parts check one by one.
+UNCHECKED = {"benchmark", "cli", "experiments", "fuzz", "hf", "serving", "training"}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
@@ -39,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a test starts
+
+
+@pytest.fixture(autouse=True)
+def live_shapes(request: pytest.FixtureRequest) -> None:
+    """Shapes are checked at every call, but where that would take half of the time and show nothing new."""
+    room = request.path.relative_to(TESTS).parts[0]
+    marked = request.node.get_closest_marker("unchecked_shapes") is not None
+    jaxtyping.config.update("jaxtyping_disable", marked or room in UNCHECKED)
 
 
 @pytest.fixture(autouse=True)

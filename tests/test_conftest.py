@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from taipan.ops.gated_rms_norm.reference import rms_norm_reference
-from tests.conftest import SEED
+from tests.conftest import SEED, TESTS, UNCHECKED
 
 
 def test_uninitialised_memory_is_poisoned() -> None:
@@ -43,3 +43,13 @@ def test_this_machine_is_within_reach() -> None:
 def test_shapes_are_checked_live() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         rms_norm_reference(torch.ones(2, 3), torch.ones(4), eps=1e-5)
+
+
+@pytest.mark.unchecked_shapes
+def test_shapes_are_not_checked_live_where_a_test_says_so() -> None:
+    rms_norm_reference(torch.ones(2, 3), torch.ones(1), eps=1e-5)
+
+
+def test_the_rooms_without_live_shapes_are_there_and_few() -> None:
+    assert all((TESTS / name).exists() for name in UNCHECKED)
+    assert not UNCHECKED & {"ops", "layers", "model", "generation", "evaluation", "data", "native"}

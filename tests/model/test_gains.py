@@ -105,6 +105,7 @@ def test_the_gate_learns_from_gains_alone_and_nothing_else_does() -> None:
         assert moved == taught
 
 
+@pytest.mark.unchecked_shapes
 def test_a_step_of_training_teaches_the_forecast_and_holds_the_budget() -> None:
     """The share selected ends at the budget, by one threshold for training and inference."""
     config = small_config("taipan", **{**FORECAST, "gain_rows": 1.0, "attention_capacity": 0.3, "budget_anneal": [0, 0],
@@ -114,7 +115,7 @@ def test_a_step_of_training_teaches_the_forecast_and_holds_the_budget() -> None:
     model.set_progress(1.0)
     results = []
     tokens = random_tokens(4, 32)
-    for step in range(150):
+    for step in range(100):
         tokens = random_tokens(4, 32, seed=step % 3)
         tokens[:, 16:] = tokens[:, :16]  # half of every row can be recalled
         results.append(train_step(model, optimizer, [{"tokens": tokens}], step=step))
@@ -126,7 +127,7 @@ def test_a_step_of_training_teaches_the_forecast_and_holds_the_budget() -> None:
     for margin in margins:
         assert torch.corrcoef(torch.stack([margin, gains.gain_BT[gains.known_BT]]))[0, 1] > 0.5
     for gate in range(2):
-        late = [result.gates[gate] for result in results[-40:]]
+        late = [result.gates[gate] for result in results[-30:]]
         assert sum(entry.rate for entry in late) / len(late) == pytest.approx(0.3, abs=0.03)
         assert all(entry.rate == entry.noise_free_rate == entry.training_rate for entry in late)
     assert all(sal.gate.threshold != 0 for sal in model.sals)

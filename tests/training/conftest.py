@@ -1,10 +1,9 @@
 """Tiny data, tiny recipes: a run of ten steps takes about a second."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 
 from taipan.data.corpus import Document
@@ -28,14 +27,6 @@ WORDS = [
     "the",
     "rest",
 ]
-
-
-@pytest.fixture(autouse=True)
-def unchecked_shapes() -> Iterator[None]:
-    """Not live here: a run calls thousands of times what the other tests check, and would spend half its time on it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def text(seed: int, words: int) -> str:

@@ -62,12 +62,12 @@ SCALES: dict[str, Scale] = {
         names=("mix", "add", "forecast", "recall", "recall, lookahead", "recall, lookahead, C = 0.3"),
     ),
     "tiny": Scale(
-        steps=20,
+        steps=12,
         seeds=(1,),
         context=64,
         model={"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "state_size": 8, "heads": 1},
         names=("recall, lookahead",),
-        documents=12,
+        documents=3,
     ),
 }
 
