@@ -22,6 +22,14 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = 1024,
         prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 1 << 20,
         new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1 << 16,
+        prefix_directory: Annotated[
+            Path | None,
+            typer.Option(help="Directory where prompts that were read are kept on disk, too. [default: none]"),
+        ] = None,
+        prefix_disk: Annotated[int, typer.Option(min=0, help="MiB of disk for them.")] = 8192,
+        workers: Annotated[
+            int, typer.Option(min=1, max=64, help="Processes at one port; each loads the model and has its own rows.")
+        ] = 1,
         api_key: Annotated[
             list[str] | None,
             typer.Option(envvar="TAIPAN_API_KEYS", help="Who may ask; several are given by several options."),
@@ -40,23 +48,30 @@ def register(app: typer.Typer, panel: str) -> None:
             curl localhost:8000/v1/models
         """
         from taipan.errors import ConfigError, how_to_install
-        from taipan.hardware import tune_allocator
-        from taipan.text import load
 
         try:
-            import uvicorn
-
-            from taipan.serving.app import Limits, create_app
-            from taipan.serving.engine import Engine
+            from taipan.serving.start import application
+            from taipan.serving.workers import serve as run
         except ImportError as error:
             raise ConfigError(f"taipan serve needs {error.name}: {how_to_install('serve')}") from error
+        from functools import partial
+
         from taipan.cli.console import note
 
-        tune_allocator()
-        engine = Engine(
-            load(model, dtype=dtype), rows=rows, waiting=waiting, prefix_bytes=prefix_memory << 20, weights=weights
+        make = partial(
+            application,
+            model=model,
+            name=name or str(model),
+            dtype=dtype,
+            weights=weights,
+            rows=rows,
+            waiting=waiting,
+            prefix_bytes=prefix_memory << 20,
+            prefix_directory=prefix_directory,
+            prefix_disk_bytes=prefix_disk << 20,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            keys=tuple(api_key or ()),
         )
-        limits = Limits(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        application = create_app(engine, name or str(model), keys=api_key or (), limits=limits)
         note(f"Serving {name or model} at http://{host}:{port}/v1 (Ctrl-C stops).")
-        uvicorn.run(application, host=host, port=port, log_level="warning")
+        run(make, host=host, port=port, workers=workers)

@@ -1,11 +1,13 @@
 """Numbers for `/metrics`: what one worker counts, and the sum over all of them."""
 
-from ctypes import Array, c_double
+import os
 from multiprocessing.context import BaseContext
-from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from taipan.errors import ConfigError
 
 COUNTERS = {
     "prompt_tokens": "Tokens of prompts read",
@@ -33,23 +35,21 @@ GAUGES = {
     "prefix_disk_bytes": "Disk of known prefixes",
 }
 """What is now."""
-_PLACES = {name: place for place, name in enumerate([*COUNTERS, *GAUGES])}
+_PLACES = {name: place for place, name in enumerate(["worker", *COUNTERS, *GAUGES])}
+_NOW = 1 + len(COUNTERS)
 
 
 class Counts:
     """Numbers of one worker by name, in memory that all workers may share; only their owner writes them.
 
     Args:
-        table: made by `shared`; None for one worker alone.
-        worker: which one this is.
+        table: of all workers; None for one alone.
+        row: this worker's.
     """
 
-    def __init__(self, table: "Array[c_double] | None" = None, worker: int = 0) -> None:
-        flat: Any = shared(1) if table is None else table
-        self._all = np.frombuffer(flat, dtype=np.float64).reshape(-1, len(_PLACES))
-        self._own = self._all[worker]
-        if table is not None:  # counters go on after a restart of the worker; what is now begins anew
-            self._own[len(COUNTERS) :] = 0
+    def __init__(self, table: NDArray[np.float64] | None = None, row: int = 0) -> None:
+        self._all = np.zeros((1, len(_PLACES))) if table is None else table
+        self._own = self._all[row]
 
     def __getitem__(self, name: str) -> int:
         return int(self._own[_PLACES[name]])
@@ -62,7 +62,39 @@ class Counts:
         return int(self._all[:, _PLACES[name]].sum())
 
 
-def shared(workers: int, context: BaseContext | None = None) -> "Array[c_double]":
-    """Memory for the numbers of so many workers, to be handed to them when they start."""
-    make = RawArray if context is None else context.RawArray
-    return make(c_double, workers * len(_PLACES))
+class Shared:
+    """Memory for the numbers of several workers; handed to them when they are started.
+
+    Args:
+        rows: workers there may be at once.
+        context: starts them.
+    """
+
+    def __init__(self, rows: int, context: BaseContext) -> None:
+        self._memory: Any = context.RawArray("d", rows * len(_PLACES))
+        self._lock = context.Lock()
+
+    def claim(self) -> Counts:
+        """Numbers for this process, in place of those of a worker that has ended: what was counted stays counted.
+
+        Raises:
+            ConfigError: there are more workers than places.
+        """
+        table = np.frombuffer(self._memory, dtype=np.float64).reshape(-1, len(_PLACES))
+        with self._lock:
+            for row, numbers in enumerate(table):
+                if not numbers[0] or not _lives(int(numbers[0])):
+                    numbers[0] = os.getpid()
+                    numbers[_NOW:] = 0
+                    return Counts(table, row)
+        raise ConfigError(f"There are more than {len(table)} workers: start the server again with --workers.")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's: the number was given to another
+        return False
+    return True

@@ -127,7 +127,7 @@ class Engine:
         prefix_bytes: int = 1 << 30,
         block: int = BLOCK,
         weights: str = "auto",
-        shelf: Callable[[Counts], Shelf] | None = None,
+        shelf: Callable[[Counts], Shelf | None] | None = None,
         counts: Counts | None = None,
     ) -> None:
         self.model = model

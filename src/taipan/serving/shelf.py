@@ -69,6 +69,7 @@ class Shelf:
         self._lock = threading.Lock()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._queued = 0
+        self._pending: set[str] = set()
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -104,10 +105,11 @@ class Shelf:
         entry = _Entry(chain.link(length), length % chain.block, chain.key(length))
         size = state.nbytes
         with self._lock:
-            known = entry.name in self._entries
+            known = entry.name in self._entries or entry.name in self._pending
             full = self._queued + size > _QUEUED_BYTES or size > self._most
             if not (known or full):
                 self._queued += size
+                self._pending.add(entry.name)
         if full and not known:
             self._counts["prefix_unwritten"] += 1
         elif not known:
@@ -152,6 +154,7 @@ class Shelf:
         finally:
             with self._lock:
                 self._queued -= size
+                self._pending.discard(entry.name)
 
     def _make_room(self) -> None:
         """Remove what was not used for the longest time, until the rest fits."""
