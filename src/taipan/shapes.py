@@ -13,6 +13,7 @@ N      state size of Mamba-2                       K      taps of the causal con
 L      inputs a convolution remembers, K − 1       U      keys used by one block of queries
 R      last tokens that recall remembers           O      lengths of n-grams that recall looks for
 G      groups sharing B and C (or key/value heads) M      tokens of a batch in one row
+Y      Selective Attention Layers
 ====== ==========================================  ====== ======================================
 
 The types are checked live in the tests only (jaxtyping's import hook); at run time they cost nothing.
@@ -24,12 +25,14 @@ from torch import Tensor
 BoolB = Bool[Tensor, "B"]
 BoolBS = Bool[Tensor, "B S"]
 BoolT = Bool[Tensor, "T"]
+BoolYT = Bool[Tensor, "Y T"]
 BoolBT = Bool[Tensor, "B T"]
 BoolBV = Bool[Tensor, "B V"]
 BoolBQJ = Bool[Tensor, "B Q J"]
 FloatB = Float[Tensor, "B"]
 Float0 = Float[Tensor, ""]
 FloatT = Float[Tensor, "T"]
+FloatYT = Float[Tensor, "Y T"]
 FloatT2 = Float[Tensor, "T 2"]
 FloatBT = Float[Tensor, "B T"]
 FloatBV = Float[Tensor, "B V"]

@@ -1,38 +1,56 @@
-"""The comparison of gates: equal models, every run in its place, and one whole tiny run by its command."""
+"""The comparison of gates: equal models, every run in its place, and what the table says."""
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from taipan.accounting import parameter_count
+from taipan.experiments.comparisons import Models, capacity, positions, ratio, scope, window
 from taipan.experiments.gate_settings import (
     AHEAD,
     JAMBA,
     MAMBA2,
     OPEN,
-    SCALES,
-    Report,
+    architectures,
     beyond,
-    declare,
+    kept,
     models,
     settings,
     table,
 )
-from tests.command import run
+from taipan.experiments.laboratory import SCALES, Laboratory, Scale, Text, Training, all_seeds
+
+SMALL = SCALES["small"]
+
+
+def nobody(*_: object) -> None:
+    """Listens to nothing."""
 
 
 def test_models_are_equal_in_parameters() -> None:
-    counts = {name: parameter_count(config) for name, config in models(SCALES["small"]).items()}
-    assert max(counts.values()) <= 1.02 * min(counts.values()), counts
-    assert list(counts) == [MAMBA2, JAMBA, OPEN, AHEAD, *settings()]
+    everything = {**models(SMALL), **architectures(SMALL)}
+    counts = {name: parameter_count(config) for name, config in everything.items()}
+    assert max(counts.values()) <= 1.025 * min(counts.values()), counts
+    assert list(models(SMALL)) == [MAMBA2, JAMBA, OPEN, AHEAD, *settings()]
 
 
-def test_every_setting_is_another_run() -> None:
-    scale = SCALES["small"]
-    declared = [declare(name, config, seed, scale) for seed in scale.seeds for name, config in models(scale).items()]
-    assert len({one.path(Path()) for one in declared}) == len(declared)
+@pytest.mark.parametrize("listed", [capacity, positions, window, scope])
+def test_models_of_a_comparison_are_equal_in_parameters(listed: Callable[[Scale], Models]) -> None:
+    counts = {name: parameter_count(config) for name, (config, _) in listed(SMALL).items()}
+    assert max(counts.values()) <= 1.01 * min(counts.values()), counts
+
+
+def test_every_setting_is_another_run(tmp_path: Path) -> None:
+    lab = Laboratory(SMALL, Text(), tmp_path, nobody)
+    lab.__dict__["_data"] = tmp_path / "text"
+    known = [*models(SMALL).items(), *((name, config) for name, (config, _) in ratio(SMALL).items())]
+    trainings = [Training(name="one", config=config, seed=seed) for seed in SMALL.seeds for _, config in known]
+    trainings += all_seeds(dict(capacity(SMALL)), (4,))
+    assert len({lab.declare(training).identity for training in trainings}) == len(trainings) - 3 * 1  # a shared one
+    # what is not of the model is not of its name: two experiments that declare a model train it once
+    assert lab.declare(trainings[0]).settings == lab.declare(Training(name="two", config=known[0][1], seed=1)).settings
 
 
 def test_kept_is_the_share_of_jambas_lead() -> None:
@@ -40,9 +58,8 @@ def test_kept_is_the_share_of_jambas_lead() -> None:
         return {"bits_per_byte": bits}
 
     results = {MAMBA2: [result(1.5), result(1.6)], JAMBA: [result(1.2), result(1.2)], "own": [result(1.3), result(1.7)]}
-    report = Report(SCALES["tiny"], results)
-    assert report.kept("own") == pytest.approx([2 / 3, -1 / 4])
-    assert report.kept(JAMBA) == pytest.approx([1, 1])
+    assert kept(results, "own") == pytest.approx([2 / 3, -1 / 4])
+    assert kept(results, JAMBA) == pytest.approx([1, 1])
 
 
 def test_beyond_is_a_mean_over_tokens() -> None:
@@ -54,21 +71,9 @@ def test_beyond_is_a_mean_over_tokens() -> None:
     assert math.isnan(beyond({"by_position": buckets}, 200))
 
 
-def test_the_tiny_one_runs_and_goes_on(tmp_path: Path) -> None:
-    arguments = ["reproduce", "gate-settings", "--scale", "tiny", "--out", str(tmp_path), "--workers", "1"]
-    first = run(*arguments)
-    assert first.code == 0, first.err
-    report = json.loads((tmp_path / "tiny" / "results.json").read_text(encoding="utf-8"))
-    assert list(report["results"]) == [MAMBA2, JAMBA, OPEN, AHEAD, "recall, lookahead"]
-    (own,) = report["results"]["recall, lookahead"]
-    assert own["bits_per_byte_open"] != own["bits_per_byte_closed"]
-    assert 0 < own["rate"] < 1
-    assert own["thresholds"] != [0.0]
-    (whole,) = report["results"][OPEN]
-    assert whole["rate"] > 0.9
-    header, rows = table(Report(SCALES["tiny"], report["results"]))
-    assert [len(row) for row in rows] == [len(header)] * 5
-    seconds = own["seconds"]
-    assert run(*arguments).code == 0
-    report = json.loads((tmp_path / "tiny" / "results.json").read_text(encoding="utf-8"))
-    assert report["results"]["recall, lookahead"][0]["seconds"] == seconds  # kept, not run again
+def test_the_table_has_jambas_lead_only_between_its_anchors() -> None:
+    result = {"parameters": 1, "bits_per_byte": 1.0, "rate": None, "rate_beyond": None, "by_position": []}
+    for names, more in (((MAMBA2, JAMBA), 1), ((MAMBA2,), 0)):
+        found = table({name: [{**result, "bits_per_byte": len(name)}] for name in names}, 64, "Title")
+        assert len(found.header) == 8 + more
+        assert [len(row) for row in found.rows] == [len(found.header)] * len(names)

@@ -1,10 +1,13 @@
 """`taipan reproduce`: the experiments, each a command that prints and plots its numbers."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from taipan.experiments.registry import CLAIMS
 
 
 class ScaleName(StrEnum):
@@ -14,8 +17,8 @@ class ScaleName(StrEnum):
     tiny = "tiny"
 
 
-class GateScaleName(StrEnum):
-    """How much of the comparison of gates is run."""
+class LanguageScaleName(StrEnum):
+    """How much of an experiment on language is run."""
 
     small = "small"
     tiny = "tiny"
@@ -79,38 +82,52 @@ def register(app: typer.Typer, panel: str) -> None:
         for path in write(report, out / scale.value, command):
             note(f"Written: {path}")
 
-    @reproduce.command("gate-settings")
-    def gate_settings(
+    for name, claim in CLAIMS.items():
+        reproduce.command(name, help=f"{claim}.{_HELP}")(_language(name, claim))
+
+
+def _language(name: str, claim: str) -> Callable[..., None]:
+    """The command of an experiment on language."""
+
+    def command(
         scale: Annotated[
-            GateScaleName, typer.Option(help="small: three seeds of every setting, hours; tiny: two minutes.")
-        ] = GateScaleName.small,
-        out: Annotated[Path, typer.Option(help="Directory for results; finished runs there are not run again.")] = Path(
-            "runs/gate-settings"
-        ),
+            LanguageScaleName, typer.Option(help="small: our results, three seeds, hours; tiny: a minute or two.")
+        ] = LanguageScaleName.small,
+        text: Annotated[
+            Path | None,
+            typer.Option(
+                help="JSON lines with a document in the field text of each; some are held out. "
+                "[default: the standard library of this Python]"
+            ),
+        ] = None,
+        out: Annotated[
+            Path, typer.Option(help="Laboratory: what was trained or measured there, by any experiment, is not again.")
+        ] = Path("runs/experiments"),
         workers: Annotated[
             int | None, typer.Option(min=1, help="Runs side by side, one thread each. [default: one per core]")
         ] = None,
     ) -> None:
-        """How much of attention's lead on code each setting of the gate keeps at C = 0.15, between Mamba-2 and Jamba.
-
-        Interrupted, it goes on when run again: every finished run is kept.
-
-        Examples:
-
-            taipan reproduce gate-settings --scale tiny
-        """
         from taipan.cli.console import duration, note, print_table
         from taipan.experiments.execution import Result, Run
-        from taipan.experiments.gate_settings import SCALES, reproduce, table, write
+        from taipan.experiments.laboratory import SCALES, Laboratory, Text, write
+        from taipan.experiments.registry import experiment
 
         def finished(run: Run, result: Result, done: int, of: int) -> None:
-            note(
-                f"[{done}/{of}] {run.name}: {result['bits_per_byte']:.3f} bits per byte "
-                f"(seed {result['seed']}, {duration(result['seconds'])})"
-            )
+            seconds = f", {duration(result['seconds'])}" if "seconds" in result else ""
+            note(f"[{done}/{of}] {run.name} (seed {run.settings['seed']}{seconds})")
 
-        directory = out / scale.value
-        report = reproduce(SCALES[scale.value], directory, finished, workers=workers)
-        print_table("Settings of the gate on code", *table(report))
-        for path in write(report, directory, f"taipan reproduce gate-settings --scale {scale.value}"):
+        lab = Laboratory(SCALES[scale.value], Text(text), out / scale.value, finished, workers=workers)
+        outcome = experiment(name)(lab)
+        for table in outcome.tables:
+            print_table(table.title, table.header, table.rows)
+        words = f"taipan reproduce {name} --scale {scale.value}{'' if text is None else f' --text {text.name}'}"
+        for path in write(name, claim, outcome, lab.directory / "reports" / lab.data.name, words):
             note(f"Written: {path}")
+
+    return command
+
+
+_HELP = """
+
+        Interrupted, it goes on when run again: every finished run is kept, and models are shared by all experiments.
+"""

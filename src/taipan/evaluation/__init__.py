@@ -4,7 +4,7 @@ from taipan.evaluation.compression import Compression, compress
 from taipan.evaluation.documents import Documents, PreparedDocuments, TextDocuments
 from taipan.evaluation.gates import GateStatistics
 from taipan.evaluation.mqar import MQARGate, MQARResult, evaluate_mqar
-from taipan.evaluation.perplexity import EvaluationResult, PositionBucket, evaluate
+from taipan.evaluation.perplexity import EvaluationResult, PositionBucket, ReadTokens, evaluate, read_tokens
 from taipan.evaluation.selection import LayerTrace, trace
 
 __all__ = [
@@ -17,9 +17,11 @@ __all__ = [
     "MQARResult",
     "PositionBucket",
     "PreparedDocuments",
+    "ReadTokens",
     "TextDocuments",
     "compress",
     "evaluate",
     "evaluate_mqar",
+    "read_tokens",
     "trace",
 ]

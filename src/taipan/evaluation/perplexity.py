@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -16,8 +16,10 @@ from taipan.errors import DataError, InputError
 from taipan.evaluation.documents import Documents, PreparedDocuments
 from taipan.evaluation.gates import GateAverages, GateStatistics
 from taipan.generation.mode import inference
+from taipan.layers.gating import GateOutput
 from taipan.layers.head import token_nats
 from taipan.model import TaipanLM
+from taipan.shapes import BoolYT, FloatT, FloatYT, IntT
 from taipan.state import DecoderState
 
 FIRST_BUCKET = 64
@@ -114,6 +116,89 @@ def evaluate(
         InputError: a number below 1.
         DataError: there is no token to predict, or the data was made with a larger vocabulary than the model's.
     """
+    documents = _checked(model, data, context, piece, batch_tokens)
+    total = int(documents.lengths.sum())
+    begin = time.perf_counter()
+    tally = _Tally(torch.from_numpy(documents.token_bytes))
+    with inference(model):
+        for spans in _batches(documents, context, piece, batch_tokens):
+            for predicted in _predict(model, documents, spans, piece, tally):
+                if progress is not None:
+                    progress(predicted, total)
+    return tally.result(documents, context, time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class ReadTokens:
+    """Tokens of a document that were predicted from one empty context, and what was seen of them; on the CPU.
+
+    Attributes:
+        document: its number.
+        start: place of the first of them in the document.
+        ids_T: what was predicted.
+        nats_T: −ln of its probability.
+        before_T: the token that was read to predict it, which is what the gates decided about.
+        selected_YT: which of those each SAL selected; no rows without SALs.
+        margin_YT: s_1 − s_0 of the same.
+    """
+
+    document: int
+    start: int
+    ids_T: IntT
+    nats_T: FloatT
+    before_T: IntT
+    selected_YT: BoolYT
+    margin_YT: FloatYT
+
+
+def read_tokens(
+    model: TaipanLM,
+    data: TokenDataset | Documents,
+    *,
+    context: int | None = None,
+    piece: int = 2048,
+    batch_tokens: int = 8192,
+) -> Iterator[ReadTokens]:
+    """Predict every token as `evaluate` does, and hand out what it sums up.
+
+    Args:
+        model: as in `evaluate`; so are the others, and the errors.
+        data: what is predicted.
+        context: longest context in tokens.
+        piece: most tokens of a row per forward call.
+        batch_tokens: most tokens of all rows per forward call.
+
+    Yields:
+        Span after span, the longest first.
+    """
+    documents = _checked(model, data, context, piece, batch_tokens)
+    tally = _Tally(torch.from_numpy(documents.token_bytes))
+    for spans in _batches(documents, context, piece, batch_tokens):
+        seen: list[list[tuple[Tensor, ...]]] = [[] for _ in spans]
+
+        def note(
+            target_BT: Tensor, tokens_BT: Tensor, nats_BT: Tensor, gates: Sequence[GateOutput], seen: Any = seen
+        ) -> None:
+            selected_YBT, margin_YBT = torch.zeros(0, *target_BT.shape).bool(), torch.zeros(0, *target_BT.shape)
+            if gates:
+                selected_YBT = torch.stack([gate.selected_BT.cpu() for gate in gates])
+                margin_YBT = torch.stack([gate.margin_BT.float().cpu() for gate in gates])
+            for row, count in enumerate((target_BT >= 0).sum(1).tolist()):
+                own = (target_BT, nats_BT, tokens_BT)
+                gated = (selected_YBT[:, row, :count], margin_YBT[:, row, :count])
+                seen[row].append((*(values[row, :count] for values in own), *gated))
+
+        with inference(model):
+            for _ in _predict(model, documents, spans, piece, tally, note):
+                pass
+        for span, parts in zip(spans, seen, strict=True):
+            ids_T, nats_T, before_T, selected_YT, margin_YT = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+            yield ReadTokens(span.document, span.start, ids_T, nats_T, before_T, selected_YT, margin_YT)
+
+
+def _checked(
+    model: TaipanLM, data: TokenDataset | Documents, context: int | None, piece: int, batch_tokens: int
+) -> Documents:
     for name, value in (("context", context), ("piece", piece), ("batch_tokens", batch_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}, but must be a number of tokens of at least 1.")
@@ -123,17 +208,9 @@ def evaluate(
             f"The data has a vocabulary of {documents.vocab_size} tokens but the model only {model.config.vocab_size}: "
             "they do not belong together. Prepare the data with the tokenizer of the model."
         )
-    total = int(documents.lengths.sum())
-    if total == 0:
+    if int(documents.lengths.sum()) == 0:
         raise DataError("There is nothing to evaluate on: the documents hold no tokens. Name files with text in them.")
-    begin = time.perf_counter()
-    tally = _Tally(torch.from_numpy(documents.token_bytes))
-    with inference(model):
-        for spans in _batches(documents, context, piece, batch_tokens):
-            for predicted in _predict(model, documents, spans, piece, tally):
-                if progress is not None:
-                    progress(predicted, total)
-    return tally.result(documents, context, time.perf_counter() - begin)
+    return documents
 
 
 def _batches(documents: Documents, context: int | None, piece: int, batch_tokens: int) -> Iterator[list[_Span]]:
@@ -151,8 +228,18 @@ def _batches(documents: Documents, context: int | None, piece: int, batch_tokens
         first += rows
 
 
-def _predict(model: TaipanLM, documents: Documents, spans: list[_Span], piece: int, tally: "_Tally") -> Iterator[int]:
-    """Read spans (longest first) side by side, piece by piece; rows that have ended are dropped."""
+def _predict(
+    model: TaipanLM,
+    documents: Documents,
+    spans: list[_Span],
+    piece: int,
+    tally: "_Tally",
+    note: Callable[[Tensor, Tensor, Tensor, Sequence[GateOutput]], None] | None = None,
+) -> Iterator[int]:
+    """Read spans (longest first) side by side, piece by piece; rows that have ended are dropped.
+
+    `note` is told of targets, tokens read, nats and gates of every piece.
+    """
     state: DecoderState | None = None
     device = model.lm_head.weight.device
     for begin in range(0, spans[0].length, piece):
@@ -169,6 +256,9 @@ def _predict(model: TaipanLM, documents: Documents, spans: list[_Span], piece: i
         position_BT = (begin + torch.arange(target_BT.shape[1])).expand_as(target_BT)
         tally.add(nats_M.cpu().double(), target_M, position_BT[real_BT])
         tally.gates.add(output.gates)
+        if note is not None:
+            nats_BT = torch.zeros(target_BT.shape).masked_scatter(real_BT, nats_M.float().cpu())
+            note(target_BT, tokens_BT, nats_BT, output.gates)
         if any(span.length > begin + piece for span in rows):
             state = output.state
         yield tally.tokens

@@ -30,10 +30,15 @@ class Run:
     name: str
     settings: dict[str, Any]
 
+    @property
+    def identity(self) -> str:
+        """Its name and a digest of its settings."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.name}-{digest}"
+
     def path(self, directory: Path) -> Path:
         """Where the result is kept."""
-        identity = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
-        return directory / f"{self.name}-{identity}.json"
+        return directory / f"{self.identity}.json"
 
 
 Result = dict[str, Any]

@@ -1,0 +1,58 @@
+"""Gates that do not choose: chance and every k-th place, at the same budget, as controls of what a gate learned."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from taipan.config import TaipanConfig
+from taipan.layers.gating import Gate, GateOutput, GateSchedule
+from taipan.layers.selective_attention import SelectiveAttention
+from taipan.layout import Recalled
+from taipan.model import TaipanLM
+
+
+class BlindGate(Gate):
+    """Selects the share C of the tokens by chance, or at every k-th place of a call, k = 1 / C.
+
+    Args:
+        config: of the model.
+        layer: its number.
+        evenly: every k-th place; else by chance.
+        seed: of chance, which is another at every call.
+    """
+
+    def __init__(self, config: TaipanConfig, layer: int, *, evenly: bool, seed: int) -> None:
+        super().__init__(config, layer)
+        self._evenly = evenly
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def forward(
+        self, x_BTD: Tensor, real_BT: Tensor | None, schedule: GateSchedule, recalled: Recalled | None = None
+    ) -> GateOutput:
+        """See `Gate.forward`."""
+        gate = super().forward(x_BTD, real_BT, schedule, recalled)
+        if schedule.forced is not None:
+            return gate
+        batch, length = gate.selected_BT.shape
+        if self._evenly:
+            place_T = ((torch.arange(length + 1) + 0.5) * schedule.capacity).floor()
+            selected_BT = (place_T[1:] > place_T[:-1]).expand(batch, length)
+        else:
+            selected_BT = torch.rand(batch, length, generator=self._generator) < schedule.capacity
+        selected_BT = selected_BT.to(x_BTD.device)
+        if real_BT is not None:
+            selected_BT = selected_BT & real_BT
+        return replace(gate, selected_BT=selected_BT, mask_BT=selected_BT.to(gate.mask_BT.dtype))
+
+
+def choose_by(model: TaipanLM, choice: str, seed: int) -> None:
+    """Let the tokens of a model be selected by its gates (`gate`), by chance (`random`) or evenly (`every`)."""
+    if choice == "gate":
+        return
+    for mixer in model.modules():
+        if isinstance(mixer, SelectiveAttention):
+            blind = BlindGate(model.config, mixer.gate.layer, evenly=choice == "every", seed=seed)
+            blind.load_state_dict(mixer.gate.state_dict())
+            mixer.gate = cast(Any, blind.to(mixer.gate.proj.weight.dtype).train(mixer.training))

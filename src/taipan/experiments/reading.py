@@ -1,0 +1,276 @@
+"""How the architectures read on: loss by context and position, tokens that copy, and what the gates select."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taipan.config import TaipanConfig
+from taipan.experiments.execution import Result
+from taipan.experiments.gate_settings import WINNER, architectures, hybrid
+from taipan.experiments.laboratory import (
+    Choice,
+    Laboratory,
+    Outcome,
+    Table,
+    all_seeds,
+    by_name,
+    model_config,
+    spread,
+)
+
+if TYPE_CHECKING:
+    from taipan.evaluation import ReadTokens
+    from taipan.model import TaipanLM
+
+_DISTANCES = (16, 64, 256)  # and the window, and beyond it
+
+
+def _architectures(lab: Laboratory) -> dict[str, tuple[TaipanConfig, Choice]]:
+    return {name: (config, "gate") for name, config in architectures(lab.scale).items()}
+
+
+def _measured(lab: Laboratory, function: Any, options: Any) -> dict[str, list[Result]]:
+    models, seeds = _architectures(lab), lab.scale.seeds
+    return by_name(list(models), seeds, lab.measure(function, all_seeds(models, seeds), options))
+
+
+# ---------------------------------------------------------------------- loss by context
+
+
+def measure_contexts(model: "TaipanLM", data: Path, training: int) -> Result:
+    """Bits per byte of the same long documents, cut to contexts from half the training length on, and by position.
+
+    The documents are those held out that are longest, cut to one length, so that every position has the same ones.
+
+    Args:
+        model: read.
+        data: prepared text.
+        training: the training length.
+    """
+    from taipan.data.shards import TokenDataset
+    from taipan.evaluation import PreparedDocuments
+    from taipan.evaluation.perplexity import evaluate
+
+    documents = LongDocuments(PreparedDocuments(TokenDataset.open(data / "valid")))
+    contexts = [training // 2]
+    while contexts[-1] < documents.length:
+        contexts.append(2 * contexts[-1])
+    by_context = [
+        {"context": context, "bits_per_byte": evaluate(model, documents, context=context).bits_per_byte}
+        for context in contexts
+    ]
+    whole = evaluate(model, documents)
+    return {
+        "documents": len(documents.lengths),
+        "length": documents.length,
+        "by_context": by_context,
+        "by_position": [asdict(bucket) for bucket in whole.by_position],
+        "rates": [gate.rate for gate in whole.gates],
+    }
+
+
+class LongDocuments:
+    """The longest documents of a data set, all cut to the length of the shortest of them.
+
+    Args:
+        documents: of which.
+        at_least: how many; fewer where there are not so many.
+    """
+
+    def __init__(self, documents: Any, at_least: int = 4) -> None:
+        import numpy as np
+
+        order = np.argsort(-documents.lengths, kind="stable")[:at_least]
+        self.length = int(documents.lengths[order].min())
+        self._documents, self._order = documents, order
+        self.lengths = np.full(len(order), self.length, np.int64)
+        self.vocab_size, self.start_token = documents.vocab_size, documents.start_token
+        self.token_bytes = documents.token_bytes
+        tokens = (documents.read(int(number), 0, self.length) for number in order)
+        self.n_bytes = int(sum(self.token_bytes[ids].sum() for ids in tokens))
+
+    def read(self, document: int, start: int, stop: int) -> Any:
+        """See `taipan.evaluation.Documents.read`."""
+        return self._documents.read(int(self._order[document]), start, stop)
+
+
+def perplexity_by_context(lab: Laboratory) -> Outcome:
+    """Fig. 1a: four architectures, the same long documents at every length."""
+    results = _measured(lab, measure_contexts, lab.scale.context)
+    first = next(iter(results.values()))[0]
+    contexts = [entry["context"] for entry in first["by_context"]]
+    rows = [
+        [
+            name,
+            *(spread([own["by_context"][column]["bits_per_byte"] for own in seeds]) for column in range(len(contexts))),
+        ]
+        for name, seeds in results.items()
+    ]
+    title = f"Bits per byte of {first['documents']} held-out documents of {first['length']:,} tokens, by context"
+    starts = [bucket["start"] for bucket in first["by_position"]]
+    by_position = [
+        [
+            name,
+            *(spread([own["by_position"][column]["bits_per_byte"] for own in seeds]) for column in range(len(starts))),
+        ]
+        for name, seeds in results.items()
+    ]
+    tables = (
+        Table(title, ["model", *(f"{context:,}" for context in contexts)], rows),
+        Table("The same read whole, by position (from)", ["model", *(f"{start:,}" for start in starts)], by_position),
+    )
+    return Outcome(results, tables)
+
+
+# ---------------------------------------------------------------------- copying
+
+
+def measure_copying(model: "TaipanLM", data: Path, training: int) -> Result:
+    """Nats of tokens that complete a bigram which occurred before in the context, by distance, and of all others.
+
+    A token is a *recall hit* (as zoology slices text) if it and the token before it stood side by side earlier.
+
+    Args:
+        model: read.
+        data: prepared text.
+        training: the training length; contexts are that, and 8 times that.
+    """
+    from taipan.data.shards import TokenDataset
+    from taipan.evaluation import read_tokens
+
+    valid = TokenDataset.open(data / "valid")
+    found: Result = {}
+    for name, context in (("inside", training), ("beyond", 8 * training)):
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for tokens in read_tokens(model, valid, context=context):
+            distance_T = bigram_distance(tokens)
+            for bucket, low, high in _distance_buckets(training):
+                mask_T = (distance_T >= low) & (distance_T < high)
+                sums[bucket][0] += float(mask_T.sum())
+                sums[bucket][1] += float(tokens.nats_T[mask_T].double().sum())
+        found[name] = {bucket: {"tokens": count, "nats": nats} for bucket, (count, nats) in sums.items()}
+    return found
+
+
+def _distance_buckets(window: int) -> list[tuple[str, int, int]]:
+    edges = sorted({1, *(distance for distance in _DISTANCES if distance < window), window, 1 << 60})
+    pairs = list(pairwise(edges))
+    names = [f"hit, {low}–{high - 1} back" for low, high in pairs[:-1]] + [f"hit, from {window} back"]
+    return [("no hit", 0, 1), *((name, low, high) for name, (low, high) in zip(names, pairs, strict=True))]
+
+
+def bigram_distance(tokens: "ReadTokens") -> Any:
+    """How many tokens before each token the same bigram ended last, within the span; 0 where it is new; (T,)."""
+    import torch
+
+    last: dict[tuple[int, int], int] = {}
+    distances: list[int] = []
+    for place, bigram in enumerate(zip(tokens.before_T.tolist(), tokens.ids_T.tolist(), strict=True)):
+        distances.append(place - last[bigram] if bigram in last else 0)
+        last[bigram] = place
+    return torch.tensor(distances)
+
+
+def copying(lab: Laboratory) -> Outcome:
+    """Where attention's lead lies, and how much of it Taipan keeps."""
+    results = _measured(lab, measure_copying, lab.scale.context)
+    tables: list[Table] = []
+    for where, title in (("inside", "Contexts of the training length"), ("beyond", "Contexts of 8 times that")):
+        buckets = list(next(iter(results.values()))[0][where])
+        rows = [["tokens", *(f"{next(iter(results.values()))[0][where][bucket]['tokens']:,.0f}" for bucket in buckets)]]
+        for name, seeds in results.items():
+            means = ([_mean(own[where][bucket]) for own in seeds] for bucket in buckets)
+            rows.append([name, *(spread(values) for values in means)])
+        tables.append(Table(f"{title}: nats per token", ["model", *buckets], rows))
+    return Outcome(results, tuple(tables))
+
+
+def _mean(sums: dict[str, float]) -> float:
+    return sums["nats"] / sums["tokens"] if sums["tokens"] else float("nan")
+
+
+# ---------------------------------------------------------------------- what the gate selects
+
+
+def measure_gate(model: "TaipanLM", data: Path, training: int) -> Result:
+    """Rates of selection of the first SAL by what a token is, and how its score goes with what comes.
+
+    Args:
+        model: read.
+        data: prepared text.
+        training: the training length, and the context.
+    """
+    import torch
+
+    from taipan.data.shards import TokenDataset
+    from taipan.evaluation import read_tokens
+
+    valid = TokenDataset.open(data / "valid")
+    tokenizer = valid.tokenizer()
+    counts = torch.zeros(model.config.vocab_size)
+    spans = list(read_tokens(model, valid, context=training))
+    for span in spans:
+        counts += torch.bincount(span.before_T, minlength=len(counts))
+    frequent = counts >= counts.sort(descending=True).values[min(len(counts) - 1, 64)]
+    kinds = [token_class(tokenizer.decode([token])) for token in range(tokenizer.vocab_size)]
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(group: str, mask_T: Any, selected_T: Any) -> None:
+        sums[group][0] += float(mask_T.sum())
+        sums[group][1] += float(selected_T[mask_T].sum())
+
+    for span in spans:
+        selected_T, place_T = span.selected_YT[0], torch.arange(len(span.ids_T))
+        repeats_T = bigram_distance(span) > 0
+        before_T = torch.cat([torch.zeros(1, dtype=torch.bool), repeats_T[:-1]])
+        add("all", torch.ones_like(selected_T), selected_T)
+        for kind in sorted(set(kinds)):
+            add(f"class: {kind}", torch.tensor([kinds[token] == kind for token in span.before_T.tolist()]), selected_T)
+        add("of the 64 most frequent ids", frequent[span.before_T], selected_T)
+        add("of other ids", ~frequent[span.before_T], selected_T)
+        add("completes a bigram seen before", before_T, selected_T)
+        add("completes a new bigram", ~before_T, selected_T)
+        add("the next token is a recall hit", repeats_T, selected_T)
+        add("the next token is not", ~repeats_T, selected_T)
+        for low, high in ((0, training // 4), (training // 4, training // 2), (training // 2, training)):
+            add(f"place {low}–{high - 1} of the context", (place_T >= low) & (place_T < high), selected_T)
+    nats_T = torch.cat([span.nats_T for span in spans])
+    margin_T = torch.cat([span.margin_YT[0] for span in spans])
+    agreement = float(torch.corrcoef(torch.stack([nats_T.double(), margin_T.double()]))[0, 1])
+    groups = {name: {"tokens": count, "selected": selected} for name, (count, selected) in sums.items()}
+    return {"groups": groups, "correlation_of_score_and_surprise": agreement}
+
+
+def token_class(text: str) -> str:
+    """What a token looks like: `word`, `number`, `space`, `line end`, `mark`, or `other`."""
+    bare = text.strip()
+    if not bare:
+        return "line end" if "\n" in text else "space"
+    if bare.isalpha() or (bare.replace("_", "").isalnum() and not bare.isdigit()):
+        return "word"
+    if bare.isdigit():
+        return "number"
+    return "mark" if all(not character.isalnum() for character in bare) else "other"
+
+
+def gate(lab: Laboratory) -> Outcome:
+    """What the trained gate selects."""
+    config = model_config(lab.scale, hybrid("selective_attention"), **WINNER)
+    models: dict[str, tuple[TaipanConfig, Choice]] = {"taipan": (config, "gate")}
+    seeds = lab.scale.seeds
+    results = by_name(["taipan"], seeds, lab.measure(measure_gate, all_seeds(models, seeds), lab.scale.context))
+    groups: Sequence[str] = list(results["taipan"][0]["groups"])
+    rows: list[list[str]] = []
+    for group in groups:
+        own = [result["groups"][group] for result in results["taipan"] if group in result["groups"]]
+        rates = [entry["selected"] / entry["tokens"] for entry in own if entry["tokens"]]
+        rows.append([group, f"{own[0]['tokens']:,.0f}", spread(rates) if rates else "–"])
+    correlation = spread([result["correlation_of_score_and_surprise"] for result in results["taipan"]], 2)
+    rows.append(["correlation of score and surprise (nats of the next token)", "", correlation])
+    return Outcome(results, (Table("Share of the tokens that is selected", ["tokens", "number", "rate"], rows),))
+
+
+EXPERIMENTS = {"perplexity-by-context": perplexity_by_context, "copying": copying, "gate": gate}

@@ -1,0 +1,184 @@
+"""The laboratory: texts and models made once, shared by experiments, and every experiment at `tiny` by its command."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from taipan.errors import DataError, InputError
+from taipan.evaluation import ReadTokens, read_tokens
+from taipan.evaluation.perplexity import evaluate
+from taipan.experiments.controls import choose_by
+from taipan.experiments.execution import Run
+from taipan.experiments.laboratory import SCALES, Laboratory, Text, by_name, spread
+from taipan.experiments.reading import LongDocuments, bigram_distance, token_class
+from taipan.experiments.registry import CLAIMS, experiment
+from tests.command import run
+from tests.models import random_tokens, small_model
+
+TINY = SCALES["tiny"]
+
+
+class Texts:
+    """Documents of given lengths, a byte a token."""
+
+    def __init__(self, *lengths: int) -> None:
+        import numpy as np
+
+        self.lengths = np.array(lengths)
+        self.n_bytes = sum(lengths)
+        self.vocab_size, self.start_token = 61, 60
+        self.token_bytes = np.ones(61, np.int64)
+        self._ids = [random_tokens(1, length, seed=length)[0].numpy() for length in lengths]
+
+    def read(self, document: int, start: int, stop: int) -> "object":
+        return self._ids[document][start:stop]
+
+
+def prose(tmp_path: Path, count: int = 12) -> Path:
+    path = tmp_path / "novels.jsonl.gz"
+    lines = (json.dumps({"text": f"Chapter {number}. " + "It was a dark night. " * 400}) for number in range(count))
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+    return path
+
+
+def test_whole_documents_of_a_file_are_held_out(tmp_path: Path) -> None:
+    training, held_out = Text(prose(tmp_path)).documents(TINY)
+    assert len(held_out) == 1
+    starts = [document.text[:12] for document in (*training, *held_out)]
+    assert len(set(starts)) == len(starts)  # none is on both sides
+    assert sum(len(document.text) for document in training) <= TINY.training_bytes + 15_000  # pyright: ignore
+    again = Text(prose(tmp_path)).documents(TINY)
+    assert [document.text for document in again[1]] == [document.text for document in held_out]
+    with pytest.raises(DataError, match="holds 1 documents: one has to be held out"):
+        Text(prose(tmp_path, 1)).documents(TINY)
+    with pytest.raises(DataError, match="does not exist"):
+        Text(tmp_path / "none").settings()
+
+
+def test_other_text_is_other_data(tmp_path: Path) -> None:
+    first = Text(prose(tmp_path)).settings()
+    assert first != Text(prose(tmp_path, 13)).settings()
+    assert first["text"] == "novels.jsonl.gz"
+
+
+def test_results_are_sorted_by_model() -> None:
+    results = [{"n": number} for number in range(6)]
+    assert by_name(["a", "b", "c"], (1, 2), results) == {
+        "a": [{"n": 0}, {"n": 3}],
+        "b": [{"n": 1}, {"n": 4}],
+        "c": [{"n": 2}, {"n": 5}],
+    }
+    with pytest.raises(InputError, match="6 results"):
+        by_name(["a"], (1, 2), results)
+    assert spread([1.0]) == "1.000"
+    assert spread([1.0, 2.0, 3.0], 1) == "2.0 (1.0–3.0)"
+
+
+def test_every_token_is_read_as_it_is_evaluated() -> None:
+    model, texts = small_model("taipan"), Texts(23, 9, 40)
+    whole = evaluate(model, texts, context=16, piece=5)  # pyright: ignore[reportArgumentType]
+    spans = list(read_tokens(model, texts, context=16, piece=5))  # pyright: ignore[reportArgumentType]
+    assert sum(len(span.ids_T) for span in spans) == whole.tokens == 72
+    assert float(sum(span.nats_T.double().sum() for span in spans)) == pytest.approx(whole.nats, rel=1e-6)
+    rates = torch.cat([span.selected_YT for span in spans], 1).double().mean(1)
+    assert rates.tolist() == pytest.approx([gate.rate for gate in whole.gates])
+    for span in spans:
+        ids = random_tokens(1, len(texts.read(span.document, 0, 99)), seed=int(texts.lengths[span.document]))[0]  # pyright: ignore
+        assert span.ids_T.equal(ids[span.start : span.start + len(span.ids_T)])
+        before = ids[span.start - 1] if span.start else torch.tensor(60)
+        assert span.before_T.equal(torch.cat([before[None], span.ids_T[:-1]]))
+        assert (span.selected_YT == (span.margin_YT > 0)).all()
+
+
+def test_the_distance_of_a_bigram() -> None:
+    before, ids = torch.tensor([60, 1, 2, 1, 2, 2, 1]), torch.tensor([1, 2, 1, 2, 2, 1, 2])
+    span = ReadTokens(0, 0, ids, torch.zeros(7), before, torch.zeros(0, 7).bool(), torch.zeros(0, 7))
+    assert bigram_distance(span).tolist() == [0, 0, 0, 2, 0, 3, 3]
+
+
+def test_long_documents_have_every_position() -> None:
+    documents = LongDocuments(Texts(5, 30, 8, 21, 40, 3), at_least=3)
+    assert documents.lengths.tolist() == [21, 21, 21]
+    assert documents.n_bytes == 63
+    assert documents.read(0, 0, 4).tolist() == random_tokens(1, 40, seed=40)[0, :4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("def", "word"), (" self_1", "word"), ("42", "number"), ("\n    ", "line end"), ("  ", "space"), ("):", "mark")],
+)
+def test_classes_of_tokens(text: str, kind: str) -> None:
+    assert token_class(text) == kind
+
+
+@pytest.mark.parametrize(("choice", "off"), [("every", 0.01), ("random", 0.04)])
+def test_blind_gates_hold_the_budget_and_do_not_look(choice: str, off: float) -> None:
+    model = small_model("taipan", attention_capacity=0.3)
+    choose_by(model, choice, 3)
+    with torch.no_grad():
+        first, other = (model(random_tokens(4, 400, seed=seed)) for seed in (1, 2))
+    for gate in (*first.gates, *other.gates):
+        assert float(gate.rate) == pytest.approx(0.3, abs=off)
+    same = first.gates[0].selected_BT.equal(other.gates[0].selected_BT)
+    assert same == (choice == "every")
+    if choice == "every":
+        places = first.gates[0].selected_BT[0].nonzero()[:, 0]
+        assert set(places.diff().tolist()) == {3, 4}
+
+
+def test_a_tiny_experiment_by_its_command_goes_on(tmp_path: Path) -> None:
+    arguments = ["reproduce", "gate", "--scale", "tiny", "--out", str(tmp_path / "lab"), "--workers", "1"]
+    arguments += ["--text", str(prose(tmp_path))]
+    first = run(*arguments)
+    assert first.code == 0, first.err
+    (path,) = (tmp_path / "lab" / "tiny" / "reports").glob("novels-*/gate.json")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["command"] == "taipan reproduce gate --scale tiny --text novels.jsonl.gz"
+    (own,) = report["results"]["taipan"]
+    assert own["tokens"] == TINY.steps * TINY.rows * TINY.context
+    assert own["seed"] == 1
+    assert {"machine", "commits", "parameters", "curve"} <= own.keys()
+    groups = own["groups"]
+    assert groups["all"]["tokens"] == groups["of other ids"]["tokens"] + groups["of the 64 most frequent ids"]["tokens"]
+    (model,) = (tmp_path / "lab" / "tiny" / "models").iterdir()
+    before = (model / "model.safetensors").stat().st_mtime_ns
+    assert run(*arguments).code == 0
+    assert (model / "model.safetensors").stat().st_mtime_ns == before
+
+
+def nobody(*_: object) -> None:
+    """Listens to nothing."""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    return Laboratory(TINY, Text(), tmp_path_factory.mktemp("lab"), nobody, workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_experiment_at_tiny(name: str, lab: Laboratory) -> None:
+    outcome = experiment(name)(lab)
+    assert outcome.results
+    assert json.loads(json.dumps(outcome.results))
+    for table in outcome.tables:
+        assert table.rows
+        assert all(len(row) == len(table.header) for row in table.rows)
+    for name, results in outcome.results.items():
+        for result in results:
+            assert result["tokens"] == TINY.steps * TINY.rows * TINY.context, name
+            assert Run(name="x", settings=result).identity
+
+
+@pytest.mark.slow
+def test_gates_that_are_forced_and_rates_that_are_held(lab: Laboratory) -> None:
+    results = experiment("gate-settings")(lab).results
+    (own,), (whole,) = results["recall, lookahead"], results["taipan, C = 1"]
+    assert own["bits_per_byte_open"] != own["bits_per_byte_closed"]
+    assert 0 < own["rate"] < 1
+    assert own["thresholds"] != [0.0]
+    assert whole["rate"] > 0.9
