@@ -1,5 +1,0 @@
-"""How many of the tokens just before a token have a score at least as high: what bounds a share of any stretch of text."""
-
-from taipan.ops.outranking.portable import NOTHING, outranking
-
-__all__ = ["NOTHING", "outranking"]
