@@ -5,7 +5,7 @@ from taipan.model.decoder import DecoderOutput, TaipanDecoder
 from taipan.model.directory import load_tokenizer
 from taipan.model.implementations import IMPLEMENTATIONS, resolve_implementations
 from taipan.model.language_model import TaipanLM, weights_of
-from taipan.model.loss import Loss, compute_loss
+from taipan.model.loss import Loss, budget_penalty, compute_loss
 from taipan.model.output import TaipanOutput
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "TaipanDecoder",
     "TaipanLM",
     "TaipanOutput",
+    "budget_penalty",
     "compute_loss",
     "load_tokenizer",
     "resolve_implementations",

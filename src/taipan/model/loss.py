@@ -1,5 +1,6 @@
 """The loss of Eq. 7: cross-entropy of the next token, and the budget of the gates; or what the gates forecast."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taipan.config import TaipanConfig
-from taipan.layers.gating import GateSchedule
+from taipan.layers.gating import GateOutput, GateSchedule
 from taipan.layers.linear import is_plain
 from taipan.model.decoder import DecoderOutput
 from taipan.model.gains import Gains, next_tokens
@@ -71,10 +72,7 @@ def compute_loss(
         total = F.cross_entropy(head(hidden_MD).float(), target_M, ignore_index=-100, reduction="sum")
         count = int((target_M != -100).sum())
     cross_entropy = total / torch.as_tensor(count, device=total.device).clamp_min(1)
-    budget = cross_entropy.new_zeros(())
-    if config.attention_capacity > 0 and config.budget_control == "penalty":
-        for gate in decoder.gates:
-            budget = budget + config.budget_weight * gate.budget_loss(schedule.capacity, config.budget_mean)
+    budget = budget_penalty(decoder.gates, config, schedule, cross_entropy.new_zeros(()))
     forecast = cross_entropy.new_zeros(())
     if gains is not None:
         for gate in decoder.gates:
@@ -83,3 +81,19 @@ def compute_loss(
     if num_items_in_batch is not None:
         loss = loss * (count / num_items_in_batch)
     return Loss(total=loss, cross_entropy=cross_entropy, budget=budget, forecast=forecast)
+
+
+def budget_penalty(gates: Sequence[GateOutput], config: TaipanConfig, schedule: GateSchedule, zero: Tensor) -> Tensor:
+    """λ Σ_n ‖C − rate_n‖² of Eq. 7; `zero` where no penalty holds the budget.
+
+    Args:
+        gates: what the gates decided in one call.
+        config: of the model.
+        schedule: the budget C of the moment.
+        zero: a scalar of the dtype and device of the sum.
+    """
+    penalty = zero
+    if config.attention_capacity > 0 and config.budget_control == "penalty":
+        for gate in gates:
+            penalty = penalty + config.budget_weight * gate.budget_loss(schedule.capacity, config.budget_mean)
+    return penalty
