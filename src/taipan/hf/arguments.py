@@ -1,5 +1,7 @@
 """What callers in the Hugging Face world pass to a forward: translated where we can, refused where we cannot."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,16 +9,107 @@ from torch import Tensor
 
 from taipan.errors import InputError, StateError, shown, suggestion
 from taipan.hf.cache import TaipanCache
+from taipan.model import next_tokens
+from taipan.state import DecoderState
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "position_ids")
 # What collators and trainers send along and what says nothing that the other arguments do not say.
 _SAID_ELSEWHERE = ("token_type_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "skip_logits")
+HOW_TO_COUNT = (
+    "Call taipan.hf.prepare_trainer(trainer) before trainer.train(), or give those labels -100, or pad on the right "
+    "(tokenizer.padding_side = 'right')."
+)
 _REFUSED = {
     "inputs_embeds": "the gate and the state belong to tokens. Pass input_ids",
     "output_attentions": "attention is computed for the selected tokens only and its weights are never held. Read "
     "`.gates` for what every Selective Attention Layer selected",
     "output_hidden_states": "padding is squeezed out between the layers. Register forward hooks on model.model.layers",
 }
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward as the native decoder takes it.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), nonzero where a token is real; None when all are.
+        segment_ids: (B, T), a change starts a document; None for one document.
+        cache: what came before, if anything did.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    segment_ids: Tensor | None
+    cache: TaipanCache | None
+
+    @property
+    def state(self) -> DecoderState | None:
+        """State before this call."""
+        return None if self.cache is None else self.cache.state
+
+    @property
+    def hides_starts(self) -> bool:
+        """Whether a token other than a row's first begins something: after padding, or a document of a packed row."""
+        if self.segment_ids is not None and bool((self.segment_ids[:, 1:] != self.segment_ids[:, :-1]).any()):
+            return True
+        mask = self.attention_mask
+        return mask is not None and bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
+
+
+def read_call(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    cache: TaipanCache | None,
+    packing: Mapping[str, Any],
+) -> Call:
+    """What a forward is to read.
+
+    Args:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) or, as `generate` passes it, (B, past + T).
+        segment_ids: (B, T); None if `packing` says it, or nothing does.
+        cache: what came before.
+        packing: keyword arguments, those of `PACKING` among them.
+
+    Raises:
+        InputError: there are no tokens, or the packing does not fit them.
+    """
+    if input_ids is None:
+        raise InputError("input_ids is missing: give the (batch, length) token ids.")
+    length = input_ids.shape[-1]
+    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > length:
+        attention_mask = attention_mask[:, -length:]
+    if segment_ids is None:
+        fresh = cache is None or cache.state is None
+        segment_ids = packed_segments(input_ids, {name: packing.get(name) for name in PACKING}, fresh=fresh)
+    return Call(input_ids, attention_mask, segment_ids, cache)
+
+
+def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
+    """The number of targets to divide a sum of losses by: that of a Trainer, if it counts what is predicted.
+
+    A Trainer counts the labels behind the first of every row. Ours has no loss at the first token behind padding, nor
+    of a document in a packed row: nothing is there to predict it. Where a call is the whole of what was counted, the
+    number is put right; where it is a part, nobody here knows what was counted elsewhere.
+
+    Raises:
+        InputError: labels were counted that are not predicted, by a Trainer that accumulates or that has company.
+    """
+    if num_items_in_batch is None:
+        return None
+    predicted = (next_tokens(labels, call.input_ids.shape, call.attention_mask, call.segment_ids) != -100).sum()
+    counted = (labels[:, 1:] != -100).sum()
+    if bool(predicted == counted):
+        return num_items_in_batch
+    if bool((torch.as_tensor(num_items_in_batch, device=counted.device) == counted).all()):
+        return predicted
+    raise InputError(
+        f"The Trainer counts {int(counted)} labels in this batch, of which {int(predicted)} are predicted: a first token "
+        "behind padding, or of a document in a packed row, has nothing before it, and a padding token is none. "
+        f"{HOW_TO_COUNT}"
+    )
 
 
 def check_arguments(

@@ -3,6 +3,7 @@
 from taipan.model.block import Block
 from taipan.model.decoder import DecoderOutput, TaipanDecoder
 from taipan.model.directory import load_tokenizer
+from taipan.model.gains import measure_gains, next_tokens
 from taipan.model.implementations import IMPLEMENTATIONS, resolve_implementations
 from taipan.model.language_model import TaipanLM, weights_of
 from taipan.model.loss import Loss, budget_penalty, compute_loss
@@ -19,6 +20,8 @@ __all__ = [
     "budget_penalty",
     "compute_loss",
     "load_tokenizer",
+    "measure_gains",
+    "next_tokens",
     "resolve_implementations",
     "weights_of",
 ]

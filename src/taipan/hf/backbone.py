@@ -1,0 +1,177 @@
+"""The native decoder as transformers and TRL call a base model: by keywords, and with losses of their own."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from taipan.errors import InputError
+from taipan.hf.arguments import check_arguments, read_call
+from taipan.hf.cache import TaipanCache
+from taipan.layers.gating import GateOutput
+from taipan.model import Block, DecoderOutput, TaipanDecoder, budget_penalty
+
+_OFFLOAD = (
+    "Offloading is not supported by Taipan, whose layers read the weights of their parts directly, where no hook "
+    "brings them back: put the whole model on one device (device_map='cpu' or 'cuda'), or load it narrower "
+    "(dtype=torch.bfloat16)."
+)
+
+
+@dataclass
+class TrainerLink:
+    """What a model learns of the Trainer that trains it, and what it notes for it (`prepare_trainer`).
+
+    Attributes:
+        share: what the budget of one call weighs in the loss of a step that is computed elsewhere; None outside of
+            training.
+        evaluated: rows, cross-entropy and budget of every call with labels in eval mode.
+    """
+
+    share: float | None = None
+    evaluated: list[tuple[int, float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class BackboneOutput(DecoderOutput):
+    """What the decoder returns, under the names that a base model's callers look for."""
+
+    past_key_values: TaipanCache | None
+    carry_budget: Callable[[Tensor, tuple[GateOutput, ...]], Tensor]
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """(B, T, D) final normed hidden states; in training their backward pass is that of the budget, too."""
+        return self.carry_budget(self.hidden_BTD, self.gates)
+
+
+class TaipanBackbone(TaipanDecoder):
+    """`TaipanDecoder`, also called by keywords.
+
+    Whoever computes a loss from `last_hidden_state` (the trainers of TRL, label smoothing, a head of one's own) knows
+    nothing of Eq. 7. So in training the gradient of the budget rides on that tensor: a backward pass through it is one
+    through the budget as well, with the weight 1 / (calls that make a step). The value of the loss does not show it.
+
+    Attributes:
+        link: to the Trainer; None where none was prepared.
+        watch: where every call in training leaves what its gates decided; None: nowhere.
+    """
+
+    def __init__(self, config: Any, implementations: dict[str, str]) -> None:
+        super().__init__(config, implementations)
+        self.link: TrainerLink | None = None
+        self.watch: list[tuple[GateOutput, ...]] | None = None
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: its name for the tokens is that of transformers
+        self,
+        input_ids: Tensor | None = None,
+        state: Any = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        *,
+        past_key_values: TaipanCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput:
+        """Run the layers.
+
+        Args:
+            input_ids: (B, T) int64.
+            state: native state from before; or `past_key_values`.
+            attention_mask: (B, T) or (B, past + T), nonzero where a token is real.
+            segment_ids: (B, T), a change starts a document.
+            past_key_values: what came before; updated in place.
+            use_cache: return `past_key_values`.
+            kwargs: as in `TaipanForCausalLM.forward`.
+
+        Raises:
+            InputError: an argument cannot be honoured.
+            StateError: the cache is of another model or batch.
+        """
+        self._check_parts()
+        cache, _ = check_arguments(past_key_values, 0, kwargs)
+        call = read_call(input_ids, attention_mask, segment_ids, cache, kwargs)
+        self.keeps_states = not (self.gradient_checkpointing and self.training)
+        output = super().forward(call.input_ids, state or call.state, call.attention_mask, call.segment_ids)
+        if self.training and self.watch is not None and self.schedule.forced is None:
+            self.watch.append(output.gates)
+        if use_cache or cache is not None:
+            cache = cache or TaipanCache()
+            cache.advance(output.build_state(), call.input_ids.shape[1])
+        return BackboneOutput(
+            hidden_BTD=output.hidden_BTD,
+            build_state=output.build_state,
+            gates=output.gates,
+            past_key_values=cache,
+            carry_budget=self._carry_budget,
+        )
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether activations inside of blocks are computed again in the backward pass."""
+        return any(cast(Block, block).recompute for block in self.layers)
+
+    def recompute(self, on: bool, every_n_layers: int = 1) -> None:
+        """Compute what is inside every so many blocks again in the backward pass, or in none."""
+        for number, block in enumerate(self.layers):
+            cast(Block, block).recompute = on and number % every_n_layers == 0
+
+    def _carry_budget(self, hidden_BTD: Tensor, gates: tuple[GateOutput, ...]) -> Tensor:
+        if not (self.training and torch.is_grad_enabled() and hidden_BTD.requires_grad):
+            return hidden_BTD
+        zero = hidden_BTD.new_zeros((), dtype=torch.promote_types(hidden_BTD.dtype, torch.float32))
+        budget = budget_penalty(gates, self.config, self.schedule, zero)
+        if not budget.requires_grad:
+            return hidden_BTD
+        return cast(Tensor, _Carried.apply(hidden_BTD, budget, self._share()))
+
+    def _share(self) -> float:
+        """What the budget of one call weighs in the loss of a step."""
+        if self.link is not None and self.link.share is not None:
+            return self.link.share
+        if "accelerate" not in sys.modules:
+            return 1.0
+        from accelerate.state import AcceleratorState, GradientState, is_initialized
+
+        if is_initialized() and AcceleratorState().mixed_precision == "fp16":
+            raise InputError(
+                "This trainer computes a loss of its own in float16, whose scale is unknown here, and with it what the "
+                "gates' budget has to weigh. Call taipan.hf.prepare_trainer(trainer) before trainer.train(), or train "
+                "in bfloat16 (bf16=True)."
+            )
+        gradients = GradientState()
+        if gradients.num_steps == 1 and not gradients.sync_gradients:
+            raise InputError(
+                "This trainer computes a loss of its own and accumulates gradients; over how many calls, and with it "
+                "what the gates' budget has to weigh in each, is unknown here. Call taipan.hf.prepare_trainer(trainer) "
+                "before trainer.train(), or set gradient_accumulation_steps=1."
+            )
+        return 1.0 / gradients.num_steps
+
+    def _check_parts(self) -> None:
+        """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""
+        for number, layer in enumerate(self.layers):
+            if next(layer.parameters()).is_meta:
+                raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {_OFFLOAD}")
+            conv1d = getattr(layer.mixer, "conv1d", None)
+            if conv1d is not None and not isinstance(conv1d, nn.Conv1d):
+                raise InputError(
+                    f"model.layers.{number}.mixer.conv1d is wrapped in a {type(conv1d).__name__}, which the "
+                    "convolution would pass by: leave conv1d out of the adapter's target modules."
+                )
+
+
+class _Carried(torch.autograd.Function):
+    """A tensor as it is; whoever goes backward through it goes backward through a weighted loss, too."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, weight: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.weight = torch.full_like(loss, weight)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, ctx.weight, None
