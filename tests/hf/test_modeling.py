@@ -87,6 +87,7 @@ def test_loss_and_its_parts_are_the_native_ones() -> None:
     labels[0, :5] = -100
     mask = torch.ones_like(tokens)
     mask[1, 11:] = 0
+    labels[1, 11:] = -100
     for items in (None, 7):
         ours = native(tokens, attention_mask=mask, labels=labels, num_items_in_batch=items)
         theirs = face(tokens, attention_mask=mask, labels=labels, num_items_in_batch=items)

@@ -106,8 +106,8 @@ def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int |
     if bool((torch.as_tensor(num_items_in_batch, device=counted.device) == counted).all()):
         return predicted
     raise InputError(
-        f"The Trainer counts {int(counted)} labels in this batch, of which {int(predicted)} are predicted: a first token "
-        "behind padding, or of a document in a packed row, has nothing before it, and a padding token is none. "
+        f"The Trainer counts {int(counted)} labels in this batch, of which {int(predicted)} are predicted: a first "
+        "token behind padding, or of a document in a packed row, has nothing before it, and a padding token is none. "
         f"{HOW_TO_COUNT}"
     )
 

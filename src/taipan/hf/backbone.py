@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from taipan.hf.cache import TaipanCache
 from taipan.layers.gating import GateOutput
 from taipan.model import Block, DecoderOutput, TaipanDecoder, budget_penalty
 
-_OFFLOAD = (
+OFFLOAD = (
     "Offloading is not supported by Taipan, whose layers read the weights of their parts directly, where no hook "
     "brings them back: put the whole model on one device (device_map='cpu' or 'cuda'), or load it narrower "
     "(dtype=torch.bfloat16)."
@@ -32,7 +32,7 @@ class TrainerLink:
     """
 
     share: float | None = None
-    evaluated: list[tuple[int, float, float]] | None = None
+    evaluated: list[tuple[int, float, float]] = field(default_factory=list[tuple[int, float, float]])
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class TaipanBackbone(TaipanDecoder):
 
     Attributes:
         link: to the Trainer; None where none was prepared.
-        watch: where every call in training leaves what its gates decided; None: nowhere.
+        watch: where every call in training leaves what its gates decided (`decisions`); None: nowhere.
     """
 
     def __init__(self, config: Any, implementations: dict[str, str]) -> None:
         super().__init__(config, implementations)
         self.link: TrainerLink | None = None
-        self.watch: list[tuple[GateOutput, ...]] | None = None
+        self.watch: list[Tensor] | None = None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: its name for the tokens is that of transformers
         self,
@@ -97,7 +97,7 @@ class TaipanBackbone(TaipanDecoder):
         self.keeps_states = not (self.gradient_checkpointing and self.training)
         output = super().forward(call.input_ids, state or call.state, call.attention_mask, call.segment_ids)
         if self.training and self.watch is not None and self.schedule.forced is None:
-            self.watch.append(output.gates)
+            self.watch.append(decisions(output.gates))
         if use_cache or cache is not None:
             cache = cache or TaipanCache()
             cache.advance(output.build_state(), call.input_ids.shape[1])
@@ -155,7 +155,7 @@ class TaipanBackbone(TaipanDecoder):
         """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""
         for number, layer in enumerate(self.layers):
             if next(layer.parameters()).is_meta:
-                raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {_OFFLOAD}")
+                raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {OFFLOAD}")
             conv1d = getattr(layer.mixer, "conv1d", None)
             if conv1d is not None and not isinstance(conv1d, nn.Conv1d):
                 raise InputError(
@@ -164,14 +164,26 @@ class TaipanBackbone(TaipanDecoder):
                 )
 
 
+@torch.no_grad()
+def decisions(gates: tuple[GateOutput, ...]) -> Tensor:
+    """Sums over the real tokens of a call, (gates, 4) fp64: tokens, selected, s_1 − s_0 and its square."""
+    rows: list[Tensor] = []
+    for gate in gates:
+        margin_BT = gate.margin_BT.double()
+        real_BT = torch.ones_like(margin_BT) if gate.real_BT is None else gate.real_BT.double()
+        terms = (real_BT, gate.selected_BT * real_BT, margin_BT * real_BT, margin_BT**2 * real_BT)
+        rows.append(torch.stack([term.sum() for term in terms]))
+    return torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64)
+
+
 class _Carried(torch.autograd.Function):
     """A tensor as it is; whoever goes backward through it goes backward through a weighted loss, too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor, weight: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, weight: float) -> Tensor:
         ctx.weight = torch.full_like(loss, weight)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, ctx.weight, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_outputs[0], ctx.weight, None

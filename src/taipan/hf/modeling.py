@@ -1,63 +1,155 @@
 """The native decoder as a `PreTrainedModel`: arguments in and out, no mathematics of its own."""
 
+from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import Cache, GenerationMixin
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from taipan.errors import CheckpointError, InputError, shown
-from taipan.hf.arguments import PACKING, check_arguments, packed_segments
+from taipan.errors import InputError, shown
+from taipan.hf.arguments import HOW_TO_COUNT, check_arguments, counted_items, read_call
 from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
-from taipan.hf.output import TaipanCausalLMOutput
-from taipan.hf.quantisation import GATES, prepare, refuse_training
-from taipan.layers.gating import GateSchedule
-from taipan.model import Loss, TaipanLM, TaipanOutput, compute_loss
-from taipan.model.gains import measure_gains
+from taipan.hf.output import TaipanCausalLMOutput, TaipanModelOutput
+from taipan.hf.pretrained import TaipanPreTrainedModel
+from taipan.layers.linear import Linear
+from taipan.model import Loss, TaipanOutput, compute_loss, measure_gains
 
-_OFFLOAD = (
-    "Offloading is not supported by Taipan, whose layers read the weights of their parts directly, where no hook "
-    "brings them back: put the whole model on one device (device_map='cpu' or 'cuda'), or load it narrower "
-    "(dtype=torch.bfloat16)."
-)
 _GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
-class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
-    """Taipan for transformers: `AutoModelForCausalLM`, `generate`, `Trainer`.
+class TaipanModel(TaipanPreTrainedModel):
+    """The decoder without a head: `AutoModel`."""
+
+    def __init__(self, config: TaipanHFConfig, implementation: str = "auto") -> None:
+        super().__init__(config, implementation)
+        self._complete(None)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        segment_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TaipanModelOutput | tuple[Any, ...]:
+        """Run the layers; arguments and errors as in `TaipanForCausalLM.forward`.
+
+        Returns:
+            `last_hidden_state` (B, T, D), normed and zero at padding; `past_key_values`; `gates`.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=self._wants_cache(use_cache),
+            segment_ids=segment_ids,
+            **kwargs,
+        )
+        result = TaipanModelOutput(output.last_hidden_state, output.past_key_values, gates=output.gates)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if wants_dict else result.to_tuple()
+
+
+class TaipanForSequenceClassification(TaipanPreTrainedModel):
+    """The decoder with a linear head at the last token of each row: `AutoModelForSequenceClassification`.
+
+    As reward model of TRL, and for classes of texts. The head is drawn if the checkpoint has none.
+    """
+
+    accepts_loss_kwargs = False  # a mean over rows: whoever accumulates divides it
+
+    def __init__(self, config: TaipanHFConfig, implementation: str = "auto") -> None:
+        super().__init__(config, implementation)
+        self.num_labels = config.num_labels or 1
+        self.score = nn.Linear(config.to_native().hidden_size, self.num_labels, bias=False)
+        self._complete(self.score)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Classify the rows.
+
+        Args:
+            input_ids: (B, T) int64; one text a row.
+            attention_mask: (B, T), nonzero where a token is real. Without one, the padding token's id ends a row.
+            past_key_values: a `TaipanCache` with what came before.
+            labels: (B,) classes, or numbers where `num_labels` is 1.
+            use_cache: return the state.
+            return_dict: False for a tuple.
+            kwargs: as in `TaipanForCausalLM.forward`, but for packed rows.
+
+        Returns:
+            `logits` (B, num_labels), and `loss` if labels were given.
+
+        Raises:
+            InputError: an argument cannot be honoured, or a row is packed.
+        """
+        cache, _ = check_arguments(past_key_values, 0, kwargs)
+        call = read_call(input_ids, attention_mask, None, cache, kwargs)
+        documents = call.segment_ids
+        if documents is not None and bool((documents[:, 1:] != documents[:, :-1]).any()):
+            raise InputError("A row holds several documents, but each row is classified as one text: give one a row.")
+        output = self.model(
+            input_ids=call.input_ids,
+            attention_mask=call.attention_mask,
+            past_key_values=cache,
+            use_cache=self._wants_cache(use_cache),
+        )
+        last_B = self._last(call.input_ids, call.attention_mask)
+        logits = self.score(output.last_hidden_state[torch.arange(len(last_B)), last_B])
+        loss = None
+        if labels is not None:
+            loss = cast(Any, self.loss_function)(labels=labels, pooled_logits=logits, config=self.config)
+        result = SequenceClassifierOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if wants_dict else result.to_tuple()
+
+    def _last(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Column of the last real token of each row, (B,)."""
+        real_BT = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            real_BT = attention_mask.bool()
+        elif self.config.pad_token_id is not None:
+            real_BT = input_ids != self.config.pad_token_id
+        column_T = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return (column_T * real_BT).argmax(-1)
+
+
+class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
+    """Taipan for transformers: `AutoModelForCausalLM`, `generate`, `Trainer`, the trainers of TRL.
 
     The modules are those of `TaipanLM`, under the same names, so one `model.safetensors` serves both faces and their
     logits are identical.
+
+    In training without labels (the loss is computed elsewhere) the logits carry the gradient of the budget of Eq. 7
+    (`TaipanBackbone`).
 
     Args:
         config: the configuration.
         implementation: `auto`, or the name of an op implementation to use throughout.
     """
 
-    config: TaipanHFConfig
-    base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
-    _is_stateful = True
 
     def __init__(self, config: TaipanHFConfig, implementation: str = "auto") -> None:
-        super().__init__(config)
-        native = TaipanLM(config.to_native(), implementation=implementation)
-        self.implementations = native.implementations
-        quantised = getattr(config, "quantization_config", None) is not None
-        if quantised:
-            prepare(native)
-        self.model = native.model
-        self.lm_head = native.lm_head
-        self._built_to_load = native.lm_head.weight.is_meta
-        self.post_init()
-        if quantised:
-            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), GATES}
+        super().__init__(config, implementation)
+        native = self.model.config
+        self.lm_head = Linear(native.hidden_size, native.vocab_size)
+        if native.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._complete(self.lm_head)
 
     def forward(
         self,
@@ -93,26 +185,19 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             StateError: the cache is of another model or batch.
         """
         cache, keep = check_arguments(past_key_values, logits_to_keep, kwargs)
-        self._check_parts()
-        if input_ids is None:
-            raise InputError("input_ids is missing: give the (batch, length) token ids.")
-        length = input_ids.shape[-1]
-        state = None if cache is None else cache.state
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > length:
-            attention_mask = attention_mask[:, -length:]
-        if segment_ids is None:
-            segment_ids = packed_segments(input_ids, {name: kwargs.get(name) for name in PACKING}, fresh=state is None)
+        call = read_call(input_ids, attention_mask, segment_ids, cache, kwargs)
+        wants_cache = self._wants_cache(use_cache)
         gains = measure_gains(
             self.model,
             self.lm_head,
             self.model.config,
-            tokens_BT=input_ids,
-            state=state,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
+            tokens_BT=call.input_ids,
+            state=call.state,
+            attention_mask=call.attention_mask,
+            segment_ids=call.segment_ids,
             labels=labels,
         )
-        decoder = self.model(input_ids, state, attention_mask, segment_ids)
+        decoder = self.model(call.input_ids, call.state, call.attention_mask, call.segment_ids)
         loss: Loss | None = None
         if labels is not None:
             loss = compute_loss(
@@ -121,16 +206,27 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 config=self.model.config,
                 schedule=self.model.schedule,
                 labels=labels,
-                attention_mask=attention_mask,
-                segment_ids=segment_ids,
-                num_items_in_batch=num_items_in_batch,
+                attention_mask=call.attention_mask,
+                segment_ids=call.segment_ids,
+                num_items_in_batch=counted_items(call, labels, num_items_in_batch),
                 implementation=self.implementations["linear_cross_entropy"],
                 gains=gains,
             )
+            link = self.model.link
+            if link is not None and not self.training:
+                link.evaluated.append((len(labels), float(loss.cross_entropy), float(loss.budget)))
+        else:
+            if num_items_in_batch is not None and self.model.link is None and call.hides_starts:
+                raise InputError(
+                    "A loss that is computed outside of the model (label smoothing, compute_loss_func) counts labels "
+                    "that have nothing before them: of first tokens behind padding or of documents in packed rows. "
+                    f"{HOW_TO_COUNT}"
+                )
+            decoder = replace(decoder, hidden_BTD=decoder.last_hidden_state)
         output = TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=keep)
-        if use_cache if use_cache is not None else self.config.use_cache and not self.training:
+        if wants_cache:
             cache = TaipanCache() if cache is None else cache
-            cache.advance(output.state, length)
+            cache.advance(output.state, call.input_ids.shape[1])
         else:
             cache = None
         deferred = self.training and labels is not None
@@ -144,87 +240,6 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return result if wants_dict else result.to_tuple()
-
-    def set_progress(self, fraction: float) -> None:
-        """Put budget, temperature and noise where their schedules are at this fraction of training, 0 to 1.
-
-        `GateScheduleCallback` calls it at every step of a Trainer; a new or loaded model stands at 1.
-        """
-        self.model.schedule = GateSchedule.at(self.model.config, fraction)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers does it, and the decoder then knows the new ids."""
-        embedding = super().resize_token_embeddings(*args, **kwargs)
-        self.model.config = self.config.to_native()
-        return embedding
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
-        """Nothing, as in `TaipanHFConfig`."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does it.
-
-        Raises:
-            CheckpointError: the weights are damaged, or some of the model's are not among them.
-            InputError: the device map offloads layers, or an untied head is asked of a checkpoint that has none.
-        """
-        try:
-            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"The weights in {pretrained_model_name_or_path} are damaged or truncated ({error}): copy them again, "
-                "or go back to an earlier checkpoint."
-            ) from error
-        model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
-        for parameter in model.parameters():  # as `TaipanLM.from_pretrained`: aligned memory, the same bits
-            if parameter.device.type == "cpu":
-                parameter.data = parameter.data.clone()
-        return loaded
-
-    @staticmethod
-    def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: list[str] | None = None
-    ) -> Any:
-        """As transformers does it, unless the device map leaves weights elsewhere."""
-        places = {str(place) for place in (load_config.device_map or {}).values()}
-        if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise InputError(f"The device map puts layers on {', '.join(sorted(places))}. {_OFFLOAD}")
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
-
-    def _check_parts(self) -> None:
-        """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""
-        if self.training and torch.is_grad_enabled() and getattr(self.config, "quantization_config", None) is not None:
-            refuse_training(self)
-        for number, layer in enumerate(self.model.layers):
-            if next(layer.parameters()).is_meta:
-                raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {_OFFLOAD}")
-            conv1d = getattr(layer.mixer, "conv1d", None)
-            if conv1d is not None and not isinstance(conv1d, nn.Conv1d):
-                raise InputError(
-                    f"model.layers.{number}.mixer.conv1d is wrapped in a {type(conv1d).__name__}, which the "
-                    "convolution would pass by: leave conv1d out of the adapter's target modules."
-                )
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """What transformers did not find in a checkpoint; a model built without one has been drawn by `TaipanLM`."""
-        name = next((name for name, own in self.named_modules() if own is module), None)
-        if name is None:  # rows that resize_token_embeddings is about to add
-            init.normal_(cast(Tensor, module.weight), std=self.model.config.initializer_range)
-        elif self._built_to_load and name == "lm_head" and not self.config.tie_word_embeddings:
-            raise InputError(
-                f"tie_word_embeddings is False, but the checkpoint {self.name_or_path} has no head of its own: its "
-                "head is the embedding. Load it as it was saved, and untie the two afterwards: "
-                "model.config.tie_word_embeddings = False; "
-                "model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())."
-            )
-        elif self._built_to_load:
-            raise CheckpointError(
-                f"The checkpoint {self.name_or_path} lacks weights of {name}: it does not fit its config.json. Restore "
-                "the two files together."
-            )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -4,10 +4,18 @@ from dataclasses import dataclass
 from typing import Any, no_type_check
 
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from taipan.layers.gating import GateOutput
 from taipan.model import TaipanOutput
+
+
+@no_type_check
+@dataclass
+class TaipanModelOutput(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` with what the gates decided, in order of layers."""
+
+    gates: tuple[GateOutput, ...] | None = None
 
 
 @no_type_check  # a ModelOutput may be built from a dictionary in the place of its first field

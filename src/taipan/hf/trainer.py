@@ -1,0 +1,126 @@
+"""What a Trainer and a Taipan model must tell each other: what is counted, what a step and what a loss is made of."""
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from taipan.errors import ConfigError
+from taipan.hf.arguments import PACKING, packed_segments
+from taipan.hf.backbone import TaipanBackbone, TrainerLink
+from taipan.model import next_tokens
+
+
+def prepare_trainer(trainer: Trainer) -> Trainer:
+    """Let a Trainer, of transformers or of TRL, and its Taipan model know what each other counts.
+
+    Call it before `trainer.train()`. Then
+
+    * labels that nothing is there to predict (first tokens behind left padding, or of documents in packed rows) are
+      −100 before the Trainer counts them, so that every layout and every accumulation takes the same step;
+    * a trainer that computes a loss of its own (TRL's, label smoothing) gives the budget of Eq. 7 its weight when it
+      accumulates gradients, or scales them (float16);
+    * `evaluate()` reports `eval_cross_entropy` and `eval_budget` beside `eval_loss`, which holds both.
+
+    Without it, what is exact without it works, and the rest is refused.
+
+    Args:
+        trainer: its model is Taipan's, wrapped or not (adapters).
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        ConfigError: the model is another's.
+    """
+    backbones = [module for module in cast(Any, trainer.model).modules() if isinstance(module, TaipanBackbone)]
+    if not backbones:
+        raise ConfigError(
+            f"The trainer's model is a {type(trainer.model).__name__} without a Taipan decoder in it: there is nothing "
+            "to prepare."
+        )
+    for backbone in backbones:
+        backbone.link = TrainerLink()
+    trainer.data_collator = PredictedLabels(trainer.data_collator)
+    trainer.add_callback(_Telling(trainer, backbones))
+    return trainer
+
+
+class PredictedLabels:
+    """A collator whose labels are −100 wherever Taipan predicts nothing, as its own loss has it.
+
+    Args:
+        collate: makes a batch of features.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: Any) -> Any:
+        """Make a batch; one without (B, T) labels comes as it is."""
+        batch = self.collate(features)
+        if not isinstance(batch, Mapping):
+            return batch
+        values = cast("MutableMapping[str, Any]", batch)
+        tokens, labels = values.get("input_ids"), values.get("labels")
+        if isinstance(tokens, Tensor) and isinstance(labels, Tensor) and labels.shape == tokens.shape:
+            segments = values.get("segment_ids")
+            if segments is None:
+                segments = packed_segments(tokens, {name: values.get(name) for name in PACKING}, fresh=True)
+            predicted = next_tokens(labels, tokens.shape, values.get("attention_mask"), segments)
+            values["labels"] = torch.cat([labels[:, :1], predicted], 1)
+        return batch
+
+
+class _Telling(TrainerCallback):
+    """Tells the model what its budget weighs, and the reader of an evaluation what the loss is made of."""
+
+    def __init__(self, trainer: Trainer, backbones: list[TaipanBackbone]) -> None:
+        self._trainer = trainer
+        self._links = [backbone.link for backbone in backbones if backbone.link is not None]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The step's number of calls is known now."""
+        scaler = self._trainer.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        for link in self._links:
+            link.share = scale / self._trainer.current_gradient_accumulation_steps
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What comes is no step of this Trainer."""
+        for link in self._links:
+            link.share = None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the parts of the loss beside it: means over rows, as it is itself."""
+        parts = torch.zeros(3, dtype=torch.float64)
+        for link in self._links:
+            for rows, cross_entropy, budget in link.evaluated:
+                parts += torch.tensor([rows, rows * cross_entropy, rows * budget], dtype=torch.float64)
+            link.evaluated.clear()
+        accelerator = self._trainer.accelerator
+        parts = cast(Tensor, accelerator.reduce(parts.float().to(accelerator.device)))
+        loss = next((name for name in metrics or {} if name.endswith("_loss")), None)
+        if metrics is None or loss is None or not float(parts[0]):
+            return
+        prefix = loss.removesuffix("loss")
+        found = {
+            f"{prefix}cross_entropy": float(parts[1] / parts[0]),
+            f"{prefix}budget": float(parts[2] / parts[0]),
+        }
+        metrics.update(found)
+        if state.log_history and loss in state.log_history[-1]:
+            state.log_history[-1].update(found)
