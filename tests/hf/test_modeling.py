@@ -329,12 +329,6 @@ def test_the_cache_of_another_model_is_refused() -> None:
         face(random_tokens(1, 4), past_key_values=cache)
 
 
-def test_gradient_checkpointing_is_refused() -> None:
-    _, face = pair()
-    with pytest.raises(ValueError, match="does not support"):
-        face.activation_checkpointing_enable()
-
-
 def test_incomplete_and_damaged_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -5,81 +5,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from taipan import TaipanLM
 from taipan.errors import ConfigError
-from taipan.hf import GateScheduleCallback, TaipanForCausalLM, TaipanHFConfig
-from tests.models import VOCAB, small_config
-
-
-class Counting(Dataset[dict[str, Tensor]]):
-    """Rows that count up from a random start: a few steps are enough to learn them."""
-
-    def __init__(self, *, ragged: bool = True) -> None:
-        self.ragged = ragged
-
-    def __len__(self) -> int:
-        return 256
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        start, length = torch.randint(0, VOCAB, (2,), generator=generator).tolist()
-        tokens = (start + torch.arange(8 + (length % 9 if self.ragged else 0))) % VOCAB
-        return {"input_ids": tokens, "labels": tokens.clone()}
-
-
-def right_padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """As TRL's collator: padding on the right, labels −100 there."""
-    length = max(len(row["input_ids"]) for row in rows)
-
-    def fill(name: str, value: int) -> Tensor:
-        return torch.stack(
-            [torch.nn.functional.pad(row[name], (0, length - len(row[name])), value=value) for row in rows]
-        )
-
-    tokens = fill("input_ids", 0)
-    mask = torch.stack([torch.arange(length) < len(row["input_ids"]) for row in rows]).long()
-    return {"input_ids": tokens, "attention_mask": mask, "labels": fill("labels", -100)}
-
-
-def new_model(**overrides: Any) -> TaipanForCausalLM:
-    torch.manual_seed(0)
-    config = small_config(("mamba2", "selective_attention"), **overrides)
-    return TaipanForCausalLM(TaipanHFConfig.from_native(config))
-
-
-def trainer(
-    model: TaipanForCausalLM,
-    directory: Path,
-    *callbacks: TrainerCallback,
-    dataset: Counting | None = None,
-    **options: Any,
-) -> Trainer:
-    settings: dict[str, Any] = {
-        "output_dir": str(directory),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_steps": 30,
-        "per_device_train_batch_size": 8,
-        "logging_steps": 5,
-        "dataloader_pin_memory": False,
-        **options,
-    }
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**settings),
-        train_dataset=dataset or Counting(),
-        eval_dataset=torch.utils.data.Subset(Counting(), range(16)),
-        data_collator=cast(Any, right_padded),
-        callbacks=list(callbacks),
-    )
+from taipan.hf import GateScheduleCallback
+from tests.hf.trainers import Counting, new_model, trainer
+from tests.models import VOCAB
 
 
 def test_the_loss_falls_and_the_result_is_a_native_model(tmp_path: Path) -> None:

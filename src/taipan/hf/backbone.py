@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,11 +28,11 @@ class TrainerLink:
     Attributes:
         share: what the budget of one call weighs in the loss of a step that is computed elsewhere; None outside of
             training.
-        evaluated: rows, cross-entropy and budget of every call with labels in eval mode.
+        evaluated: rows, cross-entropy and budget of the last call with labels in eval mode.
     """
 
     share: float | None = None
-    evaluated: list[tuple[int, float, float]] = field(default_factory=list[tuple[int, float, float]])
+    evaluated: tuple[int, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class TaipanBackbone(TaipanDecoder):
 
     Whoever computes a loss from `last_hidden_state` (the trainers of TRL, label smoothing, a head of one's own) knows
     nothing of Eq. 7. So in training the gradient of the budget rides on that tensor: a backward pass through it is one
-    through the budget as well, with the weight 1 / (calls that make a step). The value of the loss does not show it.
+    through the budget as well. The value of the loss does not show it. Where gradients are accumulated, a step's budget
+    is the mean over its calls if the Trainer was prepared (`prepare_trainer`), else that of its last call: how many
+    there will be, nobody says.
 
     Attributes:
         link: to the Trainer; None where none was prepared.
@@ -129,7 +131,7 @@ class TaipanBackbone(TaipanDecoder):
         return cast(Tensor, _Carried.apply(hidden_BTD, budget, self._share()))
 
     def _share(self) -> float:
-        """What the budget of one call weighs in the loss of a step."""
+        """What the budget of this call weighs in the loss of a step."""
         if self.link is not None and self.link.share is not None:
             return self.link.share
         if "accelerate" not in sys.modules:
@@ -143,13 +145,7 @@ class TaipanBackbone(TaipanDecoder):
                 "in bfloat16 (bf16=True)."
             )
         gradients = GradientState()
-        if gradients.num_steps == 1 and not gradients.sync_gradients:
-            raise InputError(
-                "This trainer computes a loss of its own and accumulates gradients; over how many calls, and with it "
-                "what the gates' budget has to weigh in each, is unknown here. Call taipan.hf.prepare_trainer(trainer) "
-                "before trainer.train(), or set gradient_accumulation_steps=1."
-            )
-        return 1.0 / gradients.num_steps
+        return 0.0 if gradients.in_dataloader and not gradients.sync_gradients else 1.0
 
     def _check_parts(self) -> None:
         """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""

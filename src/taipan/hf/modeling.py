@@ -214,7 +214,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
             )
             link = self.model.link
             if link is not None and not self.training:
-                link.evaluated.append((len(labels), float(loss.cross_entropy), float(loss.budget)))
+                link.evaluated = (len(labels), float(loss.cross_entropy.detach()), float(loss.budget.detach()))
         else:
             if num_items_in_batch is not None and self.model.link is None and call.hides_starts:
                 raise InputError(

@@ -1,19 +1,22 @@
 """What a Trainer and a Taipan model must tell each other: what is counted, what a step and what a loss is made of."""
 
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from taipan.errors import ConfigError
 from taipan.hf.arguments import PACKING, packed_segments
 from taipan.hf.backbone import TaipanBackbone, TrainerLink
 from taipan.model import next_tokens
 
+if TYPE_CHECKING:
+    from transformers import Trainer  # whose module takes seconds to import
 
-def prepare_trainer(trainer: Trainer) -> Trainer:
+
+def prepare_trainer(trainer: "Trainer") -> "Trainer":
     """Let a Trainer, of transformers or of TRL, and its Taipan model know what each other counts.
 
     Call it before `trainer.train()`. Then
@@ -77,9 +80,10 @@ class PredictedLabels:
 class _Telling(TrainerCallback):
     """Tells the model what its budget weighs, and the reader of an evaluation what the loss is made of."""
 
-    def __init__(self, trainer: Trainer, backbones: list[TaipanBackbone]) -> None:
+    def __init__(self, trainer: "Trainer", backbones: list[TaipanBackbone]) -> None:
         self._trainer = trainer
         self._links = [backbone.link for backbone in backbones if backbone.link is not None]
+        self._evaluated = torch.zeros(3, dtype=torch.float64)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,6 +101,19 @@ class _Telling(TrainerCallback):
         for link in self._links:
             link.share = None
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A batch of an evaluation has just been read."""
+        for link in self._links:
+            rows, cross_entropy, budget = link.evaluated or (0, 0.0, 0.0)
+            self._evaluated += torch.tensor([rows, rows * cross_entropy, rows * budget], dtype=torch.float64)
+            link.evaluated = None
+
+    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """No evaluation."""
+        self._evaluated.zero_()
+
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -106,13 +123,9 @@ class _Telling(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Put the parts of the loss beside it: means over rows, as it is itself."""
-        parts = torch.zeros(3, dtype=torch.float64)
-        for link in self._links:
-            for rows, cross_entropy, budget in link.evaluated:
-                parts += torch.tensor([rows, rows * cross_entropy, rows * budget], dtype=torch.float64)
-            link.evaluated.clear()
         accelerator = self._trainer.accelerator
-        parts = cast(Tensor, accelerator.reduce(parts.float().to(accelerator.device)))
+        parts = cast(Tensor, accelerator.reduce(self._evaluated.float().to(accelerator.device)))
+        self._evaluated.zero_()
         loss = next((name for name in metrics or {} if name.endswith("_loss")), None)
         if metrics is None or loss is None or not float(parts[0]):
             return

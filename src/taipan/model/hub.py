@@ -13,7 +13,9 @@ from taipan.errors import how_to_install
 REMOTE_CODE = "modeling_taipan.py"
 AUTO_MAP = {
     "AutoConfig": "modeling_taipan.TaipanHFConfig",
+    "AutoModel": "modeling_taipan.TaipanModel",
     "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_taipan.TaipanForSequenceClassification",
 }
 _MODULE = '''"""Finds the code of this model, which is in the package taipan-lm."""
 

@@ -1,0 +1,151 @@
+"""What a Trainer counts and what the model predicts are the same, in every layout, accumulation and evaluation."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taipan.errors import ConfigError, InputError
+from taipan.hf import TaipanForCausalLM, prepare_trainer
+from tests.hf.trainers import Counting, new_model, packed, padded, trainer
+
+LAYOUTS: dict[str, Any] = {
+    "right": padded,
+    "left": partial(padded, left=True),
+    "segment_ids": partial(packed, name="segment_ids"),
+    "position_ids": partial(packed, name="position_ids"),
+}
+ROWS = [Counting()[index] for index in range(16)]
+
+
+def step(layout: str, size: int, directory: Path, *, prepare: bool = True) -> tuple[float, dict[str, Tensor]]:
+    """One step of SGD on 16 rows; the loss that is logged, and the weights."""
+    model = new_model(budget_weight=0.0)
+    run = trainer(
+        model,
+        directory,
+        collate=LAYOUTS[layout],
+        max_steps=1,
+        logging_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=16 // size,
+    )
+    if prepare:
+        prepare_trainer(run)
+    run.train()
+    return run.state.log_history[0]["loss"], model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, dict[str, Tensor]]:
+    return step("right", 16, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [16, 4, 1])
+def test_every_layout_and_accumulation_takes_the_same_step(
+    layout: str, size: int, whole: tuple[float, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    loss, weights = step(layout, size, tmp_path)
+    assert loss == pytest.approx(whole[0], rel=1e-5)
+    for name, tensor in whole[1].items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["left", "segment_ids", "position_ids"])
+def test_a_trainer_that_was_not_prepared_is_right_where_a_batch_is_a_step_and_else_refused(
+    layout: str, whole: tuple[float, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    loss, _ = step(layout, 16, tmp_path, prepare=False)
+    assert loss == pytest.approx(whole[0], rel=1e-5)
+    with pytest.raises(InputError, match=r"are predicted: a first token .*prepare_trainer\(trainer\)"):
+        step(layout, 4, tmp_path, prepare=False)
+
+
+def test_right_padding_needs_no_preparation(whole: tuple[float, dict[str, Tensor]], tmp_path: Path) -> None:
+    for size in (4, 1):
+        assert step("right", size, tmp_path, prepare=False)[0] == pytest.approx(whole[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prepare", [True, False])
+def test_an_evaluation_is_the_loss_of_the_model_with_its_parts_beside_it(
+    layout: str, prepare: bool, tmp_path: Path
+) -> None:
+    model = new_model(budget_weight=30.0)
+    run = trainer(model, tmp_path, collate=LAYOUTS[layout], per_device_eval_batch_size=16)
+    if prepare:
+        prepare_trainer(run)
+    found = run.evaluate()
+    own = model.eval()(**LAYOUTS[layout](ROWS))
+    assert found["eval_loss"] == pytest.approx(float(own.loss), rel=1e-5)
+    if prepare:
+        assert found["eval_cross_entropy"] == pytest.approx(float(own.cross_entropy), rel=1e-5)
+        assert found["eval_budget"] == pytest.approx(float(own.budget), rel=1e-5)
+        assert float(own.budget) > 0.1
+        assert run.state.log_history[-1]["eval_cross_entropy"] == found["eval_cross_entropy"]
+        model(**padded(ROWS[:3]))  # calls of others, and predictions, are no part of an evaluation
+        run.predict(ROWS[:5])  # pyright: ignore[reportArgumentType]
+        assert run.evaluate()["eval_budget"] == pytest.approx(found["eval_budget"])
+
+
+def test_the_parts_of_an_evaluation_are_those_of_its_loss_over_several_batches(tmp_path: Path) -> None:
+    run = prepare_trainer(trainer(new_model(budget_weight=30.0), tmp_path, per_device_eval_batch_size=5))
+    found = run.evaluate(metric_key_prefix="test")
+    assert found["test_loss"] == pytest.approx(found["test_cross_entropy"] + found["test_budget"], rel=1e-5)
+
+
+def smoothed(model: TaipanForCausalLM, rows: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy against smoothed targets, and the budget, as the definitions have them."""
+    out = model(**padded(rows))
+    labels = padded(rows)["labels"][:, 1:]
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    return loss, out.budget
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_label_smoothing_shifts_the_labels_and_keeps_the_budget(layout: str, tmp_path: Path) -> None:
+    model = new_model(budget_weight=30.0)
+    run = prepare_trainer(trainer(model, tmp_path, collate=LAYOUTS[layout], label_smoothing_factor=0.1))
+    model.eval()  # without noise; the budget rides on the logits in training mode only
+    batch = run.data_collator(ROWS)
+    found = run.compute_loss(model, dict(batch))
+    torch.testing.assert_close(found, smoothed(model, ROWS)[0])
+
+
+def test_the_gradient_of_label_smoothing_is_that_of_the_loss_and_the_budget(tmp_path: Path) -> None:
+    gradients: list[dict[str, Tensor]] = []
+    model = new_model(budget_weight=30.0)
+    run = trainer(model, tmp_path, label_smoothing_factor=0.1)
+    for own in (True, False):
+        torch.manual_seed(3)
+        model.train()
+        model.zero_grad()
+        loss = sum(smoothed(model, ROWS)) if own else run.compute_loss(model, run.data_collator(ROWS))
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_label_smoothing_over_labels_that_nothing_predicts_is_refused(tmp_path: Path) -> None:
+    run = trainer(new_model(), tmp_path, collate=LAYOUTS["left"], label_smoothing_factor=0.1, max_steps=1)
+    with pytest.raises(InputError, match=r"label smoothing.*prepare_trainer\(trainer\)"):
+        run.train()
+
+
+def test_only_a_trainer_of_a_taipan_model_is_prepared(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    run = trainer(LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)), tmp_path)  # pyright: ignore
+    with pytest.raises(ConfigError, match="LlamaForCausalLM without a Taipan decoder"):
+        prepare_trainer(run)
