@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taipan.errors import InputError
 from taipan.hf.arguments import check_arguments, read_call
 from taipan.hf.cache import TaipanCache
+from taipan.hf.quantisation import refuse_training
 from taipan.layers.gating import GateOutput
 from taipan.model import Block, DecoderOutput, TaipanDecoder, budget_penalty
 
@@ -59,6 +60,7 @@ class TaipanBackbone(TaipanDecoder):
 
     Attributes:
         link: to the Trainer; None where none was prepared.
+        quantised: whether a quantiser of transformers packs the linears.
         watch: where every call in training leaves what its gates decided (`decisions`); None: nowhere.
     """
 
@@ -66,6 +68,7 @@ class TaipanBackbone(TaipanDecoder):
         super().__init__(config, implementations)
         self.link: TrainerLink | None = None
         self.watch: list[Tensor] | None = None
+        self.quantised = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: its name for the tokens is that of transformers
         self,
@@ -149,6 +152,8 @@ class TaipanBackbone(TaipanDecoder):
 
     def _check_parts(self) -> None:
         """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""
+        if self.quantised and self.training and torch.is_grad_enabled():
+            refuse_training(self)
         for number, layer in enumerate(self.layers):
             if next(layer.parameters()).is_meta:
                 raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {OFFLOAD}")

@@ -14,6 +14,7 @@ from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
 from taipan.hf.output import TaipanCausalLMOutput, TaipanModelOutput
 from taipan.hf.pretrained import TaipanPreTrainedModel
+from taipan.hf.quantisation import refuse_training
 from taipan.layers.linear import Linear
 from taipan.model import Loss, TaipanOutput, compute_loss, measure_gains
 
@@ -187,6 +188,8 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         cache, keep = check_arguments(past_key_values, logits_to_keep, kwargs)
         call = read_call(input_ids, attention_mask, segment_ids, cache, kwargs)
         wants_cache = self._wants_cache(use_cache)
+        if self.model.quantised and self.training and torch.is_grad_enabled():
+            refuse_training(self)  # the head, too
         gains = measure_gains(
             self.model,
             self.lm_head,

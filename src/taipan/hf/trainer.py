@@ -110,7 +110,9 @@ class _Telling(TrainerCallback):
             self._evaluated += torch.tensor([rows, rows * cross_entropy, rows * budget], dtype=torch.float64)
             link.evaluated = None
 
-    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
         """No evaluation."""
         self._evaluated.zero_()
 
