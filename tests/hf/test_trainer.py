@@ -5,13 +5,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from taipan import TaipanLM
-from taipan.errors import ConfigError
 from taipan.hf import GateScheduleCallback
-from tests.hf.trainers import Counting, new_model, trainer
-from tests.models import VOCAB
+from tests.hf.models import pair
+from tests.hf.trainers import Counting, new_model, padded, trainer
+from tests.models import VOCAB, random_tokens
 
 
 def test_the_loss_falls_and_the_result_is_a_native_model(tmp_path: Path) -> None:
@@ -99,8 +99,53 @@ def test_mixed_precision_leaves_the_logits_deferred() -> None:
     assert out.logits.shape == (1, tokens.shape[1], VOCAB)
 
 
-def test_a_threshold_that_nobody_would_move_is_refused(tmp_path: Path) -> None:
+def test_a_threshold_is_moved_by_what_all_calls_of_a_step_selected() -> None:
+    """As `taipan train` moves it: by the rate and the spread over the tokens of the whole step."""
+    _, face = pair(budget_control="threshold", threshold_step=0.5, attention_capacity=0.3)
+    face.train()
+    callback, tokens = GateScheduleCallback(), random_tokens(6, 17)
+    mask = torch.ones_like(tokens)
+    mask[4, 9:] = 0
+    arguments: Any = (None, TrainerState(max_steps=10, global_step=9), None)
+    callback.on_train_begin(*arguments, model=face)
+    callback.on_step_begin(*arguments, model=face)
+    torch.manual_seed(1)
+    parts = [face(tokens[i : i + 3], attention_mask=mask[i : i + 3], labels=tokens[i : i + 3]).gates for i in (0, 3)]
+    callback.on_step_end(*arguments, model=face)
+    thresholds = [float(layer.mixer.gate.threshold) for layer in face.model.layers if hasattr(layer.mixer, "gate")]
+    for found, outputs in zip(thresholds, zip(*parts, strict=True), strict=True):
+        real = [torch.ones_like(out.selected_BT) if out.real_BT is None else out.real_BT for out in outputs]
+        selected = torch.cat([out.selected_BT[r] for out, r in zip(outputs, real, strict=True)]).double()
+        margin = torch.cat([out.margin_BT[r] for out, r in zip(outputs, real, strict=True)]).double()
+        capacity = face.model.config.capacity_at(0.9)
+        expected = 0.5 * float(margin.std(unbiased=False)) * (float(selected.mean()) - capacity)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert expected != 0
+    callback.on_train_end(*arguments, model=face)
+    assert face.model.watch is None
+
+
+@pytest.mark.parametrize("objective", ["straight_through", "gain"])
+def test_a_threshold_holds_the_budget_in_a_trainer(objective: str, tmp_path: Path) -> None:
+    rates: list[float] = []
+    for callbacks in ([GateScheduleCallback()], []):
+        model = new_model(
+            budget_control="threshold",
+            gate_objective=objective,
+            attention_capacity=0.2,
+            threshold_step=0.5,
+            gate_bias_init=1.0,
+            gumbel_noise=0.0,
+            budget_anneal=(0.0, 0.1),
+        )
+        run = trainer(model, tmp_path, *callbacks, max_steps=25, learning_rate=1e-3)
+        run.train()
+        with torch.no_grad():
+            rates.append(float(model.eval()(**padded([Counting()[i] for i in range(32)])).gates[0].noise_free_rate))
+    assert abs(rates[0] - 0.2) < 0.1 < abs(rates[1] - 0.2)
+
+
+def test_fine_tuning_leaves_a_threshold_where_it_is(tmp_path: Path) -> None:
     model = new_model(budget_control="threshold")
-    with pytest.raises(ConfigError, match="fine-tune with the Trainer"):
-        trainer(model, tmp_path, GateScheduleCallback(), max_steps=1).train()
-    trainer(model, tmp_path, max_steps=1).train()
+    trainer(model, tmp_path, max_steps=2).train()
+    assert float(model.model.layers[1].mixer.gate.threshold) == 0.0

@@ -2,33 +2,31 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from taipan.errors import ConfigError
-from taipan.hf.modeling import TaipanForCausalLM
+from taipan.hf.backbone import TaipanBackbone
+from taipan.layers.gating import GateSchedule
+from taipan.layers.selective_attention import SelectiveAttention
 
 
 class GateScheduleCallback(TrainerCallback):
     """Moves budget, temperature and noise of every gate along their schedules, step by step of a Trainer.
 
-    Without it a model trains with what its schedules end in, as fits the fine-tuning of a trained model; with it, as
-    fits one that starts from nothing. `Trainer(..., callbacks=[GateScheduleCallback()])`
+    Where a threshold holds the budget (`budget_control` = `threshold`) it is moved after every step, as `taipan train`
+    does it: by what all calls of the step, on all processes, selected too much or too little.
 
-    Raises:
-        ConfigError: when training begins, if the model's budget is held by a threshold: no Trainer moves it.
+    Without it a model trains with what its schedules end in, and its thresholds stay, as fits the fine-tuning of a
+    trained model; with it, as fits one that starts from nothing. `Trainer(..., callbacks=[GateScheduleCallback()])`
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what a Trainer cannot train from nothing."""
-        for module in kwargs["model"].modules():
-            if isinstance(module, TaipanForCausalLM) and module.model.config.budget_control == "threshold":
-                raise ConfigError(
-                    "budget_control is 'threshold', which only `taipan train` moves from step to step: train there and "
-                    "fine-tune with the Trainer, without GateScheduleCallback, or set budget_control='penalty'."
-                )
+        """Have the gates noted whose thresholds are to be moved."""
+        for backbone in _backbones(kwargs["model"]):
+            backbone.watch = [] if backbone.config.budget_control == "threshold" else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -36,15 +34,39 @@ class GateScheduleCallback(TrainerCallback):
         """Set the progress to the share of steps done."""
         _set_progress(kwargs["model"], state.global_step / max(1, state.max_steps))
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the thresholds that hold a budget."""
+        for backbone in _backbones(kwargs["model"]):
+            if backbone.watch:
+                _hold_budget(backbone, torch.stack(backbone.watch).sum(0))
+                backbone.watch.clear()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model where its schedules end."""
         _set_progress(kwargs["model"], 1.0)
+        for backbone in _backbones(kwargs["model"]):
+            backbone.watch = None
+
+
+def _backbones(model: nn.Module) -> list[TaipanBackbone]:
+    # the Trainer's model may be wrapped (distributed, compiled, adapters)
+    return [module for module in model.modules() if isinstance(module, TaipanBackbone)]
 
 
 def _set_progress(model: nn.Module, fraction: float) -> None:
-    # the Trainer's model may be wrapped (distributed, compiled, adapters)
-    for module in model.modules():
-        if isinstance(module, TaipanForCausalLM):
-            module.set_progress(min(1.0, fraction))
+    for backbone in _backbones(model):
+        backbone.schedule = GateSchedule.at(backbone.config, min(1.0, fraction))
+
+
+def _hold_budget(backbone: TaipanBackbone, sums_S4: torch.Tensor) -> None:
+    """Move the threshold of every gate by what this step selected; the sums are those of `decisions`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums_S4)
+    gates = [module.gate for module in backbone.modules() if isinstance(module, SelectiveAttention)]
+    for gate, (tokens, selected, margin, square) in zip(gates, sums_S4.tolist(), strict=True):
+        if tokens:
+            mean = margin / tokens
+            spread = max(0.0, square / tokens - mean**2) ** 0.5
+            gate.hold_budget(selected / tokens, spread, backbone.schedule.capacity)
