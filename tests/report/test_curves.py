@@ -112,22 +112,40 @@ def test_any_margins_can_be_drawn(margins: list[float]) -> None:
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(0, 9))
 def test_a_centred_mean_stays_within_its_window(values: list[float], reach: int) -> None:
     means = centred_mean(values, reach)
-    assert len(means) == len(values)
-    for place, mean in enumerate(means):
-        window = values[max(0, place - reach) : place + reach + 1]
-        assert min(window) - 1e-9 <= mean <= max(window) + 1e-9
+    assert len(means) == max(0, len(values) - 2 * reach)
+    for place, mean in enumerate(means, reach):
+        window = values[place - reach : place + reach + 1]
+        assert isclose(mean, sum(window) / len(window), abs_tol=1e-9)
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.integers(1, 40), st.integers(0, 9))
 def test_a_centred_mean_leaves_a_straight_line_alone(begin: float, slope: float, count: int, reach: int) -> None:
     line = [begin + slope * place for place in range(count)]
-    assert all(isclose(a, b, abs_tol=1e-6) for a, b in zip(centred_mean(line, reach), line, strict=True))
+    inside = line[reach : count - reach]
+    assert all(isclose(a, b, abs_tol=1e-6) for a, b in zip(centred_mean(line, reach), inside, strict=True))
 
 
 def test_the_training_curve_is_not_held_up_by_its_past() -> None:
     falling = Curve(range(200), [1.5 + 3 * exp(-place / 40) for place in range(200)])
-    mean = smoothed(falling).y
-    assert max(abs(a / b - 1) for a, b in zip(mean, falling.y, strict=True)) < 0.01
+    mean = smoothed(falling)
+    true = dict(zip(falling.x, falling.y, strict=True))
+    assert max(abs(y / true[x] - 1) for x, y in zip(mean.x, mean.y, strict=True)) < 0.01
+
+
+@pytest.mark.parametrize("count", [1, 2, 19, 20, 21, 200])
+def test_the_training_curve_does_not_end_on_a_single_measurement(count: int) -> None:
+    """One outlier at either end moves the means no further than one in the middle."""
+
+    def furthest(place: int) -> float:
+        values = [0.0] * count
+        values[place] = 1.0
+        return max(smoothed(Curve(range(count), values)).y)
+
+    width = 2 * int(0.05 * count) + 1
+    assert furthest(0) == furthest(-1) == furthest(count // 2) == pytest.approx(1 / width)
+    mean = smoothed(Curve(range(count), [0.0] * count))
+    assert len(mean.x) == len(mean.y) == count - width + 1
+    assert mean.x[0] == count - 1 - mean.x[-1] == width // 2
 
 
 def test_a_standalone_figure_follows_light_and_dark() -> None:

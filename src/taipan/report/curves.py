@@ -34,8 +34,9 @@ class PositionBar:
 
 
 def smoothed(curve: Curve) -> Curve:
-    """The centred mean of a curve."""
-    return Curve(curve.x, centred_mean(curve.y, round(_REACH * len(curve.y))))
+    """The centred mean of a curve over a tenth of its points; it begins and ends half a window inside the curve."""
+    reach = int(_REACH * len(curve.y))
+    return Curve(curve.x[reach : len(curve.x) - reach], centred_mean(curve.y, reach))
 
 
 def loss_figure(train: Curve, valid: Curve, x_label: str, y_label: str) -> Markup:
@@ -47,19 +48,19 @@ def loss_figure(train: Curve, valid: Curve, x_label: str, y_label: str) -> Marku
         axes.plot(mean.x, mean.y, color=SERIES[0], label="training")
         if valid.x:
             axes.plot(valid.x, valid.y, "o-", color=SERIES[1], markersize=5, linewidth=1.2, label="held out")
-        shown = [*mean.y[len(mean.y) // 20 :], *valid.y[1:]]
+        shown = [*mean.y, *valid.y[1:]]
         low, high = min(shown), max(shown)  # the first steps would flatten everything after them
         axes.set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _legend(axes)
 
-    ends = f"Training ends at {mean.y[-1]:.2f}"
+    ends = f"Training ends at a mean of {mean.y[-1]:.2f}"
     ends += f", held-out text at {valid.y[-1]:.2f}." if valid.y else "."
     words = Words(
         name="loss",
         title="Loss over training",
-        description=f"{y_label.capitalize()} against {x_label}, falling from {mean.y[0]:.2f}. {ends}",
+        description=f"{y_label.capitalize()} against {x_label}, falling from {train.y[0]:.2f}. {ends}",
     )
     return in_page(draw, words)
 

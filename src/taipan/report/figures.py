@@ -138,13 +138,10 @@ def _svg(drawing: "Figure", name: str, words: Words) -> str:
 
 
 def centred_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of every value and the `reach` values before and after it; towards the ends as many as both sides have.
+    """Mean of a value and the `reach` values before and after it, for every value that has as many on both sides.
 
-    A straight line stays as it is, so a falling curve is not held up by what came before.
+    Every mean is over 2 · `reach` + 1 values, so all are equally smooth; the result is 2 · `reach` values shorter, and
+    empty if there are not so many. A straight line stays as it is, so a falling curve is not held up by what came before.
     """
-    means: list[float] = []
-    for place in range(len(values)):
-        near = min(reach, place, len(values) - 1 - place)
-        window = values[place - near : place + near + 1]
-        means.append(sum(window) / len(window))
-    return means
+    width = 2 * reach + 1
+    return [sum(values[start : start + width]) / width for start in range(len(values) - width + 1)]
