@@ -4,34 +4,10 @@
 // - has a coloured text whose tokens cannot be reached by keyboard and by tap.
 //
 //   node check.mjs OUT PAGE.html …     screenshots go to OUT
-//
-// CHROMIUM names the browser if it is not found on the PATH.
-import { execFileSync } from "node:child_process";
-import { mkdirSync, readFileSync } from "node:fs";
-import { createRequire } from "node:module";
+import { mkdirSync } from "node:fs";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
-import puppeteer from "puppeteer-core";
-
-const WIDTHS = [1280, 400];
-const SCHEMES = ["light", "dark"];
-const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-
-function browserPath() {
-  for (const name of [process.env.CHROMIUM, "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"])
-    try {
-      if (name) return execFileSync("sh", ["-c", 'command -v "$1"', "sh", name], { encoding: "utf8" }).trim();
-    } catch { /* the next one */ }
-  console.error("Error: no Chromium found. Install it (Debian: apt install chromium), or set CHROMIUM to its path.");
-  process.exit(2);
-}
-
-async function violations(page) {
-  await page.evaluate(axe);
-  const found = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations"] }));
-  return found.violations.flatMap(({ id, help, nodes }) =>
-    nodes.slice(0, 5).map((node) => `axe ${id}: ${help}: ${node.html.slice(0, 200)}\n      ${node.failureSummary.replace(/\s+/g, " ")}`));
-}
+import { SCHEMES, WIDTHS, launch, tooWide, violations } from "./common.mjs";
 
 // What a page with a coloured text promises: every token by keyboard and by tap.
 async function movement(page) {
@@ -84,7 +60,7 @@ if (!out || !files.length) {
   process.exit(2);
 }
 mkdirSync(out, { recursive: true });
-const browser = await puppeteer.launch({ executablePath: browserPath(), headless: true, args: ["--no-sandbox"] });
+const browser = await launch();
 let failed = 0;
 for (const file of files)
   for (const width of WIDTHS)
@@ -102,11 +78,11 @@ for (const file of files)
       // blocks out of sight have placeholders for their size: everything is laid out, as if it had been scrolled to
       await page.addStyleTag({ content: "* { content-visibility: visible !important }" });
       await page.$$eval("details", (all) => all.forEach((details) => { details.open = true; }));
-      const wide = await page.evaluate(() => document.documentElement.scrollWidth);
-      if (wide > width) faults.push(`${wide} px wide in a window of ${width} px`);
-      faults.push(...(await violations(page)));
+      faults.push(...(await tooWide(page, width)));
+      faults.push(...(await violations(page)).map(({ text }) => text));
       faults.push(...(await movement(page)));
-      faults.push(...(await violations(page)).map((fault) => `with a token's scores shown: ${fault}`));
+      if (await page.$("#text"))
+        faults.push(...(await violations(page)).map(({ text }) => `with a token's scores shown: ${text}`));
       const name = `${path.basename(file, ".html")}-${width}-${scheme}.png`;
       await page.screenshot({ path: path.join(out, name), fullPage: true });
       await page.close();

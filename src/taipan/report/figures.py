@@ -141,7 +141,7 @@ def centred_mean(values: Sequence[float], reach: int) -> list[float]:
     """Mean of a value and the `reach` values before and after it, for every value that has as many on both sides.
 
     Every mean is over 2 · `reach` + 1 values, so all are equally smooth; the result is 2 · `reach` values shorter, and
-    empty if there are not so many. A straight line stays as it is, so a falling curve is not held up by what came before.
+    empty if there are not so many. A straight line stays as it is: what came before does not hold a falling curve up.
     """
     width = 2 * reach + 1
     return [sum(values[start : start + width]) / width for start in range(len(values) - width + 1)]
