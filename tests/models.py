@@ -16,6 +16,8 @@ STACKS: dict[str, tuple[str, ...]] = {
     "transformer": ("full_attention", "full_attention"),
 }
 
+EVERY_LAYER_TYPE = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
+
 # every reading of the paper that changes the computation of a SAL
 VARIANTS: dict[str, dict[str, Any]] = {
     "all-positions": {"key_value_scope": "all", "window_unit": "positions"},

@@ -10,12 +10,12 @@ from taipan import DecoderState, TaipanLM
 from taipan.errors import ConfigError, InputError, StateError
 from taipan.generation import decode, generate, prefill, start_decoding, stream
 from taipan.generation.decoding import ModelDecoding, NativeDecoding
-from taipan.generation.program import DecoderProgram, pack, program_of
+from taipan.generation.packing import pack
+from taipan.generation.program import DecoderProgram, program_of
 from tests.compilers import needs_kernels
-from tests.models import VARIANTS, force_gates, random_tokens, small_model
+from tests.models import EVERY_LAYER_TYPE, VARIANTS, force_gates, random_tokens, small_model
 from tests.tolerance import relative_error
 
-EVERY_LAYER_TYPE = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
 READINGS: dict[str, dict[str, Any]] = {
     **VARIANTS,
     "recall-linear": {"gate_input": "recall", "recall_orders": (2, 4), "recall_rank": 5},

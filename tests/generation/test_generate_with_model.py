@@ -10,10 +10,9 @@ from torch import Tensor
 from taipan import DecoderState, TaipanLM
 from taipan.errors import InputError, StateError
 from taipan.generation import GenerateOutput, generate, prefill, stream
-from tests.models import VARIANTS, random_tokens, small_model
+from tests.models import EVERY_LAYER_TYPE, VARIANTS, random_tokens, small_model
 
 NEW = 4
-EVERY_LAYER_TYPE = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
 LENGTHS = [1, 12, 5]
 
 

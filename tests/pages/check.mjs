@@ -79,10 +79,10 @@ for (const file of files)
       await page.addStyleTag({ content: "* { content-visibility: visible !important }" });
       await page.$$eval("details", (all) => all.forEach((details) => { details.open = true; }));
       faults.push(...(await tooWide(page, width)));
-      faults.push(...(await violations(page)).map(({ text }) => text));
+      faults.push(...(await violations(page)));
       faults.push(...(await movement(page)));
       if (await page.$("#text"))
-        faults.push(...(await violations(page)).map(({ text }) => `with a token's scores shown: ${text}`));
+        faults.push(...(await violations(page)).map((text) => `with a token's scores shown: ${text}`));
       const name = `${path.basename(file, ".html")}-${width}-${scheme}.png`;
       await page.screenshot({ path: path.join(out, name), fullPage: true });
       await page.close();

@@ -1,7 +1,7 @@
 """Reading one token of every row after another: by the native step where it runs, else by the model itself."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -17,9 +17,9 @@ from taipan.native import invoke
 from taipan.native.interface import Decode, State, array_of
 from taipan.native.memory import Arena
 from taipan.shapes import BoolB, FloatBV, IntB, IntBT
-from taipan.state import AttentionState, DecoderState, LayerState, LookaheadState, Mamba2State
+from taipan.state import DecoderState
 
-_SPARE = 256  # a full attention's buffers grow by at least so many entries
+_SPARE = 256  # buffers grow by at least so many entries
 
 
 @runtime_checkable
@@ -167,16 +167,17 @@ class NativeDecoding:
         self._program = program
         self._state = state.map(lambda tensor: tensor[:0].clone())  # its dtypes; the buffers have the values
         arena = Arena([(tensor.shape, program.real) for tensor in state.tensors().values()])
-        self._layers = [_Buffers.of(layer, program.real, arena) for layer in state.layers]
+        pairs = zip(program.native_layers, state.layers, strict=True)
+        self._layers = [native.buffers(layer, program.real, arena) for native, layer in pairs]
         self._position_B = state.position_B.clone()
         self._recent_BR = (
             None if state.recent_BR is None else state.recent_BR.clone(memory_format=torch.contiguous_format)
         )
         self._segment_B = state.segment_B.clone()
         self._rows_B = torch.arange(state.batch_size)
-        self._growing = [number for number, kind in enumerate(program.config.layer_types) if kind == "full_attention"]
+        self._growing = program.growing
         counts = [self._layers[number].entries for number in self._growing]
-        self._entries = max(counts, default=0)  # no row of a full attention has more
+        self._entries = max(counts, default=0)  # no row of a layer that grows has more
         self._address()
 
     def step(self, token_B: IntB, active_B: BoolB | None = None) -> FloatBV:
@@ -237,9 +238,9 @@ class NativeDecoding:
             self._recent_BR[row] = state.recent_BR[0]
 
     def _make_room(self, state: DecoderState) -> None:
-        """Widen full attentions until the entries of a state fit."""
+        """Widen what grows until the entries of a state fit."""
         for number in self._growing:
-            slots = cast(AttentionState, state.layers[number]).index_BW.shape[1]
+            slots = self._layers[number].slots_of(state.layers[number])
             self._entries = max(self._entries, slots)
             if slots > self._layers[number].slots:
                 self._layers[number] = self._layers[number].wider(slots - self._layers[number].slots + _SPARE)
@@ -260,7 +261,7 @@ class NativeDecoding:
             )
 
     def _grow(self) -> None:
-        """Make room for one more entry in every full attention."""
+        """Make room for one more entry in every layer that grows."""
         if self._entries >= self._layers[self._growing[0]].slots:
             # rows come and go, and not every one takes part in every step: count anew before memory grows
             self._entries = max(self._layers[number].entries for number in self._growing)
@@ -327,104 +328,3 @@ class Continuation:
         again = self._start()
         logits_BV = [again.step(*tokens) for tokens in self._tokens[:number]][-1]
         return Reading(logits_BV.clone(), again.state)
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """What the kernel writes into for one layer.
-
-    Attributes:
-        first, second: columns and recurrent state of Mamba-2; keys and values (B, G, W, E) of attention.
-        index, count: of attention, as in its state.
-        recent: (B, K, D), where entries look ahead.
-    """
-
-    first: Tensor
-    second: Tensor
-    index: Tensor | None = None
-    count: Tensor | None = None
-    recent: Tensor | None = None
-
-    @classmethod
-    def of(cls, state: LayerState, real: torch.dtype, arena: Arena) -> "_Buffers":
-        """A copy of a state."""
-
-        def copied(tensor: Tensor) -> Tensor:
-            return arena.take(tensor.shape, real).copy_(tensor.detach())
-
-        if isinstance(state, Mamba2State):
-            return cls(copied(state.conv_BLC), copied(state.ssm_BHPN))
-        assert isinstance(state, AttentionState)
-        keys, values = (copied(tensor.transpose(1, 2)) for tensor in (state.key_BWGE, state.value_BWGE))
-        recent = copied(state.recent_BLD) if isinstance(state, LookaheadState) else None
-        return cls(keys, values, state.index_BW.clone(), state.count_B.clone(), recent)
-
-    @property
-    def slots(self) -> int:
-        """Of attention."""
-        return 0 if self.index is None else self.index.shape[1]
-
-    @property
-    def entries(self) -> int:
-        """Most that a row of attention has had."""
-        return 0 if self.count is None else int(self.count.max())
-
-    def addresses(self, real: torch.dtype) -> State:
-        """What the kernel is told."""
-        return State.of(
-            real,
-            first=self.first,
-            second=self.second,
-            recent=self.recent,
-            index=self.index,
-            count=self.count,
-            slots=self.slots,
-        )
-
-    def wider(self, more: int) -> "_Buffers":
-        """The same with empty slots for more entries."""
-        assert self.index is not None
-        first, second = (torch.nn.functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.first, self.second))
-        index = torch.nn.functional.pad(self.index, (0, more), value=-1)
-        return replace(self, first=first, second=second, index=index)
-
-    def of_rows(self, rows: slice) -> "_Buffers":
-        """The same memory of some rows."""
-        return _Buffers(*(None if part is None else part[rows] for part in vars(self).values()))  # pyright: ignore[reportArgumentType]
-
-    def put(self, row: int, state: LayerState) -> None:
-        """Let a row go on from a state of one row, whose entries have room here."""
-        if isinstance(state, Mamba2State):
-            self.first[row], self.second[row] = state.conv_BLC[0], state.ssm_BHPN[0]
-            return
-        assert isinstance(state, AttentionState)
-        assert self.index is not None
-        assert self.count is not None
-        slots = state.index_BW.shape[1]
-        self.first[row, :, :slots] = state.key_BWGE[0].transpose(0, 1)
-        self.second[row, :, :slots] = state.value_BWGE[0].transpose(0, 1)
-        self.index[row] = -1
-        self.index[row, :slots] = state.index_BW[0]
-        self.count[row] = state.count_B[0]
-        if self.recent is not None and isinstance(state, LookaheadState):
-            self.recent[row] = state.recent_BLD[0]
-
-    def state(self, like: LayerState, *, grown: bool) -> LayerState:
-        """A copy of what is there, in the dtypes of `like`; of attention that has grown without spare slots."""
-        if isinstance(like, Mamba2State):
-            return Mamba2State(_copy(self.first, like.conv_BLC.dtype), _copy(self.second, like.ssm_BHPN.dtype))
-        assert isinstance(like, AttentionState)
-        assert self.index is not None
-        assert self.count is not None
-        slots = self.entries if grown else self.slots
-        key, value = (_copy(t.transpose(1, 2)[:, :slots], like.key_BWGE.dtype) for t in (self.first, self.second))
-        made = AttentionState(
-            key_BWGE=key, value_BWGE=value, index_BW=self.index[:, :slots].clone(), count_B=self.count.clone()
-        )
-        if self.recent is None or not isinstance(like, LookaheadState):
-            return made
-        return LookaheadState.after(made, _copy(self.recent, like.recent_BLD.dtype))
-
-
-def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
