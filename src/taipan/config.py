@@ -25,6 +25,8 @@ Refinement = Literal["mix", "add"]
 
 WIDEST = 1 << 24  # of any matrix: far above every model, and no product of two of them overflows
 _MOST = (1 << 31) - 1  # ids, positions of a window
+READABLE = _MOST
+"""Tokens of a text, as programs are told that ask for a longest context: there is none, but a number must be said."""
 _LARGEST = 1e6  # times, temperatures, weights of losses: beyond it fp32 arithmetic ends in infinities
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from taipan.config import READABLE
 from taipan.errors import ConfigError, DataError, InputError, brief, shown
 from taipan.io import atomic_write, parse_json_object, read_text
 
@@ -207,6 +208,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eos_token,
             "padding_side": "left",
+            "model_max_length": READABLE,  # else evaluation harnesses take 2,048 and cut longer texts
         }
         atomic_write(Path(directory, _CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from taipan.config import TaipanConfig
+from taipan.config import READABLE, TaipanConfig
 from taipan.hf.cache import explain_layer_types
 from taipan.model.hub import AUTO_MAP, write_remote_code
 
@@ -23,6 +23,8 @@ class TaipanHFConfig(PreTrainedConfig):
     by either of the two is read by both.
 
     Attributes:
+        max_position_embeddings: what programs take for the longest context and cut texts to; Taipan has none, and a
+            smaller number binds those programs only.
         use_cache: return the state (`past_key_values`) from a forward outside training.
 
     Raises:
@@ -37,6 +39,7 @@ class TaipanHFConfig(PreTrainedConfig):
         native = TaipanConfig.from_dict({name: kwargs.pop(name) for name in _NATIVE if name in kwargs})
         explain_layer_types(native.layer_types)
         kwargs["auto_map"] = dict(AUTO_MAP)  # of this version, whichever repository the configuration came from
+        kwargs.setdefault("max_position_embeddings", READABLE)
         super().__init__(**kwargs)  # its own validation must not meet our layer_types
         self.use_cache = use_cache
         for name, value in native.to_dict().items():  # lists instead of tuples, as a config.json gives them

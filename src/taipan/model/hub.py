@@ -7,7 +7,7 @@ install. A program that may run it (`trust_remote_code=True`, `--trust-remote-co
 from pathlib import Path
 from typing import Any
 
-from taipan.config import TaipanConfig
+from taipan.config import READABLE, TaipanConfig
 from taipan.errors import how_to_install
 
 REMOTE_CODE = "modeling_taipan.py"
@@ -34,7 +34,13 @@ __all__ = [{names}]
 
 def hub_config(config: TaipanConfig) -> dict[str, Any]:
     """The fields of config.json: ours, and what Hugging Face's Auto classes look for."""
-    return {"model_type": "taipan", "architectures": ["TaipanForCausalLM"], "auto_map": AUTO_MAP, **config.to_dict()}
+    return {
+        "model_type": "taipan",
+        "architectures": ["TaipanForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "max_position_embeddings": READABLE,
+        **config.to_dict(),
+    }
 
 
 def write_remote_code(directory: Path) -> None:
