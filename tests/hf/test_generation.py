@@ -195,6 +195,21 @@ def test_the_pipeline_works_on_a_native_directory(text_model: Path) -> None:
     assert together == [run(prompt, **options) for prompt in prompts]
 
 
+def test_stop_strings_end_a_text_in_generate_and_in_the_pipeline(text_model: Path) -> None:
+    face: Any = AutoModelForCausalLM.from_pretrained(text_model)
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    inputs = tokenizer("def f(x):", return_tensors="pt")
+    free = face.generate(**inputs, max_new_tokens=9, do_sample=False)[0, 9:].tolist()
+    stop = next(chr(token) for token in free[2:] if 32 < token < 127)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    stopped = face.generate(**inputs, stop_strings=[stop], tokenizer=tokenizer, **options)[0, 9:].tolist()
+    assert stopped == free[: free.index(ord(stop)) + 1]
+    assert torch.equal(face.generate(**inputs, tokenizer=tokenizer, **options), face.generate(**inputs, **options))
+    run: Any = pipeline("text-generation", model=str(text_model))
+    (answer,) = run("def f(x):", stop_sequence=stop, return_full_text=False, **options)
+    assert answer["generated_text"] == tokenizer.decode(stopped)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -14,7 +14,7 @@ from taipan.state import DecoderState
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "position_ids")
 # What collators and trainers send along and what says nothing that the other arguments do not say.
-_SAID_ELSEWHERE = ("token_type_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "skip_logits")
+_SAID_ELSEWHERE = ("token_type_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "skip_logits", "tokenizer")
 HOW_TO_COUNT = (
     "Call taipan.hf.prepare_trainer(trainer) before trainer.train(), or give those labels -100, or pad on the right "
     "(tokenizer.padding_side = 'right')."

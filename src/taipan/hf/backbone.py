@@ -157,12 +157,13 @@ class TaipanBackbone(TaipanDecoder):
         for number, layer in enumerate(self.layers):
             if next(layer.parameters()).is_meta:
                 raise InputError(f"The weights of model.layers.{number} are not there (they are offloaded). {OFFLOAD}")
-            conv1d = getattr(layer.mixer, "conv1d", None)
-            if conv1d is not None and not isinstance(conv1d, nn.Conv1d):
-                raise InputError(
-                    f"model.layers.{number}.mixer.conv1d is wrapped in a {type(conv1d).__name__}, which the "
-                    "convolution would pass by: leave conv1d out of the adapter's target modules."
-                )
+            for name, kind in _READ_DIRECTLY.items():
+                part = getattr(layer.mixer, name, None)
+                if part is not None and not isinstance(part, kind):
+                    raise InputError(
+                        f"model.layers.{number}.mixer.{name} is wrapped in a {type(part).__name__}, which the op that "
+                        f"reads its weight would pass by: leave mixer.{name} out of the adapter's target modules."
+                    )
 
 
 @torch.no_grad()

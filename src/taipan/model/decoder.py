@@ -129,6 +129,13 @@ class TaipanDecoder(nn.Module):
         )
 
     def _check(self, tokens_BT: Tensor) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise InputError(
+                "A Taipan model cannot be exported (torch.export, torch.jit.trace, ONNX): how many tokens its layers "
+                "work on, and what its state holds, is decided while it reads, and a recorded graph would keep the "
+                "decisions of one text. Use torch.compile, or `taipan serve`; models without selective layers can be "
+                "converted for other programs (`taipan convert`)."
+            )
         if tokens_BT.dim() != 2 or tokens_BT.shape[0] == 0 or tokens_BT.shape[1] == 0:
             raise InputError(
                 f"The tokens have shape {tuple(tokens_BT.shape)}, but must be (batch, length) with at least one row "
