@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,32 @@ def test_an_adapter_around_a_convolution_is_refused() -> None:
     mixer.conv1d = Adapter(mixer.conv1d, 1, 1)
     with pytest.raises(InputError, match=r"layers\.0\.mixer\.conv1d is wrapped"):
         face(random_tokens(1, 3))
+
+
+@pytest.mark.parametrize("name", ["conv1d", "norm"])
+def test_adapters_that_an_op_would_pass_by_are_refused(name: str) -> None:
+    """peft's own: a gated norm that is tuned, a convolution."""
+    from peft import LNTuningConfig, LoraConfig, get_peft_model
+
+    kinds: dict[str, Any] = {
+        "conv1d": LoraConfig(r=64, target_modules=["conv1d"]),
+        "norm": LNTuningConfig(target_modules=["norm"]),
+    }
+    _, face = pair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = get_peft_model(face, kinds[name])
+    with pytest.raises(InputError, match=rf"layers\.0\.mixer\.{name} is wrapped in a .*leave mixer\.{name} out"):
+        adapted(input_ids=random_tokens(1, 3))
+
+
+@pytest.mark.parametrize("stack", ["taipan", "mamba2", "transformer"])
+def test_prefixes_of_keys_and_values_are_refused_for_what_they_are(stack: str) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model: Any = get_peft_model(pair(stack)[1], PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(StateError, match="Taipan (model )?keeps its state in a TaipanCache"):
+        model(input_ids=random_tokens(1, 3))
 
 
 def test_new_token_ids_after_resizing() -> None:

@@ -13,6 +13,7 @@ from taipan.hf.arguments import check_arguments, read_call
 from taipan.hf.cache import TaipanCache
 from taipan.hf.quantisation import refuse_training
 from taipan.layers.gating import GateOutput
+from taipan.layers.mamba2 import GatedNorm
 from taipan.model import Block, DecoderOutput, TaipanDecoder, budget_penalty
 
 OFFLOAD = (
@@ -20,6 +21,7 @@ OFFLOAD = (
     "brings them back: put the whole model on one device (device_map='cpu' or 'cuda'), or load it narrower "
     "(dtype=torch.bfloat16)."
 )
+_READ_DIRECTLY = {"conv1d": nn.Conv1d, "norm": GatedNorm}  # parts of a mixer that ops read and nobody calls
 
 
 @dataclass

@@ -50,6 +50,13 @@ class TaipanHFConfig(PreTrainedConfig):
         """Configuration of the same model for transformers; `kwargs` are fields of transformers' own."""
         return cls(**config.to_dict(), **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers does it; a number of key-value heads only where there is one, as its readers expect."""
+        values = super().to_dict()
+        if values.get("num_key_value_heads") is None:
+            values.pop("num_key_value_heads", None)
+        return values
+
     def to_native(self) -> TaipanConfig:
         """Configuration of the same model for `TaipanLM`, checked again since attributes can be set.
 
