@@ -11,7 +11,9 @@ from starlette.testclient import TestClient
 from tests.cli.conftest import Cli
 
 
-def test_serves_the_model_with_its_options(cli: Cli, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serves_the_model_with_its_options(
+    cli: Cli, model_directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Everything but the socket, which tests/serving has."""
     served: dict[str, Any] = {}
 
@@ -27,16 +29,22 @@ def test_serves_the_model_with_its_options(cli: Cli, model_directory: Path, monk
             refused = {"model": "mine", "prompt": "The", "max_tokens": 5}
             headers = {"Authorization": "Bearer secret"}
             served["refused"] = client.post("/v1/completions", json=refused, headers=headers).status_code
+            made = client.post("/v1/sessions", json={"id": "text", "text": "The"}, headers=headers)
+            served["session"] = made.json()["tokens"]
             served["unknown"] = client.get("/v1/models").status_code
 
     monkeypatch.setattr(uvicorn, "run", run)
+    own = tmp_path / "own"
     options = ["--name", "mine", "--api-key", "secret", "--port", 9000, "--new-tokens", 4, "--rows", 2]
+    options += ["--sessions", own]
     finished = cli("serve", model_directory, *options)
     assert finished.code == 0, finished
     assert "Serving mine at http://127.0.0.1:9000/v1" in finished.err
     assert (served["host"], served["port"]) == ("127.0.0.1", 9000)
     assert (served["status"], served["refused"], served["unknown"]) == (200, 400, 401)
     assert served["tokens"] <= 3
+    assert served["session"] == 3
+    assert (own / "text.session").is_dir()
 
 
 def test_what_is_missing_is_named(

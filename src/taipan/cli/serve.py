@@ -30,6 +30,14 @@ def register(app: typer.Typer, panel: str) -> None:
         workers: Annotated[
             int, typer.Option(min=1, max=64, help="Processes at one port; each loads the model and has its own rows.")
         ] = 1,
+        sessions: Annotated[
+            Path, typer.Option(help="Directory of the sessions: texts that are read once (/v1/sessions, and the page).")
+        ] = Path("sessions"),
+        most_sessions: Annotated[int, typer.Option(min=0, help="Most sessions there may be.")] = 1000,
+        session_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a session.")] = 1 << 24,
+        session_memory: Annotated[
+            int, typer.Option(min=0, help="MiB of memory for states of sessions, beside those on disk.")
+        ] = 1024,
         api_key: Annotated[
             list[str] | None,
             typer.Option(envvar="TAIPAN_API_KEYS", help="Who may ask; several are given by several options."),
@@ -39,7 +47,7 @@ def register(app: typer.Typer, panel: str) -> None:
             str, typer.Option(help="New tokens read bfloat16 or int8 copies of the weights: faster, less exact.")
         ] = "auto",
     ) -> None:
-        """Serve a model to OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
+        """Serve a model to OpenAI's clients, keep sessions for them (/v1/sessions), and show a page at /.
 
         Examples:
 
@@ -50,6 +58,7 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.errors import ConfigError, how_to_install
 
         try:
+            from taipan.serving.sessions import SessionLimits
             from taipan.serving.start import application
             from taipan.serving.workers import serve as run
         except ImportError as error:
@@ -72,6 +81,10 @@ def register(app: typer.Typer, panel: str) -> None:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             keys=tuple(api_key or ()),
+            sessions=sessions,
+            session_limits=SessionLimits(
+                sessions=most_sessions, tokens=session_tokens, memory_bytes=session_memory << 20
+            ),
         )
         note(f"Serving {name or model} at http://{host}:{port}/v1 (Ctrl-C stops).")
         run(make, host=host, port=port, workers=workers)

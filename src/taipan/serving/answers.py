@@ -16,11 +16,12 @@ _FINISH = {"eos": "stop", "stop_string": "stop", "length": "length", "cancelled"
 
 @dataclass(frozen=True)
 class Choice:
-    """One stream of a request: where its answer stands, its prompt, and what cancels it."""
+    """One stream of a request: where its answer stands, its prompt, what cancels it, and tokens known before it."""
 
     index: int
     ids: list[int]
     cancel: Callable[[], None]
+    known: int = 0
 
 
 class Face:
@@ -40,10 +41,13 @@ class Face:
         """What every answer begins with."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
-    def usage(self, choices: list[Choice], new: int) -> dict[str, int]:
-        """Tokens read and written; a prompt with several choices counts once."""
-        read = sum(len(choice.ids) for choice in choices if choice.index % self.body.n == 0)
-        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+    def usage(self, choices: list[Choice], new: int) -> dict[str, Any]:
+        """Tokens read and written; a prompt with several choices counts once. Those of a session are cached."""
+        prompts = [choice for choice in choices if choice.index % self.body.n == 0]
+        known = sum(choice.known for choice in prompts)
+        read = known + sum(len(choice.ids) for choice in prompts)
+        told = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+        return {**told, "prompt_tokens_details": {"cached_tokens": known}} if self.body.session else told
 
     def usage_chunk(self, choices: list[Choice], new: int) -> dict[str, Any]:
         """The last chunk of a stream."""

@@ -14,8 +14,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from taipan.chat import ChatFormat, PlainFormat
+from taipan.chat.format import until
 from taipan.errors import InputError, TaipanError, shown
-from taipan.serving import chat
 from taipan.serving.answers import ChatFace, Choice, CompletionFace
 from taipan.serving.counts import COUNTERS, GAUGES, Counts
 from taipan.serving.delivery import Courier, Mailbox, answer, cancel
@@ -23,7 +24,10 @@ from taipan.serving.engine import Engine, as_choices
 from taipan.serving.engine import Request as EngineRequest
 from taipan.serving.failures import Refusal, install_errors
 from taipan.serving.guards import BodyGuard, KeyGuard, key_of
+from taipan.serving.page import add_page
 from taipan.serving.schema import ChatRequest, CompletionRequest, Sampling
+from taipan.serving.session_routes import session_routes
+from taipan.serving.sessions import Held, Sessions, hold, released_on_error
 
 _CHAT_TOKENS = 1024
 
@@ -60,7 +64,16 @@ class _Metrics(Collector):
             yield GaugeMetricFamily(f"taipan_{name}", text, self._counts.total(name))
 
 
-def create_app(engine: Engine, name: str, *, keys: Sequence[str] = (), limits: Limits | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    name: str,
+    *,
+    keys: Sequence[str] = (),
+    limits: Limits | None = None,
+    form: ChatFormat | None = None,
+    sessions: Sessions | None = None,
+    page: str | None = None,
+) -> FastAPI:
     """The application; it stops the engine when it ends.
 
     Args:
@@ -68,7 +81,11 @@ def create_app(engine: Engine, name: str, *, keys: Sequence[str] = (), limits: L
         name: of the model, as `/v1/models` tells it and requests must say it.
         keys: who may ask; empty lets everybody.
         limits: of one request.
+        form: how the turns of a conversation become tokens; by default plain turns.
+        sessions: those of the server; None has none.
+        page: what is shown at `/`, where there are sessions.
     """
+    form = form or PlainFormat(engine.model.tokenizer)
     bounds = limits or Limits()
     registry = CollectorRegistry()
     registry.register(_Metrics(engine.counts))
@@ -97,6 +114,11 @@ def create_app(engine: Engine, name: str, *, keys: Sequence[str] = (), limits: L
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    if sessions is not None:
+        app.include_router(session_routes(sessions))
+        if page is not None:
+            add_page(app, page)
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(name)]}
@@ -114,18 +136,23 @@ def create_app(engine: Engine, name: str, *, keys: Sequence[str] = (), limits: L
         tokens = 16 if body.max_tokens is None else body.max_tokens
         if tokens == 0 and not body.echo:
             raise InputError("max_tokens is 0: that makes sense with echo only.")
+        if body.session is not None and body.echo:
+            raise InputError("echo goes with a prompt of its own, not with a session.")
         scored = body.echo and body.logprobs is not None
         _require_at_most("prompts times n", len(body.prompts()) * body.n, bounds.prompts)
-        prompts = await asyncio.to_thread(lambda: [_ids(engine, prompt) for prompt in body.prompts()])
+        empty = [] if body.session is not None else [engine.model.tokenizer.eos_id]  # an empty text begins a document
+        prompts = await asyncio.to_thread(lambda: [_ids(engine, prompt) or empty for prompt in body.prompts()])
         for ids in prompts if scored else ():
             _require_at_most("tokens of a prompt with echo and logprobs", len(ids), bounds.scored_tokens)
         told = body.logprobs
         make = partial(EngineRequest, logprobs=told, prompt_logprobs=scored, only_read=tokens == 0, key=key_of(request))
         mailbox = Mailbox(couriers[0])
-        choices = await _submit(engine, prompts, body, tokens, bounds, mailbox, make)
+        held = await hold(sessions, body, key=key_of(request))
+        with released_on_error(held):
+            choices = await _submit(engine, prompts, body, tokens, bounds, mailbox, make, held)
         texts = [engine.model.tokenizer.decode(choice.ids) if body.echo else "" for choice in choices]
         face = CompletionFace(name, engine.model.tokenizer, body, texts)
-        return await answer(request, mailbox, choices, face, stream=body.stream)
+        return await answer(request, mailbox, choices, face, stream=body.stream, keeper=held)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
@@ -133,15 +160,18 @@ def create_app(engine: Engine, name: str, *, keys: Sequence[str] = (), limits: L
         if body.top_logprobs is not None and not body.logprobs:
             raise InputError("top_logprobs needs logprobs: true.")
         tokens = body.max_completion_tokens or body.max_tokens or min(_CHAT_TOKENS, bounds.new_tokens)
-        stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
-        body = body.model_copy(update={"stop": [*stop, chat.STOP]})
-        ids = await asyncio.to_thread(engine.model.tokenizer.encode, chat.as_text(body.messages))
         top = (body.top_logprobs or 0) if body.logprobs else None
         mailbox = Mailbox(couriers[0])
         make = partial(EngineRequest, logprobs=top, key=key_of(request))
-        choices = await _submit(engine, [ids], body, tokens, bounds, mailbox, make)
+        held = await hold(sessions, body, key=key_of(request), form=form)
+        with released_on_error(held):
+            if held is not None and held.talks:
+                ids = await asyncio.to_thread(form.following, body.messages, held.context)
+            else:
+                ids = await asyncio.to_thread(form.opening, body.messages)
+            choices = await _submit(engine, [ids], body, tokens, bounds, mailbox, make, held, form)
         face = ChatFace(name, engine.model.tokenizer, body)
-        return await answer(request, mailbox, choices, face, stream=body.stream)
+        return await answer(request, mailbox, choices, face, stream=body.stream, keeper=held)
 
     return app
 
@@ -150,9 +180,7 @@ def create_app(engine: Engine, name: str, *, keys: Sequence[str] = (), limits: L
 
 
 def _ids(engine: Engine, prompt: str | list[int]) -> list[int]:
-    """The tokens of a prompt; an empty text begins a document."""
-    ids = engine.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    return ids or [engine.model.tokenizer.eos_id]
+    return engine.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
 async def _submit(
@@ -163,6 +191,8 @@ async def _submit(
     limits: Limits,
     mailbox: Mailbox,
     make: "partial[EngineRequest]",
+    held: Held | None = None,
+    form: ChatFormat | None = None,
 ) -> list[Choice]:
     """Hand every choice of every prompt to the engine: all of them or none."""
     if not prompts:
@@ -170,7 +200,17 @@ async def _submit(
     _require_at_most("prompts times n", len(prompts) * body.n, limits.prompts)
     _require_at_most("tokens of the prompt", max(map(len, prompts)), limits.prompt_tokens)
     _require_at_most("max_tokens", tokens, limits.new_tokens)
-    settings = as_choices(body.settings(tokens), body.n)
+    one = body.settings(tokens)
+    if form is not None:
+        one = until(one, form, engine.model.model.config.eos_token_id)
+    settings = as_choices(one, body.n)
+    known = 0
+    if held is not None:
+        make = partial(make, before=held.start, context=held.context, keep=held.keep)
+        known = held.tokens
+        if held.keep:
+            _require_at_most("prompts beside keep", len(prompts), 1)
+            held.require_room(len(prompts[0]) + tokens)
 
     def submit() -> list[Choice]:
         choices: list[Choice] = []
@@ -179,7 +219,7 @@ async def _submit(
                 ids = prompts[index // body.n]
                 tell = partial(mailbox.tell, index)
                 request = make(ids, settings[index % body.n], tell, backlog=mailbox.backlog)
-                choices.append(Choice(index=index, ids=ids, cancel=engine.submit(request)))
+                choices.append(Choice(index=index, ids=ids, cancel=engine.submit(request), known=known))
         except TaipanError:
             cancel(choices)
             raise

@@ -7,12 +7,13 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 
+from taipan.errors import TaipanError
 from taipan.serving.answers import Choice, Face
 from taipan.serving.events import EndEvent, Event, TokenEvent
 from taipan.serving.failures import error_body
@@ -88,13 +89,37 @@ class Mailbox:
         return [self._events.popleft() for _ in range(len(self._events))]
 
 
-async def answer(request: Request, mailbox: Mailbox, choices: Sequence[Choice], face: Face, *, stream: bool) -> Any:
+class Keeper(Protocol):
+    """Settles what the first choice of a request said, before its end is told."""
+
+    async def settle(self, choice: Choice, events: Sequence[Event]) -> None:
+        """Take all that was told of it.
+
+        Raises:
+            TaipanError: it cannot be kept.
+        """
+        ...
+
+    def close(self) -> None:
+        """The request is over, one way or another."""
+        ...
+
+
+async def answer(
+    request: Request,
+    mailbox: Mailbox,
+    choices: Sequence[Choice],
+    face: Face,
+    *,
+    stream: bool,
+    keeper: Keeper | None = None,
+) -> Any:
     """The response to a request whose choices are on their way; they are cancelled when the client goes away."""
     if stream:
-        chunks = _chunks(mailbox, choices, face)
+        chunks = _chunks(mailbox, choices, face, keeper)
         return EventSourceResponse(chunks, ping=_PING_SECONDS, send_timeout=_SEND_SECONDS, sep="\n")
-    gathering = asyncio.ensure_future(_gather(mailbox, choices, face))
-    leaving = asyncio.ensure_future(_disconnected(request))
+    gathering = asyncio.ensure_future(_gather(mailbox, choices, face, keeper))
+    leaving = asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait({gathering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not gathering.done():
@@ -104,6 +129,8 @@ async def answer(request: Request, mailbox: Mailbox, choices: Sequence[Choice], 
     finally:
         leaving.cancel()
         cancel(choices)
+        if keeper is not None:
+            keeper.close()
 
 
 def cancel(choices: Sequence[Choice]) -> None:
@@ -112,13 +139,13 @@ def cancel(choices: Sequence[Choice]) -> None:
         choice.cancel()
 
 
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
     """Comes back when the client has gone away: its row is another's then."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _gather(mailbox: Mailbox, choices: Sequence[Choice], face: Face) -> dict[str, Any]:
+async def _gather(mailbox: Mailbox, choices: Sequence[Choice], face: Face, keeper: Keeper | None) -> dict[str, Any]:
     told: list[list[Event]] = [[] for _ in choices]
     left = len(choices)
     while left:
@@ -128,13 +155,18 @@ async def _gather(mailbox: Mailbox, choices: Sequence[Choice], face: Face) -> di
                 left -= 1
                 if event.error is not None:
                     raise HTTPException(503 if event.reason == "cancelled" else 500, event.error)
+    if keeper is not None:
+        await keeper.settle(choices[0], told[0])
     return face.whole(list(choices), told)
 
 
-async def _chunks(mailbox: Mailbox, choices: Sequence[Choice], face: Face) -> AsyncGenerator[bytes]:
+async def _chunks(
+    mailbox: Mailbox, choices: Sequence[Choice], face: Face, keeper: Keeper | None
+) -> AsyncGenerator[bytes]:
     """The events of all choices as they come, those that came together in one piece."""
     usage = face.body.stream_options is not None and face.body.stream_options.include_usage
     new, left = 0, len(choices)
+    told: list[Event] = []
     try:
         while left:
             lines: list[str] = []
@@ -145,6 +177,14 @@ async def _chunks(mailbox: Mailbox, choices: Sequence[Choice], face: Face) -> As
                     if event.error is not None:
                         lines.append(json.dumps({"error": error_body(event.error, "server_error")}))
                         continue
+                if keeper is not None:
+                    told.append(event)
+                    if isinstance(event, EndEvent):
+                        try:
+                            await keeper.settle(choices[0], told)
+                        except TaipanError as error:
+                            lines.append(json.dumps({"error": error_body(str(error), "server_error")}))
+                            continue
                 for chunk in face.chunks(choices[index], event):
                     lines.append(json.dumps({**chunk, "usage": None} if usage else chunk))
             if not left:
@@ -155,3 +195,5 @@ async def _chunks(mailbox: Mailbox, choices: Sequence[Choice], face: Face) -> As
                 yield "".join(f"data: {line}\n\n" for line in lines).encode()
     finally:  # the client may have gone away
         cancel(choices)
+        if keeper is not None:
+            keeper.close()

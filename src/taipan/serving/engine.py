@@ -19,6 +19,7 @@ from taipan.generation.choosing import Chooser
 from taipan.generation.decoding import start_decoding
 from taipan.generation.mode import inference
 from taipan.generation.stopping import CONTEXT, Endings, FinishReason, Until
+from taipan.layers.gating import GateOutput
 from taipan.serving.counts import Counts
 from taipan.serving.events import EndEvent, Event, PromptEvent, ReadEvent, TokenEvent, Top
 from taipan.serving.pace import Pace
@@ -47,8 +48,10 @@ class Request:
         prompt_logprobs: tell those of the prompt too; then nothing of it is reused.
         only_read: end after the prompt.
         before: what is known before the prompt; None where it begins a text.
+        context: the last tokens before the prompt, at most `CONTEXT`.
         keep: tell at the end what is known then.
         progress: tell how much of the prompt has been read.
+        traced: with `progress`, tell what the gates decided about it too.
         backlog: how many events the client has not taken yet.
     """
 
@@ -60,8 +63,10 @@ class Request:
     prompt_logprobs: bool = False
     only_read: bool = False
     before: Reading | None = None
+    context: tuple[int, ...] = ()
     keep: bool = False
     progress: bool = False
+    traced: bool = False
     backlog: Callable[[], int] = field(default=lambda: 0)
 
 
@@ -81,6 +86,7 @@ class _Stream:
         self.loading: tuple[int, Future[DecoderState | None]] | None = None
         self.reading = request.before
         self.parked: tuple[DecoderState, int] | None = None  # of a stream without a row: its state, its next token
+        self.gates: tuple[GateOutput, ...] = ()  # of the piece that was read last
         self.logprobs: list[float] = []
         self.tops: list[Top] = []
         self.cancelled = False
@@ -99,7 +105,8 @@ class _Stream:
     @property
     def reusable(self) -> bool:
         """Whether its prompt may be known from others, and become known to them."""
-        return self.request.before is None and not self.request.prompt_logprobs
+        own = self.request.prompt_logprobs or self.request.traced  # something is to be told of every token
+        return self.request.before is None and not own
 
 
 class Engine:
@@ -182,7 +189,7 @@ class Engine:
             Chain(ids, self._root, self._block),
             Chooser(request.settings, config.vocab_size, self._excluded),
             Endings(request.settings, request.settings.end_tokens(config.eos_token_id), self.model.tokenizer),
-            StreamDecoder(self.model.tokenizer, ids[-CONTEXT:].tolist()),
+            StreamDecoder(self.model.tokenizer, [*request.context, *ids[-CONTEXT:].tolist()][-CONTEXT:]),
         )
         with self._changed:
             if self._stopping or self._failed:
@@ -415,7 +422,7 @@ class Engine:
                 if self._shelf is not None:
                     self._shelf.add(stream.chain, end, stream.reading.state)
             if stream.request.progress:
-                stream.request.tell(ReadEvent(end))
+                stream.request.tell(ReadEvent(end, stream.gates))
         if stream.read:
             self._begin(stream)
 
@@ -433,6 +440,8 @@ class Engine:
         scored = stream.request.prompt_logprobs
         with inference(model):
             output = model(tokens_BT, state=None if before is None else before.state, logits_to_keep=0 if scored else 1)
+            if stream.request.traced:
+                stream.gates = output.gates
             if scored:
                 logits_TV = output.logits[0].float()
                 first = [] if before is None or not stream.pieces else [before.logits_BV]
@@ -447,7 +456,8 @@ class Engine:
         reading = stream.reading
         assert reading is not None
         stream.chooser.hear(stream.ids_T[None])
-        stream.endings.hear(stream.ids_T[None])
+        context_T = torch.tensor(stream.request.context, dtype=torch.int64)
+        stream.endings.hear(torch.cat([context_T, stream.ids_T])[None])
         count = len(stream.ids_T)
         stream.request.tell(PromptEvent(count, stream.reused, tuple(stream.logprobs), tuple(stream.tops)))
         if stream.request.only_read:

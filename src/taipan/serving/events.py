@@ -5,6 +5,7 @@ from typing import Literal
 
 from taipan.generation import Reading
 from taipan.generation.stopping import FinishReason
+from taipan.layers.gating import GateOutput
 
 Top = tuple[tuple[int, float], ...]
 """The likeliest tokens of a place, and ln of their probabilities."""
@@ -16,9 +17,11 @@ class ReadEvent:
 
     Attributes:
         tokens: of it, so far.
+        gates: what every gate decided about the tokens since the event before, where asked for.
     """
 
     tokens: int
+    gates: tuple[GateOutput, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,13 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from taipan.errors import TaipanError, brief
 from taipan.serving.engine import BusyError
+from taipan.sessions import SessionBusyError
 
 _INVALID = "invalid_request_error"
+
+
+class NotFoundError(TaipanError):
+    """There is nothing of that name."""
 
 
 class Refusal(HTTPException):
@@ -57,6 +62,14 @@ def install_errors(app: FastAPI) -> None:
     @app.exception_handler(BusyError)
     async def busy(_: Request, error: BusyError) -> JSONResponse:
         return error_response(429, str(error), "rate_limit_error", code="rate_limit_exceeded")
+
+    @app.exception_handler(NotFoundError)
+    async def missing(_: Request, error: NotFoundError) -> JSONResponse:
+        return error_response(404, str(error), _INVALID, code="not_found")
+
+    @app.exception_handler(SessionBusyError)
+    async def in_use(_: Request, error: SessionBusyError) -> JSONResponse:
+        return error_response(409, str(error), _INVALID, code="session_busy")
 
     @app.exception_handler(TaipanError)
     async def foreseen(_: Request, error: TaipanError) -> JSONResponse:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from taipan.generation import GenerationSettings
 
@@ -15,7 +15,11 @@ class StreamOptions(BaseModel):
 
 
 class Sampling(BaseModel):
-    """What both endpoints share. `top_k`, `min_p` and `repetition_penalty` are ours."""
+    """What both endpoints share.
+
+    `top_k`, `min_p` and `repetition_penalty` are ours; so are `session`, which names a session to go on from, and
+    `keep`, which makes what is asked and answered a part of it.
+    """
 
     model_config = ConfigDict(extra="forbid")
     model: str
@@ -33,6 +37,8 @@ class Sampling(BaseModel):
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    session: str | None = None
+    keep: bool = False
 
     @field_validator("presence_penalty", "frequency_penalty", mode="before")
     @classmethod
@@ -46,6 +52,12 @@ class Sampling(BaseModel):
         if not all(strings) or len(strings) > 16:
             raise ValueError("give up to 16 texts of at least one character")
         return value
+
+    @model_validator(mode="after")
+    def _kept(self) -> "Sampling":
+        if self.keep and (self.session is None or self.n > 1):
+            raise ValueError("keep goes with a session and one choice")
+        return self
 
     def settings(self, tokens: int) -> GenerationSettings:
         """How to generate so many tokens; temperature 0 takes the likeliest."""

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
+from taipan.chat import load_format
 from taipan.hardware import tune_allocator
 from taipan.serving.app import Limits, create_app
 from taipan.serving.counts import Counts
 from taipan.serving.engine import Engine
+from taipan.serving.sessions import SessionLimits, Sessions
 from taipan.serving.shelf import Shelf
 from taipan.text import load
 
@@ -28,6 +30,9 @@ def application(
     prompt_tokens: int = 1 << 20,
     new_tokens: int = 1 << 16,
     keys: Sequence[str] = (),
+    sessions: Path | None = None,
+    session_limits: SessionLimits | None = None,
+    page: str | None = None,
 ) -> FastAPI:
     """Load a model and put the HTTP face over it.
 
@@ -45,6 +50,9 @@ def application(
         prompt_tokens: most tokens of a prompt.
         new_tokens: most tokens of an answer.
         keys: who may ask.
+        sessions: the directory of the sessions; None: there are none.
+        session_limits: of all of them.
+        page: what is shown at `/`, where there are sessions.
 
     Raises:
         TaipanError: the model or the directory cannot be used.
@@ -67,4 +75,6 @@ def application(
         counts=counts,
     )
     limits = Limits(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    return create_app(engine, name, keys=keys, limits=limits)
+    kept = None if sessions is None else Sessions(sessions, engine, model_path=model, limits=session_limits)
+    form = load_format(model, loaded.tokenizer)
+    return create_app(engine, name, keys=keys, limits=limits, form=form, sessions=kept, page=page)
