@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from tests.cli.conftest import Cli
@@ -17,8 +16,9 @@ def test_serves_the_model_with_its_options(
     """Everything but the socket, which tests/serving has."""
     served: dict[str, Any] = {}
 
-    def run(app: FastAPI, **options: Any) -> None:
-        served.update(options)
+    def run(server: uvicorn.Server) -> None:
+        served.update(host=server.config.host, port=server.config.port)
+        app: Any = server.config.app
         with TestClient(app) as client:
             answer = client.post(
                 "/v1/completions",
@@ -33,7 +33,7 @@ def test_serves_the_model_with_its_options(
             served["session"] = made.json()["tokens"]
             served["unknown"] = client.get("/v1/models").status_code
 
-    monkeypatch.setattr(uvicorn, "run", run)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
     own = tmp_path / "own"
     options = ["--name", "mine", "--api-key", "secret", "--port", 9000, "--new-tokens", 4, "--rows", 2]
     options += ["--sessions", own]
@@ -50,6 +50,7 @@ def test_serves_the_model_with_its_options(
 def test_what_is_missing_is_named(
     refused: Callable[..., str], model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(sys.modules, "taipan.serving.workers", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     message = refused("serve", model_directory)
     assert "taipan serve needs uvicorn" in message
