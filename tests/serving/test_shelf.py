@@ -89,19 +89,16 @@ def test_the_same_text_leaves_one_token_to_read(tmp_path: Path, model: TextModel
 def test_damaged_entries_are_refused_and_dropped(damage: str, tmp_path: Path, model: TextModel) -> None:
     ids = prompt(20, 0)
     filled(tmp_path, model, ids)
-    files = sorted(tmp_path.iterdir())
-    if damage == "another model":
-        other = small_model("taipan", seed=1, vocab_size=257, dtype=torch.float32)
-        state = prefill(other, torch.tensor([ids])).state
-    for file in files:
-        data = file.read_bytes()
+    other = small_model("taipan", seed=1, vocab_size=257, dtype=torch.float32)
+    for file in sorted(tmp_path.iterdir()):
         if damage == "another model":
-            state.save(file, other)
-        else:
-            middle = len(data) // 2
-            changed = bytes([data[middle] ^ 1])
-            kinds = {"flipped": data[:middle] + changed + data[middle + 1 :], "cut": data[:middle], "empty": b""}
-            file.write_bytes(kinds[damage])
+            prefill(other, torch.tensor([ids])).state.save(file, other)
+            continue
+        data = file.read_bytes()
+        middle = len(data) // 2
+        changed = bytes([data[middle] ^ 1])
+        kinds = {"flipped": data[:middle] + changed + data[middle + 1 :], "cut": data[:middle], "empty": b""}
+        file.write_bytes(kinds[damage])
     engine = Engine(model, rows=2, block=BLOCK, shelf=on(tmp_path, model))
     asked = [*ids[:17], *prompt(8, 3)]
     assert run(engine, asked) == (0, alone(model, asked))

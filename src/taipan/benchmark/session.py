@@ -11,8 +11,8 @@ import torch
 from taipan import accounting, hardware
 from taipan.benchmark.models import configuration, dtype_of
 from taipan.benchmark.results import Measurement
-from taipan.benchmark.settings import SUITES, Settings, require_known
-from taipan.benchmark.suites import decode, memory, ops, prefill, train
+from taipan.benchmark.settings import SERVING, SUITES, Settings, require_known
+from taipan.benchmark.suites import decode, memory, ops, prefill, serve, train
 from taipan.benchmark.timing import Progress
 from taipan.config import TaipanConfig
 from taipan.model import IMPLEMENTATIONS, resolve_implementations
@@ -27,6 +27,10 @@ _MEASURE: dict[str, Callable[[Settings, Progress | None], list[Measurement]]] = 
     "decode": decode.measure,
     "memory": memory.measure,
     "ops": ops.measure,
+    "serve-streams": serve.streams,
+    "serve-prefix": serve.prefix,
+    "serve-gap": serve.gap,
+    "serve-session": serve.session,
 }
 
 
@@ -84,7 +88,7 @@ def run(
     """Measure suite by suite.
 
     Args:
-        suites: names in `SUITES`; none means all.
+        suites: names in `SUITES` and `SERVING`, or `serve` for all of the latter; none means all of the former.
         settings: what to measure.
         progress: told a suite, how many of its runs are done, and how many there are.
 
@@ -92,7 +96,8 @@ def run(
         ConfigError: a suite, model, dtype, implementation or peer is unknown or cannot be had here.
     """
     for suite in suites:
-        require_known("suite", suite, SUITES)
+        require_known("suite", suite, (*SUITES, *SERVING, "serve"))
+    suites = [name for suite in suites for name in (SERVING if suite == "serve" else (suite,))]
     config = configuration(settings.model)
     dtype = dtype_of(settings)
     used = implementations(settings.implementation, dtype)

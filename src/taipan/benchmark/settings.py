@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from taipan.errors import ConfigError, shown, suggestion
 
 SUITES = ("prefill", "train", "decode", "memory", "ops")
+SERVING = ("serve-streams", "serve-prefix", "serve-gap", "serve-session")
+"""What `serve` stands for; measured only when asked for, since it needs the extra."""
 PEERS = ("transformers", "transformers-mamba2", "transformers-llama")
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("auto", "bfloat16", "int8")
@@ -29,6 +31,7 @@ class Settings:
         context: tokens read before decoding begins.
         new_tokens: tokens decoded in one repetition.
         weights: what decoding reads the matrices in: `auto`, `bfloat16` or `int8`, as in generation.
+        directory: where sessions that are measured are kept; None keeps none.
         seed: of weights and tokens.
 
     Raises:
@@ -47,6 +50,7 @@ class Settings:
     context: tuple[int, ...] = (1024,)
     new_tokens: int = 32
     weights: str = "auto"
+    directory: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -16,7 +16,11 @@ def register(app: typer.Typer, panel: str) -> None:
     @app.command("bench", rich_help_panel=panel)
     def bench(
         suites: Annotated[
-            list[str] | None, typer.Argument(help="prefill, train, decode, memory, ops. [default: all]")
+            list[str] | None,
+            typer.Argument(
+                help="prefill, train, decode, memory, ops [default: all of these]; serve, or one of serve-streams, "
+                "serve-prefix, serve-gap, serve-session."
+            ),
         ] = None,
         model: Annotated[
             str, typer.Option(help="Preset, quickstart, mamba2-6m, mamba2-115m, taipan-30m, or a model directory.")
@@ -45,6 +49,10 @@ def register(app: typer.Typer, panel: str) -> None:
         weights: Annotated[
             str, typer.Option(help="Weights that decoding reads: auto (as stored), bfloat16 or int8.")
         ] = "auto",
+        directory: Annotated[
+            Path | None,
+            typer.Option(file_okay=False, help="serve-session: keep the session here. [default: nowhere]"),
+        ] = None,
         json_file: Annotated[
             Path | None, typer.Option("--json", dir_okay=False, help="Write everything to this file.")
         ] = None,
@@ -80,6 +88,7 @@ def register(app: typer.Typer, panel: str) -> None:
             context=tuple(context or (1024,)),
             new_tokens=new_tokens,
             weights=weights,
+            directory=None if directory is None else str(directory),
         )
         tune_allocator()
         with progress_bar("measuring", "runs") as bar:
