@@ -162,7 +162,8 @@ def start(model: Path, *options: str, port: int | None = None) -> Server:
             probe.bind((HOST, 0))
             port = int(probe.getsockname()[1])
     command = [sys.executable, "-m", "taipan", "serve", str(model), "--port", str(port), "--name", NAME, *options]
-    said = tempfile.TemporaryFile()  # noqa: SIM115: as long as the server
+    # open as long as the server runs
+    said = tempfile.TemporaryFile()  # noqa: SIM115
     server = Server(subprocess.Popen(command, stderr=said, start_new_session=True), port, said)
     begin = time.perf_counter()
     while time.perf_counter() - begin < _START_SECONDS:
