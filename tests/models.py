@@ -40,6 +40,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "refinement": "add",
         "lookahead": 2,
     },
+    "bounded": {"attention_capacity": 0.3, "capacity_window": 9, "key_value_scope": "selected"},
+    "recall-bounded": {
+        "gate_input": "recall",
+        "attention_weight": "one",
+        "refinement": "add",
+        "lookahead": 1,
+        "capacity_window": 12,
+    },
 }
 
 

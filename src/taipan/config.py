@@ -168,6 +168,9 @@ class TaipanConfig:
         budget_control: how the budget is held. `penalty` is Eq. 7. `threshold` has no penalty; the threshold on
             s_1 − s_0, the same in training and at inference and stored with the weights, moves after every step of
             training towards where the share selected is the budget.
+        capacity_window: R. A token is selected only if fewer than C R of the R tokens before it in its document have a
+            score at least as high: no stretch of text holds many more than the share C, however much more there is to
+            recall than in training. 0: the threshold alone decides (docs/decisions/0019).
         threshold_step: how far it moves: so many standard deviations of the scores, times the share selected less C.
         budget_weight: λ of Eq. 7.
         budget_mean: the rate in Eq. 7 is taken over the whole `batch` or per `sequence`.
@@ -231,6 +234,7 @@ class TaipanConfig:
     attention_weight: AttentionWeight = "alpha"
     budget_control: BudgetControl = "penalty"
     threshold_step: float = 0.2
+    capacity_window: int = 0
     budget_weight: float = 10.0
     budget_mean: BudgetMean = "batch"
     budget_start: float | None = 1.0
@@ -283,6 +287,11 @@ class TaipanConfig:
         if self.gate_input != "recall" or "selective_attention" not in self.layer_types:
             return 0
         return self.sliding_window + max(self.recall_orders) - 2
+
+    @property
+    def remembered_scores(self) -> int:
+        """R, the last scores that a gate needs to know to hold its share of them; 0 where none does."""
+        return self.capacity_window if 0.0 < self.attention_capacity < 1.0 else 0
 
     def has_mlp(self, layer: int) -> bool:
         """Whether layer number `layer` carries a SwiGLU MLP."""
@@ -373,6 +382,7 @@ class TaipanConfig:
             self._require(0.0 <= begin <= until <= 1.0, field, "two fractions of training, 0 ≤ begin ≤ until ≤ 1")
         for field in ("gain_weight", "threshold_step"):
             self._require_number(field, 0.0, _LARGEST)
+        self._require(0 <= self.capacity_window <= _MOST, "capacity_window", f"a number of tokens from 0 to {_MOST:,}")
         self._require(0.0 < self.gain_rows <= 1.0, "gain_rows", "a share of the rows above 0, at most 1")
         self._require(0.0 < self.gain_clip <= _LARGEST, "gain_clip", f"above 0, at most {_LARGEST:g}")
         self._require(

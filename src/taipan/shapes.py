@@ -11,7 +11,7 @@ H      heads                                       J      keys of an attention c
 P      head dim of Mamba-2                         C      channels of the causal convolution
 N      state size of Mamba-2                       K      taps of the causal convolution
 L      inputs a convolution remembers, K − 1       U      keys used by one block of queries
-R      last tokens that recall remembers           O      lengths of n-grams that recall looks for
+R      last tokens that a gate remembers           O      lengths of n-grams that recall looks for
 G      groups sharing B and C (or key/value heads) M      tokens of a batch in one row
 Y      Selective Attention Layers
 ====== ==========================================  ====== ======================================
@@ -35,6 +35,7 @@ FloatT = Float[Tensor, "T"]
 FloatYT = Float[Tensor, "Y T"]
 FloatT2 = Float[Tensor, "T 2"]
 FloatBT = Float[Tensor, "B T"]
+FloatBR = Float[Tensor, "B R"]
 FloatBV = Float[Tensor, "B V"]
 FloatBT2 = Float[Tensor, "B T 2"]
 FloatBTD = Float[Tensor, "B T D"]

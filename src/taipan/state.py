@@ -17,7 +17,7 @@ from taipan.config import TaipanConfig
 from taipan.errors import StateError, brief, shown
 from taipan.io import atomic_write, order_safetensors, utf8_name
 from taipan.layer_types import table_of, tables
-from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBLD, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
+from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBLD, FloatBR, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
 
 NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: the next tokens continue the document
 _FORMAT = "taipan-state-3"
@@ -166,23 +166,26 @@ class AttentionState(LayerState):
 
 
 @dataclass(frozen=True)
-class LookaheadState(AttentionState):
-    """Keys and values, and what the entries of the next tokens still need: the last K inputs of the document.
+class SelectiveState(AttentionState):
+    """Keys and values of a SAL, and what its next tokens need to know of the last ones of the document.
 
-    `recent_BLD` is zero where the document has no token.
+    `recent_BLD` are the last K inputs where entries look ahead, zero where the document has no token; `score_BR` the
+    last R of s_1 − s_0 where `capacity_window` bounds the share selected, `NOTHING` where the document has none.
     """
 
     recent_BLD: FloatBLD
+    score_BR: FloatBR
 
     @classmethod
-    def after(cls, state: AttentionState, recent_BLD: FloatBLD) -> "LookaheadState":
-        """The entries of another state, and these inputs."""
+    def after(cls, state: AttentionState, recent_BLD: FloatBLD, score_BR: FloatBR) -> "SelectiveState":
+        """The entries of another state, with these."""
         return cls(
             key_BWGE=state.key_BWGE,
             value_BWGE=state.value_BWGE,
             index_BW=state.index_BW,
             count_B=state.count_B,
             recent_BLD=recent_BLD,
+            score_BR=score_BR,
         )
 
 
@@ -563,8 +566,9 @@ def shaping_fields(config: TaipanConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name == "attention_capacity":  # a budget; but 0 closes every gate
-            value = "closed" if value == 0 else field.default
+        if field.name == "attention_capacity":  # a budget; but 0 closes every gate, and a window of it is of inference
+            bounds = "capacity_window" not in idle and config.remembered_scores > 0
+            value = "closed" if value == 0 else value if bounds else field.default
         elif field.name == "num_key_value_heads":
             value = None if value == config.num_attention_heads else value
         elif field.name == "attention_head_dim":

@@ -193,7 +193,15 @@ def read_tokens(
                 pass
         for span, parts in zip(spans, seen, strict=True):
             ids_T, nats_T, before_T, selected_YT, margin_YT = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-            yield ReadTokens(span.document, span.start, ids_T, nats_T, before_T, selected_YT, margin_YT)
+            yield ReadTokens(
+                document=span.document,
+                start=span.start,
+                ids_T=ids_T,
+                nats_T=nats_T,
+                before_T=before_T,
+                selected_YT=selected_YT,
+                margin_YT=margin_YT,
+            )
 
 
 def _checked(

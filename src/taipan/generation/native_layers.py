@@ -22,7 +22,7 @@ from taipan.layers.mixer import AnyMixer
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.native.interface import State
 from taipan.native.memory import Arena
-from taipan.state import AttentionState, LayerState, LookaheadState, Mamba2State
+from taipan.state import AttentionState, LayerState, Mamba2State, SelectiveState
 
 
 class Kind(IntEnum):
@@ -41,7 +41,7 @@ class Buffers(ABC):
     Attributes:
         first, second: columns and recurrent state of Mamba-2; keys and values (B, G, W, E) of attention.
         index, count: of attention, as in its state.
-        recent: (B, K, D), where entries look ahead.
+        recent, scores: of a SAL, where its state has them.
     """
 
     first: Tensor
@@ -49,6 +49,7 @@ class Buffers(ABC):
     index: Tensor | None = None
     count: Tensor | None = None
     recent: Tensor | None = None
+    scores: Tensor | None = None
 
     @abstractmethod
     def put(self, row: int, state: Any) -> None:
@@ -79,6 +80,7 @@ class Buffers(ABC):
             first=self.first,
             second=self.second,
             recent=self.recent,
+            scores=self.scores,
             index=self.index,
             count=self.count,
             slots=self.slots,
@@ -235,28 +237,30 @@ class NativeAttention(NativeLayer[Attention, AttentionState]):
 
 
 class SelectiveBuffers(AttentionBuffers):
-    """Of the state of a SAL, whose entries may look ahead."""
+    """Of the state of a SAL, whose entries may look ahead and whose share may be bounded."""
 
     @classmethod
     def of(cls, state: AttentionState, real: torch.dtype, arena: Arena) -> Self:
         """A copy of a state."""
         made = super().of(state, real, arena)
-        if isinstance(state, LookaheadState):
-            made = replace(made, recent=_taken(state.recent_BLD, real, arena))
+        if isinstance(state, SelectiveState):
+            recent, scores = (_taken(each, real, arena) for each in (state.recent_BLD, state.score_BR))
+            made = replace(made, recent=recent, scores=scores)
         return made
 
     def put(self, row: int, state: AttentionState) -> None:
         """See `Buffers.put`."""
         super().put(row, state)
-        if self.recent is not None and isinstance(state, LookaheadState):
-            self.recent[row] = state.recent_BLD[0]
+        if self.recent is not None and self.scores is not None and isinstance(state, SelectiveState):
+            self.recent[row], self.scores[row] = state.recent_BLD[0], state.score_BR[0]
 
     def state(self, like: AttentionState, *, grown: bool) -> AttentionState:
         """See `Buffers.state`."""
         made = super().state(like, grown=grown)
-        if self.recent is None or not isinstance(like, LookaheadState):
+        if self.recent is None or self.scores is None or not isinstance(like, SelectiveState):
             return made
-        return LookaheadState.after(made, _copy(self.recent, like.recent_BLD.dtype))
+        recent, scores = _copy(self.recent, like.recent_BLD.dtype), _copy(self.scores, like.score_BR.dtype)
+        return SelectiveState.after(made, recent, scores)
 
 
 class NativeSelectiveAttention(NativeLayer[SelectiveAttention, AttentionState]):
@@ -275,7 +279,8 @@ class NativeSelectiveAttention(NativeLayer[SelectiveAttention, AttentionState]):
     def sizes(self, config: TaipanConfig) -> dict[str, int | float]:
         """See `NativeLayer.sizes`."""
         hidden = config.gate_hidden_size if config.gate == "mlp" else 0
-        return {**_heads(config), "gate_hidden": hidden, "lookahead": config.lookahead}
+        bound = {"scores": config.remembered_scores, "most": config.attention_capacity * config.remembered_scores}
+        return {**_heads(config), **bound, "gate_hidden": hidden, "lookahead": config.lookahead}
 
     def pack(self, mixer: SelectiveAttention, packer: Packer) -> dict[str, Any]:
         """See `NativeLayer.pack`."""

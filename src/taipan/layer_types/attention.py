@@ -107,6 +107,7 @@ class SelectiveAttentionTable(AttentionTable):
         "recall_orders",
         "recall_rank",
         "lookahead",
+        "capacity_window",
         "attention_weight",
         "key_value_scope",
         "window_unit",
@@ -121,7 +122,8 @@ class SelectiveAttentionTable(AttentionTable):
         rope = () if config.selective_rope else ("rope_theta",)
         hidden = () if config.gate == "mlp" else ("gate_hidden_size",)
         recall = () if config.gate_input == "recall" else ("recall_orders", "recall_rank")
-        return (*rope, *hidden, *recall)
+        bound = () if config.remembered_scores else ("capacity_window",)
+        return (*rope, *hidden, *recall, *bound)
 
     def shares(self, config: TaipanConfig, selected: float | None, training: bool) -> tuple[float, float]:
         """Selected queries only, unless a dense gradient needs all; selected keys only, unless all are kept."""
@@ -171,9 +173,10 @@ class SelectiveAttentionTable(AttentionTable):
         return 0 if config.attention_capacity == 0 else super().slots(config, context)
 
     def state_bytes(self, config: TaipanConfig, context: int, bytes_per_value: int) -> int:
-        """As attention's; and the last tokens, where entries look ahead."""
+        """As attention's; and the last inputs, where entries look ahead, and scores, where their share is bounded."""
         ahead = 0 if config.attention_capacity == 0 else config.lookahead
-        return super().state_bytes(config, context, bytes_per_value) + ahead * config.hidden_size * bytes_per_value
+        recent = ahead * config.hidden_size * bytes_per_value + config.remembered_scores * max(4, bytes_per_value)
+        return super().state_bytes(config, context, bytes_per_value) + recent
 
     def state_share(self, config: TaipanConfig) -> float:
         """The tokens selected."""

@@ -14,7 +14,8 @@ from taipan.layers.linear import PreciseLinear
 from taipan.layout import Recalled
 from taipan.ops.gumbel import expected_rate, gumbel_select
 from taipan.ops.masked_mean import masked_mean
-from taipan.shapes import BoolBT, FloatBT, FloatBT2, FloatBTD
+from taipan.ops.outranking import outranking
+from taipan.shapes import BoolBT, FloatBR, FloatBT, FloatBT2, FloatBTD, IntBT
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class GateOutput:
         noise: scale of the training noise at the model's progress.
         threshold: inference threshold on s_1 − s_0 at the time of the call, fp32, without dimensions.
         training_threshold: the one of training: the same where it holds the budget, else 0.
+        allowed_BT: which tokens `capacity_window` lets be selected; None: all.
     """
 
     layer: int
@@ -71,6 +73,7 @@ class GateOutput:
     noise: float
     threshold: Tensor
     training_threshold: Tensor
+    allowed_BT: BoolBT | None = None
 
     @property
     def margin_BT(self) -> Tensor:
@@ -86,12 +89,13 @@ class GateOutput:
     def training_rate(self) -> Tensor:
         """Expected share selected under the training noise at the model's progress."""
         rate_BT = expected_rate(self.scores_BT2.detach(), noise=self.noise, threshold=self.training_threshold)
-        return masked_mean(rate_BT, self.real_BT)
+        return masked_mean(rate_BT if self.allowed_BT is None else rate_BT * self.allowed_BT, self.real_BT)
 
     @property
     def noise_free_rate(self) -> Tensor:
         """Share selected at inference, s_1 − s_0 > threshold."""
-        return masked_mean(self.margin_BT > self.threshold, self.real_BT)
+        selected_BT = self.margin_BT > self.threshold
+        return masked_mean(selected_BT if self.allowed_BT is None else selected_BT & self.allowed_BT, self.real_BT)
 
     @property
     def margin_std(self) -> Tensor:
@@ -144,6 +148,21 @@ class GateOutput:
         count_B = real_BT.sum(1)
         rate_B = (self.mask_BT * real_BT).sum(1) / count_B.clamp_min(1)
         return ((capacity - rate_B) ** 2 * (count_B > 0)).sum() / (count_B > 0).sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class ScoresBefore:
+    """What `capacity_window` compares the scores of a call with.
+
+    Attributes:
+        recent_BR: s_1 − s_0 of the R tokens before the call, `NOTHING` where the document has none.
+        segment_BT: running document number of each token, 0 = that of `recent_BR`; None when nothing changes.
+        window: R; `recent_BR` may have fewer columns where there is nothing before.
+    """
+
+    recent_BR: FloatBR
+    segment_BT: IntBT | None
+    window: int
 
 
 class Gate(nn.Module):
@@ -202,7 +221,12 @@ class Gate(nn.Module):
         return torch.cat([x_BTD, seen_BTO, distance_BTO.clamp_min(1).log() / scale, fit_BTX], -1)
 
     def forward(
-        self, x_BTD: Tensor, real_BT: BoolBT | None, schedule: GateSchedule, recalled: Recalled | None = None
+        self,
+        x_BTD: Tensor,
+        real_BT: BoolBT | None,
+        schedule: GateSchedule,
+        recalled: Recalled | None = None,
+        before: ScoresBefore | None = None,
     ) -> GateOutput:
         """Decide for every token.
 
@@ -215,6 +239,7 @@ class Gate(nn.Module):
             real_BT: which tokens are not padding; None when all are.
             schedule: current temperature and noise.
             recalled: what the tokens repeat; for `gate_input` = `recall`.
+            before: the scores before the call; for `capacity_window`.
         """
         config = self.config
         scores_BT2 = self.scores(x_BTD, recalled)
@@ -239,6 +264,11 @@ class Gate(nn.Module):
         else:
             selected_BT = margin_BT > self.threshold
             mask_BT = selected_BT.to(scores_BT2.dtype)
+        allowed_BT: Tensor | None = None
+        if before is not None and forced is None:
+            higher_BT = outranking(margin_BT.detach(), before.recent_BR, before.segment_BT)
+            allowed_BT = higher_BT < schedule.capacity * before.window
+            selected_BT, mask_BT = selected_BT & allowed_BT, mask_BT * allowed_BT
         if real_BT is not None:
             selected_BT, mask_BT = selected_BT & real_BT, mask_BT * real_BT
         if config.attention_weight == "one":
@@ -256,6 +286,7 @@ class Gate(nn.Module):
             noise=schedule.noise,
             threshold=threshold,
             training_threshold=threshold if controlled else torch.zeros_like(threshold),
+            allowed_BT=allowed_BT,
         )
 
     @torch.no_grad()

@@ -4,18 +4,21 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from taipan.config import TaipanConfig
 from taipan.layers.attention import Attended, GatheredAttention, out_of_place
-from taipan.layers.gating import Gate, GateSchedule
+from taipan.layers.gating import Gate, GateOutput, GateSchedule, ScoresBefore
 from taipan.layers.init import linear_
 from taipan.layers.linear import Linear, of_tokens
 from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
+from taipan.ops.outranking import NOTHING
+from taipan.ops.recall import remember
 from taipan.ops.selection import gather, scatter, select_tokens
-from taipan.shapes import FloatBTD
-from taipan.state import AttentionState, LookaheadState, StateBuilder, take
+from taipan.shapes import FloatBLD, FloatBTD
+from taipan.state import AttentionState, SelectiveState, StateBuilder, take
 
 
 class SelectiveAttention(Mixer[AttentionState]):
@@ -55,7 +58,9 @@ class SelectiveAttention(Mixer[AttentionState]):
     ) -> Mixed:
         """See `Mixer.forward`: the refined stream, no branch."""
         config = self.config
-        gate = self.gate(h_BTD if config.gate_input == "raw" else x_BTD, layout.real_BT, schedule, layout.recalled)
+        read_BTD = h_BTD if config.gate_input == "raw" else x_BTD
+        before = self._scores_before(x_BTD, state, layout)
+        gate = self.gate(read_BTD, layout.real_BT, schedule, layout.recalled, before)
         if self.closed:
             build = self._unchanged(x_BTD, state)
             return Mixed(h_BTD=h_BTD, branch_BTD=None, build_state=build, gate=gate)
@@ -72,8 +77,8 @@ class SelectiveAttention(Mixer[AttentionState]):
         k = of_tokens(self.k_proj, gather(entries.back(config.lookahead), keys.tokens))
         v = of_tokens(self.v_proj, gather(entries.since(), keys.tokens))
         out, build = self.attention(q, k, v, state, layout, queries=queries, keys=keys)
-        if config.lookahead:
-            build = entries.remembering(build)
+        if self._remembers:
+            build = self._remembering(build, entries, gate, before, layout)
         out_BSD = of_tokens(self.o_proj, out)
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
         h_BSD = gather(h_BTD, queries.tokens)
@@ -94,10 +99,48 @@ class SelectiveAttention(Mixer[AttentionState]):
         """See `Mixer.empty_state`: all W slots from the start; none behind a gate that is always closed."""
         config, slots = self.config, 0 if self.closed else self.config.sliding_window
         state = AttentionState.empty(batch, slots, config.kv_heads, config.head_dim, dtype, device)
-        if self.closed or config.lookahead == 0:
+        if not self._remembers:
             return state
         recent = torch.zeros(batch, config.lookahead, config.hidden_size, dtype=dtype, device=device)
-        return LookaheadState.after(state, recent)
+        precise = torch.promote_types(dtype, torch.float32)
+        score = torch.full((batch, config.remembered_scores), NOTHING, dtype=precise, device=device)
+        return SelectiveState.after(state, recent, score)
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether the state holds more than the entries of the window."""
+        return not self.closed and (self.config.lookahead > 0 or self.config.remembered_scores > 0)
+
+    def _scores_before(self, x_BTD: Tensor, state: AttentionState | None, layout: Layout) -> ScoresBefore | None:
+        """What the gate compares its scores with, if it does."""
+        window = self.config.remembered_scores
+        if window == 0:
+            return None
+        if isinstance(state, SelectiveState):
+            return ScoresBefore(state.score_BR, layout.segment_BT, window)
+        precise = torch.promote_types(x_BTD.dtype, torch.float32)
+        columns = min(window, x_BTD.shape[1])  # no token of the call is compared with more
+        recent_BR = torch.full((len(x_BTD), columns), NOTHING, dtype=precise, device=x_BTD.device)
+        return ScoresBefore(recent_BR, layout.segment_BT, window)
+
+    def _remembering(
+        self, build: StateBuilder, entries: "_Entries", gate: GateOutput, before: ScoresBefore | None, layout: Layout
+    ) -> StateBuilder:
+        """How to build the state with what the next tokens need to know of the last ones in it."""
+
+        def all_of_it() -> SelectiveState:
+            state = build()
+            assert isinstance(state, AttentionState)
+            margin_BT = gate.margin_BT.detach()
+            score_BR = margin_BT[:, :0]
+            if before is not None:
+                missing = before.window - before.recent_BR.shape[1]
+                recent_BR = F.pad(before.recent_BR, (missing, 0), value=NOTHING).to(margin_BT.dtype)
+                documents = (layout.length_B, layout.segment_BT, layout.last_segment_B)
+                score_BR = remember(recent_BR, margin_BT, *documents, nothing=NOTHING)
+            return SelectiveState.after(state, entries.recent(), score_BR)
+
+        return all_of_it
 
     def impossible(self, state: AttentionState, position_B: Tensor) -> Iterator[tuple[str, str]]:
         """See `Mixer.impossible`."""
@@ -106,7 +149,10 @@ class SelectiveAttention(Mixer[AttentionState]):
         every = self.config.key_value_scope == "all"
         ordinals = every or self.config.window_unit == "selected"
         yield from out_of_place(state, position_B, every=every and not self.closed, ordinals=ordinals)
-        if isinstance(state, LookaheadState):
+        if isinstance(state, SelectiveState):
+            known_BR = position_B[:, None] >= state.score_BR.shape[1] - torch.arange(state.score_BR.shape[1])
+            if not ((state.score_BR > NOTHING) == known_BR).all():
+                yield "score_BR", "does not hold the scores of the last tokens"
             ago_L = self.config.lookahead - torch.arange(self.config.lookahead)
             before_BL = position_B[:, None] < ago_L
             if state.recent_BLD[before_BL].any():
@@ -136,7 +182,7 @@ class _Entries:
         self._lookahead = lookahead
         self._x = x_BTD
         if lookahead:
-            if isinstance(state, LookaheadState):
+            if isinstance(state, SelectiveState):
                 recent_BLD = state.recent_BLD.to(x_BTD.dtype)
             else:
                 recent_BLD = x_BTD.new_zeros(len(x_BTD), lookahead, x_BTD.shape[-1])
@@ -155,22 +201,18 @@ class _Entries:
             return self._x
         return torch.cat([self.back(tokens) for tokens in range(self._lookahead + 1)], -1)
 
-    def remembering(self, build: StateBuilder) -> StateBuilder:
-        """How to build the state with the last K hidden states of the document in it."""
-
-        def both() -> LookaheadState:
-            length, position_BT = self._layout.length_B, self._layout.position_BT
-            if length is None:
-                length = torch.full_like(position_BT[:, 0], position_BT.shape[1])
-            place_BL = length[:, None] + torch.arange(self._lookahead, device=length.device)
-            # tokens of the document so far: none of the call where all of the row is padding
-            last_B = position_BT.gather(1, (length - 1).clamp_min(0)[:, None])[:, 0] + (length > 0)
-            ago_L = self._lookahead - torch.arange(self._lookahead, device=length.device)
-            state = build()
-            assert isinstance(state, AttentionState)
-            return LookaheadState.after(state, take(self._x, place_BL) * (last_B[:, None] >= ago_L)[..., None])
-
-        return both
+    def recent(self) -> FloatBLD:
+        """The last K hidden states of the document after the call."""
+        length, position_BT = self._layout.length_B, self._layout.position_BT
+        if self._lookahead == 0:
+            return self._x[:, :0]
+        if length is None:
+            length = torch.full_like(position_BT[:, 0], position_BT.shape[1])
+        place_BL = length[:, None] + torch.arange(self._lookahead, device=length.device)
+        # tokens of the document so far: none of the call where all of the row is padding
+        last_B = position_BT.gather(1, (length - 1).clamp_min(0)[:, None])[:, 0] + (length > 0)
+        ago_L = self._lookahead - torch.arange(self._lookahead, device=length.device)
+        return take(self._x, place_BL) * (last_B[:, None] >= ago_L)[..., None]
 
 
 def selected_ordinals(selected_BT: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:

@@ -160,6 +160,7 @@ def restore_gate(gate: GateOutput, restore: Callable[[Tensor], Tensor], attentio
         selected_BT=restore(gate.selected_BT),
         mask_BT=restore(gate.mask_BT),
         alpha_BT=restore(gate.alpha_BT),
+        allowed_BT=None if gate.allowed_BT is None else restore(gate.allowed_BT),
         real_BT=attention_mask.bool(),
     )
 

@@ -436,9 +436,9 @@ class DecodeSizes(Structure):
 
     _fields_ = [
         *_sizes("layers hidden vocabulary intermediate inner conv taps heads head_dim groups state"),
-        *_sizes("query_heads key_heads width gate_hidden lookahead orders remembered window rank"),
+        *_sizes("query_heads key_heads width gate_hidden lookahead orders remembered window rank scores"),
         *_sizes("format embedding_format rounds"),
-        *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high")),
+        *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high", "most")),
     ]
 
 
@@ -472,6 +472,7 @@ class State(Structure):
         ("first", RealsOrNull),
         ("second", RealsOrNull),
         ("recent", RealsOrNull),
+        ("scores", RealsOrNull),
         ("index", Int64OrNull),
         ("count", Int64OrNull),
         ("slots", Index),

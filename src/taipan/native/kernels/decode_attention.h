@@ -21,7 +21,7 @@ struct AttentionLayer {
     if (layer.kind == kSelective) {
       asked = 0;
       for (Index i = 0; i < step.count; ++i)
-        if (opens(layer, i, own)) own.asked[asked++] = i;
+        if (opens(layer, state, i, own)) own.asked[asked++] = i;
       if (asked < step.count) {
         for (Index j = 0; j < asked; ++j)
           std::memcpy(own.chosen + j * s.hidden, own.x + own.asked[j] * s.hidden, sizeof(T) * s.hidden);
@@ -32,7 +32,7 @@ struct AttentionLayer {
     }
     const bool all = asked == step.count || layer.keys_of_all;
     const Index keyed = all ? step.count : asked, ahead = layer.kind == kSelective ? s.lookahead : 0;
-    if (keyed == 0) return;
+    if (keyed == 0) return note_scores(layer, state, own);
     const T *values = all ? own.x : x, *keys = values;
     if (ahead > 0) {
       entries(state, own);
@@ -43,6 +43,7 @@ struct AttentionLayer {
     step.product(layer.first, x, s.hidden, asked, own, {q, query, false});
     step.product(layer.keys, keys, s.hidden * (1 + ahead), keyed, own, {k, key, false});
     step.product(layer.values, values, s.hidden * (1 + ahead), keyed, own, {v, key, false});
+    note_scores(layer, state, own);
     step.team->wait(own.me);
     step.team->share(own.me, keyed * s.key_heads, 1, [&](Index begin, Index end) {
       for (Index task = begin; task < end; ++task) {
@@ -103,7 +104,7 @@ struct AttentionLayer {
   }
 
   // The gate of row i (Eq. 1–3): whether it selects the token; its weight, α or 1, goes to own.weight.
-  bool opens(const Layer& layer, Index i, const Own<T>& own) const {
+  bool opens(const Layer& layer, const State& state, Index i, const Own<T>& own) const {
     const T* x = (layer.gate_reads_raw ? step.h : own.x) + i * s.hidden;
     Index size = s.hidden;
     if (layer.recall_query_weight != nullptr) {
@@ -121,8 +122,23 @@ struct AttentionLayer {
     }
     const T skip = dot(size, layer.gate_weight, x) + layer.gate_bias[0];
     const T attend = dot(size, layer.gate_weight + size, x) + layer.gate_bias[1];
-    own.weight[i] = layer.weighs_one ? T(1) : sigmoid_of(attend - skip);
-    return attend - skip > *layer.threshold;
+    own.margin[i] = attend - skip;
+    own.weight[i] = layer.weighs_one ? T(1) : sigmoid_of(own.margin[i]);
+    if (!(own.margin[i] > *layer.threshold)) return false;
+    const T* scores = state.scores + (s.scores > 0 ? step.rows[i] * s.scores : 0);
+    const Index higher = std::count_if(scores, scores + s.scores, [&](T other) { return other >= own.margin[i]; });
+    return s.scores == 0 || static_cast<double>(higher) < s.most;
+  }
+
+  // The scores of this step become the last ones of their rows, once all threads have compared with those before.
+  void note_scores(const Layer& layer, const State& state, Own<T>& own) const {
+    if (layer.kind != kSelective || s.scores == 0) return;
+    step.team->wait(own.me);
+    for (Index i = 0; own.me.part.number == 0 && i < step.count; ++i) {
+      T* scores = state.scores + step.rows[i] * s.scores;
+      std::memmove(scores, scores + 1, sizeof(T) * (s.scores - 1));
+      scores[s.scores - 1] = own.margin[i];
+    }
   }
 
   // The input of row i, what it repeats, and how the token that followed fits it, one after the other.

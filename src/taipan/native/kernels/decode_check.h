@@ -26,7 +26,7 @@ struct DecodeCheck {
     const bool there = call.embedding && call.norm && call.tokens && call.position &&
                        (call.count == 0 || (call.rows && call.logits));
     return formats && there && s.layers >= 0 && s.hidden > 0 && s.vocabulary > 0 && s.intermediate >= 0 &&
-           s.gate_hidden >= 0 && s.lookahead >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden) && recall();
+           s.gate_hidden >= 0 && s.lookahead >= 0 && s.scores >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden) && recall();
   }
 
   // Orders rise, and what is remembered holds all of their n-grams that end within the window.
@@ -50,7 +50,7 @@ struct DecodeCheck {
     switch (layer.kind) {
       case kClosed: return true;
       case kMamba2: return mamba2(layer, state);
-      case kSelective: return gate(layer) && attention(layer, state);
+      case kSelective: return gate(layer) && (s.scores == 0 || state.scores) && attention(layer, state);
       case kAttention: return attention(layer, state);
       default: return false;
     }

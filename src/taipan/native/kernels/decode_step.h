@@ -14,7 +14,7 @@ constexpr Index kKeys = 64;  // of an attention at once
 // What one thread needs for itself.
 template <class T>
 struct Own {
-  T *x, *chosen, *room, *weight, *attended, *entries, *gate;
+  T *x, *chosen, *room, *weight, *margin, *attended, *entries, *gate;
   Index* asked;
   Team::Member me;
 };
@@ -61,7 +61,8 @@ struct Step {
                            count,
                            shared * (2 * s.width + 2 + kKeys),
                            s.lookahead > 0 ? count * s.hidden * (1 + s.lookahead) : 0,
-                           s.hidden + 2 * s.orders + s.rank + s.gate_hidden};
+                           s.hidden + 2 * s.orders + s.rank + s.gate_hidden,
+                           count};
     std::size_t bytes = Scratch::bytes<Index>(count);
     for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
     if (!scratch.reserve(bytes)) return false;
@@ -72,6 +73,7 @@ struct Step {
     own.attended = scratch.take<T>(sizes[4]);
     own.entries = scratch.take<T>(sizes[5]);
     own.gate = scratch.take<T>(sizes[6]);
+    own.margin = scratch.take<T>(sizes[7]);
     own.asked = scratch.take<Index>(count);
     own.me.part = part;
     return true;

@@ -188,9 +188,11 @@ struct DecodeSizes {
   Index gate_hidden;                                         // 0: a linear gate
   Index lookahead;                                           // K of the selective layers
   Index orders, remembered, window, rank;                    // of gates that recall; 0: none does
+  Index scores;                                              // that gates remember, to select few of them; 0: none
   Index format, embedding_format;                            // of the matrices and of the embedding
   Index rounds;  // the model is in bfloat16: what a state keeps is rounded to it, what a product takes may be
   double eps, dt_low, dt_high;
+  double most;  // of the remembered scores may be higher
 };
 
 enum Kind : Index { kMamba2 = 0, kAttention = 1, kSelective = 2, kClosed = 3 };
@@ -214,9 +216,9 @@ struct Layer {
 
 // Of a Mamba-2 layer: columns (B, K - 1, C) and recurrent state (B, H, P, N). Of an attention layer: keys and values
 // (B, G, W, E), window coordinate (B, W) and number of entries so far (B); where entries look ahead, the last inputs
-// (B, K, D).
+// (B, K, D); where the share selected is bounded, the last scores (B, scores).
 struct State {
-  Real *first, *second, *recent;
+  Real *first, *second, *recent, *scores;
   std::int64_t *index, *count;
   Index slots;
 };
@@ -277,13 +279,13 @@ TAIPAN_STRUCT(AttentionBackward, sizes, q, k, v, plan, out, dout, statistics, de
 TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, logits, target, loss)
 TAIPAN_STRUCT(Matrix, weight, scale, rows, columns)
 TAIPAN_STRUCT(DecodeSizes, layers, hidden, vocabulary, intermediate, inner, conv, taps, heads, head_dim, groups, state,
-              query_heads, key_heads, width, gate_hidden, lookahead, orders, remembered, window, rank, format,
-              embedding_format, rounds, eps, dt_low, dt_high)
+              query_heads, key_heads, width, gate_hidden, lookahead, orders, remembered, window, rank, scores,
+              format, embedding_format, rounds, eps, dt_low, dt_high, most)
 TAIPAN_STRUCT(Layer, kind, norm, first, keys, values, last, conv_weight, conv_bias, dt_bias, A, D, gated_norm, frequency,
               window, gate_weight, gate_bias, gate_hidden_weight, gate_hidden_bias, recall_query_weight,
               recall_query_bias, recall_key_weight, recall_key_bias, threshold, gate_reads_raw, keys_of_all,
               counts_selected, adds, weighs_one, mlp_norm, gate, up, down)
-TAIPAN_STRUCT(State, first, second, recent, index, count, slots)
+TAIPAN_STRUCT(State, first, second, recent, scores, index, count, slots)
 TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, rows, tokens, position, orders,
               recent, logits)
 TAIPAN_STRUCT(Piece, address, bytes)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from taipan.shapes import IntB, IntBR, IntBT
+from taipan.shapes import IntB, IntBT
 
 
 def remembered_tokens(orders: Sequence[int], window: int) -> int:
@@ -13,16 +14,22 @@ def remembered_tokens(orders: Sequence[int], window: int) -> int:
 
 
 def remember(
-    recent_BR: IntBR, tokens_BT: IntBT, length_B: IntB | None, segment_BT: IntBT | None, last_segment_B: IntB | None
-) -> IntBR:
-    """The last R tokens of each row's document after a call, −1 where it has none.
+    recent_BR: Tensor,
+    tokens_BT: Tensor,
+    length_B: IntB | None,
+    segment_BT: IntBT | None,
+    last_segment_B: IntB | None,
+    nothing: float = -1,
+) -> Tensor:
+    """The last R tokens of each row's document after a call, or numbers of them; `nothing` where it has none.
 
     Args:
         recent_BR: the same from before the call.
-        tokens_BT: ids of the call, the real ones at the left.
+        tokens_BT: ids (or numbers) of the call, the real ones at the left.
         length_B: real tokens of each row; None when all are.
         segment_BT: running document number of each token, 0 = that of `recent_BR`; None when nothing changes.
         last_segment_B: the document each row ends in; None like `segment_BT`.
+        nothing: stands where there is no token.
     """
     kept = recent_BR.shape[1]
     all_BL = torch.cat([recent_BR, tokens_BT], 1)
@@ -33,5 +40,5 @@ def remember(
     last_BR = all_BL.gather(1, place_BR)
     if segment_BT is None or last_segment_B is None:
         return last_BR
-    segment_BL = torch.cat([torch.zeros_like(recent_BR), segment_BT], 1)
-    return last_BR.masked_fill(segment_BL.gather(1, place_BR) != last_segment_B[:, None], -1)
+    segment_BL = torch.cat([torch.zeros_like(recent_BR, dtype=segment_BT.dtype), segment_BT], 1)
+    return last_BR.masked_fill(segment_BL.gather(1, place_BR) != last_segment_B[:, None], nothing)

@@ -1,0 +1,46 @@
+"""Outranking: what looking back token by token counts, whatever the splits and documents."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from taipan.ops.outranking import NOTHING, outranking, portable
+from taipan.ops.outranking.reference import outranking as look_back
+from taipan.ops.recall import remember
+
+
+@st.composite
+def scores(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    """Scores, of which some are equal, and running document numbers (B, T); R."""
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 24))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    score = torch.randint(-4, 5, (batch, length), generator=generator).double()
+    segment = (torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.5]))).long().cumsum(1)
+    return score, segment, draw(st.integers(0, 12))
+
+
+@given(scores(), st.integers(1, 64))
+@settings(deadline=None)
+def test_comparing_counts_what_looking_back_counts(case: tuple[Tensor, Tensor, int], piece: int) -> None:
+    score, segment, reach = case
+    recent = torch.randint(-4, 5, (len(score), reach)).double()
+    recent[:, : reach // 2] = NOTHING
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "_PIECE", piece)
+        for documents in (None, segment):
+            assert outranking(score, recent, documents).equal(look_back(score, recent, documents))
+
+
+@given(scores(), st.data())
+@settings(deadline=None)
+def test_split_anywhere_it_counts_the_same(case: tuple[Tensor, Tensor, int], data: st.DataObject) -> None:
+    score, segment, reach = case
+    cut = data.draw(st.integers(1, score.shape[1]))
+    recent = torch.full((len(score), reach), NOTHING, dtype=score.dtype)
+    whole = outranking(score, recent, segment)
+    first = outranking(score[:, :cut], recent, segment[:, :cut])
+    recent = remember(recent, score[:, :cut], None, segment[:, :cut], segment[:, cut - 1], nothing=NOTHING)
+    rest = outranking(score[:, cut:], recent, segment[:, cut:] - segment[:, cut - 1 : cut])
+    assert torch.cat([first, rest], 1).equal(whole)
