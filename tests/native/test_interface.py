@@ -268,11 +268,19 @@ def test_what_recalling_gates_need_is_asked_for() -> None:
         (arguments.sizes, "orders", 0),
         (arguments.sizes, "rank", 0),
     ):
-        right = getattr(structure, name)
+        field = getattr(structure, name)
+        right = getattr(field, "value", field)  # a field is a view of its structure
         setattr(structure, name, wrong)
         with pytest.raises(RuntimeError, match="decode: the kernels do not do this"):
             invoke(torch.float64, arguments)
         setattr(structure, name, right)
+        invoke(torch.float64, arguments)
+    arguments.sizes.scores = 3  # that no state has
+    state.scores = None
+    with pytest.raises(RuntimeError, match="decode: the kernels do not do this"):
+        invoke(torch.float64, arguments)
+    arguments.sizes.scores = 0
+    invoke(torch.float64, arguments)
     orders = torch.tensor([1, 3, 2])
     arguments.orders = orders.data_ptr()
     with pytest.raises(RuntimeError, match="decode: the kernels do not do this"):
