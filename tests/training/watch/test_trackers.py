@@ -2,8 +2,12 @@
 
 import importlib.util
 import inspect
+import json
 import shutil
+import sqlite3
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +20,7 @@ from taipan.training.recipe import Recipe
 from taipan.training.run.loop import train
 from taipan.training.watch.listener import StepInfo, TrainingListener
 from taipan.training.watch.trackers import TrackedListener, scalars
+from tests.training.processes.launch import environment
 
 RECORD: dict[str, Any] = {
     "kind": "train",
@@ -172,6 +177,64 @@ def test_no_step_is_told_twice_to_a_tracker_that_cannot_forget(
     assert told(killed, resumed) == told(whole)
     train(None, resume=tmp_path / "copy")
     assert [step for step, _ in told(runs[-1])][:2] == [5, 6], "a copy is another run: it has been told nothing"
+
+
+def test_what_a_killed_session_did_not_hand_on_is_told_later(
+    fake: Callable[..., list[FakeRun]],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trackio has step 5 and nothing after it; the run was recorded up to step 8 and goes on after step 6."""
+    runs = fake("trackio")
+    monkeypatch.setattr(FakeRun, "_next_step", 6, raising=False)
+    earlier = [{**RECORD, "step": step} for step in range(1, 9)]
+    earlier += [{**SAMPLE, "step": step} for step in (3, 5, 6)]
+    listener = TrackedListener(Heard(), ["trackio"], tmp_path, "id", make_recipe(), 6, earlier)
+    for step in (7, 8, 9):
+        listener.recorded({**RECORD, "step": step})
+    listener.recorded({**RECORD, "kind": "final", "step": 9})
+    assert [(step, "sample" in values) for values, step in runs[0].logged] == [
+        *((6, False), (6, True), (7, False), (8, False), (9, False), (9, False))
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trackio_itself_has_every_line_once_after_a_kill(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """SIGKILL between two of its writes, past a checkpoint."""
+    changes = {"training.trackers": ["trackio"], "training.steps": 80, "training.checkpoint_every": 20}
+    changes |= {"training.log_every": 1, "training.sample_every": 65, "training.sample_tokens": 3}
+    (tmp_path / "recipe.yaml").write_text(make_recipe(**changes).to_yaml())
+    metrics, database = tmp_path / "run" / "metrics.jsonl", tmp_path / "trackio" / "taipan.db"
+    settings = {**environment(0, 1, 1), "TRACKIO_DIR": str(database.parent)}
+
+    def started(*words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "taipan", "train", *words]
+        return subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    killed = started(str(tmp_path / "recipe.yaml"))
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 45:
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    before = len(metrics.read_bytes().splitlines())
+    assert started("--resume", str(tmp_path / "run")).wait() == 0
+    files = (metrics, tmp_path / "run" / "samples.jsonl")
+    records = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = sqlite3.connect(database).execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    assert 45 <= before < 80
+    assert len({name for name, _, _ in rows}) == 1
+
+    def line(step: int, values: dict[str, Any]) -> str:
+        return f"{step} {sorted((key, value) for key, value in values.items() if 'second' not in key)}"
+
+    texts = [{"sample": record["prompt"] + record["text"]} if "text" in record else {} for record in records]
+    expected = [
+        line(record["step"], text or dict(scalars(record))) for record, text in zip(records, texts, strict=True)
+    ]
+    assert sorted(line(step, json.loads(values)) for _, step, values in rows) == sorted(expected)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

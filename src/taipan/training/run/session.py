@@ -11,7 +11,7 @@ from taipan.training.run.checkpoint import remove_unfinished
 from taipan.training.run.identity import data_fingerprint
 from taipan.training.run.opening import METRICS, MODEL, RECIPE, SAMPLES, OpenRun
 from taipan.training.watch.listener import SilentListener, TrainingListener
-from taipan.training.watch.metrics import read_records, truncate_records
+from taipan.training.watch.metrics import Record, read_records, truncate_records
 from taipan.training.watch.record import RunRecord, Status
 from taipan.training.watch.trackers import TrackedListener
 
@@ -51,9 +51,9 @@ def session_of(run: OpenRun, listener: TrainingListener) -> Generator[Session]:
         with world.together():
             if world.leads:
                 record = RunRecord(run.path, resumed=run.found is not None)
-                told = () if record.copied_from is not None or run.found is None else _told(run)
+                earlier = () if record.copied_from is not None or run.found is None else _earlier(run)
                 tracked = TrackedListener(
-                    listener, run.recipe.training.trackers, run.path, record.id, run.recipe, run.pace.step, told
+                    listener, run.recipe.training.trackers, run.path, record.id, run.recipe, run.pace.step, earlier
                 )
                 _prepare_directory(run)
                 record.begin(step=run.pace.step, **_facts(run, record))
@@ -78,10 +78,9 @@ def session_of(run: OpenRun, listener: TrainingListener) -> Generator[Session]:
         record.end(status, step=run.pace.step, message=message)
 
 
-def _told(run: OpenRun) -> list[tuple[str, int]]:
-    """Kinds and steps of what earlier sessions recorded, before it is cut back to the checkpoint."""
-    records = [record for file in (METRICS, SAMPLES) for record in read_records(run.path / file)]
-    return [(record["kind"], record["step"]) for record in records]
+def _earlier(run: OpenRun) -> list[Record]:
+    """What earlier sessions recorded, before it is cut back to the checkpoint."""
+    return [record for file in (METRICS, SAMPLES) for record in read_records(run.path / file)]
 
 
 def _prepare_directory(run: OpenRun) -> None:

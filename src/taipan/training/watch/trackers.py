@@ -3,7 +3,8 @@
 A tracker that fails is dropped with a warning: a run does not end because a dashboard does.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ class Tracker(Protocol):
 
     name: str
     forgets: bool  # what a killed session told after its last checkpoint, when the run goes on
+    arrived: int | None  # last step that it holds of earlier sessions; None: it cannot say, or forgets
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Take the numbers of one line of metrics."""
@@ -40,6 +42,7 @@ class TensorBoard:
 
     name = "tensorboard"
     forgets = True
+    arrived: int | None = None
 
     def __init__(self, run: Path, run_id: str, recipe: Recipe, step: int) -> None:
         _load("tensorboard", self.name)
@@ -67,6 +70,7 @@ class Wandb:
 
     name = "wandb"
     forgets = False
+    arrived: int | None = None
 
     def __init__(self, run: Path, run_id: str, recipe: Recipe, step: int) -> None:
         module = _load("wandb", self.name)
@@ -88,7 +92,11 @@ class Wandb:
 
 
 class Trackio:
-    """A Trackio run, on this machine unless Trackio is told otherwise."""
+    """A Trackio run, on this machine unless Trackio is told otherwise.
+
+    It writes twice a second from a thread, so a killed session leaves it behind metrics.jsonl. When a run goes on it
+    looks up the last step that it has; what else was said of that step may be missing.
+    """
 
     name = "trackio"
     forgets = False
@@ -98,6 +106,8 @@ class Trackio:
         self._run = self._module.init(
             project=_PROJECT, name=f"{run.name}-{run_id}", resume="allow", config=recipe.to_dict()
         )
+        following = getattr(self._run, "_next_step", None)  # of the version that is pinned; no public name has it
+        self.arrived = following - 1 if isinstance(following, int) else None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Take the numbers of one line of metrics."""
@@ -129,8 +139,9 @@ class TrackedListener(TrainingListener):
         run_id: of the run, over all sessions.
         recipe: is shown with the run.
         step: steps already taken.
-        told: kinds and steps of records that an earlier session wrote, those after its last checkpoint too. A tracker
-            that cannot forget them gets none of them again: the steps are repeated, and so are their numbers.
+        earlier: records that earlier sessions wrote, those after their last checkpoint too, and samples. A tracker that
+            cannot forget gets none of them twice: the steps are repeated, and so are their numbers. What did not arrive
+            there it gets now, or when its step is repeated.
 
     Raises:
         ConfigError: a tracker's package is not installed.
@@ -144,11 +155,14 @@ class TrackedListener(TrainingListener):
         run_id: str,
         recipe: Recipe,
         step: int,
-        told: Collection[tuple[str, int]] = (),
+        earlier: Sequence[Record] = (),
     ) -> None:
-        self._listener = listener
-        self._told = frozenset(told)
+        self._listener, self._start = listener, step
+        self._told = frozenset((record["kind"], record["step"]) for record in earlier)
         self._trackers = [_KINDS[name](run, run_id, recipe, step) for name in dict.fromkeys(names)]
+        for record in sorted(earlier, key=lambda record: record["step"]):
+            if record["step"] <= step:
+                self._give(record)
 
     def started(self, info: RunInfo) -> None:
         """Passed on."""
@@ -161,13 +175,12 @@ class TrackedListener(TrainingListener):
     def recorded(self, record: Record) -> None:
         """Passed on, and the numbers to every tracker."""
         self._listener.recorded(record)
-        values = dict(scalars(record))
-        self._tell(lambda tracker: tracker.scalars(values, record["step"]), record)
+        self._give(record)
 
     def sampled(self, record: Record) -> None:
         """Passed on, and the text to every tracker."""
         self._listener.sampled(record)
-        self._tell(lambda tracker: tracker.text("sample", record["prompt"] + record["text"], record["step"]), record)
+        self._give(record)
 
     def saved(self, path: Path) -> None:
         """Passed on."""
@@ -183,21 +196,36 @@ class TrackedListener(TrainingListener):
 
     def close(self) -> None:
         """Close all trackers."""
-        self._tell(lambda tracker: tracker.close())
-
-    def _tell(self, what: Callable[[Tracker], None], record: Record | None = None) -> None:
-        again = record is not None and (record["kind"], record["step"]) in self._told
         for tracker in list(self._trackers):
-            if again and not tracker.forgets:
-                continue
-            try:
-                what(tracker)
-            except Exception as error:  # any: the package's own, the network's, the disk's
-                self._trackers.remove(tracker)
-                self._listener.warned(
-                    f"{tracker.name} failed ({type(error).__name__}: {error}) and gets nothing more in this session; "
-                    "metrics.jsonl goes on."
-                )
+            self._try(tracker, tracker.close)
+
+    def _give(self, record: Record) -> None:
+        """To every tracker that has not got it."""
+        for tracker in list(self._trackers):
+            if not self._has(tracker, record["kind"], record["step"]):
+                self._try(tracker, partial(_show, tracker, record))
+
+    def _has(self, tracker: Tracker, kind: str, step: int) -> bool:
+        if tracker.arrived is not None and step != tracker.arrived:
+            return step < tracker.arrived
+        return (kind, step) in self._told and not (tracker.forgets and step > self._start)
+
+    def _try(self, tracker: Tracker, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Exception as error:  # any: the package's own, the network's, the disk's
+            self._trackers.remove(tracker)
+            self._listener.warned(
+                f"{tracker.name} failed ({type(error).__name__}: {error}) and gets nothing more in this session; "
+                "metrics.jsonl goes on."
+            )
+
+
+def _show(tracker: Tracker, record: Record) -> None:
+    if record["kind"] == "sample":
+        tracker.text("sample", record["prompt"] + record["text"], record["step"])
+    else:
+        tracker.scalars(dict(scalars(record)), record["step"])
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
