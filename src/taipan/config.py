@@ -464,7 +464,8 @@ class TaipanConfig:
         """Read the native fields of a `config.json` (keys that Hugging Face adds are left aside).
 
         Raises:
-            ConfigError: the file is missing, is no JSON object, or is no Taipan configuration.
+            ConfigError: the file is missing, is no JSON object, or is no Taipan configuration; or it has a name that is
+                nearly that of a field it lacks.
         """
         path = Path(path)
         try:
@@ -476,7 +477,11 @@ class TaipanConfig:
         values = parse_json_object(text, str(path), refused=ConfigError)
         if values.get("model_type") != "taipan":
             raise ConfigError(f"{path} is not a Taipan configuration (its model_type is not 'taipan').")
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = [field.name for field in dataclasses.fields(cls)]
+        lacking = [name for name in known if name not in values and not name.endswith("_token_id")]
+        for key in values:
+            if key not in known and (meant := suggestion(key, lacking, like=0.85)):
+                raise ConfigError(f"{path} has the name {shown(key)}, which is no model setting{meant}.")
         try:
             return cls.from_dict({key: value for key, value in values.items() if key in known})
         except ConfigError as error:

@@ -78,9 +78,9 @@ _SHOWING.maxlist = _SHOWING.maxtuple = _SHOWING.maxdict = _SHOWING.maxset = _SHO
 _SHOWING.fillvalue = "…"
 
 
-def suggestion(name: object, known: list[str]) -> str:
-    """ " (did you mean 'x'?)" for a misspelt name, or nothing."""
+def suggestion(name: object, known: list[str], *, like: float = 0.6) -> str:
+    """ " (did you mean 'x'?)" for a misspelt name that is at least so like one that is known, or nothing."""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:
         return ""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=like)
     return f" (did you mean {close[0]!r}?)" if close else ""

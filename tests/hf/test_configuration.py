@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from taipan import TaipanConfig
+from taipan import TaipanConfig, TaipanLM
 from taipan.errors import ConfigError
-from taipan.hf import TaipanHFConfig
+from taipan.hf import TaipanForCausalLM, TaipanHFConfig
 from tests.models import STACKS, small_config
 
 
@@ -40,8 +40,6 @@ def test_fields_are_those_of_the_native_configuration(
 
 
 def test_a_native_directory_says_what_transformers_looks_for(tmp_path: Path) -> None:
-    from taipan import TaipanLM
-
     native = small_config()
     TaipanLM(native).save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -73,3 +71,29 @@ def test_an_impossible_configuration_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="sliding_window is 0"):
         config.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('"sliding_window": 7', '"sliding_window": 7, "sliding_window": 9', "the name 'sliding_window' stands twice"),
+        ('"sliding_window"', '"slidng_window"', "'slidng_window'.*did you mean 'sliding_window'"),
+        ('"rope_theta": 10000.0', '"rope_theta": NaN', "rope_theta is nan, but must be a finite number"),
+        ('"tie_word_embeddings": true', '"tie_word_embeddings": "false"', "but must be true or false"),
+    ],
+)
+def test_what_a_file_does_not_say_plainly_is_refused_by_both_faces(
+    before: str, after: str, words: str, tmp_path: Path
+) -> None:
+    """transformers' own reader takes the later of two values, and leaves names aside that it does not know."""
+    TaipanLM(small_config()).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    text = file.read_text(encoding="utf-8")
+    assert before in text
+    file.write_text(text.replace(before, after), encoding="utf-8")
+    for read in (TaipanLM.from_pretrained, AutoModelForCausalLM.from_pretrained, TaipanForCausalLM.from_pretrained):
+        with pytest.raises(ConfigError, match=words):
+            read(tmp_path)
+    if "slidng" not in after:
+        with pytest.raises(ConfigError, match=words):
+            TaipanHFConfig.from_pretrained(tmp_path)

@@ -9,7 +9,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from taipan.config import READABLE, TaipanConfig
+from taipan.errors import ConfigError
 from taipan.hf.cache import explain_layer_types
+from taipan.io import parse_json_object
 from taipan.model.hub import AUTO_MAP, write_remote_code
 
 _NATIVE = tuple(field.name for field in dataclasses.fields(TaipanConfig))
@@ -44,6 +46,12 @@ class TaipanHFConfig(PreTrainedConfig):
         self.use_cache = use_cache
         for name, value in native.to_dict().items():  # lists instead of tuples, as a config.json gives them
             setattr(self, name, value)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read as every JSON file is here: a name that stands twice is refused, not decided."""
+        values = parse_json_object(Path(json_file).read_bytes(), str(json_file), refused=ConfigError)
+        return cls._decode_special_floats(values)
 
     @classmethod
     def from_native(cls, config: TaipanConfig, **kwargs: Any) -> "TaipanHFConfig":

@@ -1,5 +1,7 @@
 """What all faces of a Taipan decoder are for transformers: how they are built, loaded, saved and trained."""
 
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError, InputError
 from taipan.hf.backbone import OFFLOAD, TaipanBackbone
 from taipan.hf.configuration import TaipanHFConfig
@@ -110,8 +113,14 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointError: the weights are damaged, or some of the model's are not among them.
+            ConfigError: the directory's config.json says something twice, or has a misspelt setting, which transformers
+                decides in silence.
             InputError: the device map offloads layers, or an untied head is asked of a checkpoint that has none.
         """
+        if isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
+            if file.is_file():
+                TaipanConfig.from_json_file(file)
         try:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
