@@ -63,4 +63,6 @@ def test_upcycling_keeps_what_mamba2_computes(cli: Cli, tmp_path: Path, layout: 
 def test_what_cannot_be_upcycled_is_refused(refused: Callable[..., str], model_directory: Path, tmp_path: Path) -> None:
     assert "selective_attention" in refused("convert", "upcycle", model_directory, tmp_path / "out")
     assert "does not exist" in refused("convert", "upcycle", tmp_path / "missing", tmp_path / "out")
+    message = refused("convert", "upcycle", model_directory, tmp_path / "out", "--seed", 2**64)
+    assert "seed is 18446744073709551616, but must be a whole number that fits into 64 bits" in message
     assert not (tmp_path / "out").exists()

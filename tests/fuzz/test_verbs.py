@@ -118,6 +118,7 @@ def made() -> Path:
         ["data", "prepare", place / "text.txt", "--out", place / "data", "--workers", 1],
         ["generate", place / "model", "abc", "--max-new-tokens", 1, "--save-state", place / "state.safetensors"],
         ["convert", "to-mamba2", place / "mamba2", place / "foreign"],
+        ["session", "read", place / "model", place / "text.txt", "-o", place / "session"],
         *(
             ["train", place / "recipe.yaml", "-o", f"output={place}/{name}", "-o", f"data.train={place}/data"]
             for name in ("runs/a", "runs/b")

@@ -13,7 +13,7 @@ from torch import Generator, nn
 
 from taipan.config import TaipanConfig
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from taipan.errors import CheckpointError, ConfigError
+from taipan.errors import CheckpointError, ConfigError, shown
 from taipan.model import Block, TaipanLM
 
 _HEAD_DIM = 64
@@ -121,9 +121,11 @@ def upcycle_directory(
         The configuration of the new model.
 
     Raises:
-        ConfigError: see `upcycled_config`.
+        ConfigError: see `upcycled_config`; or the seed is none.
         CheckpointError: the source is damaged, or the target is in use.
     """
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed is {shown(seed)}, but must be a whole number that fits into 64 bits.")
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty directory: name a new one, or remove it first.")
