@@ -1,6 +1,6 @@
-"""CUDA kernels of other packages: which op takes which, whether they can run here, and limits that they share.
+"""CUDA kernels of other packages: which op uses which, whether it can run here, and their common limits.
 
-None of them is imported before a CUDA tensor asks for it. What was checked of their call sites, and how: docs/gpu.md.
+They are imported only when a CUDA tensor needs them. How the call sites were checked: docs/gpu.md.
 """
 
 import os
@@ -66,7 +66,7 @@ class CudaStatus:
 
 @cache
 def cuda_status(op: str) -> CudaStatus:
-    """Look for the kernel of an op; it is imported only where there is a CUDA device. Never raises."""
+    """Find the kernel of an op. Imports it only if there is a CUDA device. Never raises."""
     if op not in KERNELS:
         return CudaStatus(False, "no kernel of another package is used for it")
     kernel = KERNELS[op]
@@ -89,12 +89,12 @@ _MOST_BLOCKS = 65535
 
 
 def can_compute(dtype: torch.dtype) -> bool:
-    """Whether the kernels take it: they compute in fp32 and hold no fp64."""
+    """Whether the kernels take this dtype: they compute in fp32 and do not support fp64."""
     return dtype in _WIDTHS
 
 
 def can_index(*tensors: Tensor, elements: int = 0, blocks: int = 1) -> bool:
-    """Whether offsets into the tensors fit the kernels' 32 bits, and so many blocks the second dimension of a grid.
+    """Whether offsets fit the kernels' 32 bits, and the number of blocks fits a grid's second dimension.
 
     Args:
         tensors: read and written as they lie in memory.
@@ -106,10 +106,10 @@ def can_index(*tensors: Tensor, elements: int = 0, blocks: int = 1) -> bool:
 
 
 def can_multiply(dtype: torch.dtype) -> bool:
-    """Whether Triton's products of this dtype lose nothing that was not given away.
+    """Whether Triton's products of this dtype are as precise as the user asked for.
 
-    It multiplies fp32 in TF32 (10 bits) unless TRITON_F32_DEFAULT=ieee; that is right only for those who have allowed
-    it for PyTorch's own products, by `torch.set_float32_matmul_precision`.
+    It multiplies fp32 in TF32 (10 bits) unless TRITON_F32_DEFAULT=ieee. That is allowed only if the user allows it for
+    PyTorch's own products, with `torch.set_float32_matmul_precision`.
     """
     if dtype != torch.float32:
         return True

@@ -1,4 +1,4 @@
-"""Choice of an implementation of an op: by its name, or the best one for where the tensors are."""
+"""Choice of an op's implementation: by name, or the best one for the device of the tensors."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -17,7 +17,7 @@ AUTO = "auto"
 def chosen(op: str, implementations: Mapping[str, F], tensor: Tensor) -> str:
     """Name of the implementation of ``op`` that ``auto`` stands for.
 
-    For tensors on a CPU native where it can run, on a CUDA device cuda where its kernel is there; else portable.
+    On a CPU `native` if it can run, on a CUDA device `cuda` if its kernel is installed; else `portable`.
     """
     if "native" in implementations and native_available(tensor):
         return "native"

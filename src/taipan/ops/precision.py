@@ -22,17 +22,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the compiled kernels read and write for tensors of a dtype: bf16 as it is, all else as it accumulates."""
+    """The dtype that compiled kernels read and write: bf16 for bf16, else the dtype of accumulation."""
     return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
 
 
 def no_autocast(device: str) -> AbstractContextManager[object]:
-    """Inside, products keep the dtype they are given; where autocast is off already, nothing is entered."""
+    """Context without autocast; does nothing where autocast is off."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose products keep the dtype they are given on every kind of device, whatever its caller has set."""
+    """Decorator: run a function without autocast on any kind of device."""
 
     @wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> R:

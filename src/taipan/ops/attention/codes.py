@@ -1,8 +1,8 @@
-"""Windows and segments as intervals of one integer code, so that a mask is two comparisons.
+"""Windows and segments as intervals of one integer code: a mask is then two comparisons.
 
-A key at (segment s, index i) has the code ``s·M + i`` with M above every index, an absent key −1. The keys a query may
-attend are then exactly those whose code lies in one interval [low, high] with low >= 0. Codes grow along J, which lets
-the keys of a block of queries be found by binary search.
+A key at (segment s, index i) has the code ``s·M + i`` with M above every index, an absent key −1. A query may
+attend exactly the keys with a code in one interval [low, high], low >= 0. Codes grow along J, so binary search finds
+the keys of a block of queries.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Codes(NamedTuple):
         return (key_B1J >= self.low_BQ[:, :, None]) & (key_B1J <= self.high_BQ[:, :, None])
 
     def of_first_row(self) -> "Codes":
-        """The codes of the first row alone, which serve every row where all are the same."""
+        """The first row's codes. They serve every row if all rows are equal."""
         return Codes(*(code[:1] for code in self))
 
 

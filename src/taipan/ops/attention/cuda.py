@@ -1,10 +1,10 @@
 """Windowed attention by PyTorch's `varlen_attn` (Flash Attention), where windows are runs of consecutive keys.
 
-The kernel knows no coordinates. Of a sequence of m queries and n keys, query i sees keys up to i + n - m and back to
-the window's length from there. That is what the coordinates say wherever queries and keys are the same tokens, or the
-queries are the last ones: every token in its position, selected tokens in their ordinals, a cache in front or not,
-padded and packed in any way. Whether it is so is compared for every query, on the device; where it is not (queries with
-gaps between them among keys without), the portable implementation runs.
+The kernel knows no coordinates. In a sequence of m queries and n keys, query i sees the window that ends at key
+i + n - m. The coordinates agree with this if queries and keys are the same tokens, or if the queries are the last
+tokens: positions of all tokens, ordinals of selected tokens, with or without a cache, padded or packed. Each call
+compares the two for every query, on the device. Where they differ (queries with gaps, keys without), the portable
+implementation runs.
 """
 
 import torch
@@ -27,7 +27,7 @@ def _kernel_does(q_BQHE: Tensor, k_BJGE: Tensor) -> bool:
         return False
     if q_BQHE.is_cuda and torch.cuda.get_device_capability(q_BQHE.device) < _CAPABILITY:
         return False
-    # One query per row, as in decoding, is one product; no length has to be brought from the device for it.
+    # One query per row, as in decoding, is one product: reading lengths from the device would cost more.
     return q_BQHE.shape[1] > 1 and can_index(q_BQHE, k_BJGE)
 
 
@@ -35,7 +35,7 @@ _LAST = 2**31  # above every number of a group
 
 
 class _Entries:
-    """Queries or keys of all rows one after the other, the absent ones last, so that no length has to be known.
+    """Queries or keys of all rows in one list, absent ones last: built without reading any length from the device.
 
     Args:
         index_BJ: window coordinates, −1 where absent.
@@ -68,14 +68,14 @@ class _Entries:
 
 
 class _Sequences:
-    """Present queries and keys one after the other, cut where the row or the segment changes.
+    """Present queries and keys in two lists, cut where the row or the segment changes.
 
-    Everything is worked out on the device and read once.
+    Computed on the device; the sizes are read once.
 
     Attributes:
         exact: whether the kernel sees what the coordinates say.
-        query_at, key_at: places of the present ones among all, the rows one after the other.
-        query_start, key_start: int32, where each sequence begins, and the last ends.
+        query_at, key_at: index of each present entry in the flattened (B, Q) or (B, J).
+        query_start, key_start: int32, start of each sequence, then the end of the last.
         longest, other_longest: the largest number of queries and of keys.
     """
 
@@ -107,9 +107,9 @@ class _Sequences:
 
 
 def _sees_what_coordinates_say(queries: _Entries, keys: _Entries, window: int | None) -> Tensor:
-    """Whether the kernel's windows are those of the coordinates, for every query; int64 on the device."""
+    """1 if the kernel's windows equal those of the coordinates for every query, else 0; int64 on the device."""
     group, index = queries.group, queries.index
-    # Where the keys of each query begin and end, among all present keys: by coordinates …
+    # First and last key of each query, by coordinates …
     low = torch.zeros_like(index) if window is None else (index - (window - 1)).clamp_min(0)
     beyond = torch.cat((index, keys.index)).amax() + 1
     code = keys.group * beyond + keys.index

@@ -1,4 +1,4 @@
-"""Windowed attention by the compiled kernels (native/kernels/attention.cpp), in fp32 or fp64, bfloat16 as it lies."""
+"""Windowed attention by the compiled kernels (native/kernels/attention.cpp); fp32, fp64, and bfloat16 read directly."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -21,14 +21,14 @@ from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.precision import accumulation_dtype
 from taipan.shapes import FloatBQHE
 
-# As in the kernel: columns of a block where so few heads share a key, and what they are a multiple of.
+# As in the kernel: columns of a block, and the number they are a multiple of.
 _COLUMNS, _MULTIPLE = 64, 16
-# Parts into which the keys are cut for the backward, with batch and key heads at least so many: a fixed number, so that
-# the order of its sums depends on the shape alone.
+# The backward cuts the keys into slices until batch × key heads × slices reach this. It does not depend on the number
+# of threads, so the order of sums depends on the shape alone.
 _TASKS = 8
 _KEYS = 256  # of a block of the backward
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-# Queries times heads that share a key: fewer leave most lanes of a vector empty, and PyTorch's product is quicker.
+# Fewer queries × heads per key than this leave most lanes of a vector empty: PyTorch's product is then faster.
 _FEW = 8
 
 
@@ -37,7 +37,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 class _Call:
-    """Arguments that forward and backward share, alive as long as their addresses are used."""
+    """Arguments of forward and backward; keeps the tensors alive while the kernel uses their addresses."""
 
     def __init__(self, q_BQHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor) -> None:
         self.q, self.k, self.v = _rows(q_BQHE), _rows(k_BJGE), _rows(v_BJGE)
@@ -75,7 +75,7 @@ class _Call:
         return AttentionPlan.of(self.dtype, key=key, query=query, first=first, stop=stop, counts=counts, bounds=bounds)
 
     def plan(self, codes: Codes) -> list[Tensor]:
-        """Where the present keys and the queries that have any are, and the run of keys of each query."""
+        """Indices of the present keys, of the queries that see any, and each query's range of keys."""
         of_keys = [torch.empty(self.batch, self.keys, dtype=torch.int32)]
         of_queries = [torch.empty(self.batch, self.queries, dtype=torch.int32) for _ in range(3)]
         counts = torch.empty(self.batch, 3, dtype=torch.int32)
@@ -90,7 +90,7 @@ class _Call:
         return torch.empty(shape, dtype=self.dtype)
 
     def result(self, like: Tensor, present: Tensor) -> Tensor:
-        """For what the kernel writes: where something is absent it writes nothing, and that is zero."""
+        """Output tensor of the kernel: zeros where entries are absent, because it does not write those."""
         everything = int(present.sum()) == like.shape[0] * like.shape[1]
         return (torch.empty if everything else torch.zeros)(like.shape, dtype=like.dtype)
 

@@ -45,7 +45,7 @@ def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
 
 
 MAX_RECORDED_BLOCKS = 8
-"""So many blocks may keep their masks for backward, which saves computing them again: a quarter of the time."""
+"""Up to this many blocks keep their masks for backward: a quarter faster than computing them again."""
 
 
 def block_size(window: int | None) -> int:
@@ -95,7 +95,7 @@ def _plan(codes: Codes, size: int) -> tuple[list[_Block], bool]:
     keys = codes.key_BJ.shape[1]
     if 0 in (batch, queries, keys):
         return [], False
-    # an absent query has an empty interval: it must not widen that of its block
+    # an absent query has an empty interval: it must not widen its block's
     absent_BQ = codes.high_BQ < codes.low_BQ
     beyond = 2**62  # exact as the float that F.pad makes of it
     low_BM = _blocks_of(codes.low_BQ.masked_fill(absent_BQ, beyond), size, beyond).amin(dim=2)

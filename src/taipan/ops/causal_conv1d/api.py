@@ -47,7 +47,7 @@ def causal_conv1d(
         implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
-        y_BTC in the dtype of x (sums are fp32 for any x but fp64, and fp64 then), and the last K - 1 real inputs of
+        y_BTC in the dtype of x (sums are fp32, or fp64 if x is fp64), and the last K - 1 real inputs of
         each row's last document, with zeros where it is shorter: the initial columns of the next piece. Differentiable
         in x, weight, bias and initial columns.
 

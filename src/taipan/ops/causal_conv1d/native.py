@@ -1,4 +1,4 @@
-"""The causal convolution by the compiled kernels (native/kernels/conv.cpp), in fp32 or fp64; bfloat16 as it lies."""
+"""The causal convolution by the compiled kernels (native/kernels/conv.cpp); fp32, fp64, and bfloat16 read directly."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,13 +15,13 @@ from taipan.ops.documents import running_documents
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import FloatBLC, FloatBTC
 
-# Channels that every vector width divides, and the taps that are compiled: what is not so goes the portable way.
+# Every vector width divides this number of channels; these taps are compiled. Anything else runs the portable way.
 _MULTIPLE = 16
 _TAPS = (2, 3, 4)
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """Of x in any dtype, kept for backward as it comes; the other tensors are in the dtype that accumulates."""
+    """Saves x in its own dtype; the other tensors are in the dtype of accumulation."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """The causal convolution as shifted multiply-adds over whole rows, with a backward written by hand.
 
-A depthwise convolution of K taps is K passes over memory and no product worth the name, so the passes are made on tiles
-of tokens that stay in the cache. What is kept for the backward is the input; the sum under the SiLU is computed again.
+A depthwise convolution of K taps is K passes over memory and no large product, so it runs on tiles of tokens that stay
+in the cache. The backward keeps the input and computes the sum under the SiLU again.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class _Tile(NamedTuple):
     end: int
     # Inputs begin - K + 1 … end - 1, in the dtype of accumulation.
     window_nLC: Tensor
-    # For each tap but the last, 1 where it stays in the token's document; None where all taps of all tokens do.
+    # For each tap but the last: 1 where it is in the token's document. None if all are.
     mask_LKn1: Tensor | None
 
     def taps(self, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -154,7 +154,7 @@ def _backward(
         dbias_C += dsums.sum((0, 1))
         dwindow = dinputs_BLC[tile.rows, tile.begin : tile.end + count - 1]
         length = tile.end - tile.begin
-        # The last tap comes first: it is the one that reaches places where nothing was written yet.
+        # The last tap first: it alone writes places that hold nothing yet.
         for tap, (inputs, mask) in reversed(list(enumerate(tile.taps(count)))):
             dtap = dsums if mask is None else dsums * mask
             dweight_KC[tap] += (dtap * inputs).sum((0, 1))
@@ -193,7 +193,7 @@ def final_columns(inputs: ConvolutionInputs) -> Tensor:
         return columns
     document_BT = _documents(inputs.segment_BT, taps)
     last_BL = torch.arange(taps - 1, device=x_BTC.device) + (tokens if length_B is None else length_B[:, None])
-    # Padding repeats the last real token's document, so that the last of a row is the current one.
+    # Padding repeats the last real token's document: the last entry of a row is the current document.
     same_BL = document_BT.gather(1, last_BL.expand(batch, -1)) == document_BT[:, -1:]
     return columns * same_BL[..., None]
 

@@ -45,7 +45,7 @@ def rms_norm(x: FloatXD, weight: FloatD, *, eps: float, implementation: str = "a
         implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
-        The normed x in its own dtype; statistics are fp32 for any x but fp64, and fp64 then. Differentiable.
+        The normed x in its own dtype; statistics are fp32, or fp64 if x is fp64. Differentiable.
 
     Raises:
         InputError: the weight does not fit the last dimension.
@@ -60,7 +60,7 @@ def rms_norm(x: FloatXD, weight: FloatD, *, eps: float, implementation: str = "a
 def rms_norm_of_sum(
     x: FloatXD, branch: FloatXD, weight: FloatD, *, eps: float, implementation: str = "auto"
 ) -> tuple[FloatXD, FloatXD]:
-    """Adds a branch to the residual stream and normalises the sum, which is read and written once.
+    """Add a branch to the residual stream and normalise the sum, in one pass over memory.
 
         total = x + branch        out = total / sqrt(mean(total²) + eps) × weight
 
@@ -109,7 +109,7 @@ def gated_rms_norm(
         implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
-        (B, T, C) in the dtype of y; computed in fp32 for any y but fp64, and fp64 then. Differentiable.
+        (B, T, C) in the dtype of y; computed in fp32, or fp64 if y is fp64. Differentiable.
 
     Raises:
         InputError: shapes do not fit, or the group size does not divide the channels.

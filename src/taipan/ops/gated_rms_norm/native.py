@@ -1,4 +1,4 @@
-"""RMS normalisation by the compiled kernels (native/kernels/norm.cpp), in fp32 or fp64; bfloat16 as it lies."""
+"""RMS normalisation by the compiled kernels (native/kernels/norm.cpp); fp32, fp64, and bfloat16 read directly."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -21,12 +21,12 @@ from taipan.ops.gated_rms_norm.sums import in_two_steps
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
-# A group that every vector width divides; others go the portable way.
+# Every vector width divides groups that are a multiple of this; others run the portable way.
 _MULTIPLE = 16
 
 
 class _Norm(torch.autograd.Function):
-    """Of y, or of y · silu(z), in groups; on (rows, C). What is kept for backward stays as narrow as it comes."""
+    """Norm of y, or of y · silu(z), in groups; on (rows, C). Saves its inputs in their own dtype."""
 
     @staticmethod
     def forward(ctx: Any, y_RC: Tensor, z_RC: Tensor | None, weight_C: Tensor, group_size: int, eps: float) -> Tensor:
@@ -61,7 +61,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormOfSum(torch.autograd.Function):
-    """Of x + branch, on (rows, C): x as it accumulates, the branch and the output as the kernels write them."""
+    """Norm of x + branch, on (rows, C): x in the dtype of accumulation, branch and output in the kernels'."""
 
     @staticmethod
     def forward(
@@ -169,7 +169,7 @@ _unfused = in_two_steps(rms_norm_native)
 def rms_norm_of_sum_native(x: FloatXD, branch: FloatXD, weight: FloatD, *, eps: float) -> tuple[FloatXD, FloatXD]:
     """Norm of x + branch, and the sum. See `taipan.ops.gated_rms_norm.rms_norm_of_sum`."""
     accumulate = accumulation_dtype(x.dtype)
-    # A narrow residual stream is rounded between the two, and what is written in no other way goes through a copy.
+    # A narrow residual stream is rounded between sum and norm; a dtype that the kernel does not write needs a copy.
     if x.dtype != accumulate or weight.dtype not in (accumulate, torch.bfloat16) or len(weight) % _MULTIPLE:
         return _unfused(x, branch, weight, eps=eps)
     rows, branch_RC = x.reshape(-1, len(weight)).contiguous(), branch.reshape(-1, len(weight))

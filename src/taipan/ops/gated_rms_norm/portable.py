@@ -4,7 +4,7 @@ With n values in a group, r = 1 / rms and g the gradient of the output,
 
     du = r (g w - u · r² / n · Σ g w u)        dw = Σ g u r
 
-What is kept for the backward is the inputs; statistics and the gate are computed again.
+The backward keeps the inputs; it computes statistics and the gate again.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ from taipan.ops.precision import accumulation_dtype, no_autocast
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 _TILE_ELEMENTS = 256 * 1024
-# The norm takes one of the n directions of a group out of its gradient. Of few there is little left: of one only the
-# eps-th part, which fp32 loses among the roundings of the two terms it is the difference of.
+# The norm removes one of a group's n directions from its gradient. With few directions little is left. With one, only a
+# part of size eps is left, and fp32 loses it: it is the difference of two rounded terms.
 _NARROW = 16
 
 
@@ -110,8 +110,8 @@ def _ungated_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of u and weight.
 
-    PyTorch's fused backward of layer normalisation gives them when it is told that the mean was 0, but for the mean of
-    g w, which it subtracts and we add again.
+    PyTorch's fused backward of layer normalisation, called with a mean of 0, gives them less the mean of g w, which is
+    added here.
     """
     channels = weight_C.shape[0]
     scale = _scale(u_RC.view(-1, group_size), eps)

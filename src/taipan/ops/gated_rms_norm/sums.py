@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def in_two_steps(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`taipan.ops.gated_rms_norm.rms_norm_of_sum` of an implementation of `rms_norm`: first the one, then the other."""
+    """`taipan.ops.gated_rms_norm.rms_norm_of_sum` from an implementation of `rms_norm`: the sum, then its norm."""
 
     def run(x: Tensor, branch: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
         total = x + branch

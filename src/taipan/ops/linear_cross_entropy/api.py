@@ -24,7 +24,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     implementation: str = "auto",
 ) -> tuple[Float0, int]:
-    """Sum over the tokens of ``−log softmax(hidden · weightᵀ)[target]``, and how many tokens it is the sum of (Eq. 7).
+    """Sum over the tokens of ``−log softmax(hidden · weightᵀ)[target]``, and the number of tokens summed (Eq. 7).
 
     Args:
         hidden_MD: what the head reads, one row per token; float64, float32 or bfloat16.
@@ -33,7 +33,7 @@ def linear_cross_entropy(
         ignore_index: see ``target_M``.
         implementation: a name in ``IMPLEMENTATIONS``.
 
-    Under autocast both tensors are taken in its dtype, as `torch.nn.functional.linear` would.
+    Under autocast both tensors are cast to its dtype, as in `torch.nn.functional.linear`.
 
     Returns:
         The sum in nats, float32 (float64 for float64 inputs), 0 with zero gradients if no token counts; and the
@@ -70,7 +70,7 @@ def linear_cross_entropy_per_token(
 def _validated_kept_rows(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
-    """Check everything once; the numbers of the rows that count."""
+    """Check the inputs; return the indices of the rows that count."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or target.shape != hidden.shape[:1]:
         raise InputError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "

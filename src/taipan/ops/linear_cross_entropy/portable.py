@@ -1,9 +1,9 @@
 """Cross-entropy of a linear head, a few rows of logits at a time.
 
-The gradient of the loss wrt the logits is known as soon as the loss is, so forward computes those of hidden and weight
-at once and nothing is computed twice. The three products stay in the dtype of the inputs (which keeps bfloat16 on
-its matrix units; without any it is widened, and logits are rounded as they would be); softmax, loss and the sum of the
-weight's gradient are in at least float32. PyTorch's own ``F.linear_cross_entropy`` (2.13) is as fast in float32, but
+The loss gives the gradient of the logits at once, so forward also computes the gradients of hidden and weight, and
+nothing is computed twice. The three products stay in the dtype of the inputs: bfloat16 uses the processor's bfloat16
+units; without them it is widened, and logits are rounded the same way. Softmax, loss and the sum of the weight's
+gradient are in at least float32. PyTorch's own ``F.linear_cross_entropy`` (2.13) is as fast in float32, but
 returns a bfloat16 loss for bfloat16 inputs and, on CPU, multiplies the weight's gradient in float32.
 """
 
@@ -25,8 +25,8 @@ MIN_CHUNK_ROWS = 256
 
 
 LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Of logits (rows, V), which it may overwrite, and targets: summed loss and gradient of the logits, made in at least
-float32; the gradient may be rounded to the dtype of the logits."""
+"""Takes logits (rows, V), which it may overwrite, and targets; returns the summed loss and the gradient of the logits,
+computed in at least float32. The gradient may be rounded to the dtype of the logits."""
 
 
 def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> Float0:
@@ -37,7 +37,7 @@ def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM)
 def chunked_linear_cross_entropy(
     hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, loss_and_gradient: LossAndGradient
 ) -> Tensor:
-    """The summed loss, by whatever treats a chunk of logits."""
+    """The summed loss, with a given function for each chunk of logits."""
     if torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad):
         return _LinearCrossEntropy.apply(hidden_MD, weight_VD, target_M, loss_and_gradient)
     return linear_cross_entropy_per_token(hidden_MD, weight_VD, target_M).sum()

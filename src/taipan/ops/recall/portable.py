@@ -20,7 +20,7 @@ def recall(
     Args:
         tokens_BT: int64 ids.
         recent_BR: the tokens before the call, see `remember`; −1 where there are none.
-        segment_BT: running document number of each token, 0 = that of `recent_BR`; None when nothing changes.
+        segment_BT: running document number of each token, 0 = the document of `recent_BR`; None when nothing changes.
         orders: the numbers n, rising.
         window: in tokens, at least 2.
         vocabulary: number of ids; to the power of the largest n it must stay below 2^62.
@@ -58,7 +58,7 @@ def recall(
             continue
         previous_BL = _previous(torch.where(whole_BL, gram_BL, -1 - place_L))
         found_BL = (previous_BL >= 0) & (place_L - previous_BL < window)
-        # an earlier document's occurrence is the last one only where this document has none
+        # a match in an earlier document is found only if this document has none
         previous_BL = previous_BL.clamp_min(0)
         found_BL = found_BL & (segment_BL.gather(1, previous_BL) == segment_BL)
         distances.append(torch.where(found_BL, place_L - previous_BL, 0)[:, before:])

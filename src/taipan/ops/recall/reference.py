@@ -1,4 +1,4 @@
-"""Recall as it is said: look back, token by token."""
+"""Oracle of recall: look back, token by token."""
 
 from collections.abc import Sequence
 

@@ -27,7 +27,7 @@ def remember(
         recent_BR: the same from before the call.
         tokens_BT: ids (or numbers) of the call, the real ones at the left.
         length_B: real tokens of each row; None when all are.
-        segment_BT: running document number of each token, 0 = that of `recent_BR`; None when nothing changes.
+        segment_BT: running document number of each token, 0 = the document of `recent_BR`; None when nothing changes.
         last_segment_B: the document each row ends in; None like `segment_BT`.
         nothing: stands where there is no token.
     """

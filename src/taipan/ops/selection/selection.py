@@ -1,4 +1,4 @@
-"""Selected tokens moved to the front of their row, so that what follows costs only what was selected."""
+"""Gathers the selected tokens of each row, so that attention costs only what was selected; and scatters them back."""
 
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ def select_tokens(mask_BT: BoolBT) -> Selection:
 
 
 def select_all(batch: int, tokens: int, device: torch.device) -> Selection:
-    """Every token of every row: what `select_tokens` makes of a mask that is True everywhere, with nothing to read."""
+    """Every token of every row, without a mask and without reading from the device."""
     return Selection(
         index_BS=torch.arange(tokens, device=device).expand(batch, tokens),
         present_BS=torch.ones(batch, tokens, dtype=torch.bool, device=device),

@@ -42,7 +42,7 @@ def ssd(
 
     Args:
         x_BTHP: input, fp64, fp32, fp16 or bf16.
-        dt_BTH: step sizes, ≥ 0 (softplus and clamp are behind us). 0 marks a padded token: the state does not move.
+        dt_BTH: step sizes, ≥ 0, after softplus and clamp. 0 marks a padded token: the state does not move.
         A_H: decay rates, negative.
         B_BTGN, C_BTGN: input and output projections of the state; H is a multiple of G and head h uses group
             h // (H / G).
@@ -51,13 +51,13 @@ def ssd(
         segment_BT: integer running segment number. 0 is the document of the initial state; a change between two
             tokens (or from 0 to the first one) resets the state before the later token. Padded tokens repeat the
             number of the last real one.
-        chunk_size: largest number of tokens that an implementation treats by the matrix form. Speed depends on it,
-            the result does not, and an implementation may take less.
+        chunk_size: most tokens per chunk of the matrix form. It changes speed, not the result; an implementation may
+            use fewer.
         implementation: "auto", "cuda", "native", "portable" or "reference".
 
     Returns:
-        y_BTHP in the dtype of x, and the state after the last token. Decays, sums and state are fp32 for any x but
-        fp64, and fp64 then. Differentiable in every floating argument.
+        y_BTHP in the dtype of x, and the state after the last token. Decays, sums and state are fp32, or fp64 if x
+        is fp64. Differentiable in every floating argument.
 
     Raises:
         InputError: shapes, dtypes or chunk size do not fit.

@@ -1,7 +1,7 @@
 """State space duality by the Triton kernels of mamba-ssm, forward and backward.
 
-What is carried in fp32 by contract is so there: decays, sums, the state and its gradient. The operands of the products
-are rounded to the dtype of x. What the kernels do not do is left to the portable implementation (`_kernel_does`).
+Decays, sums, the state and its gradient are fp32, as the contract says. Operands of products are rounded to the dtype
+of x. Calls that the kernels cannot do run the portable implementation (`_kernel_does`).
 """
 
 import inspect
@@ -54,7 +54,7 @@ def ssd_cuda(inputs: SSDInputs) -> tuple[FloatBTHP, FloatBHPN]:
         chunk,
         D=None if inputs.D_H is None else inputs.D_H.float(),
         initial_states=None if initial_state_BHPN is None else initial_state_BHPN.float(),
-        # The kernels compare the last tokens of two chunks, so a number must not come again; 0 is the initial state's.
+        # The kernels compare the last tokens of two chunks, so no number may repeat; 0 is the initial state's.
         seq_idx=None if inputs.segment_BT is None else running_documents(inputs.segment_BT),
         return_final_states=True,
         **options,

@@ -21,12 +21,12 @@ _MULTIPLE = 16
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last two dimensions (head and feature) one after the other in memory."""
+    """The tensor with its last two dimensions (head and feature) contiguous."""
     return tensor if tensor.stride()[-2:] == (tensor.shape[-1], 1) else tensor.contiguous()
 
 
 class _Call:
-    """Arguments that forward and backward share, alive as long as their addresses are used."""
+    """Arguments of forward and backward; keeps the tensors alive while the kernel uses their addresses."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class _Call:
         self.columns_size = chunks * self.state * pitch
 
     def arguments(self) -> dict[str, Any]:
-        """Sizes and inputs, and room for what all heads of a group read: C Bᵀ, B and C."""
+        """Sizes, inputs, and work space that the heads of a group share: C Bᵀ, B and C."""
         groups = self.batch * self.groups
         rows = groups * self.tokens * self.state
         self._room = {
@@ -104,12 +104,12 @@ def _forward(inputs: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _slices(groups: int, heads: int) -> int:
-    """Parts into which the heads of a group are cut, so that all threads have work until the end."""
+    """Number of parts of a group's heads, chosen so that all threads have work until the end."""
     return min(heads, -(-2 * torch.get_num_threads() // groups)) if groups % torch.get_num_threads() else 1
 
 
 class _SSD(torch.autograd.Function):
-    """Of x, B and C in any dtype, kept for backward as they come; the others are in the dtype that accumulates."""
+    """Saves x, B and C in their own dtype; the other tensors are in the dtype of accumulation."""
 
     @staticmethod
     def forward(

@@ -8,10 +8,9 @@ state at its entrance and S' at its end,
 
 and every exponent is ≤ 0, so nothing overflows however fast a head forgets. The chunks are visited in tiles that fit
 the cache: a tile is either one chunk of several rows or several consecutive chunks of one row, so that it is one batch
-dimension (n) of the products below. C Bᵀ is shared by the heads of a group, and the products with the state are one
-product for all heads of a group. The diagonal of the matrix, where L is 1, is kept out of it and added like the skip
-connection. What is kept for the backward is the inputs, the output without the diagonal ("past") and the states
-between chunks; decays are computed again.
+dimension (n) of the products below. The heads of a group share C Bᵀ and one product with the state. The diagonal of the
+matrix, where L is 1, is left out and added like the skip connection. The backward keeps the inputs, the output without
+the diagonal ("past") and the states between chunks; it computes decays again.
 """
 
 import math
@@ -31,7 +30,7 @@ from taipan.shapes import FloatBHPN, FloatBTHP
 _TILE_ELEMENTS = 8 * 8 * 64 * 64
 
 
-# Exponent of a decay beyond which less is left than a rounding, of fp64 too.
+# A decay with a larger exponent is below a rounding, even in fp64.
 _NOTHING_PASSES = -40.0
 
 
@@ -112,7 +111,7 @@ class _Decay(NamedTuple):
 
 
 def _sums_in_two_parts(rate_nHQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Running sums in fp64, to about twice its digits: of multiples of a step, which are exact, and of the rests."""
+    """Running sums with about twice the digits of fp64: exact sums of multiples of a step, and sums of the rests."""
     longest = rate_nHQ.abs().amax(-1, keepdim=True) * rate_nHQ.shape[-1]
     _, exponent = torch.frexp(longest.clamp_min(torch.finfo(torch.float64).tiny))
     step = torch.ldexp(torch.ones_like(longest), (exponent - 52).clamp_min(-1000))
@@ -122,7 +121,7 @@ def _sums_in_two_parts(rate_nHQ: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decay(dt_nQH: Tensor, A_H: Tensor, segment_nQ: Tensor | None, before_nQ: Tensor | None) -> _Decay:
     # Powers of 2, because exp2 is about twice as fast as exp on the CPU. The sums are fp64 and differences of them are
-    # taken in two parts, so that a slow token after a fast one (large sums, small difference) loses no digits.
+    # taken in two parts: a slow token after a fast one (large sums, small difference) then loses no digits.
     rate_nHQ = (dt_nQH.double() * (A_H.double() * math.log2(math.e))).transpose(1, 2)
     if A_H.dtype == torch.float64:
         high_nHQ, low_nHQ = _sums_in_two_parts(rate_nHQ)
@@ -335,10 +334,10 @@ def _scan_backward(
 
     With s_i the exponent of token i, the past of y_i is proportional to e^(s_i) and what token j adds to a later one of
     the chunk to e^(-s_j), so ds_t = dy_t · past_t - dt_t x_t · dinside_t, where dinside_t is the gradient that dt_t x_t
-    gets from those later ones; and dt_t A, of which s is the running sum, gets the ds of token t and after. What passes
-    token t to the state at the end adds to it: the state at the entrance, and the tokens before t. (All that is in the
-    state, less what tokens from t on added, is the same, but where a head forgets nothing is left of the difference but
-    its rounding.) No gradient of the (Q, Q) decays is needed, and where a head forgets at once both terms are 0.
+    gets from those later ones. s is the running sum of dt A, so dt_t A gets the ds of token t and after. The final state
+    adds what passes token t: the state at the entrance, and the tokens before t. (The state less what tokens from t on
+    added would be equal, but if a head forgets, only rounding is left of that difference.) No gradient of the (Q, Q)
+    decays is needed, and where a head forgets at once both terms are 0.
     """
     accumulate = past_BTHP.dtype
     batch, tokens, heads, head_dim = x_BTHP.shape
@@ -409,7 +408,7 @@ def _scan_backward(
         dD_H += ditself.sum((0, 1))
         ddt, dkept = torch.linalg.vecdot(x, dinside), torch.linalg.vecdot(x, dadded)
         dlog = torch.linalg.vecdot(dy, tile.tokens(past_BTHP)).addcmul_(dt, ddt, value=-1)
-        # Less than a rounding passes such a decay; a difference of sums would leave their rounding, times dt.
+        # Such a decay lets less than a rounding pass; a difference of sums would add their rounding, times dt.
         dlog = dlog.flip(1).cumsum(1).flip(1).add_(dthrough_nH[:, None])
         dlog[:, 1:] += (dt * dkept).cumsum(1)[:, :-1]
         dlog.mul_(dt * A > _NOTHING_PASSES)
