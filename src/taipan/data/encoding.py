@@ -1,4 +1,4 @@
-"""Texts to token ids by several processes, in order: the result does not depend on how many there are."""
+"""Encodes texts in several processes, in order; the result does not depend on their number."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ _Tag = TypeVar("_Tag")
 
 @dataclass(frozen=True)
 class Piece(Generic[_Tag]):
-    """A text to encode, and something that comes back with its ids."""
+    """A text to encode, and a value that is returned with its ids."""
 
     text: str
     tag: _Tag
@@ -47,7 +47,7 @@ def encode(
     """Encode pieces of text, group by group and in order.
 
     Args:
-        pieces: read on only as fast as they are encoded, so that memory stays bounded.
+        pieces: read only as fast as they are encoded; memory stays bounded.
         tokenizer: encodes them.
         dtype: of the ids.
         workers: processes. With 1, or if all the pieces are one group, no process is started.
@@ -91,7 +91,7 @@ def _next(waiting: "deque[tuple[list[Piece[_Tag]], Future[Any]]]") -> list[Encod
 
 
 def _groups(pieces: Iterable[Piece[_Tag]]) -> Iterator[list[Piece[_Tag]]]:
-    """What is worth sending to a process at once."""
+    """Groups of pieces, large enough to send to a process."""
     group: list[Piece[_Tag]] = []
     n_chars = 0
     for piece in pieces:
@@ -105,7 +105,7 @@ def _groups(pieces: Iterable[Piece[_Tag]]) -> Iterator[list[Piece[_Tag]]]:
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> tuple[NDArray[Any], list[int], list[int]]:
-    """The ids of all the texts, and how many ids and bytes each has."""
+    """The ids of all texts, and the number of ids and bytes of each."""
     ids = tokenizer.encode_arrays(texts, dtype)
     return np.concatenate(ids), [len(part) for part in ids], [len(text.encode()) for text in texts]
 

@@ -1,10 +1,10 @@
-"""Several data sets as one, in fixed shares: which sample comes from where is a pure function of its number.
+"""Several data sets as one, in fixed shares: the source of a sample is a pure function of its number.
 
-No random draw decides: of the first n samples, source j gives more than n·w_j − 1 and fewer than n·w_j + 1, for every n
+It is not random: of the first n samples, source j gives more than n·w_j − 1 and fewer than n·w_j + 1, for every n
 (so a batch of any size has the shares too). Such orders exist for any weights (Tijdeman 1980, "The chairman assignment
-problem"). The one taken here is that of earliest deadline first: sample m of a source may not come before place
-⌊m / w⌋ and must come before place ⌈(m + 1) / w⌉. It repeats after as many samples as the weights' common denominator,
-so one period is kept as a table.
+problem"). Here it is earliest deadline first: sample m of a source may not come before place
+⌊m / w⌋ and must come before place ⌈(m + 1) / w⌉. Its period is the weights' common denominator;
+one period is kept as a table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ class Mixture:
             raise ConfigError("No data set was named: give a directory, or several with weights {directory: weight}.")
         _whole(tuple(weights.values()))  # before hours of checksums
         number, count = part
-        datasets = [  # turn by turn, or of many small data sets the first part would be everything
+        datasets = [  # in turn: with many small data sets the first part would be everything
             TokenDataset.open(path, verify=verify, part=((number + turn) % count, count))
             for turn, path in enumerate(weights)
         ]
@@ -113,7 +113,7 @@ class MixtureSampler:
     """The windows of every data set in its own shuffled order, interleaved in the shares of a mixture.
 
     Sample ``index`` is sample ``m`` of source ``j``, where (j, m) depends on ``index`` and the weights alone; sample
-    ``m`` of a source is what :class:`WindowSampler` gives for it (small sources begin new epochs while large ones are
+    ``m`` of a source is sample ``m`` of its :class:`WindowSampler` (small sources begin new epochs while large ones are
     in their first). A mixture of one data set is that data set's WindowSampler.
 
     Args:

@@ -1,15 +1,14 @@
-"""Preparing a large corpus: in parallel, and continuing where it was killed.
+"""Prepares a large corpus in parallel, and continues after it was killed.
 
-What is under way is kept beside the data set to be made, in ``.NAME.preparing``::
+Unfinished work is kept beside the data set, in ``.NAME.preparing``::
 
-    journal.json    what was asked for, and the last point from which all files can be gone on with
+    journal.json    the request, and the last point from which every file can continue
     held_out.npz    which documents are held out
     tokenizer/      the tokenizer, if one was trained
     data/           the data set so far; train/ and valid/ if documents are held out
 
-The result is bitwise the same however often the work was interrupted and however many processes did it: one process
-reads and writes, in order, and only encoding is shared. A journal whose request is not the present one (another option,
-a file that has changed) is thrown away.
+The result is bitwise the same for any number of interruptions and processes: one process reads and writes in order,
+only encoding is shared. A journal of another request (other options, a changed file) is thrown away.
 """
 
 import fcntl
@@ -50,10 +49,10 @@ _SELF_CHECK = "sha256"
 
 @dataclass(frozen=True)
 class CorpusProgress:
-    """How far the preparation has come: totals written so far, and bytes of the sources done, of how many (or 0).
+    """Progress: totals written so far, and bytes of the sources done, of how many (0 if unknown).
 
-    Within a document these are counted, too. There are up to three phases, each of which goes through all of the
-    sources: counting (to hold out whole documents), training the tokenizer, encoding.
+    It also moves inside a document. Each of up to three phases reads all sources: counting (to hold out whole
+    documents), training the tokenizer, encoding.
     """
 
     phase: Literal["counting", "training", "encoding"]
@@ -78,23 +77,23 @@ def prepare_corpus(
 ) -> list[TokenDataset]:
     """Encode a corpus to a data set ``out``, or to ``out/train`` and ``out/valid``; killed and called again, continue.
 
-    Held out are whole documents, chosen by their names alone. Where all are too large for the share (a corpus of one
-    document, say) it is the tail of the longest one, from a line break on. Of a streamed corpus, which is read only
-    once, a document is held out if the hash of its name says so, and the share is met only on average.
+    Whole documents are held out, chosen by their names alone. If all are too large for the share (say, a corpus of one
+    document), the tail of the longest one is held out, from a line break on. A streamed corpus is read only once: there
+    the hash of a document's name decides, and the share is met on average.
 
     Args:
         corpus: what to encode.
-        out: the directory to make; data sets that are there are replaced at the very end.
-        tokenizer: as :meth:`Tokenizer.from_spec`; ``bpe:SIZE`` is trained on what is not held out.
+        out: the directory to make; existing data sets are replaced at the end.
+        tokenizer: as :meth:`Tokenizer.from_spec`; ``bpe:SIZE`` is trained on the training part.
         valid_fraction: share of the text to hold out.
         shard_tokens: tokens per shard file.
         licence: what the manifests say about the licence of the texts.
         workers: processes that encode.
-        progress: is told how far it is: some times a second, and after every group of texts that was encoded.
-        announce: is told what is continuing, in a sentence.
+        progress: called a few times a second, and after every group of encoded texts.
+        announce: called with a sentence if the work continues.
 
     Returns:
-        The data set, or that for training and that held out.
+        The data set, or the training and the held-out one.
 
     Raises:
         ConfigError: an option is impossible.
@@ -123,7 +122,7 @@ def prepare_corpus(
     staging = out.parent / f".{out.name}.preparing"
     with _locked(staging, out):
         for directory in (staging, *(entry for entry in staging.iterdir() if entry.is_dir())):
-            remove_abandoned(directory)  # or it would be part of what is published
+            remove_abandoned(directory)  # or it would be published
         journal = _Journal.open(staging, request)
         if journal.n_read:
             announce(f"going on after {journal.n_read:,} documents (kept in {staging})")
@@ -145,7 +144,7 @@ def prepare_corpus(
 
 
 class _Telling:
-    """Tells how far the reading of a corpus has come."""
+    """Reports how much of a corpus has been read."""
 
     def __init__(self, corpus: Corpus, progress: Callable[[CorpusProgress], None] | None) -> None:
         self._corpus = corpus
@@ -153,7 +152,7 @@ class _Telling:
         self._told = 0.0
 
     def read(self, phase: Literal["counting", "training"], n_read: int) -> None:
-        """In a phase that writes nothing, when it has come so far; not more often than is worth it."""
+        """Report in a phase that writes nothing; not too often."""
         if self._progress is not None and time.monotonic() - self._told >= _TELLING_SECONDS:
             self._told = time.monotonic()
             self._progress(
@@ -168,7 +167,7 @@ class _Telling:
             )
 
     def encoded(self, writers: list[DatasetWriter], n_read: int) -> None:
-        """What was written so far, and up to which place of the sources."""
+        """Report what was written, and the place in the sources."""
         if self._progress is not None:
             counts = [(writer.n_documents, writer.n_tokens, writer.n_bytes) for writer in writers]
             documents, tokens, n_bytes = (sum(column) for column in zip(*counts, strict=True))
@@ -184,14 +183,14 @@ class _Telling:
             )
 
     def within(self, pieces: Sequence[str], begin: int) -> list[int]:
-        """Of pieces of the document just read, which begins at this byte of the sources, the byte where each ends."""
+        """The byte of the sources where each piece ends, of the document just read."""
         length = self._corpus.progress()[0] - begin
         total = max(1, sum(map(len, pieces)))
         return [begin + length * done // total for done in accumulate(map(len, pieces))]
 
 
 class _Journal:
-    """The last point to continue from; written as one step."""
+    """The last point to continue from; written atomically."""
 
     def __init__(self, staging: Path, request: dict[str, Any], state: dict[str, Any]) -> None:
         self.staging = staging
@@ -206,7 +205,7 @@ class _Journal:
 
     @classmethod
     def open(cls, staging: Path, request: dict[str, Any]) -> "_Journal":
-        """Read the journal; one that is missing, damaged or of another request starts again."""
+        """Read the journal; start again if it is missing, damaged or of another request."""
         state: dict[str, Any] = {}
         try:
             loaded: Any = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
@@ -238,7 +237,7 @@ class _Journal:
 
 
 def _is_journal_of(loaded: Any, request: dict[str, Any]) -> bool:
-    """Whether it is whole, and was written for what is asked for now."""
+    """Whether it is complete and of this request."""
     if not isinstance(loaded, dict):
         return False
     state = cast("dict[str, Any]", loaded)
@@ -250,9 +249,9 @@ class _Split:
     """Which documents are held out, and where a single one is cut in two.
 
     Attributes:
-        held_out: of every document whether it is held out; None: nobody has counted them.
-        cut: number of a document, and the character from which on it is held out.
-        fraction: share that is held out by hash where nobody has counted.
+        held_out: for each document whether it is held out; None if they have not been counted.
+        cut: number of a document, and the first character of its held-out tail.
+        fraction: share to hold out by hash if they have not been counted.
     """
 
     held_out: NDArray[np.bool_] | None
@@ -260,7 +259,7 @@ class _Split:
     fraction: float
 
     def parts(self, number: int, document: Document) -> list[tuple[int, Document]]:
-        """What becomes of a document: (0 for training or 1 for held out, document), one or two of them."""
+        """Where a document goes: one or two pairs (0 for training or 1 for held out, document)."""
         if self.cut is not None and number == self.cut[0]:
             text = document.text
             return [(part, replace(document, text=piece)) for part, piece in enumerate(_halves(text, self.cut[1]))]
@@ -296,7 +295,7 @@ def _digest(request: dict[str, Any]) -> str:
 def _split(
     corpus: Corpus, fraction: float, journal: _Journal, announce: Callable[[str], None], tell: _Telling
 ) -> _Split:
-    """Decide what is held out, or take the decision that was written down."""
+    """Decide what is held out, or read the decision made before."""
     if not fraction or corpus.streamed:
         return _Split(None, None, fraction)
     file = journal.staging / _HELD_OUT
@@ -313,7 +312,7 @@ def _split(
 
 
 def _plan(corpus: Corpus, fraction: float, tell: _Telling) -> tuple[NDArray[np.bool_], tuple[int, int] | None]:
-    """Hold out about this share of the characters, in whole documents if that is possible at all."""
+    """Hold out about this share of the characters, in whole documents if possible."""
     keys: list[int] = []
     lengths: list[int] = []
     longest, cut = 0, 0
@@ -342,7 +341,7 @@ def _plan(corpus: Corpus, fraction: float, tell: _Telling) -> tuple[NDArray[np.b
 def _trained(
     spec: str, corpus: Corpus, split: _Split, journal: _Journal, announce: Callable[[str], None], tell: _Telling
 ) -> Tokenizer:
-    """Train the tokenizer on what is not held out, or take the one that was trained already."""
+    """Train the tokenizer on the training part, or read the one trained before."""
     directory = journal.staging / "tokenizer"
     if journal.tokenizer is not None:
         made = Tokenizer.load(directory)
@@ -416,7 +415,7 @@ def _encode_all(
     workers: int,
     tell: _Telling,
 ) -> None:
-    """Write the data sets of the staging directory to their end."""
+    """Finish the data sets in the staging directory."""
     with ExitStack() as stack:
         writers = [
             stack.enter_context(DatasetWriter(journal.staging / name, tokenizer, shard_tokens, state))
@@ -458,7 +457,7 @@ def _encode_all(
 
 @contextmanager
 def _locked(staging: Path, out: Path) -> Generator[None]:
-    """Refuse a second process; the lock ends with the process, however it ends."""
+    """Refuse a second process. The lock ends with the process, even if it is killed."""
     staging.mkdir(parents=True, exist_ok=True)
     with (staging / _LOCK).open("w") as lock:
         try:

@@ -1,4 +1,4 @@
-"""Reading ahead: the next values are made by other threads."""
+"""Reads ahead: other threads compute the next values."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +10,12 @@ _T = TypeVar("_T")
 class ReadAhead(Generic[_T]):
     """A function of a number that is mostly called with 0, 1, 2, …: the next values are computed in the background.
 
-    The values are those of the function, whatever the number of workers and whatever numbers are asked for. Threads
-    are enough for reading: what waits for the disk is a copy out of a memory map, and NumPy lets go of the interpreter
-    for it.
+    The values do not depend on the number of workers or on the order of calls. Threads are enough: the slow part is a
+    copy from a memory map, and NumPy releases the interpreter lock for it.
 
     Args:
         make: the function; pure, and safe to call from several threads.
-        workers: threads, and values made ahead; 0 computes every value when it is asked for.
+        workers: threads, and values made ahead; 0 computes every value when it is needed.
     """
 
     def __init__(self, make: Callable[[int], _T], workers: int) -> None:

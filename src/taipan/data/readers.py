@@ -1,8 +1,8 @@
 """The records of one file: plain text, JSON lines or Parquet, compressed or not.
 
-What a file holds is told by its content. Its name decides only where the content leaves a choice: what is called JSON
-lines or Parquet must be that. What is something else, or could be two things, is refused (or, in a directory and not
-meant as data by its name, passed over and counted).
+The content of a file decides its format. The name decides only if the content leaves a choice; a file named as JSON
+lines or Parquet must be that. Anything else, or a file that could be two things, is refused. In a directory, such a
+file is skipped and counted if its name does not say data.
 """
 
 import json
@@ -32,18 +32,18 @@ PARQUET_SUFFIX = ".parquet"
 ARCHIVE_SUFFIXES = frozenset({".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"})
 
 Format = Literal["auto", "text", "jsonl"]
-"""What files are read as: what they are recognised to be, or text or JSON lines because the user says so."""
+"""Format of a file: recognised, or text or JSON lines if the user says so."""
 
 _Kind = Literal["text", "JSON lines", "Parquet"]
 _PARQUET_ROWS = 1024
 
 
 class FileReader:
-    """The records of one file: the lines of JSON lines, the rows of Parquet, and of any other file its whole text.
+    """The records of one file: lines of JSON lines, rows of Parquet, or the whole text of any other file.
 
     Args:
         path: the file.
-        explicit: whether the user named it. Then it must be readable text; otherwise what is not is passed over.
+        explicit: whether the user named this file. Then it must be readable; otherwise unreadable files are skipped.
         text_column: field or column with the text.
         format: what it holds, if the user says so.
 
@@ -75,7 +75,7 @@ class FileReader:
         return [str(self.path), status.st_size, status.st_mtime_ns]
 
     def uses(self, option: Option) -> bool:
-        """Whether it holds records with fields, for the text column; whether it is no Parquet file, for the format."""
+        """Whether the option matters here: a text column for records with fields, a format for anything but Parquet."""
         if option == "split" or self._format == "text":
             return option == "format"
         if self._named == PARQUET_SUFFIX or self._named in JSON_LINES_SUFFIXES:
@@ -103,7 +103,7 @@ class FileReader:
             skipped["unreadable"] += 1
 
     def _kind(self, content: Unpacked) -> _Kind:
-        """What it holds; by its name and what the user says as far as the content leaves a choice."""
+        """Its format: by content, then by name and by what the user says."""
         self.recognised = None
         if self._format == "text":
             return "text"
@@ -148,7 +148,7 @@ class FileReader:
         yield Record(0, self._name, text)
 
     def _why_no_text(self, data: bytes) -> tuple[str, str] | None:
-        """Why the content cannot be taken for text: in a word to count it by, and as the rest of a sentence."""
+        """Why the content is no text: one word for counting, and the rest of a sentence."""
         if not data:
             return "empty", " is empty; expected text."
         if self._format == "text":
@@ -163,7 +163,7 @@ class FileReader:
     def _read_json_lines(self, content: Unpacked, start: int, skipped: "Counter[str]") -> Iterator[Record]:
         n_lines = 0
         for number, line in enumerate(content.stream):
-            line = line.removeprefix(BYTE_ORDER_MARK)  # files that were joined bring theirs along
+            line = line.removeprefix(BYTE_ORDER_MARK)  # joined files each have one
             if not line.strip():
                 continue
             n_lines += 1
@@ -237,7 +237,7 @@ class FileReader:
 
 
 def file_kind(path: Path) -> str:
-    """Return the suffix that says what a file holds, below one of compression if there is one."""
+    """Return the suffix of the format, without one of compression."""
     inner = Path(path.stem) if path.suffix.lower() in COMPRESSION_SUFFIXES else path
     return inner.suffix.lower()
 
@@ -248,7 +248,7 @@ _ONE_A_LINE = "one JSON object per line"
 def _holds_json_lines(stream: IO[bytes], head: bytes, column: str) -> bool:
     """Whether the first lines are JSON objects, one a line.
 
-    Two of the first three lines are (or would be, were they not damaged); or the first one, and it has the column.
+    Two of the first three lines are objects, or look like damaged ones; or the first one is and has the column.
     """
     if encoding(head) or not head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{"):
         return False
@@ -267,7 +267,7 @@ def _json_object(line: bytes) -> Collection[str] | None:
         value: object = json.loads(line.decode())
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None
-    except (ValueError, RecursionError):  # endless numbers, endless nesting: it may have any, and reading will say so
+    except (ValueError, RecursionError):  # too large a number, too deep a nesting: reading will report it
         return _ANY
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 

@@ -1,4 +1,4 @@
-"""What every reader gives: texts in a fixed order, from any record on; and the columns they come from."""
+"""The interface of all readers: texts in a fixed order, from any record on; and checks of their columns."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Record(NamedTuple):
 
 @runtime_checkable
 class Reader(Protocol):
-    """Texts in a fixed order that can be entered at any record."""
+    """Texts in a fixed order; reading can start at any record."""
 
     @property
     def n_bytes(self) -> int:
@@ -36,11 +36,11 @@ class Reader(Protocol):
 
     @property
     def recognised(self) -> str | None:
-        """What the content was taken for in the last reading, where the name says something else."""
+        """The format found in the last reading, if the name says another."""
         ...
 
     def stamp(self) -> list[object]:
-        """Plain values that change when the content does."""
+        """Plain values that change with the content."""
         ...
 
     def uses(self, option: Option) -> bool:
@@ -48,18 +48,18 @@ class Reader(Protocol):
         ...
 
     def read(self, start: int, skipped: "Counter[str]") -> Iterator[Record]:
-        """Yield the records from number ``start`` on; what is passed over is counted by reason."""
+        """Yield the records from number ``start`` on; skipped ones are counted by reason."""
         ...
 
 
 def listed(names: "list[str]") -> str:
-    """Names for a message, the first of many."""
+    """Names for a message, shortened if there are many."""
     rest = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
     return f"{', '.join(brief(name, 40) for name in names[:_LISTED])}{rest}" or "nothing"
 
 
 def require_text_column(schema: Any, column: str, name: str) -> None:
-    """Refuse an Arrow schema without exactly one column of this name, or where it holds no text.
+    """Refuse an Arrow schema unless exactly one column has this name and holds text.
 
     Text is ``string``, ``large_string``, ``string_view`` or a dictionary of one of them (the categories of pandas and
     Polars).
@@ -86,7 +86,7 @@ def require_text_column(schema: Any, column: str, name: str) -> None:
 
 
 def column_records(array: Any, first: int, column: str, name: str) -> Iterator[Record]:
-    """The records of an Arrow array of text, of which the first has this number.
+    """The records of an Arrow array of text, numbered from the given number on.
 
     Raises:
         DataError: a text is not UTF-8; names the row.

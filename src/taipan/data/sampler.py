@@ -1,7 +1,7 @@
-"""Which tokens are trained on when: a pure function of (seed, sample index), so that resuming takes one number.
+"""The order of training: a sample is a pure function of (seed, index), so resuming needs one number.
 
-An epoch cuts the corpus, taken as a ring, into windows of ``context_length`` tokens from a random offset of its own,
-and visits them in a random order of its own. No index is stored: the order is a permutation that is computed.
+An epoch cuts the corpus, as a ring, into windows of ``context_length`` tokens from a random offset, and visits them in a
+random order; both differ from epoch to epoch. No index is stored: the order is a computed permutation.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,7 @@ _MASK = (1 << 64) - 1
 class WindowSampler:
     """Contiguous windows of a data set in a shuffled order; every token at most once per epoch.
 
-    Of the n tokens, ``n mod context_length`` are left out in an epoch; because the offset changes, not the same ones
-    every time. Sample ``index`` is window ``index % n_windows`` of epoch ``index // n_windows``, whatever the batch
+    Each epoch leaves out ``n mod context_length`` of the n tokens; the offset changes, so they differ every time. Sample ``index`` is window ``index % n_windows`` of epoch ``index // n_windows``, whatever the batch
     size or the number of processes.
 
     Args:
@@ -88,7 +87,7 @@ class WindowSampler:
 
 @runtime_checkable
 class Samples(Protocol):
-    """An endless sequence of windows that can be entered anywhere."""
+    """An endless sequence of windows with random access."""
 
     def window(self, index: int) -> tuple[IntT, IntT]:
         """Return ``(tokens_T, segment_T)`` of sample ``index``, always the same."""

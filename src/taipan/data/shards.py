@@ -103,7 +103,7 @@ def require_replaceable(target: Path) -> None:
 
 
 class TokenDataset:
-    """The tokens of a prepared corpus, read from disk as they are asked for; made by :meth:`open`."""
+    """The tokens of a prepared corpus, read from disk when needed; made by :meth:`open`."""
 
     def __init__(
         self, path: Path, manifest: Manifest, shards: Sequence[NDArray[Any]], documents: NDArray[np.uint64]

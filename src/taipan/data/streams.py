@@ -1,4 +1,4 @@
-"""The content of a file, unpacked: what compressed it is told by its bytes, not by its name."""
+"""Opens files and unpacks them; the compression is recognised by content, not by name."""
 
 import bz2
 import gzip
@@ -22,15 +22,15 @@ COMPRESSION_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 _LAYERS = 3
 _ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-_ZSTD_WINDOW_LOG = 31  # the largest there is (`zstd --long=31`); it takes the memory that the file asks for
+_ZSTD_WINDOW_LOG = 31  # the largest possible (`zstd --long=31`); memory is used only as far as the file needs it
 
 
 class Unpacked:
     """A file opened for reading.
 
     Attributes:
-        stream: what is in it; can be read again from the beginning by ``seek(0)``.
-        raw: the file itself, whose position says how much of it has been read.
+        stream: its unpacked content; ``seek(0)`` starts again.
+        raw: the file itself; its position is how much has been read.
         packed: whether it was compressed.
     """
 
@@ -40,7 +40,7 @@ class Unpacked:
         self.packed = stream is not raw
 
     def head(self) -> bytes:
-        """Its first bytes; the next reading begins with them again."""
+        """Its first bytes, without moving on."""
         found = self.stream.read(HEAD_BYTES)
         self.stream.seek(0)
         return found
@@ -48,7 +48,7 @@ class Unpacked:
 
 @contextmanager
 def unpacked(path: Path) -> Generator[Unpacked]:
-    """Open a file, compressed by gzip, bzip2, xz or Zstandard or not at all, once or one over the other.
+    """Open a file: plain, or compressed by gzip, bzip2, xz or Zstandard, also several times.
 
     A pipe is read to its end first.
 
@@ -90,7 +90,7 @@ def unpacked(path: Path) -> Generator[Unpacked]:
 
 @contextmanager
 def on_disk(content: Unpacked) -> Generator[IO[bytes]]:
-    """The content as a file in which one can jump about; what was compressed is written to a temporary one."""
+    """The content as a seekable file; compressed content goes to a temporary one."""
     if not content.packed:
         yield content.raw
         return
@@ -120,14 +120,14 @@ def _opened(codec: str, stream: IO[bytes], path: Path) -> Any:
         return bz2.BZ2File(stream)
     if codec == "xz":
         return lzma.LZMAFile(stream)
-    # Not the zstandard package: its stream reader takes a truncated file for a whole one. Not pyarrow: it refuses
+    # Not the zstandard package: its stream reader accepts a truncated file. Not pyarrow: it refuses
     # windows of more than 128 MiB.
     zstd = needed(_ZSTD, "data", path_text(path))
     return zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG})
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """What the decompressors raise; those of the system that have no number are theirs, too."""
+    """Errors of the decompressors; an OSError without a number is also theirs."""
     zstd = sys.modules.get(_ZSTD)
     own = cast("tuple[type[Exception], ...]", (zstd.ZstdError,) if zstd is not None else ())
     return (OSError, EOFError, lzma.LZMAError, zlib.error, *own)

@@ -334,10 +334,10 @@ def _scan_backward(
 
     With s_i the exponent of token i, the past of y_i is proportional to e^(s_i) and what token j adds to a later one of
     the chunk to e^(-s_j), so ds_t = dy_t · past_t - dt_t x_t · dinside_t, where dinside_t is the gradient that dt_t x_t
-    gets from those later ones. s is the running sum of dt A, so dt_t A gets the ds of token t and after. The final state
-    adds what passes token t: the state at the entrance, and the tokens before t. (The state less what tokens from t on
-    added would be equal, but if a head forgets, only rounding is left of that difference.) No gradient of the (Q, Q)
-    decays is needed, and where a head forgets at once both terms are 0.
+    gets from those later ones. s is the running sum of dt A, so dt_t A gets the ds of token t and after. The end
+    state adds what passes token t: the state at the entrance, and the tokens before t. (The state less what tokens from
+    t on added would be equal, but if a head forgets, only rounding is left of that difference.) No gradient of the
+    (Q, Q) decays is needed, and where a head forgets at once both terms are 0.
     """
     accumulate = past_BTHP.dtype
     batch, tokens, heads, head_dim = x_BTHP.shape
