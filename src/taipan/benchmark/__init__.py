@@ -1,7 +1,7 @@
-"""How fast a model is here: against its own linear layers, the memory's bandwidth, and other implementations.
+"""Speed of a model on this machine, against its own linear layers, memory bandwidth, and other implementations.
 
-Whatever is compared runs in one process, interleaved, and is compared repetition by repetition, so that what else the
-machine does hits both sides.
+Compared subjects run interleaved in one process and are compared repetition by repetition, so that other work on the
+machine hits both.
 """
 
 from taipan.benchmark.results import Comparison, Measurement, Spread

@@ -1,4 +1,4 @@
-"""The floor of decoding: what must be read for a token, and how fast this machine reads."""
+"""The floor of decoding: bytes to read for a token, and this machine's reading speed."""
 
 from collections.abc import Callable
 from typing import cast
@@ -17,7 +17,7 @@ BUFFER_BYTES = 2**28
 
 
 class StreamingRead:
-    """One read of a large buffer in large pages by all threads, by the quickest of several reductions.
+    """One read of a large buffer in large pages by all threads, with the fastest of several reductions.
 
     Attributes:
         nbytes: what one call reads.
@@ -46,17 +46,17 @@ class StreamingRead:
 def bytes_per_token(model: TaipanLM, state: DecoderState, weights: str = "auto") -> int:
     """Bytes that decoding one token for every row must move, at least.
 
-    Every weight is read once, of an embedding that is not the head one row; the attention of a SAL only for the share C
-    of the tokens. Recurrent states and convolution columns are read and written, keys and values read.
+    Every weight is read once; of an untied embedding one row; the attention of a SAL only for the share C of the
+    tokens. Recurrent states and convolution columns are read and written, keys and values read.
 
     Args:
         model: what decodes.
         state: what it decodes after.
-        weights: what the matrices are read in, as in `taipan.generation.start_decoding`.
+        weights: format of the matrices, as in `taipan.generation.start_decoding`.
     """
     config = model.config
     total = float(sum(parameter.nbytes for parameter in model.parameters()))
-    precise: set[int] = set()  # gates' linears, which are read as they are
+    precise: set[int] = set()  # gates' linears, which are never narrowed
     for kind, block, layer in zip(config.layer_types, model.model.layers, state.layers, strict=True):
         table = table_of(kind)
         total += table.state_share(config) * layer.bytes_per_token

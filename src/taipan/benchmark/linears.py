@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from taipan.layer_types import table_of
 from taipan.model import Block, TaipanLM, TaipanOutput
 
-_OUTPUT_ELEMENTS = 2**26  # outputs of a product computed at once, as a head of a large vocabulary is not held whole
+_OUTPUT_ELEMENTS = 2**26  # outputs per product: the logits of a large vocabulary are never held whole
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Linear:
 
 
 def selected_tokens(output: TaipanOutput) -> dict[int, int]:
-    """How many tokens (those included that only fill up shorter rows) each SAL has selected in a call, by layer."""
+    """Number of tokens each SAL selected in a call, padding of shorter rows included, by layer."""
     return {gate.layer: gate.selected_BT.shape[0] * int(gate.selected_BT.sum(1).max()) for gate in output.gates}
 
 
 def linears(
     model: TaipanLM, dtype: torch.dtype, *, rows: int, head_rows: int, selected: Mapping[int, int]
 ) -> list[Linear]:
-    """Every linear layer of the model with the rows that really go through it, in the model's mode.
+    """Every linear layer of the model with the rows that go through it, in the model's mode.
 
     Args:
         model: whose weights are taken.
         dtype: of the products; those of the gates are at least fp32, as in the model.
         rows: tokens of the call, all rows of the batch together.
         head_rows: tokens whose logits are computed.
-        selected: what `selected_tokens` says of such a call.
+        selected: as `selected_tokens` returns it.
     """
     found: list[Linear] = []
 
@@ -70,7 +70,7 @@ def linears(
 
 
 class LinearFloor:
-    """The products of some linear layers on random inputs, into memory that is there already."""
+    """The products of some linear layers on random inputs, into preallocated memory."""
 
     def __init__(self, layers: list[Linear], *, backward: bool) -> None:
         self._layers = layers
@@ -89,7 +89,7 @@ class LinearFloor:
                     self._memory[name, layer.weight.dtype] = values.to(layer.weight.dtype)
 
     def __call__(self) -> None:
-        """Multiply: y = x Wᵀ, and with the backward dx = dy W and dW = dyᵀ x, the values of y standing for dy."""
+        """Multiply: y = x Wᵀ, and for the backward dx = dy W and dW = dyᵀ x, with y in place of dy."""
         with torch.inference_mode():
             for layer in self._layers:
                 self._multiply(layer)

@@ -27,7 +27,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 6,
     },
 }
-"""Sizes that only the benchmark needs, beside the presets and the quickstart's model."""
+"""Further sizes for the benchmark, beside the presets and the quickstart's model."""
 QUICKSTART = "quickstart"
 
 _CALIBRATION_TOKENS = 4096
@@ -60,15 +60,15 @@ def configuration(model: str) -> TaipanConfig:
 
 
 def dtype_of(settings: Settings) -> torch.dtype:
-    """The dtype that the settings stand for on this machine."""
+    """The dtype of the settings, with `auto` resolved for this machine."""
     return torch.bfloat16 if training_dtype(settings.dtype).dtype == "bfloat16" else torch.float32
 
 
 def build(settings: Settings, dtype: torch.dtype) -> TaipanLM:
     """The model in eval mode with parameters of a dtype.
 
-    A named model has random weights, and its gates the thresholds with which they select the share C of random tokens,
-    as those of a trained model do. Where they lie in memory is as `from_pretrained` would have it.
+    A named model has random weights, and thresholds with which its gates select the share C of random tokens, as in a
+    trained model. Its memory layout is that of `from_pretrained`.
     """
     if settings.model not in names():
         configuration(settings.model)

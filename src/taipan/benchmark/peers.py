@@ -1,4 +1,4 @@
-"""Other implementations, built only when they are asked for."""
+"""Other implementations, built only when needed."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -9,11 +9,11 @@ from taipan.config import TaipanConfig
 from taipan.errors import ConfigError, how_to_install
 
 NAMES = {"transformers-mamba2": "transformers Mamba-2", "transformers-llama": "transformers Llama"}
-"""What a setting of `against` may begin with, and the name of the subject."""
+"""The values of `against`, and the name of each subject."""
 
 
 def peer_names(against: str | None) -> list[str]:
-    """The subjects that a setting of `against` stands for.
+    """The subjects of a value of `against`.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -34,5 +34,5 @@ def build_peer(subject: str, config: TaipanConfig, dtype: torch.dtype) -> Any:
 
 
 def build_peers(against: str | None, config: TaipanConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """All that a setting of `against` stands for, by name."""
+    """All subjects of a value of `against`, by name."""
     return {subject: build_peer(subject, config, dtype) for subject in peer_names(against)}

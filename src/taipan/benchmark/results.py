@@ -1,4 +1,4 @@
-"""What a measurement is: values of repetitions, and comparisons made repetition by repetition."""
+"""Measurements: values of repetitions, and comparisons made repetition by repetition."""
 
 import statistics
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Comparison:
     """One subject against another, one ratio per repetition.
 
     Attributes:
-        quantity: what the ratio is of: `time` (below 1 is better), `speed` (above 1 is better) or `memory`.
+        quantity: of the ratio: `time` (below 1 is better), `speed` (above 1 is better) or `memory`.
         other: the subject it is compared with.
         ratios: this subject's over the other's, of each repetition.
     """
@@ -55,8 +55,8 @@ class Measurement:
 
     Attributes:
         suite: which suite measured it.
-        work: the work in words.
-        subject: who did it.
+        work: in words.
+        subject: what did it.
         unit: of the values, `seconds` or `bytes`.
         values: of each repetition, for the whole work.
         tokens: tokens the work consists of, for a rate; 0 if there is no rate.

@@ -1,4 +1,4 @@
-"""All suites of one run, and everything that must be known to make the numbers again."""
+"""All suites of one run, and everything needed to reproduce the numbers."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -39,13 +39,13 @@ class Session:
     """One run.
 
     Attributes:
-        settings: what was asked for.
+        settings: as given.
         config: the model.
-        machine: what `taipan.hardware.describe` found.
+        machine: as `taipan.hardware.describe` returns it.
         threads: of PyTorch during the run.
-        dtype: that `auto` stood for, or that was asked for.
+        dtype: the one used.
         implementations: of every op, as used.
-        load: processes that ran or waited to, on average over the last minute, before the run and after it.
+        load: mean number of running or waiting processes over the last minute, before and after the run.
         started: UTC, ISO 8601.
         measurements: in the order of the suites.
     """
@@ -90,7 +90,7 @@ def run(
     Args:
         suites: names in `SUITES` and `SERVING`, or `serve` for all of the latter; none means all of the former.
         settings: what to measure.
-        progress: told a suite, how many of its runs are done, and how many there are.
+        progress: called with a suite, the number of its runs done, and of all.
 
     Raises:
         ConfigError: a suite, model, dtype, implementation or peer is unknown or cannot be had here.
@@ -128,7 +128,7 @@ def run(
 
 
 def implementations(implementation: str, dtype: torch.dtype) -> dict[str, str]:
-    """What each op of a model takes on this machine; norms of the residual stream take that of the gated ones."""
+    """The implementation of each op of a model here; norms of the residual stream use that of the gated ones."""
     example = torch.zeros(1, dtype=dtype)
     asked = resolve_implementations(implementation)
     asked["rms_norm"] = asked["gated_rms_norm"]

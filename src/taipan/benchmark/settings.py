@@ -19,18 +19,18 @@ class Settings:
 
     Attributes:
         model: a name in `taipan.benchmark.models.names()`, or a model directory.
-        tokens: lengths to prefill and to train on; the first one is what `memory` and `ops` take.
+        tokens: lengths to prefill and to train on; `memory` and `ops` use the first.
         batch: rows.
         dtype: `float32`, `bfloat16` (of the weights; in training of the products, over fp32 weights), or `auto` for
-            what training takes on this machine.
-        threads: of PyTorch; None leaves them as they are.
-        implementation: of the ops; in `ops`, what is measured against `portable`.
-        repeats: repetitions of everything that is timed, after a warm-up.
+            the dtype of training on this machine.
+        threads: of PyTorch; None changes nothing.
+        implementation: of the ops; `ops` compares it with `portable`.
+        repeats: timed repetitions, after a warm-up.
         against: the other implementations to run, a name in `PEERS`, or None.
-        floor: whether to run the model's linear layers alone, too.
+        floor: whether to time the model's linear layers alone as well.
         context: tokens read before decoding begins.
         new_tokens: tokens decoded in one repetition.
-        weights: what decoding reads the matrices in: `auto`, `bfloat16` or `int8`, as in generation.
+        weights: format of the matrices in decoding: `auto`, `bfloat16` or `int8`, as in generation.
         directory: where sessions that are measured are kept; None keeps none.
         seed: of weights and tokens.
 

@@ -1,4 +1,4 @@
-"""Timing several things in turn, so that noise of the machine meets all of them."""
+"""Times several functions in turn, so that noise of the machine hits all of them."""
 
 import math
 import time
@@ -11,9 +11,9 @@ Run = Callable[[], object]
 Progress = Callable[[int, int], None]
 
 LEAST_SECONDS = 0.01
-"""A sample of something quicker is the mean over so many calls that they take this long."""
+"""A sample of a faster function is the mean over enough calls to take this long."""
 LONG_SECONDS = 60.0
-"""What takes longer than this has nothing to warm up: its first call is its first sample."""
+"""A slower function is not warmed up: its first call is its first sample."""
 
 
 def interleaved(
@@ -32,9 +32,9 @@ def interleaved(
     Args:
         runs: what to time.
         repeats: repetitions.
-        progress: told how many of all runs are done.
-        least_seconds: runs quicker than this are called several times in a row.
-        long_seconds: runs that take longer than this are not warmed up.
+        progress: called with the number of runs done, and of all.
+        least_seconds: faster runs are called several times in a row.
+        long_seconds: slower runs are not warmed up.
     """
     total, done = len(runs) * (repeats + 1), 0
 
@@ -48,7 +48,7 @@ def interleaved(
     samples: dict[K, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         seconds = _seconds(run, 1)
-        if seconds < 10 * least_seconds:  # the first call is no measure: it fills caches and may compile
+        if seconds < 10 * least_seconds:  # the first call does not count: it fills caches and may compile
             seconds = _seconds(run, 1)
         calls[name] = max(1, math.ceil(least_seconds / max(seconds, 1e-9)))
         if seconds > long_seconds:

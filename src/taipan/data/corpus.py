@@ -1,4 +1,4 @@
-"""Documents from the user's files and data sets, and a corpus of real text that every Python installation carries."""
+"""Documents from the user's files and data sets, and a corpus that comes with every Python installation."""
 
 import os
 import sysconfig
@@ -55,14 +55,13 @@ class Place:
 class Corpus:
     """The documents of files, directories and data sets, in a fixed order; can be read as often as needed.
 
-    A directory is walked recursively in sorted order, links to directories followed; of its files those with a text
-    suffix, ``.jsonl`` and ``.parquet`` are taken, prepared data sets are left out, and hidden, binary, non-UTF-8,
-    unreadable and empty ones are counted in :attr:`skipped`. A file that is named explicitly is taken whatever its
-    suffix, and must be text. JSON lines, whatever their file is called, give one document per line and Parquet one per
-    row, from the text column; null texts are counted in :attr:`skipped`. All may be compressed (gzip, bzip2, xz,
-    Zstandard). A directory that ``datasets.Dataset.save_to_disk`` wrote gives one document per row; ``hf:NAME`` or
-    ``hf:NAME:CONFIGURATION`` streams a data set of the Hugging Face hub. A file or directory that is reached twice is
-    read once. A byte order mark before a text is taken off.
+    A directory is walked recursively in sorted order, also through links. Files with a text suffix, ``.jsonl`` and
+    ``.parquet`` are read; prepared data sets are left out; hidden, binary, non-UTF-8, unreadable and empty files are
+    counted in :attr:`skipped`. A file named by the user is read whatever its suffix, and must be text. JSON lines give
+    one document per line and Parquet one per row, from the text column; null texts are counted in :attr:`skipped`. All
+    may be compressed (gzip, bzip2, xz, Zstandard). A directory that ``datasets.Dataset.save_to_disk`` wrote gives one
+    document per row; ``hf:NAME`` or ``hf:NAME:CONFIGURATION`` streams a data set of the Hugging Face hub. A file or
+    directory that is reached twice is read once. A byte order mark before a text is removed.
 
     Args:
         paths: files, directories, ``hf:`` names.
@@ -95,12 +94,12 @@ class Corpus:
         hubs = [path for path in self.paths if path.startswith(HUB_PREFIX)]
         self._hubs = {path: HubReader(path, self._text_column, self._split) for path in hubs}
         self._reader: Reader | None = None
-        self._n_read = 0  # bytes of the readers that are done
+        self._n_read = 0  # bytes of finished readers
         self._n_to_read = 0
         self.skipped: Counter[str] = Counter()
-        """Number of files and of records without a text passed over in the last reading, by reason."""
+        """Number of files and records skipped in the last reading, by reason."""
         self.recognised: Counter[str] = Counter()
-        """Number of files in the last reading that were told by their content, against their names, by what it is."""
+        """Number of files in the last reading whose content is of another format than their name says, by format."""
         if not self.paths:
             raise DataError("no paths were given; expected at least one file or directory with text.")
         for path in self.paths:
@@ -130,7 +129,7 @@ class Corpus:
         )
 
     def read(self, start: Place | None = None) -> Iterator[tuple[Document, Place]]:
-        """Yield the documents from a place on, each with the place where reading continues after it.
+        """Yield the documents from a place on, each with the place after it.
 
         Files before the place are not opened. Nothing is raised if there is no document.
         """
@@ -157,7 +156,7 @@ class Corpus:
             self._n_read += size
 
     def _require_used(self, readers: Sequence[Reader]) -> None:
-        """Refuse an option that has no effect: the user expects other files than these."""
+        """Refuse an option without effect: the user expects other files than these."""
         for option, value in self._given.items():
             if readers and not any(reader.uses(option) for reader in readers):
                 raise DataError(
@@ -172,7 +171,7 @@ class Corpus:
 
     @property
     def streamed(self) -> bool:
-        """Whether a part of it comes over the network, so that reading it twice is to be avoided."""
+        """Whether a part comes over the network, so that it should be read only once."""
         return bool(self._hubs)
 
     def stamp(self) -> list[list[object]]:
@@ -181,11 +180,11 @@ class Corpus:
 
     @property
     def options(self) -> dict[str, str]:
-        """What else decides which texts are read."""
+        """Options that decide which texts are read."""
         return {"text_column": self._text_column, "split": self._split, "format": self._format}
 
     def sources(self) -> tuple[str, ...]:
-        """Where the texts come from: what the user named, with the revision of what comes from the hub."""
+        """The sources the user named; those from the hub with their revision."""
         return tuple(self._hubs[path].source() if path in self._hubs else path_text(path) for path in self.paths)
 
     def progress(self) -> tuple[int, int]:
@@ -218,7 +217,7 @@ class Corpus:
             if path in self._hubs or not Path(path).is_dir() or is_saved_dataset(Path(path)):
                 yield path, True
                 continue
-            # A directory that links make reachable from itself is met again, and known by its real name.
+            # Links can lead back into a directory; it is recognised by its real path.
             for directory, subdirectories, names in os.walk(path, onerror=self._unreadable, followlinks=True):
                 real = os.path.realpath(directory)
                 if real in walked:
@@ -230,7 +229,7 @@ class Corpus:
                     subdirectories.clear()
                     yield directory, False
                     continue
-                if {MANIFEST_FILE, DOCUMENTS_FILE} <= set(names):  # what this very command has made
+                if {MANIFEST_FILE, DOCUMENTS_FILE} <= set(names):  # output of this command
                     subdirectories.clear()
                     self.skipped["prepared data set"] += 1
                     continue

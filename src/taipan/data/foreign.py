@@ -1,10 +1,10 @@
-"""Tokens that other projects prepared: nanoGPT, llm.c, Megatron and NumPy files, taken over into a data set of ours.
+"""Imports tokens that other projects prepared: files of nanoGPT, llm.c, Megatron and NumPy.
 
-They are copied and not read in place: what they lack (the tokenizer, checksums, where documents begin, how many bytes
-of text they stand for) is what the rest of the project relies on.
+They are copied, not read in place, because the rest of the project needs what they lack: the tokenizer, checksums, the
+starts of documents, and the bytes of text.
 
 ======== ========== ==============================================================================================
-nanoGPT  ``.bin``   ids and nothing else (uint16, if nobody says otherwise and nothing speaks against it); the
+nanoGPT  ``.bin``   ids and nothing else (uint16, unless the user or the content says otherwise); the
                     end-of-document token follows (or precedes) every document
 NumPy    ``.npy``   what ``numpy.save`` writes of a 1-d array of whole numbers; documents as for nanoGPT
 llm.c    ``.bin``   256 int32 of header (magic 20240520: uint16 ids, 20240801: uint32; version; number of ids), ids
@@ -32,7 +32,7 @@ from taipan.errors import ConfigError, DataError, brief, shown
 from taipan.io import atomic_directory, path_text
 
 RAW_TYPES = ("uint16", "uint32", "int32", "int64")
-"""Types that ids in files without a header can be said to have."""
+"""Types that the user can name for ids in files without a header."""
 
 _CHUNK_TOKENS = 1 << 20
 _SAMPLE_BYTES = 1 << 20
@@ -56,7 +56,7 @@ class TokenFile:
         path: the file.
         tokens: its ids, memory-mapped; 1-d.
         bounds: first id of every document, and then the number of ids; None: documents end at the end token.
-        raw: whether nothing in the file says what type its ids have.
+        raw: whether the file does not say the type of its ids.
     """
 
     path: Path
@@ -68,8 +68,8 @@ class TokenFile:
 def open_tokens(path: Path, vocab_size: int, dtype: str | None = None) -> TokenFile:
     """Open a token file: NumPy's, nanoGPT's, llm.c's, or Megatron's (``.idx``, or its ``.bin`` with one beside it).
 
-    A file without a header is taken for uint16 only if nothing speaks against it: the tokenizer has no more ids than
-    that, the file is nothing else by its first bytes, and its numbers do not make ids of a wider type as well.
+    A file without a header is read as uint16 only if the tokenizer has no more ids than that, its first bytes are of no
+    other format, and its numbers are not valid ids of a wider type.
 
     Args:
         path: the file.
@@ -118,10 +118,10 @@ def import_tokens(
     licence: str = LICENCE_NOTE,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenDataset:
-    """Take over token files into a data set; the directory appears whole or not at all.
+    """Import token files as a data set; the directory appears whole or not at all.
 
-    Every document ends with one end token in the result, whether that stood before, after or nowhere in the file;
-    documents without a token are left out. Bytes of text are counted by decoding.
+    In the result every document ends with one end token, wherever the file had it. Empty documents are left out. Bytes
+    of text are counted by decoding.
 
     Args:
         paths: files as :func:`open_tokens` takes them, in the order of the data set.
@@ -130,7 +130,7 @@ def import_tokens(
         dtype: what files without a header hold, see :func:`open_tokens`.
         shard_tokens: tokens per shard file.
         licence: what the manifest says about the licence of the texts.
-        progress: is told how many ids are done, of how many.
+        progress: called with the number of ids done, and of all.
 
     Returns:
         The opened data set.
@@ -164,7 +164,7 @@ def import_tokens(
 
 
 def _documents(file: TokenFile, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[np.int64], bool]]:
-    """The ids of every document in pieces, without end tokens; with the last piece of each comes True."""
+    """The ids of every document in pieces, without end tokens; True with the last piece of each."""
     for start, stop in _bounds(file, tokenizer.eos_id):
         for first in range(start, stop, _CHUNK_TOKENS):
             ids = file.tokens[first : min(stop, first + _CHUNK_TOKENS)].astype(np.int64)
@@ -179,7 +179,7 @@ def _documents(file: TokenFile, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[
 
 
 def _bounds(file: TokenFile, end: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of every document, the end tokens around it left out."""
+    """Start and stop of every document, without end tokens."""
     tokens = file.tokens
     if file.bounds is not None:
         for start, stop in zip(file.bounds[:-1].tolist(), file.bounds[1:].tolist(), strict=True):
@@ -198,7 +198,7 @@ def _bounds(file: TokenFile, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _measure(tokenizer: Tokenizer) -> Callable[[NDArray[np.int64]], int]:
-    """A function that counts the bytes of text that ids stand for."""
+    """A function that counts the bytes of text of some ids."""
     if not tokenizer.is_byte_level:
         return lambda ids: len(tokenizer.decode(ids.tolist()).encode())
     sizes = tokenizer.byte_lengths
@@ -210,7 +210,7 @@ def _open_numpy(path: Path) -> NDArray[Any]:
     name = path_text(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # of a damaged header NumPy's parser says much, in many classes
+    except Exception as error:  # NumPy's parser raises many classes for a damaged header
         raise DataError(f"{name} is damaged or no NumPy array of numbers: {brief(error)}. Save it again.") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
@@ -222,7 +222,7 @@ def _open_numpy(path: Path) -> NDArray[Any]:
 
 
 def _require_uint16(path: Path, head: bytes, vocab_size: int) -> None:
-    """Refuse to take a file without a header for uint16 ids if something speaks against it."""
+    """Refuse to read a file without a header as uint16 ids if it may be something else."""
     name = path_text(path)
     if what := other_format(head):
         raise DataError(f"{name} is no file of token ids: {what}")
@@ -286,7 +286,7 @@ def _open_megatron(index: Path) -> TokenFile:
     dtype = np.dtype(_MEGATRON_TYPES[code])
     size = index.stat().st_size
     plain = _MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_bounds
-    # multimodal indices have a byte of mode for every sequence behind all that
+    # multimodal indices end with a byte of mode for every sequence
     if size != plain + n_sequences:
         _require_size(index, size, plain, "header")
     lengths = _map(index, np.dtype("<i4"), _MEGATRON_HEADER.size, n_sequences).astype(np.int64)

@@ -86,7 +86,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _checked(fields: dict[str, Any], file: Path) -> Manifest:
-    """The manifest with these fields, each of them of the right kind: a checksum proves nothing about who wrote it."""
+    """The manifest with these fields, each checked for its type: a checksum does not tell who wrote a file."""
 
     def require(ok: bool, what: str, value: object) -> None:
         if not ok:

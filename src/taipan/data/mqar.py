@@ -1,7 +1,7 @@
 """Multi-query associative recall (MQAR), the synthetic task that separates attention from a fixed-size state.
 
-A row holds ``pairs`` key–value pairs, then every key once more, at places whose distance follows a power law; at each
-of these queries the model must name the value that stood after the key. The layout is that of zoology (Arora et al.
+A row holds ``pairs`` key–value pairs, then every key once more, at distances that follow a power law. At each of these
+queries the model must predict the value that came after the key. The layout is that of zoology (Arora et al.
 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv 2312.04927)::
 
     k1 v1 k2 v2 | . . k2 . . . k1 . .        '.' is a filler
@@ -169,9 +169,8 @@ def _distinct(weights: torch.Tensor, n: int, k: int, generator: torch.Generator)
 def _distinct_uniform(choices: int, n: int, k: int, generator: torch.Generator) -> torch.Tensor:
     """Draw ``k`` distinct numbers below ``choices`` per row, all tuples equally likely; ``(n, k)``, int64.
 
-    Repetitions are drawn again until none is left. Nothing in this depends on the names of the numbers, so every tuple
-    of distinct numbers is equally likely; and it costs k per row, not
-    ``choices`` like the race of :func:`_distinct`.
+    Repetitions are drawn again until none is left. This treats all numbers alike, so every tuple of distinct numbers is
+    equally likely; and it costs k per row, not ``choices`` as :func:`_distinct` does.
     """
     if 4 * k > choices:  # repetitions would be many
         return _distinct(torch.ones(choices), n, k, generator)

@@ -1,6 +1,6 @@
 """The order of training: a sample is a pure function of (seed, index), so resuming needs one number.
 
-An epoch cuts the corpus, as a ring, into windows of ``context_length`` tokens from a random offset, and visits them in a
+An epoch cuts the corpus, as a ring, into windows of ``context_length`` tokens from a random offset, and visits them in
 random order; both differ from epoch to epoch. No index is stored: the order is a computed permutation.
 """
 
@@ -23,8 +23,9 @@ _MASK = (1 << 64) - 1
 class WindowSampler:
     """Contiguous windows of a data set in a shuffled order; every token at most once per epoch.
 
-    Each epoch leaves out ``n mod context_length`` of the n tokens; the offset changes, so they differ every time. Sample ``index`` is window ``index % n_windows`` of epoch ``index // n_windows``, whatever the batch
-    size or the number of processes.
+    Each epoch leaves out ``n mod context_length`` of the n tokens; the offset changes, so they differ every time.
+    Sample ``index`` is window ``index % n_windows`` of epoch ``index // n_windows``, whatever the batch size or the
+    number of processes.
 
     Args:
         dataset: the tokens.

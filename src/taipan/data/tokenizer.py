@@ -1,4 +1,4 @@
-"""Text to token ids and back: a thin face over ``tokenizers`` (which is imported only when a tokenizer is made)."""
+"""Text to token ids and back: a thin layer over ``tokenizers`` (imported only when a tokenizer is made)."""
 
 import codecs
 import hashlib
@@ -28,7 +28,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 _REPLACEMENT = "\ufffd"
 _PIECE_CHARS = 1 << 16
 _MOST_SPACES = 32  # more than any decoder takes from the beginning of a text
-# What the end-of-document token is called by GPT-2/NeoX, Llama 3, SentencePiece models and Gemma.
+# Names of the end-of-document token in GPT-2/NeoX, Llama 3, SentencePiece models and Gemma.
 _EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 # GPT-4's split, with the indentation of a line kept together with the line break (and the punctuation) before it.
@@ -43,16 +43,16 @@ _SPLIT = (
     r"|\s*[\r\n]+[ \t]*"
     r"|\s+(?!\S)|\s+"
 )
-_MOST_TOKENS = 1 << 24  # the library sets up tables of this size, and ends the process where it cannot
+_MOST_TOKENS = 1 << 24  # the library allocates tables of this size, and ends the process if it cannot
 
 
 class Tokenizer:
     """Encodes any text to token ids; for the tokenizers made here, decoding gives exactly the text back.
 
     Text is only text: the name of a special token inside it is encoded letter by letter, so no document can end
-    itself. The end-of-document token is added by whoever joins documents (:attr:`eos_id`). A foreign tokenizer whose
-    vocabulary has the name of its end as a word of text gets such a text in two pieces, cut within the name. Only
-    what a chat template wrote has special tokens by their names: :meth:`encode_template`.
+    itself. Code that joins documents adds the end-of-document token (:attr:`eos_id`). If a foreign tokenizer has the
+    name of its end token as a word of its vocabulary, such a text is encoded in two pieces, cut inside the name. Only
+    the output of a chat template has special tokens by their names: :meth:`encode_template`.
 
     Args:
         backend: the tokenizer of the ``tokenizers`` library; padding and truncation are switched off.
@@ -203,7 +203,7 @@ class Tokenizer:
             CheckpointError: the directory cannot be written or the disk is full.
         """
         atomic_write(Path(directory, TOKENIZER_FILE), self.to_json().encode())
-        # on the left, as batched generation with transformers wants it
+        # on the left, for batched generation with transformers
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eos_token,
@@ -221,11 +221,11 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_template(self, text: str) -> list[int]:
-        """Return the token ids of what a chat template wrote: the names of special tokens become those tokens.
+        """Return the token ids of a chat template's output: names of special tokens become those tokens.
 
-        Nothing is put before or behind: a template writes its own begin and end tokens. The ids are those of
-        transformers' ``apply_chat_template(tokenize=True)``. A name within what a user said becomes a token, too: only
-        :meth:`encode` keeps text from that.
+        No token is added: a template writes its own begin and end tokens. The ids are those of transformers'
+        ``apply_chat_template(tokenize=True)``. A name inside a user's message becomes a token as well; only
+        :meth:`encode` prevents that.
 
         Raises:
             InputError: the text holds a lone surrogate, which no UTF-8 text can.
@@ -258,7 +258,7 @@ class Tokenizer:
         return [np.array(ids, dtype) for ids in self.encode_batch(texts)]
 
     def cut(self, text: str) -> Iterator[str]:
-        """Cut a text into pieces that can be encoded apart: the lists joined are ``encode`` of the text.
+        """Cut a text into pieces to encode separately: the lists joined are ``encode`` of the text.
 
         The pieces of a tokenizer made here are short (some 64 thousand characters, more only where a text has no line
         breaks); a foreign one gets the text whole.
@@ -315,8 +315,8 @@ class Tokenizer:
     def context(self, ids: Sequence[int]) -> list[int]:
         """Return the last of some ids, so many that what comes next is decoded as after all of them.
 
-        Special tokens leave no trace in a text; nor do bytes at the end, which would be one run with those that come
-        next (a run that is not UTF-8 is U+FFFD as a whole). What has no visible text stands for no beginning.
+        Special tokens leave no trace in a text. Nor do bytes at the end: they form one run with the next bytes (a run
+        that is not UTF-8 becomes one U+FFFD). Ids without visible text do not count as a beginning.
         """
         context: list[int] = []
         for index in reversed(ids):
@@ -350,7 +350,7 @@ class Tokenizer:
         return tuple(np.flatnonzero(~known[:size]).tolist())
 
     def token_bytes(self, index: int) -> "bytes":
-        """Return the bytes that one token stands for: b"" for a special token.
+        """Return the bytes of one token: b"" for a special token.
 
         Raises:
             InputError: the id is not in the vocabulary.
@@ -369,7 +369,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
-        """Bytes that each id stands for; 0 for special tokens and unused ids; ``(vocab_size,)``."""
+        """Number of bytes of each id; 0 for special tokens and unused ids; ``(vocab_size,)``."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for index, data in self._token_bytes.items():
             lengths[index] = len(data)
@@ -466,7 +466,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # For tokenizers whose tokens are not bytes: those that what comes next depends on, and those not shown yet.
+        # For tokenizers whose tokens are not bytes: tokens that the next text depends on, and tokens not shown yet.
         self._context: list[int] = []
         self._shown = ""
         self._held: list[int] = []
@@ -492,13 +492,13 @@ class StreamDecoder:
 
     @property
     def held(self) -> str:
-        """What the text that is held back will be if no other byte comes."""
+        """The text held back, as it is if no byte follows."""
         if not self._held:
             return ""
         return self._tokenizer.text([*self._context, *self._held])[len(self._shown) :]
 
     def flush(self) -> str:
-        """Return what is left at the end of the stream: U+FFFD for a character that was never completed."""
+        """Return the rest at the end of the stream: U+FFFD for an incomplete character."""
         rest = self._utf8.decode(b"", final=True) + self.held
         self._utf8.reset()
         self._stand_after([])

@@ -1,4 +1,4 @@
-"""Writing a data set token by token, with points to continue from after a crash."""
+"""Writes a data set token by token, with points to continue from after a crash."""
 
 import hashlib
 import os
@@ -20,10 +20,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 class DatasetWriter:
-    """Writes shards and the table of documents into a directory, and at the end the manifest; a context manager.
+    """Writes shards and the table of documents, and finally the manifest; a context manager.
 
-    Between two documents :meth:`commit` brings everything to the disk and returns a value from which a new writer,
-    made with ``resume``, continues as if nothing had happened in between. The files written are the same.
+    Between two documents :meth:`commit` syncs everything to disk and returns a value. A new writer made with ``resume``
+    continues from it and writes the same files.
 
     Args:
         directory: where to write; there are no other data in it.
@@ -81,7 +81,7 @@ class DatasetWriter:
             self._shard.close()
 
     def write(self, tokens: NDArray[Any], n_bytes: int) -> None:
-        """Append tokens, which stand for this many bytes of text, to the current document."""
+        """Append tokens, which encode this many bytes of text, to the current document."""
         self.n_bytes += n_bytes
         while len(tokens):
             if self._shard is None:
@@ -103,7 +103,7 @@ class DatasetWriter:
         self._write_place()
 
     def commit(self) -> dict[str, Any]:
-        """Bring everything to the disk, and return what a writer needs to continue from here: plain values."""
+        """Sync everything to disk; return the plain values from which a writer continues."""
         for file in (self._documents, self._shard):
             if file is not None:
                 _sync(file)

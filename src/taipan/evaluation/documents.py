@@ -1,4 +1,4 @@
-"""Documents to evaluate on: token ids, read when needed, and the bytes of text they stand for."""
+"""Documents to evaluate on: token ids, read when needed, and their bytes of text."""
 
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
@@ -36,7 +36,7 @@ class Documents(Protocol):
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
-        """Bytes that each id of the vocabulary stands for."""
+        """Number of bytes of each id of the vocabulary."""
         ...
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
@@ -45,7 +45,7 @@ class Documents(Protocol):
 
 
 class PreparedDocuments:
-    """The documents of a prepared data set, read from disk as they are needed."""
+    """The documents of a prepared data set, read from disk when needed."""
 
     def __init__(self, dataset: TokenDataset) -> None:
         self._dataset = dataset
@@ -66,7 +66,7 @@ class TextDocuments:
 
     Args:
         texts: each from its own empty context.
-        tokenizer: that of the model.
+        tokenizer: the model's.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""How well a model predicts text: bits per byte, by position, at any length of context, in bounded memory."""
+"""Measures how well a model predicts text: bits per byte, by position, at any context length, in bounded memory."""
 
 import math
 import sys
@@ -45,12 +45,12 @@ class EvaluationResult:
 
     Attributes:
         documents: how many there are.
-        tokens: predicted tokens: all of every document, its end not included.
+        tokens: predicted tokens: all of every document, without its end.
         bytes: UTF-8 bytes of the texts.
         context: longest context in tokens, or None where every document was read whole.
         nats: −ln of the probability of all the texts.
         nats_per_token, perplexity, bits_per_byte: the same in the usual units.
-        by_position: by position in the context; buckets without tokens are left out.
+        by_position: by position in the context; empty buckets are left out.
         gates: what each SAL selected.
         seconds: how long it took.
     """
@@ -68,7 +68,7 @@ class EvaluationResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers, for JSON; what is not finite (an open gate's threshold) as text."""
+        """Plain dictionaries, lists and numbers, for JSON; infinite numbers (an open gate's threshold) as text."""
         return _plain(asdict(self))
 
 
@@ -96,10 +96,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Predict every token of every document, each document from an empty context.
 
-    Every byte counts: the first token of a document is predicted too, from the end-of-document token, which
-    stands before it. The end of a document is not predicted. With `context`, each document is cut into windows of so
-    many tokens; each window starts from an empty context and is given the token before it, so that again every token
-    is predicted exactly once.
+    Every byte counts: the first token of a document is predicted from the end-of-document token before it. The end of a
+    document is not predicted. With `context`, each document is cut into windows of this length; each starts from an
+    empty context with the token before it, so every token is predicted exactly once.
 
     Memory does not depend on the length of a document: it is read in pieces, the state passed on, and logits are
     never whole.
@@ -130,14 +129,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class ReadTokens:
-    """Tokens of a document that were predicted from one empty context, and what was seen of them; on the CPU.
+    """Tokens of a document that were predicted from one empty context, with their losses and gates; on the CPU.
 
     Attributes:
         document: its number.
         start: place of the first of them in the document.
         ids_T: what was predicted.
         nats_T: −ln of its probability.
-        before_T: the token that was read to predict it, which is what the gates decided about.
+        before_T: the token read to predict it; the gates' decisions are about this one.
         selected_YT: which of those each SAL selected; no rows without SALs.
         margin_YT: s_1 − s_0 of the same.
     """
@@ -159,7 +158,7 @@ def read_tokens(
     piece: int = 2048,
     batch_tokens: int = 8192,
 ) -> Iterator[ReadTokens]:
-    """Predict every token as `evaluate` does, and hand out what it sums up.
+    """Predict every token as `evaluate` does, and yield the parts of its sums.
 
     Args:
         model: as in `evaluate`; so are the others, and the errors.
@@ -246,7 +245,7 @@ def _predict(
 ) -> Iterator[int]:
     """Read spans (longest first) side by side, piece by piece; rows that have ended are dropped.
 
-    `note` is told of targets, tokens read, nats and gates of every piece.
+    `note` is called with targets, tokens read, nats and gates of every piece.
     """
     state: DecoderState | None = None
     device = model.lm_head.weight.device
@@ -307,7 +306,7 @@ class _Tally:
 
     def result(self, documents: Documents, context: int | None, seconds: float) -> EvaluationResult:
         tokens, nats, token_bytes = (float(total) for total in self._sums.sum(1))
-        # 1 unless the tokenizer's tokens are not bytes of the text; then the bytes are shared out in proportion
+        # 1, or a factor that spreads the bytes of the text over the tokens if they are not bytes of it
         scale = documents.n_bytes / token_bytes if token_bytes else 0.0
         buckets: list[PositionBucket] = []
         starts = [0, *_EDGES.tolist()]

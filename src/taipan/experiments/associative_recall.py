@@ -1,6 +1,6 @@
 """C = 0 against C = 0.15 on a memory-intensive task: multi-query associative recall (paper.md: MQAR of zoology).
 
-Three models of equal recurrent state — Taipan, its twin whose gates are closed (C = 0), and a Mamba-2 of equal
+Three models of equal recurrent state — Taipan, the same with closed gates (C = 0), and a Mamba-2 of equal
 parameters — with the learning rate swept for each; then accuracy against C for both scopes of keys and values; then
 what the schedules of the gate do, the paper's own setting among them.
 """

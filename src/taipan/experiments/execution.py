@@ -1,4 +1,4 @@
-"""Declared runs, executed side by side, each result kept at once: an interrupted experiment continues."""
+"""Runs the parts of an experiment in processes and saves each result at once: an interrupted experiment continues."""
 
 import hashlib
 import json
@@ -54,9 +54,9 @@ def execute(
     *,
     workers: int | None = None,
 ) -> list[Result]:
-    """Results of all runs, in their order; those that `directory` already holds are not run again.
+    """Results of all runs, in their order; runs with a result in `directory` are not repeated.
 
-    Runs begin in their order. Ctrl-C and SIGTERM end the worker processes too, and so does any other death of this one.
+    Runs begin in their order. The worker processes end with this one, also by Ctrl-C, SIGTERM or SIGKILL.
 
     Args:
         runs: what to run.
@@ -99,7 +99,7 @@ def execute(
 
 @contextmanager
 def _terminated_as_interrupted() -> Generator[None]:
-    """While entered, SIGTERM raises KeyboardInterrupt in the main thread (elsewhere Python takes no signals)."""
+    """Context in which SIGTERM raises KeyboardInterrupt (in the main thread, the only one that gets signals)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

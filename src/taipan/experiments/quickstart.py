@@ -87,7 +87,7 @@ def quickstart(
         overrides: of the recipe, `section.key=value`.
         overwrite: replace a finished quickstart in this directory.
         listener: watches the training.
-        announce: is told what is continuing.
+        announce: called with a sentence if the work continues.
 
     Raises:
         ConfigError: the directory holds a finished quickstart, something else, or an override is wrong.
@@ -139,7 +139,7 @@ def _require_usable(directory: Path) -> None:
         )
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file: give --out a directory.")
-    begun = directory / "data"  # all there is when the very first part was interrupted
+    begun = directory / "data"  # all there is if the first part was interrupted
     contents = set(directory.iterdir()) if directory.is_dir() else set[Path]()
     empty = contents <= {begun} and not (begun.exists() and any(begun.iterdir()))
     if not empty and not _is_quickstart(directory):
@@ -147,7 +147,7 @@ def _require_usable(directory: Path) -> None:
 
 
 def _is_quickstart(directory: Path) -> bool:
-    """Whether the data in it are those that a quickstart made."""
+    """Whether its data were made by a quickstart."""
     from taipan.data.shards import TokenDataset
 
     try:
@@ -158,7 +158,7 @@ def _is_quickstart(directory: Path) -> bool:
 
 
 def _remove(directory: Path) -> None:
-    """Remove what a quickstart makes, and nothing else."""
+    """Remove the output of a quickstart, and nothing else."""
     for name in ("data/train", "data/valid", "checkpoints", "model"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in (REPORT, "results.json", "metrics.jsonl", "recipe.yaml", "run.json"):

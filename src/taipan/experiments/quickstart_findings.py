@@ -37,7 +37,7 @@ SAMPLE_SETTINGS = GenerationSettings(
     temperature=0.7,
     top_p=0.9,
     seed=0,
-    eos_token_id=(),  # a model that has read little ends its text early, and then there is nothing to see
+    eos_token_id=(),  # a model after little training ends its text early: the sample would show nothing
 )
 _SHOWN = "asyncio/queues.py"
 _LONG_FILES = 0.1  # share of the files, the longest ones, that the bits by position are about
@@ -159,9 +159,9 @@ def _compared(name: str, files: Sequence[_File]) -> Compared:
 def positions_of_same_files(results: Sequence[EvaluationResult]) -> tuple[list[PositionBar], list[int]]:
     """Bits per byte by position, with the same files in every bucket, and which files those are.
 
-    Files differ: were every file to count where it has tokens, the last buckets would be about a few long files, and
-    no difference between buckets would be one of context. So it is the files that reach as far as a tenth of them
-    (at least one) do, and every bucket up to there: each of these files fills them all.
+    Files differ. If every file counted wherever it has tokens, the last buckets would hold only a few long files, and
+    buckets would differ by their files, not by context. So only the longest tenth of the files (at least one) count,
+    and only the buckets that each of them fills.
 
     Returns:
         The buckets in order and the numbers of the files; both empty if no file fills the first bucket.

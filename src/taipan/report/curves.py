@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from taipan.report.figures import CARD, GREY, SERIES, Words, centred_mean, in_page
 
-_REACH = 0.05  # of the points of a curve, that its centred mean looks to either side
+_REACH = 0.05  # share of a curve's points on either side of a centred mean
 _BINS = 48
 _DASHES = ("-", "--", ":", "-.")
 

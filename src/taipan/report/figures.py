@@ -26,10 +26,10 @@ _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial,
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """What a figure says to those who do not see it.
+    """A figure in words, for screen readers.
 
     Attributes:
-        name: its identifier, unlike that of any other figure of the page; letters, digits and dashes.
+        name: its identifier, unique on the page; letters, digits and dashes.
         title: its name in a few words.
         description: what it shows, in a sentence or two, with the numbers that matter.
     """
@@ -41,7 +41,7 @@ class Words:
 
 @contextmanager
 def styled() -> Generator[None]:
-    """While entered, matplotlib draws in the style of the pages."""
+    """Context in which matplotlib draws in the style of the pages."""
     from matplotlib import rc_context
 
     style: dict[Any, Any] = {
@@ -71,10 +71,10 @@ def styled() -> Generator[None]:
 
 
 def in_page(draw: Callable[[Any, bool], None], words: Words, *, height: float = 3.3) -> Markup:
-    """A figure with one pair of axes as two SVG elements, of which the page's style shows one: wide or narrow.
+    """A figure with one pair of axes as two SVG elements, wide and narrow; the page's style shows one.
 
     Args:
-        draw: draws on axes of matplotlib; told whether they are narrow.
+        draw: draws on axes of matplotlib; its second argument says whether they are narrow.
         words: title and description.
         height: in inches; 9 inches are the width of the wide one, 4.5 of the narrow one.
     """
@@ -99,9 +99,9 @@ def _inline(drawing: "Figure", words: Words, kind: str) -> Markup:
 
 
 def standalone(drawing: "Figure", words: Words) -> str:
-    """The figure as an SVG file that brings its own ground, light or dark as the reader prefers.
+    """The figure as an SVG file with its own background, light or dark as the reader prefers.
 
-    A viewer that knows no media queries shows the light one.
+    A viewer without media queries shows the light one.
     """
     svg = _svg(drawing, words.name, words)
     for name, placeholder in _PLACEHOLDERS.items():
@@ -122,7 +122,7 @@ _MEASURED_FONT = "font-family: 'DejaVu Sans'"
 
 
 def _svg(drawing: "Figure", name: str, words: Words) -> str:
-    """An SVG element with title and description; its identifiers are those of no other figure."""
+    """An SVG element with title and description; its identifiers are unique on a page."""
     buffer = io.StringIO()
     unwanted = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     drawing.savefig(buffer, format="svg", transparent=True, metadata=unwanted)

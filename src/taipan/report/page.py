@@ -14,7 +14,7 @@ KEYWORDS = ("Taipan", "taipan-lm", "selective attention", "Mamba-2", "state spac
 def render(template: str, **values: Any) -> str:
     """One page of `templates/`, self-contained: style, scripts and figures are part of it and nothing is loaded.
 
-    Values are escaped; a value the template names and the caller forgot is an error (`jinja2.UndefinedError`).
+    Values are escaped; a missing value is an error (`jinja2.UndefinedError`).
     """
     shared = {"light": LIGHT.variables, "dark": DARK.variables, "paper": PAPER, "keywords": KEYWORDS}
     return _environment().get_template(template).render(**shared, **values)

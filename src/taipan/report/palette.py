@@ -13,17 +13,17 @@ def _mix(ground: str, color: str, share: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Palette:
-    """Colours as #rrggbb. Text on its grounds has a contrast of at least 4.5, lines and marks of at least 3 (WCAG AA).
+    """Colours as #rrggbb. Text has a contrast of at least 4.5, lines and marks of at least 3 (WCAG AA).
 
     Attributes:
-        paper, card: grounds of the page and of what stands on it.
+        paper, card: backgrounds of the page and of its boxes.
         ink, muted: text, and text of less weight.
-        line: borders and rules, which carry no meaning.
+        line: borders and rules, without meaning.
         accent: links, focus and the one number that matters.
         good: the best value of a row.
-        grey: lines of figures that are not data of the model.
+        grey: axes and references in figures.
         series: lines and bars of figures, in order.
-        glow: the strongest ground of a selected token, under text in ink.
+        glow: the strongest background of a selected token, under text in ink.
     """
 
     paper: str
@@ -39,13 +39,13 @@ class Palette:
 
     @property
     def heat(self) -> tuple[str, ...]:
-        """Grounds of selected tokens, from the weakest to the strongest."""
+        """Backgrounds of selected tokens, from the weakest to the strongest."""
         levels = range(1, _HEAT_LEVELS + 1)
         return tuple(_mix(self.card, self.glow, 0.25 + 0.75 * (level - 1) / (_HEAT_LEVELS - 1)) for level in levels)
 
     @property
     def variables(self) -> dict[str, str]:
-        """Name and value of every colour as the pages' CSS variables have them (without the dashes)."""
+        """Every colour by the name of its CSS variable (without the dashes)."""
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "series"}
         series = {f"series-{number}": color for number, color in enumerate(self.series, 1)}
         heat = {f"heat-{number}": color for number, color in enumerate(self.heat, 1)}

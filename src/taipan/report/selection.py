@@ -15,7 +15,7 @@ from taipan.report.curves import margin_figure
 _MARGIN_STEPS = 128  # per unit of the margin, in 15 bits; the 16th says "selected"
 _MARGIN_ZERO = 1 << 14
 _STRONG = 0.95  # share of the selected tokens' margins below the strongest colour
-_BLOCK_PIECES = 400  # pieces in one block that the browser lays out at once
+_BLOCK_PIECES = 400  # pieces in one block of the browser's layout
 _FAVOURITES = 8
 _FAVOURITES_SEEN = 8
 _SIGNS = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
@@ -63,8 +63,8 @@ class LayerSelection:
     def scale(self) -> tuple[float, float]:
         """Margins of the weakest and of the strongest colour.
 
-        From the threshold (for an open gate, which has none, from the smallest selected margin) to the margin that
-        95 % of the selected tokens stay below.
+        From the threshold (for an open gate the smallest selected margin) to the margin that 95 % of the selected
+        tokens stay below.
         """
         if not self.count:
             return 0.0, 1.0
@@ -118,8 +118,8 @@ def selection_view(token_texts: Sequence[str], layers: Sequence[LayerSelection],
     """Prepare a text for the browser.
 
     Args:
-        token_texts: for each of the T tokens the characters it completes; "" when a token ends inside a character,
-            whose text then comes with the token that completes it.
+        token_texts: for each of the T tokens the characters it completes; "" if it ends inside a character, which
+            then belongs to the token that completes it.
         layers: one entry per selective attention layer, each of T tokens.
         vocabulary: number of tokens the model knows.
     """

@@ -1,4 +1,4 @@
-"""What the suites share: the names of the subjects, and rows made of their times."""
+"""Shared by the suites: names of the subjects, and rows made of their times."""
 
 from collections.abc import Mapping, Sequence
 

@@ -18,7 +18,7 @@ from taipan.state import DecoderState
 
 FLOOR = "memory floor"
 ALONE = "one row"
-"""What several rows are compared with, by tokens per second."""
+"""One row alone: several rows are compared with it, by tokens per second."""
 _READ = ("streaming read", 0)
 
 
@@ -26,7 +26,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
     """Time of `new_tokens` after every length of context, which is really read; each repetition continues the last.
 
     The floor is the time to read weights and states once a token (and to write the states, at the same rate) at the
-    bandwidth of a streaming read in the same repetition. Several rows are compared with one of them alone, too.
+    bandwidth of a streaming read in the same repetition. Several rows are also compared with one row alone.
     """
     dtype = dtype_of(settings)
     model = build(settings, dtype)

@@ -21,7 +21,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
 
     The optimizer's moments are made at the end of the first step: activations meet them from the second on.
     """
-    configuration(settings.model)  # a wrong name is told here, not by a process
+    configuration(settings.model)  # a wrong name is refused here, not in a process
     subjects = [TAIPAN, *peer_names(settings.against)]
     tokens = settings.tokens[0]
     works = {

@@ -107,7 +107,7 @@ def _forward_and_backward(case: Case, name: str, leaves: tuple[Tensor, ...], dir
 
 
 def cases(settings: Settings) -> list[Case]:
-    """The ops of the settings' model, on inputs that lie in memory as they do in the model."""
+    """The ops of the settings' model, on inputs with the memory layout of the model."""
     config = configuration(settings.model)
     make = _Inputs(settings, config)
     found = [make.rms_norm_of_sum(), make.linear_cross_entropy()]

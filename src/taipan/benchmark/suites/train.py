@@ -20,7 +20,7 @@ from taipan.training.step.batch import precision
 def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
     """Time of forward and backward at every length.
 
-    bf16 is that of `taipan train`: products in bf16 over fp32 weights; the peers are treated alike.
+    bf16 means as in `taipan train`: products in bf16 over fp32 weights, also for the peers.
     """
     dtype = dtype_of(settings)
     model = build(settings, torch.float32).train()
