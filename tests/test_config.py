@@ -123,7 +123,7 @@ def test_unknown_names_get_a_suggestion() -> None:
         TaipanConfig.preset("taipan-190")
     with pytest.raises(ConfigError, match="'hiden_size' .did you mean 'hidden_size'"):
         TaipanConfig.preset("taipan-tiny", hiden_size=3)
-    with pytest.raises(ConfigError, match="Known: recommended, paper"):
+    with pytest.raises(ConfigError, match="Known: recommended, paper, recall"):
         TaipanConfig.preset("taipan-tiny", setting="best")
     with pytest.raises(ConfigError, match="norm_eps is 'small', but must be a number"):
         TaipanConfig.preset("taipan-tiny", norm_eps="small")

@@ -498,7 +498,8 @@ class TaipanConfig:
 
         Args:
             name: one of `presets()`; `paper` is `taipan-1.3b` in the paper's own setting.
-            setting: `recommended` (what works here, docs/decisions/0003) or `paper` (arXiv 2410.18572 as written).
+            setting: `recommended` (docs/decisions/0003), `paper` (arXiv 2410.18572 as written), or `recall`, which
+                keeps most of attention's lead on language but has been tried with few seeds (docs/decisions/0018).
             **overrides: any field of the configuration.
 
         Raises:
@@ -517,8 +518,9 @@ class TaipanConfig:
         return cls.from_dict({**PRESETS[name], **SETTINGS[setting], **overrides})
 
 
-# What the paper says, and nothing else: constant budget, Gumbel noise throughout, no bias towards an open gate,
+# paper: what it says, and nothing else: constant budget, Gumbel noise throughout, no bias towards an open gate,
 # keys and values of all previous tokens (Eq. 4), a window in positions (§3.2).
+# recall: gates that forecast gains from what a token repeats, entries that look ahead (docs/decisions/0018, 0019).
 SETTINGS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "paper": {
@@ -529,6 +531,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "key_value_scope": "all",
         "window_unit": "positions",
         "gate_gradient": "gathered",
+    },
+    "recall": {
+        "gate": "mlp",
+        "gate_input": "recall",
+        "gate_objective": "gain",
+        "budget_control": "threshold",
+        "attention_weight": "one",
+        "refinement": "add",
+        "lookahead": 2,
+        "capacity_window": 8192,
+        "gumbel_noise": 0.0,
+        "budget_anneal": (0.1, 0.4),
     },
 }
 

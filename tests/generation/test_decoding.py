@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taipan import DecoderState, TaipanLM
+from taipan import DecoderState, TaipanConfig, TaipanLM
 from taipan.errors import ConfigError, InputError, StateError
 from taipan.generation import decode, generate, prefill, start_decoding, stream
 from taipan.generation.decoding import ModelDecoding, NativeDecoding
@@ -85,6 +85,17 @@ def test_gates_all_open_or_all_closed(reading: str, margin: float) -> None:
     logits, state, _ = compare(model, 16)
     assert logits < 2e-7
     assert state < 1e-13
+
+
+def test_the_setting_with_recall_decodes_natively_in_every_preset() -> None:
+    for name in TaipanConfig.presets():
+        assert TaipanConfig.preset(name, setting="recall").remembered_tokens or not name.startswith("taipan")
+    config = TaipanConfig.preset("taipan-tiny", setting="recall", capacity_window=40, vocab_size=61, eos_token_id=None)
+    model = TaipanLM(config, generator=torch.Generator().manual_seed(0)).double().eval()
+    logits, state, _ = compare(model, 60)
+    assert logits < 2e-7
+    assert state < 1e-12
+    assert 0 < float(model(random_tokens(2, 100)).gates[0].rate) < 0.4
 
 
 def test_full_attention_grows_beyond_its_spare_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal
 
-from taipan.config import TaipanConfig
+from taipan.config import SETTINGS, TaipanConfig
 from taipan.experiments.execution import Result
 from taipan.experiments.laboratory import (
     Choice,
@@ -30,17 +30,9 @@ if TYPE_CHECKING:
 _FORCED: tuple[Literal["open", "closed"], ...] = ("open", "closed")
 MAMBA2, JAMBA, OPEN = "mamba2", "jamba", "taipan, C = 1"
 AHEAD = "taipan, C = 1, lookahead"
-FORECAST: dict[str, Any] = {
-    "gate": "mlp",
-    "gate_objective": "gain",
-    "budget_control": "threshold",
-    "attention_weight": "one",
-    "gumbel_noise": 0.0,
-    "budget_anneal": (0.1, 0.4),
-    "refinement": "add",
-}
-WINNER: dict[str, Any] = {**FORECAST, "gate_input": "recall", "lookahead": 2}
-"""The setting that the other experiments take."""
+WINNER: dict[str, Any] = {**SETTINGS["recall"], "capacity_window": 2048}
+"""The setting that the other experiments take; the share is bounded over four of their windows."""
+FORECAST: dict[str, Any] = {**WINNER, "gate_input": "normed", "lookahead": 0}
 
 
 def hybrid(mixer: str, before: int = 2, after: int = 2) -> list[str]:
@@ -57,6 +49,7 @@ def settings() -> dict[str, dict[str, Any]]:
         "forecast": FORECAST,
         "recall": recall,
         "recall, lookahead": WINNER,
+        "recall, lookahead, unbounded": {**WINNER, "capacity_window": 0},
         "recall, lookahead 4": {**WINNER, "lookahead": 4},
         "recall, lookahead, C = 0.3": {**WINNER, "attention_capacity": 0.3},
     }
