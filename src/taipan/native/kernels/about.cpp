@@ -1,5 +1,5 @@
-// What the library is, for `taipan doctor`: what it was compiled with, and with what the products inside its ops are made
-// when tokens are bfloat16 in memory; and for loading it: what its functions take.
+// Describes the library: for `taipan doctor`, its compiler flags and how it multiplies bfloat16 inside its ops; for
+// loading, the arguments of its functions.
 #include "interface.h"
 #include "products.h"
 

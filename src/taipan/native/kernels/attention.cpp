@@ -1,13 +1,13 @@
 // Softmax attention of gathered queries in a sliding window, forward and backward, in blocks of queries and of keys.
 //
 // The queries of a block (and the heads that share a key) are the columns of all products, one lane each: scores are
-// K Qᵀ, outputs are Vᵀ P, so that keys and values are read row by row as they lie, the softmax of a query never leaves
-// its lane, and only the queries are transposed. Keys are taken block by block with the maximum so far (the online
-// softmax of Milakov & Gimelshein 2018, blocked as by Dao et al. 2022): no matrix of queries by keys exists. The
-// backward makes the scores again.
+// K Qᵀ, outputs are Vᵀ P. So keys and values are read row by row in memory order, the softmax of a query stays in its
+// lane, and only the queries are transposed. Keys are taken block by block with the maximum so far (the online
+// softmax of Milakov & Gimelshein 2018, in blocks as in Dao et al. 2022): no matrix of queries by keys exists. The
+// backward computes the scores again.
 //
-// What a query may attend is a run of the present keys of its row, [first, stop). It is found once, and absent keys are
-// in no run, so that a mask is two comparisons, and that only in tiles at the edge of a run.
+// A query may attend a range [first, stop) of the present keys of its row. The ranges are found once, and absent keys are
+// in none, so a mask is two comparisons, needed only in tiles at the edge of a range.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -19,7 +19,7 @@
 namespace taipan {
 namespace {
 
-constexpr Index kColumns = 64;         // of a block, where so few heads share a key
+constexpr Index kColumns = 64;         // of a block, unless more heads share a key
 constexpr Index kMultiple = 16;        // of columns, which every vector width divides
 constexpr Index kForwardKeys = 128;    // of a block
 constexpr Index kBackwardKeys = 256;
@@ -36,21 +36,21 @@ struct Shape : AttentionSizes {
   Index panel(Index b, Index g, Index block) const { return (b * groups + g) * blocks() + block; }
 };
 
-// Of the keys of the queries of a block: where the first begins and the last ends, and what all have in common; and the
-// number of its first slice of keys, and of the first part of its gradient among those of its row.
+// Keys of a block of queries: their first and last, and the range common to all; the number of its first slice of keys,
+// and of the first part of its gradient within its row.
 struct Bounds {
   std::int32_t lowest, highest, latest, earliest, slice, part;
   bool meets(Index begin, Index end) const { return lowest < end && highest > begin; }
   bool all_see(Index begin, Index end) const { return latest <= begin && end <= earliest; }
 };
 
-// Per row of the batch: places of the present keys and of the queries that have any, and their runs of those keys.
+// Per row of the batch: indices of the present keys, of the queries that see any, and each query's range of keys.
 struct Plan {
   std::int32_t *key, *query, *first, *stop;
   std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
   Bounds* bounds;        // (B, blocks)
 
-  // Whether all that is read by it lies in the tensors.
+  // Whether all its indices lie inside the tensors.
   bool in_range(const Shape& s) const {
     const auto below = [](const std::int32_t* of, Index count, Index most) {
       return std::all_of(of, of + count, [&](std::int32_t at) { return at >= 0 && at < most; });
@@ -76,7 +76,7 @@ struct Plan {
   bool meets(const Shape& s, Index b, Index block, Index number) const {
     return bounds[b * s.blocks() + block].meets(slice(s, b, number), slice(s, b, number + 1));
   }
-  // The slices that a block of queries meets follow one another (but for empty ones), and so do its parts.
+  // A block of queries uses consecutive slices (except empty ones), and so do its parts.
   Index part(const Shape& s, Index b, Index g, Index block, Index number) const {
     const Bounds& own = bounds[b * s.blocks() + block];
     Index at = own.part + number - own.slice;
@@ -92,7 +92,7 @@ void make_plan(const Shape& s, const std::int64_t* low, const std::int64_t* high
   Index keys = 0;
   for (Index j = 0; j < s.keys; ++j)
     if (codes[j] >= 0) key[keys++] = static_cast<std::int32_t>(j);
-  // The first present key whose code is at least a bound; bounds grow, so that the search goes on where it was.
+  // The first present key with a code of at least the bound; bounds grow, so the search continues where it stopped.
   const auto find = [&](std::int64_t bound, Index& at) {
     if (at > 0 && codes[key[at - 1]] >= bound)
       at = std::lower_bound(key, key + at, bound, [&](std::int32_t j, std::int64_t c) { return codes[j] < c; }) - key;
@@ -143,7 +143,7 @@ inline void narrow_row(Index width, const T* from, W* to) {
   for (; e < width; ++e) to[e] = narrow_one<W>(from[e]);
 }
 
-// Rows of keys or values, one after the other: where they lie they may meet in few sets of the cache.
+// A contiguous copy of rows of keys or values: in place they may share few sets of the cache.
 template <class T, class W>
 void gather(const Shape& s, const Index* stride, const W* from, const std::int32_t* place, Index b, Index g, Index count,
             T* to) {
@@ -187,7 +187,7 @@ struct Columns {
     transpose(s.columns(), s.width, rows, s.pitch(), transposed, s.columns());
   }
 
-  // Runs of the columns, those of nothing empty.
+  // Ranges of the columns; empty for columns without a query.
   void read_runs(Number* first, Number* stop) const {
     const Index at = b * s.queries + begin;
     for (Index column = 0; column < s.columns(); ++column) {
@@ -197,10 +197,10 @@ struct Columns {
     }
   }
 
-  // As many columns as have queries, in whole vectors.
+  // Columns with queries, rounded up to whole vectors.
   Index used() const { return round_up(queries * s.shared(), kMultiple); }
 
-  // The vectors of columns between which all are that see one of some keys: queries that lie far apart share few keys.
+  // The range of vectors of columns that see any of some keys: queries far apart share few keys.
   std::pair<Index, Index> seeing(Index begin, Index end, const Number* first, const Number* stop) const {
     Index from = 0, to = queries * s.shared();
     while (from < to && !(first[from] < end && stop[from] > begin)) ++from;
@@ -231,7 +231,7 @@ struct Arrays {
   const W *q, *k, *v;
 };
 
-// The largest score of each column and one over its sum of exponentials, as the backward wants them: (2, columns).
+// For the backward: the largest score of each column, and one over its sum of exponentials, (2, columns).
 template <class T>
 inline T* statistics_of(const Shape& s, T* all, Index b, Index g, Index block) {
   return all + s.panel(b, g, block) * 2 * s.columns();
@@ -348,8 +348,8 @@ struct Gradients {
   W *dq, *dk, *dv;
 };
 
-// What tasks leave for others. The keys are cut into slices, whatever the number of threads; each adds up gradients of
-// queries by itself, so that the order of the sums is always the same.
+// Shared between tasks. The keys are cut into slices, whatever the number of threads; each slice sums gradients of queries
+// by itself, so the order of sums is always the same.
 template <class T>
 struct Shared {
   T* statistics;
@@ -414,7 +414,7 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
       columns.read_runs(first, stop);
       const T *highest = statistics_of(s, shared.statistics, b, g, block), *share = highest + N;
       const T* delta = shared.delta + s.panel(b, g, block) * N;
-      // Of the keys only those that some query sees.
+      // Only the keys that some query sees.
       const Index from = std::max<Index>(begin, bounds.lowest) - begin, to = std::min<Index>(end, bounds.highest) - begin;
       const auto [left, right] = columns.seeing(begin, end, first, stop);
       for_tiles<T>(to - from, right - left, [&, left = left]<int R, int V>(Index row, Index column) {
@@ -474,7 +474,7 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
   return kOk;
 }
 
-// Adds up what the slices have of the gradients of a block of queries.
+// Adds up the slices' gradients of a block of queries.
 template <class T, class W>
 int finish_queries(const Shape& s, const Gradients<T, W>& out, const Plan& plan, const Shared<T>& shared, Index b, Index g,
                    Index block) {

@@ -14,7 +14,7 @@ using Shape = ConvSizes;
 
 constexpr Index kMultiple = 16;  // of channels, which every vector width divides
 
-// X is what the tokens are in memory.
+// X is the type of the tokens in memory.
 template <class T, class X>
 struct Arrays {
   const X* x;
@@ -22,14 +22,14 @@ struct Arrays {
   const std::int32_t* document;      // (B, T): running number of the document, 0 that of the columns; or null
 };
 
-// Tokens at once: so few rows that the processor foresees what is read of each.
+// Tokens per block: few enough rows for the processor to prefetch each.
 constexpr Index kForward = 4, kBackward = 8;
 
-// The taps of one vector of channels of one row, and the inputs they meet.
+// The taps of one vector of channels of one row, and their inputs.
 template <class T, class X, int K>
 class Taps {
  public:
-  Vector<T> weight[K], input[K];  // oldest first; those beyond reach count for nothing
+  Vector<T> weight[K], input[K];  // oldest first; those of another document count as 0
 
   Taps(const Shape& s, const Arrays<T, X>& in, Index b, Index c)
       : bias_(load(in.bias + c)), x_(in.x + b * s.x_b + c), x_t_(s.x_t), channels_(s.channels),
@@ -53,13 +53,13 @@ class Taps {
     for (int k = 0; k + 1 < K; ++k) input[k] = at(t - K + 1 + k);
   }
 
-  // Inputs of token t, of which those of t - 1 are here.
+  // Move from the inputs of token t - 1 to those of t.
   void advance(Index t) {
     for (int k = 0; k + 1 < K; ++k) input[k] = input[k + 1];
     input[K - 1] = at(t);
   }
 
-  // Inputs of token t, of which those of t + 1 are here.
+  // Move from the inputs of token t + 1 to those of t.
   void go_back(Index t) {
     for (int k = K - 1; k > 0; --k) input[k] = input[k - 1];
     input[0] = at(t - K + 1);
@@ -79,7 +79,7 @@ class Taps {
   const T* columns_;  // behind the last
 };
 
-// How many inputs before token t are of its document.
+// Number of inputs before token t in its document.
 template <class T, class X>
 Index reach_of(const Shape& s, const Arrays<T, X>& in, Index b, Index t) {
   const std::int32_t* document = in.document == nullptr ? nullptr : in.document + b * s.tokens;
@@ -132,7 +132,7 @@ void backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out
     if (first >= last) continue;
     T *dcolumns = out.dcolumns + b * (K - 1) * s.channels, *own = out.dtaps + b * (K + 1) * s.channels;
     for (Index k = 0; k <= K; ++k) std::memset(own + k * s.channels + first, 0, sizeof(T) * (last - first));
-    // Inputs t - K + 1 … t - 1 have got a part of their gradient when token t is done; the rest waits here.
+    // After token t, inputs t - K + 1 … t - 1 have a part of their gradient; it is kept here.
     Vector<T> waiting[kMost][K - 1] = {};
     for (Index end = s.tokens; end > 0; end -= std::min(end, kBackward)) {
       const Index begin = end - std::min(end, kBackward);
@@ -183,7 +183,7 @@ int with_taps(Index taps, F&& f) {
   }
 }
 
-// As they are in memory.
+// In their type in memory.
 template <class X>
 Arrays<Real, X> arrays(const ConvInputs& in) {
   return {static_cast<const X*>(in.x), in.weight, in.bias, in.columns, in.document};

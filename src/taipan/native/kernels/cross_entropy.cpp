@@ -5,7 +5,7 @@
 namespace taipan {
 namespace {
 
-// X is what the logits are in memory; the softmax of a row is made in T.
+// X is the type of the logits in memory; the softmax of a row is computed in T.
 template <class T, class X>
 int loss_and_gradient(Index rows, Index columns, X* logits, const std::int64_t* target, double* loss, int threads) {
   const Index whole = columns / kLanes<T> * kLanes<T>;

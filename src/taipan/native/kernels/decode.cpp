@@ -1,8 +1,8 @@
 // One token of every row through the whole decoder, in one call: the memory of weights and states is read once, and
 // states are written in place.
 //
-// Threads share every product by its rows and wait for each other between stages; what is short (norms, gates) each of
-// them computes for itself. Everything is summed in Real, whatever the weights are stored in.
+// Threads split every product by rows and wait for each other between stages; each computes short steps (norms, gates) by
+// itself. All sums are in Real, whatever the format of the weights.
 #include "decode_attention.h"
 #include "decode_check.h"
 #include "decode_mamba2.h"

@@ -1,5 +1,5 @@
-// Whether a call of the decoder describes one: every size that it computes places from, and every number that it indexes by.
-// It costs some comparisons a layer and row, beside matrices that are read.
+// Checks a call of the decoder: every size that it computes addresses from, and every number that it indexes by.
+// Cost: some comparisons per layer and row.
 #pragma once
 
 #include "interface.h"
@@ -29,7 +29,7 @@ struct DecodeCheck {
            s.gate_hidden >= 0 && s.lookahead >= 0 && s.scores >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden) && recall();
   }
 
-  // Orders rise, and what is remembered holds all of their n-grams that end within the window.
+  // Orders rise, and the remembered tokens hold all n-grams that end within the window.
   bool recall() const {
     if (s.orders == 0) return s.remembered == 0 && s.rank == 0;
     if (s.orders < 0 || s.window < 2 || s.rank < 1 || call.orders == nullptr || call.recent == nullptr) return false;
@@ -82,7 +82,7 @@ struct DecodeCheck {
     return layer.gate_weight && layer.gate_bias && layer.threshold && hidden && recalls == (s.orders > 0);
   }
 
-  // Rows, their tokens and positions, and how many entries their windows have had: a slot is that modulo the window.
+  // Rows, their tokens and positions, and the number of entries of their windows: a slot is it modulo the window.
   bool indices() const {
     if (call.count < 0 || call.count > call.batch) return false;
     for (Index i = 0; i < call.count; ++i) {

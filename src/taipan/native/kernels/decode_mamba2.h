@@ -44,7 +44,7 @@ struct Mamba2Layer {
     step.team->wait(own.me);
   }
 
-  // So few at once, and so far apart, that no one else does.
+  // Prefetches the columns: few bytes each and far apart, so the processor does not do it.
   void fetch_columns(const Layer& layer, const State& state, Index begin, Index end) const {
     for (Index c = begin; c < end; c += 64 / sizeof(T)) {
       __builtin_prefetch(layer.conv_bias + c);
@@ -100,7 +100,7 @@ struct Mamba2Layer {
     step.squares[i * s.heads + head] = sum<T>(squares);
   }
 
-  // One row after the other, as they lie in memory: with several at once the processor does not read ahead.
+  // One row at a time, in memory order: with several the processor does not prefetch.
   static T recur_row(Index N, T decay, T input, const T* B, const T* C, T* h) {
     Vector<T> total{};
     for (Index n = 0; n < N; n += kLanes<T>) {

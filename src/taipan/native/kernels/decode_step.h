@@ -1,5 +1,5 @@
-// What the layers of a decoding step share: sizes, the rows that get a token, results that all threads read, the team,
-// and products whose rows the threads share.
+// Shared by the layers of a decoding step: sizes, the rows that get a token, results that all threads read, the team of
+// threads, and products with rows split over the threads.
 #pragma once
 
 #include <optional>
@@ -11,7 +11,7 @@ namespace taipan {
 
 constexpr Index kKeys = 64;  // of an attention at once
 
-// What one thread needs for itself.
+// Memory of one thread.
 template <class T>
 struct Own {
   T *x, *chosen, *room, *weight, *margin, *attended, *entries, *gate;
@@ -93,7 +93,7 @@ struct Step {
 
   static constexpr Index kPiece = 32768;  // bytes of a matrix
 
-  // Rows of a matrix by `count` vectors, shared among the threads; then f(begin, end) with what each has done.
+  // Rows of a matrix times `count` vectors, split over the threads; then f(begin, end) with the rows each has done.
   template <class F>
   void product(const Matrix& m, const T* x, Index x_row, Index count, Own<T>& own, const Target<T>& target, F&& f) {
     if (count == 0) return;  // no gate is open, for all threads alike
@@ -120,7 +120,7 @@ struct Step {
       with_rows<T, std::int8_t>(m, x, x_row, count, s.rounds, room, f);
   }
 
-  // Rows that a thread takes at once: long enough in memory to be read as one, short enough to be shared evenly.
+  // Rows per piece of a thread: long enough for sequential reading, short enough for an even split.
   Index grain_of(const Matrix& m, const Own<T>& own) const {
     const Index size = s.format == kReal ? sizeof(T) : s.format == kBfloat16 ? 2 : 1;
     const Index rows = std::min(kPiece / std::max<Index>(1, m.columns * size), m.rows / (4 * own.me.part.count));

@@ -1,8 +1,8 @@
-// A digest of what lies in pieces of memory, read once at the speed of memory: whether copies of it are still right.
+// A digest of pieces of memory, computed at the speed of memory: tells whether copies of them are still current.
 //
-// A step maps digests to digests one to one for a given word, and words to digests for a given digest: one changed word
-// always changes the digest, several leave it as it was by a chance of 2^-64. The rotation brings upper bits (signs, say)
-// to where the next product spreads them.
+// For a given word, a step maps digests to digests one to one; for a given digest, it maps words to digests one to one. So
+// one changed word always changes the digest; several changed words keep it with a chance of 2^-64. The rotation moves
+// upper bits (such as signs) to where the next product spreads them.
 #include <algorithm>
 
 #include "interface.h"
@@ -10,7 +10,7 @@
 namespace taipan {
 namespace {
 
-constexpr int kChains = 8;                // that do not wait for each other
+constexpr int kChains = 8;                // independent
 constexpr Index kBlock = Index(1) << 20;  // bytes that a thread takes at once
 
 struct Block {

@@ -1,5 +1,5 @@
-// Products of small matrices that lie in the cache: tiles of the result in registers, what is done with a finished tile
-// left to the caller.
+// Products of small matrices in the cache: tiles of the result in registers; the caller says what happens to a finished
+// tile.
 #pragma once
 
 #include <utility>
@@ -8,7 +8,7 @@
 
 namespace taipan {
 
-// Rows and vectors of a tile: as many accumulators as leave room in 16 (32 with AVX-512) registers.
+// Rows and vectors of a tile: its accumulators leave room in 16 registers (32 with AVX-512).
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = kBytes == 64 ? 4 : 2;
 
@@ -130,7 +130,7 @@ inline void transpose_square(Vector<T>* v) {
   }
 }
 
-// to(j, i) = from(i, j), and 0 for what is missing to a whole vector of rows. Rows of `from` are read in whole vectors.
+// to(j, i) = from(i, j), and 0 up to a whole vector of rows. Rows of `from` are read in whole vectors.
 template <class T>
 inline void transpose(Index rows, Index columns, const T* from, Index from_row, T* to, Index to_row) {
   for (Index i = 0; i < rows; i += kLanes<T>)

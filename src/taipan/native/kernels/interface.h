@@ -1,7 +1,7 @@
-// What crosses the wall between Python and the kernels: one structure for the arguments of each exported function.
+// The interface between Python and the kernels: one structure for the arguments of each exported function.
 //
-// native/interface.py declares the same structures. The library says how this file was compiled (`taipan_interface`), and
-// loading compares: a word missing, in another order, of another type or size is an error there, not memory overwritten.
+// native/interface.py declares the same structures. The library reports how this file was compiled (`taipan_interface`);
+// loading compares the two. A field that is missing, moved or of another type is an error, not overwritten memory.
 #pragma once
 
 #include "layout.h"
@@ -13,9 +13,9 @@ using Real = TAIPAN_REAL;  // of sums, states and statistics
 
 // ------------------------------------------------------------------ ops
 //
-// What is void* is in Real or, where `narrow`, in bfloat16. Sizes and strides count elements; what may be null says so.
+// void* points to Real, or to bfloat16 if `narrow`. Sizes and strides count elements. Fields that may be null say so.
 
-// N and P are multiples of the vector width; within a token, heads and groups lie one after the other.
+// N and P are multiples of the vector width; within a token, heads and groups are contiguous.
 struct SsdSizes {
   Index batch, tokens, heads, head_dim, groups, state, chunk;
   Index x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, narrow;
@@ -27,7 +27,7 @@ struct SsdInputs {
   const void *B, *C;
   const Real *D, *initial;        // may be null
   const std::int32_t* document;   // running number of the document of each token, or null
-  Real *scores, *B_rows, *C_rows;  // room for what all heads of a group read
+  Real *scores, *B_rows, *C_rows;  // work space that the heads of a group share
 };
 
 struct SsdForward {
@@ -99,7 +99,7 @@ struct NormBackward {
   Real* dweight;  // (threads, C)
 };
 
-// The residual stream, in Real, a branch of it, and what is normed, either of which may be narrow: all contiguous.
+// The residual stream in Real; its branch and the normed result may be narrow. All contiguous.
 struct NormSumSizes {
   Index rows, channels, narrow_branch, narrow_out;
 };
@@ -128,11 +128,11 @@ struct NormSumBackward {
 // Strides of rows, tokens and heads.
 struct AttentionSizes {
   Index batch, queries, keys, heads, groups, width, narrow, slices;
-  Index known_blocks, known_columns;  // what the caller has made room for
+  Index known_blocks, known_columns;  // as the caller allocated
   Index q[3], k[3], v[3], out[3], dout[3];
 };
 
-// Per row of the batch: places of the present keys and of the queries that have any, and their runs of those keys.
+// Per row of the batch: indices of the present keys, of the queries that see any, and each query's range of keys.
 struct AttentionPlan {
   std::int32_t *key, *query, *first, *stop;
   std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
@@ -190,7 +190,7 @@ struct DecodeSizes {
   Index orders, remembered, window, rank;                    // of gates that recall; 0: none does
   Index scores;                                              // that gates remember, to select few of them; 0: none
   Index format, embedding_format;                            // of the matrices and of the embedding
-  Index rounds;  // the model is in bfloat16: what a state keeps is rounded to it, what a product takes may be
+  Index rounds;  // the model is in bfloat16: states are rounded to it, operands of products may be
   double eps, dt_low, dt_high;
   double most;  // of the remembered scores may be higher
 };
@@ -240,7 +240,7 @@ struct Decode {
   Real* logits;
 };
 
-// A piece of memory of a digest.
+// A piece of memory to digest.
 struct Piece {
   const void* address;
   Index bytes;

@@ -1,4 +1,4 @@
-// How a structure lies in memory, in words: its size, and the name, place and type of each field.
+// The layout of a structure as text: its size, and name, offset and type of each field.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +8,11 @@
 
 namespace taipan {
 
-// Of a structure S: S::name and S::describe, which TAIPAN_STRUCT makes.
+// Needs S::name and S::describe, which TAIPAN_STRUCT defines.
 template <class S>
 struct Layout;
 
-// The name of a type of a field, as native/interface.py has it.
+// The name of a field's type, as in native/interface.py.
 template <class T>
 std::string type_name() {
   if constexpr (std::is_array_v<T>)

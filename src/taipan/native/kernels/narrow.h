@@ -19,7 +19,7 @@ struct Widening {
   typedef float Single __attribute__((vector_size(kLanes<T> * 4)));
 };
 
-// The conversion of the vector extension; GCC makes of it what takes three to ten times as long as it should.
+// The conversion of the vector extension; GCC's code for it is three to ten times slower than necessary.
 template <class T, class W>
 inline typename Widening<T, W>::Integer to_integers(const W* p) {
   typename Widening<T, W>::Narrow narrow;
@@ -146,13 +146,13 @@ inline void narrow(Bfloat16* p, Vector<float> v) {
 #endif
 }
 
-// Two vectors to bfloat16 in memory, lane by lane beside each other.
+// Two vectors to bfloat16 in memory, interleaved lane by lane.
 inline void narrow_pairs(Bfloat16* p, Vector<float> first, Vector<float> second) {
   const Bits pairs = rounded_bits(first) >> 16 | (rounded_bits(second) & 0xffff0000u);
   std::memcpy(p, &pairs, sizeof pairs);
 }
 
-// Calls f<X>() for what the wide tensors of a call are in memory: Real itself, or bfloat16 where Real is float.
+// Calls f<X>() with the type in memory of the wide tensors of a call: Real, or bfloat16 if Real is float.
 template <class Real, class F>
 inline int with_element(Index narrow, F&& f) {
   if constexpr (std::is_same_v<Real, float>)

@@ -14,7 +14,7 @@ constexpr Index kMultiple = 16;  // of a group, which every vector width divides
 
 inline bool fits(const NormSizes& s) { return s.group > 0 && s.channels % s.group == 0 && s.group % kMultiple == 0; }
 
-// X is what the rows are in memory.
+// X is the type of the rows in memory.
 template <class T, class X>
 inline Vector<T> gated(const X* y, const X* z, Index c) {
   if (z == nullptr) return widen<T>(y + c);
@@ -110,7 +110,7 @@ int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps
 
 using SumShape = NormSumSizes;
 
-// The branch is X in memory, what is normed O.
+// X is the type of the branch in memory, O that of the normed result.
 template <class T, class X, class O>
 int sum_forward(const SumShape& s, const T* x, const X* branch, const T* weight, double eps, T* total, O* out,
                 int threads) {
@@ -130,7 +130,7 @@ int sum_forward(const SumShape& s, const T* x, const X* branch, const T* weight,
   return kOk;
 }
 
-// As `backward`; both that were added get what the sum gets, through the norm and past it (dtotal, may be null).
+// As `backward`; both addends get the gradient of the sum, through the norm and past it (dtotal, may be null).
 template <class T, class X, class O>
 int sum_backward(const SumShape& s, const T* total, const T* weight, double eps, const O* dout, const T* dtotal, T* dx,
                  X* dbranch, T* dweight, int threads) {
@@ -152,7 +152,7 @@ int sum_backward(const SumShape& s, const T* total, const T* weight, double eps,
         const Vector<T> value = load(total + at), d = widen<T>(dout + at);
         store(own + at - begin, load(own + at - begin) + d * value * scale);
         Vector<T> du = scale * (d * load(weight + at - begin) - value * mean);
-        if (dtotal != nullptr) du = rounded<T>(du) + load(dtotal + at);  // as where the two are made one after the other
+        if (dtotal != nullptr) du = rounded<T>(du) + load(dtotal + at);  // as in two separate steps
         store(dx + at, du);
         narrow(dbranch + at, du);
       }
@@ -161,7 +161,7 @@ int sum_backward(const SumShape& s, const T* total, const T* weight, double eps,
   return kOk;
 }
 
-// Calls f<X, O>() for what a branch and what is normed are in memory.
+// Calls f<X, O>() with the types in memory of the branch and of the normed result.
 template <class Real, class F>
 int with_elements(const SumShape& s, F&& f) {
   return with_element<Real>(s.narrow_branch, [&]<class X>() {

@@ -1,7 +1,7 @@
-// Products of the matrices of a chunk, out = left right + factor · add, in three ways: of operands as they lie, summed in
-// vector registers; of bfloat16 in vector registers (AVX512-BF16); of bfloat16 in tile registers (AMX). The last two pack
-// their operands: two numbers that are multiplied and added together lie beside each other. Packed in three parts, which
-// hold all bits of a float, an operand loses nothing; packed in one, it is rounded.
+// Products of the matrices of a chunk, out = left right + factor · add, in three ways: operands as they are, in vector
+// registers; bfloat16 in vector registers (AVX512-BF16); bfloat16 in tile registers (AMX). The last two pack their
+// operands in pairs of numbers that are multiplied and added together. An operand packed in three parts, which hold all
+// bits of a float, loses nothing; packed in one part it is rounded.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace taipan {
 
-// Where the left operand or the result is not 0, or not wanted.
+// Which entries of the left operand are 0, or of the result are not needed.
 enum class Where {
   kAll,
   kLower,        // left(i, k) is 0 for k > i
@@ -26,9 +26,9 @@ struct Addend {
   T factor;
 };
 
-// The same for all ways. Sizes are (m, k) (k, n); an operand is set from a matrix as it is (`rows`) or from its transposed
-// (`columns`), whose rows are read in whole vectors: what lies there beyond the sizes is 0. n is a multiple of the vector
-// width; `out` has memory for a multiple of 16 rows. What a plain operand is set from must stay until it is multiplied.
+// The same for all ways. Sizes are (m, k) (k, n). An operand is set from a matrix (`rows`) or from its transpose
+// (`columns`). Rows are read in whole vectors: beyond the sizes they hold 0. n is a multiple of the vector width; `out`
+// has memory for a multiple of 16 rows. A plain operand points into its source, which must live until the product.
 template <class T>
 struct PlainProduct {
   struct Left {
@@ -74,8 +74,8 @@ struct PlainProduct {
 // No registers to set up.
 struct NoSession {};
 
-// What a kernel multiplies with: `Rounded` may round its operands to bfloat16, the others may not; of `ExactLeft` the
-// right, of `ExactRight` the left operand is one that bfloat16 holds. A session lives in every thread meanwhile.
+// The products of a kernel: `Rounded` may round its operands to bfloat16, the others may not. In `ExactLeft` the right
+// operand fits bfloat16 exactly, in `ExactRight` the left one. Every thread keeps a session alive meanwhile.
 template <class T>
 struct PlainProducts {
   static constexpr const char* kName = sizeof(T) == sizeof(float) ? "vectors of float32" : "vectors of float64";
@@ -88,13 +88,13 @@ struct PlainProducts {
 #if defined(__AVX512BF16__)
 constexpr Index kPairLanes = 32;  // bfloat16 in a vector, and terms that a tile sums at once
 
-// Two vectors as bfloat16, one after the other; what is below the smallest normal number becomes 0.
+// Two vectors as bfloat16, one after the other; subnormal numbers become 0.
 inline __m512i after(Vector<float> first, Vector<float> second) {
   return reinterpret_cast<__m512i>(
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
 }
 
-// Two vectors as bfloat16, lane beside lane.
+// Two vectors as bfloat16, interleaved.
 inline __m512i beside(Vector<float> first, Vector<float> second) {
   alignas(64) static constexpr std::uint16_t kOrder[kPairLanes] = {
       0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -233,7 +233,7 @@ struct PairProduct {
   }
 };
 
-// An operand that bfloat16 does not hold costs three products here, more than one of floats.
+// An operand that does not fit bfloat16 costs three products here, more than one product of floats.
 struct PairProducts {
   static constexpr const char* kName = "pairs of bfloat16 in vectors (AVX512-BF16)";
   using Rounded = PairProduct;
@@ -294,7 +294,7 @@ struct TileProducts {
 };
 #endif
 
-// Calls f<Products>() with what is quickest here for tokens that are X in memory.
+// Calls f<Products>() with the fastest products here for tokens of type X in memory.
 template <class T, class X, class F>
 inline int with_products(F&& f) {
 #if defined(__AVX512BF16__)

@@ -1,7 +1,7 @@
-// Products of a matrix, read row after row as it lies in memory, with one vector or several: in Real, bfloat16 or int8.
+// Products of a matrix with one vector or several, reading its rows in memory order: in Real, bfloat16 or int8.
 //
-// One vector meets one row after the other, as memory is read from end to end. Several meet tiles of rows. Everything is
-// summed in T, whatever the weights are stored in.
+// One vector takes row after row, so memory is read from end to end. Several vectors take tiles of rows. All sums are in
+// T, whatever the format of the weights.
 #pragma once
 
 #include <algorithm>
@@ -33,12 +33,12 @@ inline T sigmoid_of(T x) {
 }
 
 constexpr int kMany = 4;      // vectors at once
-constexpr Index kPanel = 16;  // rows that meet all of many vectors before the next ones are read
-// Rows at once: as many sums as leave room in 32 registers, or in 16.
+constexpr Index kPanel = 16;  // rows that are multiplied with all vectors before the next ones are read
+// Rows of a tile: its sums leave room in 32 registers, or in 16.
 constexpr int kRows = kBytes == 64 ? 4 : 2;
-constexpr int kChains = 4;  // sums of one row that do not wait for each other
+constexpr int kChains = 4;  // independent sums of one row
 
-// v in a register: the compiler would read it from memory again for every use, which takes longer than the use.
+// Keeps v in a register: the compiler would load it again for every use, which takes longer than the use.
 template <class V>
 inline V held(V v) {
 #if defined(__x86_64__)
@@ -47,8 +47,8 @@ inline V held(V v) {
   return v;
 }
 
-// Rows that are fetched while some rows meet several vectors: of the same ones a panel further on those from `first` on,
-// so that the memory is as busy with the last vectors as with the first. One row after the other needs no such thing.
+// Rows to prefetch while several vectors take the present ones: the same rows one panel further, from `first` on. This
+// keeps memory busy with the last vectors as well. One vector needs no prefetching.
 struct Ahead {
   Index first = 0, rows = 0;
 
@@ -100,7 +100,7 @@ struct Target {
   }
 };
 
-// How rows of W meet vectors of T: any length, each weight widened where it is used.
+// Rows of W times vectors of T: any length, each weight widened when used.
 template <class T, class W>
 struct Plain {
   const W* weight;
@@ -127,8 +127,8 @@ struct Plain {
   }
 };
 
-// Rows of bfloat16 meet vectors that lie in pairs: of a word of two weights, the upper is a float when the lower is
-// masked out, and the lower when it is shifted up.
+// Rows of bfloat16 times vectors in pairs: a word holds two weights. Masking the lower half gives the upper weight as a
+// float, shifting up gives the lower one.
 struct Pairs {
   typedef std::uint32_t Words __attribute__((vector_size(kBytes)));
   static constexpr Index kBoth = 2 * kLanes<float>;
@@ -206,8 +206,8 @@ struct Pairs {
   }
 };
 
-// Rows of weights W meet vectors X, so many columns at once as a step of a Kind takes: it knows how a step is read, added
-// and summed, and the unit of a vector.
+// Rows of weights W times vectors X, one step of a Kind at a time: the Kind knows how many columns a step has, how it is
+// read, added and summed, and the unit of a vector.
 template <class Kind, class W, class X>
 struct Stepped {
   const W* weight;
@@ -256,8 +256,8 @@ struct Stepped {
 };
 
 #if defined(__AVX512BF16__)
-// Rows of bfloat16 meet vectors of a model in bfloat16, which its own forward rounds to that before every product, too:
-// with several vectors half the instructions count; with one only memory does, and it is not rounded.
+// Rows of bfloat16 times vectors of a bfloat16 model, whose forward also rounds them before every product. Several vectors
+// need half the instructions this way. One vector is limited by memory only, and is not rounded.
 struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
   using Sums = __m512;
   using Operand = __m512bh;
@@ -284,8 +284,8 @@ struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
 #endif
 
 #if defined(__AVX2__)
-// Rows of int8 meet vectors that are rounded to 16 bits, which is 1 / 65534 of their largest value: exact sums at half
-// the instructions, where widening to float takes longer than memory does.
+// Rows of int8 times vectors rounded to 16 bits (1 / 65534 of their largest value): exact sums with half the instructions,
+// where widening to float would take longer than reading memory.
 struct Short : Stepped<Short, std::int8_t, std::int16_t> {
 #if defined(__AVX512BW__)
   using Integers = __m512i;
@@ -342,7 +342,7 @@ struct Short : Stepped<Short, std::int8_t, std::int16_t> {
 #endif
   }
 
-  // As float before lanes meet: their sum does not fit.
+  // To float before lanes are added: their sum does not fit 32 bits.
   static float sum_of(Integers total) {
     return sum<float>(reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)));
   }
@@ -382,8 +382,8 @@ inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, I
   }
 }
 
-// Rows [row, end) of the product with `count` vectors. Of many, kMany stay in the first cache while they meet a panel of
-// rows, which the next ones find in the second.
+// Rows [row, end) of the product with `count` vectors. kMany vectors at a time stay in the first cache while they take a
+// panel of rows; the next vectors find the panel in the second cache.
 template <class T, class Rows>
 void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index count, const Target<T>& target) {
   if (count == 1) {
@@ -410,11 +410,11 @@ void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index c
   }
 }
 
-// Floats that the vectors of a product take once more, as its rows want them.
+// Floats needed for a copy of a product's vectors in the layout of its rows.
 inline Index room_of(Index count, Index columns) { return count * columns + round_up(count, 16); }
 
-// Calls f(rows) with the rows of a matrix that meet `count` vectors x(c, ·), which may be rounded to bfloat16 if `rounds`;
-// `room` has what room_of says.
+// Calls f(rows) with the rows of a matrix for `count` vectors x(c, ·), which may be rounded to bfloat16 if `rounds`;
+// `room` has as many floats as room_of says.
 template <class T, class W, class F>
 void with_rows(const Matrix& m, const T* x, Index x_row, Index count, [[maybe_unused]] bool rounds, T* room, F&& f) {
 #if defined(__AVX512BF16__)

@@ -64,7 +64,7 @@ inline Vector<T> splat(T value) {
   return value - Vector<T>{};
 }
 
-// By halves: less is lost, and no addition waits for all before it.
+// By halves: loses less, and additions do not wait for each other.
 template <class T, int Bytes = kBytes, class V>
 inline T sum(V v) {
   if constexpr (Bytes == sizeof(T)) {
@@ -77,7 +77,7 @@ inline T sum(V v) {
   }
 }
 
-// v as it is rounded: a product is not fused with what is added to it next.
+// v after rounding: prevents fusing a product with the next addition.
 template <class T>
 inline Vector<T> rounded(Vector<T> v) {
 #if defined(__x86_64__)
@@ -135,7 +135,7 @@ inline Vector<float> sigmoid(Vector<float> x) {
 
 inline Vector<double> sigmoid(Vector<double> x) { return 1.0 / (1.0 + exponential(-x)); }
 
-// Memory of one thread that stays for the next call: fresh pages cost more than the work on them.
+// Memory of one thread, kept for the next call: fresh pages cost more than the work on them.
 class Scratch {
  public:
   Scratch() = default;
@@ -143,7 +143,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(memory_); }
 
-  // Start over with a Layout(*this, arguments…), which takes its memory when it is made; nothing when there is none.
+  // Start over with a Layout(*this, arguments…), whose constructor takes the memory; nothing if there is none.
   template <class Layout, class... Arguments>
   std::optional<Layout> lay_out(const Arguments&... arguments) {
     counting_ = true;
@@ -154,7 +154,7 @@ class Scratch {
     return std::optional<Layout>(std::in_place, *this, arguments...);
   }
 
-  // Start over with room for `bytes`; false when there is no memory.
+  // Start over with room for `bytes`; false if there is no memory.
   bool reserve(std::size_t bytes) {
     used_ = 0;
     bytes = (bytes + 63) / 64 * 64;

@@ -5,14 +5,14 @@
 //   y  = e^s (C S) + ((C Bᵀ) ∘ L) x̃ + D x        L_ij = e^(s_i - s_j), j ≤ i
 //   S' = e^(s_Q) S + Σ_j e^(s_Q - s_j) x̃_j B_jᵀ
 //
-// and every exponent is ≤ 0, so nothing overflows however fast a head forgets. C Bᵀ is made once for the heads of a
-// group; all else is made chunk by chunk, a few heads one after the other, in memory that stays in the cache: no
-// (heads, Q, Q) matrix exists. The backward computes the states again. Sums of exponents are kept in two parts, so that a
-// slow token after a fast one (large sums, small difference) loses no digits. States are (N, P) here: then no operand of a
-// product has to be transposed but x and dy of a chunk.
+// and every exponent is ≤ 0, so nothing overflows however fast a head forgets. C Bᵀ is computed once for the heads of
+// a group; the rest chunk by chunk, a few heads at a time, in memory that stays in the cache: no (heads, Q, Q) matrix
+// exists. The backward computes the states again. Sums of exponents are kept in two parts, so a slow token after a fast
+// one (large sums, small difference) loses no digits. States are (N, P) here: then only x and dy of a chunk have to be
+// transposed for products.
 //
-// With products in bfloat16, those that only reach what is rounded to it anyway (y, dx, dB, dC) round their operands;
-// those that reach the states and the gradients in fp32 (dt, A, the initial state) lose nothing.
+// With products in bfloat16, products that only affect results rounded to it (y, dx, dB, dC) round their operands; those
+// that affect the states and the fp32 gradients (dt, A, the initial state) lose nothing.
 #include <algorithm>
 #include <optional>
 
@@ -36,7 +36,7 @@ struct Shape : SsdSizes {
   Index columns(Index b, Index g, Index c) const { return ((b * groups + g) * chunks() + c) * state * pitch(); }
 };
 
-// X is what the tokens are in memory.
+// X is the type of the tokens in memory.
 template <class T, class X>
 struct Arrays {
   const X *x, *B, *C;
@@ -44,9 +44,9 @@ struct Arrays {
   const std::int32_t* document;   // running number of the document of each token, or null
 };
 
-// What all heads of a group read: C Bᵀ by chunks, and B and C, (batch, groups, tokens, N), rows one after the other:
-// those of the whole sequence are a power of 2 or nearly apart, and would meet in few sets of the cache. For the
-// backward, which gives null otherwise, also their columns by chunks, (batch, groups, chunks, N, pitch).
+// Shared by the heads of a group: C Bᵀ by chunks, and contiguous copies of B and C, (batch, groups, tokens, N). In the
+// whole sequence their rows are about a power of 2 apart and would share few sets of the cache. For the backward (else
+// null) also their columns by chunks, (batch, groups, chunks, N, pitch).
 template <class T>
 struct Common {
   T *scores, *B, *C, *B_columns, *C_columns;
@@ -78,7 +78,7 @@ struct Decay {
 
   void compute(Index size, Index pitch, const T* dt, Index dt_t, T A, const Documents& documents) {
     for (Index i = 0; i < size; ++i) rate[i] = static_cast<double>(dt[i * dt_t]) * static_cast<double>(A);
-    double total = 0, rest = 0;  // rest: what the sum loses by rounding (Knuth's TwoSum)
+    double total = 0, rest = 0;  // rest: the rounding error of the sum (Knuth's TwoSum)
     for (Index i = 0; i < size; ++i) {
       const double before = total, added = rate[i];
       total += added;
@@ -164,7 +164,7 @@ int make_common(const Shape& s, const Arrays<T, X>& in, const Common<T>& common,
   return status;
 }
 
-// Rows that are read next are fetched meanwhile: each is a short piece of a token's, which the processor does not foresee.
+// Prefetches the next rows: each is a short piece of a token's row, which the processor does not prefetch by itself.
 template <class X>
 void fetch(Index size, Index width, const X* from, Index from_row) {
   for (Index i = 0; i < size; ++i)
@@ -209,7 +209,7 @@ void take_state(const Shape& s, const T* from, Index head, T* to) {
     transpose(s.head_dim, s.state, from + head * s.head_dim * s.state, s.state, to, s.head_dim);
 }
 
-// What the tokens of a chunk get from a state and from each other, (Q, P): factor (tokens · state) + matrix · rows.
+// The tokens' parts from a state and from each other, (Q, P): factor (tokens · state) + matrix · rows.
 template <class Product, Where where, class T>
 void from_state_and_chunk(const Shape& s, Index size, const typename Product::Left& tokens,
                           const typename Product::Right& state, const T* factor, const typename Product::Left& matrix,
@@ -220,10 +220,10 @@ void from_state_and_chunk(const Shape& s, Index size, const typename Product::Le
   Product::template run<where>(size, P, size, matrix, rows, out, P, {out, P, T(1)});
 }
 
-// So many heads of a group take a chunk after each other, while what they share of it is in the second cache.
+// Heads of a group that take a chunk one after the other, while the data they share is in the second cache.
 constexpr Index kTogether = 4;
 
-// As many, but tasks enough for all threads.
+// The same, or fewer so that there are enough tasks for all threads.
 inline Index heads_together(const Shape& s, int threads) {
   return std::max<Index>(1, std::min<Index>({kTogether, s.heads / s.groups, s.batch * s.heads / (3 * threads)}));
 }
@@ -319,8 +319,8 @@ struct Gradients {  // contiguous
   double *dA, *dD;  // (batch, heads)
 };
 
-// What the slices of heads of a group add up, each in its own memory: columns of dB and dC by chunks, (slices, batch,
-// groups, chunks, N, pitch), and d(C Bᵀ), (…, Q, pitch).
+// Sums of each slice of a group's heads, in its own memory: columns of dB and dC by chunks, (slices, batch, groups,
+// chunks, N, pitch), and d(C Bᵀ), (…, Q, pitch).
 template <class T>
 struct Shared {
   T *dB, *dC, *dscores;
@@ -338,7 +338,7 @@ struct DoubleSums {
     for_pieces(v, [&](int n, Vector<double> wide) { total[n] += wide; });
   }
 
-  // Adds the lanes of v to what is at `each`, and times their factors here.
+  // Adds the lanes of v to `each`, and v times the factors to `total`.
   void add(Vector<T> v, const double* factors, double* each) {
     for_pieces(v, [&](int n, Vector<double> wide) {
       store(each + n * kLanes<double>, load(each + n * kLanes<double>) + wide);
@@ -380,7 +380,7 @@ class Backward {
         x_exact(scratch, P, Q), dy_exact(scratch, P, Q), B_exact(scratch, N, Q), C_exact(scratch, N, Q),
         weighted_right(scratch, Q, P) {}
 
-  // All chunks of the heads [from, to); what they add to of a chunk stays in the cache meanwhile.
+  // All chunks of the heads [from, to); the sums of a chunk stay in the cache.
   void run(Index b, Index from, Index to, Index slice) {
     const Index g = from / (s.heads / s.groups);
     for (Index h = from; h < to; ++h) {
@@ -468,9 +468,9 @@ class Backward {
     x_columns.columns(P, size, x, P);
     W::Rounded::template run<Where::kResultLower>(size, columns, P, dy_left, x_columns, dmatrix, pitch);
 
-    // d(C Bᵀ) += dM ∘ L; with E = dM ∘ M below the diagonal, ds_i gets the sum of row i less that of column i. Both in
-    // fp64: of what they add up to over the later tokens most cancels, and a token that forgets much multiplies the rest
-    // by its large dt. The columns of M ∘ dy xᵀ are what x gets back, too.
+    // d(C Bᵀ) += dM ∘ L. With E = dM ∘ M below the diagonal, ds_i gets the sum of row i less that of column i, both in
+    // fp64: summed over the later tokens most of it cancels, and a token that forgets much multiplies the rest by its large
+    // dt. The columns of M ∘ dy xᵀ are also part of dx.
     for (Index i = 0; i < size; ++i) {
       T* values = dmatrix + i * pitch;
       const T own = values[i];
@@ -494,9 +494,9 @@ class Backward {
     add_projected(columns, decay.entrance, common.C_columns + s.columns(b, g, c), dC);
     for (Index i = 0; i < size; ++i) dlog[i] += static_cast<double>(decay.entrance[i]) * static_cast<double>(told[i]);
 
-    // dB from the end, by columns: dS' xᵀ dt e^(s_Q - s). What token i passes to the state at the end is the state at the
-    // entrance and the tokens before i. (All that is in the state less what i and later tokens added is the same, but of
-    // little the difference would leave its rounding.)
+    // dB from the end, by columns: dS' xᵀ dt e^(s_Q - s). Token i passes to the end state the state at the
+    // entrance and the tokens before i. (The end state less what i and later tokens added would be equal, but if little is
+    // left, the difference is mostly rounding.)
     for (Index i = 0; i < columns; ++i) factor[i] = dt[i] * decay.end[i];
     state_left.rows(N, P, dstate, P);
     x_exact.columns(P, size, x, P);
@@ -534,7 +534,7 @@ class Backward {
         narrow(dx + p, dt[i] * load(dweighted + i * P + p) + skip * gradient);
       }
       later += dlog[i] - dt_double[i] * column[i];
-      // Less than a rounding passes such a decay; a difference of sums would leave their rounding, times dt.
+      // Such a decay lets less than a rounding pass; a difference of sums would add their rounding, times dt.
       const double moved = decay.rate[i] < -40 ? 0.0 : later + kept[i];
       out.ddt[(token + i) * s.heads + h] = static_cast<T>(static_cast<double>(A) * moved + through_x[i]);
       out.dA[task] += dt_double[i] * moved;
@@ -550,7 +550,7 @@ class Backward {
     for (; i < columns; i += kLanes<T>) add_columns<1>(i, by, with, target);
   }
 
-  // So many vectors of columns of all rows, which lie one after the other.
+  // A number of vectors of columns of all rows, contiguous.
   template <int Vectors>
   void add_columns(Index i, const T* by, const T* with, T* target) const {
     constexpr Index kRows = 16;  // which N is a multiple of; sums of few terms lose less
@@ -581,7 +581,7 @@ struct FinishRoom {
         right(scratch, s.chunk, s.state) {}
 };
 
-// dB and dC of a chunk: what the slices have summed, and d(C Bᵀ).
+// dB and dC of a chunk: the slices' sums, and the part from d(C Bᵀ).
 template <class W, class T, class X>
 void finish(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
             const Common<T>& common, Index b, Index g, Index c, FinishRoom<W, T>& room) {
@@ -660,7 +660,7 @@ int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out,
   return status;
 }
 
-// As they are in memory.
+// In their type in memory.
 template <class X>
 Arrays<Real, X> arrays(const SsdInputs& in) {
   const auto of = [](const void* p) { return static_cast<const X*>(p); };

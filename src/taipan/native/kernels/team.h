@@ -1,9 +1,8 @@
 // Threads of one parallel region that share loops and meet between them.
 //
-// OpenMP's barrier spins for milliseconds, which is what a token takes: while other work keeps the processor busy, most of
-// that is time that the thread waited for does not get. Here a thread spins for some microseconds, then it sleeps.
-// OpenMP's loops are dealt out before they begin; here who is done takes what the others have not begun: one of two cores
-// is often slower.
+// OpenMP's barrier spins for milliseconds, as long as a token takes. On a busy processor it takes this time from the
+// thread it waits for. Here a thread spins for some microseconds and then sleeps. OpenMP splits loops before they begin;
+// here a finished thread takes pieces that others have not begun, because one of two cores is often slower.
 #pragma once
 
 #include <atomic>
@@ -28,7 +27,7 @@ class Team {
  public:
   static constexpr int kLoops = 4;  // between two meetings, at most
 
-  // What each thread keeps for itself.
+  // State of one thread.
   struct Member {
     Part part;
     unsigned phase = 0;
@@ -37,12 +36,12 @@ class Team {
 
   static std::size_t bytes(Index threads) { return sizeof(Claims) * kLoops * threads; }
 
-  // Of at most `threads`; `memory` has what `bytes` says, at a multiple of 64.
+  // At most `threads`; `memory` has as many bytes as `bytes` says, aligned to 64.
   Team(Index threads, void* memory) : claims_(static_cast<Claims*>(memory)), threads_(threads) {
     for (Index n = 0; n < kLoops * threads_; ++n) new (claims_ + n) Claims;
   }
 
-  // Every thread calls it; none returns before all have.
+  // A barrier: every thread calls it, and none returns before all have.
   void wait(Member& me) {
     me.loop = 0;
     if (me.part.count == 1) return;
@@ -61,8 +60,8 @@ class Team {
     while (phase_.load(std::memory_order_acquire) == phase) phase_.wait(phase, std::memory_order_acquire);
   }
 
-  // f(begin, end) for pieces of [0, count) of `grain` each, but the last; every thread calls it with the same numbers. It
-  // returns when there is no piece left to begin: others may still be at work on theirs.
+  // f(begin, end) for pieces of [0, count), each of `grain` but the last. Every thread calls it with the same numbers. It
+  // returns when no piece is left to begin; other threads may still be working.
   template <class F>
   void share(Member& me, Index count, Index grain, F&& f) {
     if (me.part.count == 1) {
@@ -86,7 +85,7 @@ class Team {
  private:
   static constexpr int kSpins = 2000;  // some tens of microseconds
 
-  // Which pieces of a thread's share are taken: so many from the front, by itself, and from the back, by others.
+  // Pieces taken from a thread's share: by itself from the front, by others from the back.
   struct alignas(64) Claims {
     std::atomic<std::uint64_t> taken{0};
 

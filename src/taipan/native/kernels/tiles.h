@@ -1,5 +1,5 @@
 // Tile registers (AMX) for products of bfloat16 with sums in fp32. TAIPAN_TILES says that the library is compiled for
-// them; whether the system lets this process use them is asked when it runs.
+// them; at run time it asks the system for permission.
 #pragma once
 
 #include "narrow.h"
@@ -12,7 +12,7 @@
 
 namespace taipan {
 
-// Linux keeps no tiles for a process that has not asked. Asking again, as other libraries do, is harmless.
+// Linux gives tiles only to a process that asks. Asking again, as other libraries do, is harmless.
 inline bool tiles_granted() {
   static const bool granted = [] {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -24,7 +24,7 @@ inline bool tiles_granted() {
 // The intrinsics do not tell the compiler what memory they read.
 inline void written_memory() { asm volatile("" ::: "memory"); }
 
-// Eight tiles of 16 rows of 64 bytes, in this thread, as long as it lives.
+// Eight tiles of 16 rows of 64 bytes, for the lifetime of this object, in this thread.
 class TileSession {
  public:
   TileSession() {
@@ -68,7 +68,7 @@ struct TileBlock {
     written_memory();
   }
 
-  // += a b over so many blocks of 32 terms; packed as products.h says.
+  // += a b over a number of blocks of 32 terms; packed as in products.h.
   void multiply(Index blocks, const Bfloat16* a, Index a_row, const Bfloat16* b, Index b_pair) {
     written_memory();
     for (Index k = 0; k < blocks; ++k) {
