@@ -554,7 +554,7 @@ _WITHOUT_EFFECT = frozenset(
 def shaping_fields(config: TaipanConfig) -> dict[str, Any]:
     """The fields that shape a state or its meaning, but for those at their defaults.
 
-    A field that is not known to be without effect counts, so that a new one is safe; at its default it does not, so
+    A new field counts unless it is known to have no effect, which is safe. At its default it does not count, so
     that it makes no state older than itself another model's.
     """
     used: set[str] = set()

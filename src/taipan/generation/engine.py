@@ -93,7 +93,7 @@ def stream(
         options: single fields of `GenerationSettings`, over `settings`.
 
     Returns:
-        An iterator; the prompt is read when its first step is asked for.
+        An iterator; the prompt is read at its first step.
 
     Raises:
         InputError: a setting, the prompt or the mask is not usable (see the message).

@@ -74,7 +74,7 @@ class Buffers(ABC):
         return 0 if self.count is None else int(self.count.max())
 
     def addresses(self, real: torch.dtype) -> State:
-        """What the kernel is told."""
+        """The structure for the kernel."""
         return State.of(
             real,
             first=self.first,

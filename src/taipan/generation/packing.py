@@ -18,7 +18,7 @@ class Packed:
     scale: Tensor | None = None
 
     def matrix(self, real: torch.dtype) -> Matrix:
-        """What the kernel is told of it; this must live as long."""
+        """The structure for the kernel; this object must outlive it."""
         rows, columns = self.weight.shape
         return Matrix.of(real, weight=self.weight, scale=self.scale, rows=rows, columns=columns)
 
@@ -83,7 +83,7 @@ class Packer:
         return packed
 
     def matrix(self, linear: nn.Linear) -> Matrix:
-        """The same as the kernel is told of it."""
+        """The same, as the structure for the kernel."""
         return self.packed(linear).matrix(self.real)
 
     def vector(self, source: Tensor, value: Tensor | None = None) -> Tensor:

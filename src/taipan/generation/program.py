@@ -28,7 +28,7 @@ WEIGHTS: tuple[str, ...] = ("auto", "bfloat16", "int8")
 _FORMATS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.int8: 2}
 _NONE = {
     name: 0 if kind is Index else Matrix() if kind is Matrix else None for name, kind in fields_of(Layer)
-}  # what a layer has not
+}  # the fields that a layer does not use
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class DecoderBlock(Protocol):
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """What a decoder with a language model head is made of."""
+    """The parts of a decoder with a language model head."""
 
     config: TaipanConfig
     implementations: Sequence[str]
@@ -81,14 +81,14 @@ def check_weights(weights: object) -> None:
 class DecoderProgram:
     """A model packed for the native step.
 
-    What the kernel can read where it lies it is pointed at, so that a change of it is seen at once: in `auto` the
-    matrices, and in a model of fp32 or fp64 norms and gates. The rest is copied: the convolution's taps and A always,
-    norms and gates of a model in bfloat16, and what is not contiguous; in `bfloat16` and `int8` every matrix that is
-    not stored so. A copy is right as long as the weights it was made of are: `is_current` tells, by the place, dtype
-    and shape of every tensor of the model and by a digest of all bytes that were copied, which is what no way to write
-    a weight can pass by (PyTorch's version counters do not count a fused optimizer, `.data`, or inference tensors).
-    It reads those bytes once, at the speed of memory (as much as a token or two), so it is asked when a text begins
-    (`program_of`), never for a token: whoever changes weights in the middle of a text begins another `Decoding`.
+    The kernel reads weights in place where it can, so it sees a change at once: in `auto` the matrices, and in a
+    model of fp32 or fp64 the norms and gates. The rest is copied: the convolution's taps and A always, norms and
+    gates of a model in bfloat16, tensors that are not contiguous, and in `bfloat16` and `int8` every matrix of
+    another format. A copy is stale once its source has changed. `is_current` finds out: it compares address, dtype
+    and shape of every tensor of the model, and a digest of all bytes that were copied, so it sees every way to write
+    a weight (PyTorch's version counters miss a fused optimizer, `.data`, and inference tensors). It reads those bytes
+    once, at the speed of memory (the time of a token or two), so it runs when a text begins (`program_of`), not for
+    every token. To change weights in the middle of a text, begin another `Decoding`.
 
     Args:
         model: what the parts are of.
@@ -150,7 +150,7 @@ class DecoderProgram:
         packer.copied.clear()
 
     def is_current(self, model: "Decodable", config: TaipanConfig, weights: str) -> bool:
-        """Whether this is still the model in this format: every tensor where it was, what was copied as it was."""
+        """Whether this is still the model in this format: every tensor in its place, every copied byte unchanged."""
         # in this order: the addresses that the digest reads are then those of the model's own tensors
         return self._identity == (weights, config, _places(model)) and self._digest == self._digest_now()
 

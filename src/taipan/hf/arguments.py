@@ -35,7 +35,7 @@ class Call:
         input_ids: (B, T) int64.
         attention_mask: (B, T), nonzero where a token is real; None when all are.
         segment_ids: (B, T), a change starts a document; None for one document.
-        cache: what came before, if anything did.
+        cache: of the tokens before, or None.
     """
 
     input_ids: Tensor
@@ -88,7 +88,7 @@ def read_call(
 
 
 def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
-    """The number of targets to divide a sum of losses by: that of a Trainer, if it counts what is predicted.
+    """The number of targets to divide a sum of losses by: the Trainer's, if it counts predicted tokens.
 
     A Trainer counts the labels behind the first of every row. Ours has no loss at the first token behind padding, nor
     of a document in a packed row: nothing is there to predict it. Where a call is the whole of what was counted, the

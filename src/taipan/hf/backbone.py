@@ -47,7 +47,7 @@ class BackboneOutput(DecoderOutput):
 
     @property
     def last_hidden_state(self) -> Tensor:
-        """(B, T, D) final normed hidden states; in training their backward pass is that of the budget, too."""
+        """(B, T, D) final normed hidden states; in training their backward pass includes that of the budget."""
         return self.carry_budget(self.hidden_BTD, self.gates)
 
 
@@ -181,7 +181,7 @@ def decisions(gates: tuple[GateOutput, ...]) -> Tensor:
 
 
 class _Carried(torch.autograd.Function):
-    """A tensor as it is; whoever goes backward through it goes backward through a weighted loss, too."""
+    """The tensor itself; a backward pass through it also goes through a weighted loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor, weight: float) -> Tensor:

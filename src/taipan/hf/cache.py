@@ -132,7 +132,7 @@ class _NoLayer(DynamicLayer):
 
 
 def explain_layer_types(kinds: Iterable[str]) -> None:
-    """Let transformers' own caches answer for the layer types they do not know, too."""
+    """Make transformers' own caches accept the layer types they do not know."""
     for kind in kinds:
         DYNAMIC_LAYER_TYPE_MAPPING.setdefault(kind, _NoLayer)
         cast("dict[str, type]", STATIC_LAYER_TYPE_MAPPING).setdefault(kind, _NoLayer)

@@ -24,7 +24,7 @@ class GateScheduleCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the gates noted whose thresholds are to be moved."""
+        """Note the gates whose thresholds will be moved."""
         for backbone in _backbones(kwargs["model"]):
             backbone.watch = [] if backbone.config.budget_control == "threshold" else None
 

@@ -62,7 +62,7 @@ class PredictedLabels:
         self.collate = collate
 
     def __call__(self, features: Any) -> Any:
-        """Make a batch; one without (B, T) labels comes as it is."""
+        """Make a batch; one without (B, T) labels stays unchanged."""
         batch = self.collate(features)
         if not isinstance(batch, Mapping):
             return batch
@@ -124,7 +124,7 @@ class _Telling(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the parts of the loss beside it: means over rows, as it is itself."""
+        """Add the parts of the loss to the metrics: means over rows, like the loss."""
         accelerator = self._trainer.accelerator
         parts = cast(Tensor, accelerator.reduce(self._evaluated.float().to(accelerator.device)))
         self._evaluated.zero_()

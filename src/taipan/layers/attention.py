@@ -197,7 +197,7 @@ def out_of_place(
         state: of the right dtypes and shapes.
         position_B: tokens read, of each row.
         every: every token read is an entry.
-        ordinals: the coordinate of an entry is its number among the entries, as it is where every token is one.
+        ordinals: the coordinate of an entry is its number among the entries (true if every token is an entry).
     """
     slots = state.index_BW.shape[1]
     if not ((state.count_B >= 0) & (state.count_B <= position_B)).all():

@@ -36,7 +36,7 @@ class Mixer(nn.Module, Generic[State]):
     A decoder calls it like any module, so hooks on it fire and tools that follow calls see it.
 
     Attributes:
-        shapes_depend_on_data: sizes inside differ from call to call, so that compiling it would not pay.
+        shapes_depend_on_data: sizes inside differ from call to call; compiling it would not pay.
     """
 
     shapes_depend_on_data: ClassVar[bool] = False
@@ -90,7 +90,7 @@ class Mixer(nn.Module, Generic[State]):
 
     @property
     def closed(self) -> bool:
-        """Whether it never changes the stream, so that its weights get no gradient."""
+        """Whether it never changes the stream; its weights then get no gradient."""
         return False
 
 

@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalise `x` of shape (…, size); or x + branch, and return that sum, too."""
+        """Normalise `x` of shape (…, size); or x + branch, and return that sum as well."""
         if branch is not None:
             return rms_norm_of_sum(x, branch, self.weight, eps=self.eps, implementation=self.implementation)
         return rms_norm(x, self.weight, eps=self.eps, implementation=self.implementation).to(self.weight.dtype)

@@ -168,7 +168,7 @@ class SelectiveAttention(Mixer[AttentionState]):
 
 
 class _Entries:
-    """What keys and values are made of, where an entry looks ahead from its key.
+    """Inputs of keys and values, where an entry looks ahead from its key.
 
     Args:
         x_BTD: normed hidden states of a call.
@@ -189,7 +189,7 @@ class _Entries:
             self._x = torch.cat([recent_BLD, x_BTD], 1)
 
     def back(self, tokens: int) -> FloatBTD:
-        """The hidden state so many tokens before each token; 0 where its document has none."""
+        """The hidden state `tokens` before each token; 0 before the start of its document."""
         if tokens == 0 and self._lookahead == 0:
             return self._x
         begin, length = self._lookahead - tokens, self._x.shape[1] - self._lookahead

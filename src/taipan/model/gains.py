@@ -1,4 +1,4 @@
-"""What attention gains at each token, measured on the model as it is: the teacher of gates that forecast it."""
+"""Measures what attention gains at each token, on the current model: the target of gates that forecast it."""
 
 from collections.abc import Generator
 from contextlib import contextmanager

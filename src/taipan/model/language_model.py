@@ -76,9 +76,9 @@ class TaipanLM(nn.Module):
             segment_ids: (B, T) integers, a change starts a new document with nothing of the old one left.
             labels: (B, T) ids to predict, shifted inside (logits[t] predicts labels[t + 1]); −100 is ignored, and so
                 is the first token of a document.
-            logits_to_keep: logits of the last so many places only; 0 = all.
+            logits_to_keep: number of last places to compute logits for; 0 = all.
             num_items_in_batch: predicted tokens of the whole accumulated batch; the loss is then this call's share.
-            predict_starts: the first token of a segment counts as a label, too: predicted by the token before it, in
+            predict_starts: the first token of a segment is also a label: predicted by the token before it, in
                 the segment that ends there. For segments that begin with the end token of the text before.
 
         Returns:

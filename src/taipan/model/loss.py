@@ -57,7 +57,7 @@ def compute_loss(
         attention_mask: (B, T), nonzero where a token is real; None when all are.
         segment_ids: (B, T), a change starts a document, whose first token is not predicted; None for one document.
         num_items_in_batch: predicted tokens of the whole accumulated batch: both parts are then weighted by this call's
-            share of them, so that the losses of the batch add up to that of the whole.
+            share of them, so the losses of all calls add up to the loss of the whole batch.
         implementation: of `linear_cross_entropy`.
         gains: what the gates are to forecast, if that is their objective.
 

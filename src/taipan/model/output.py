@@ -45,7 +45,7 @@ class TaipanOutput:
 
     @cached_property
     def logits(self) -> FloatBTV:
-        """(B, T or `logits_to_keep`, V); computed when first read, so that a training step never holds them."""
+        """(B, T or `logits_to_keep`, V); computed when first read: a training step never holds them."""
         with torch.set_grad_enabled(self._grad):
             return self._head(self.hidden_BTD[:, -self._keep :] if self._keep else self.hidden_BTD)
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, for which every process must ask at once; any other tensor as it is."""
+    """The full tensor of a sharded one (all processes must call this together); any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
