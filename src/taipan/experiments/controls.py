@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from taipan.config import TaipanConfig
-from taipan.layers.gating import Gate, GateOutput, GateSchedule
+from taipan.layers.gating import Gate, GateOutput, GateSchedule, ScoresBefore
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.layout import Recalled
 from taipan.model import TaipanLM
@@ -29,10 +29,15 @@ class BlindGate(Gate):
         self._generator = torch.Generator().manual_seed(seed)
 
     def forward(
-        self, x_BTD: Tensor, real_BT: Tensor | None, schedule: GateSchedule, recalled: Recalled | None = None
+        self,
+        x_BTD: Tensor,
+        real_BT: Tensor | None,
+        schedule: GateSchedule,
+        recalled: Recalled | None = None,
+        before: ScoresBefore | None = None,
     ) -> GateOutput:
         """See `Gate.forward`."""
-        gate = super().forward(x_BTD, real_BT, schedule, recalled)
+        gate = super().forward(x_BTD, real_BT, schedule, recalled, before)
         if schedule.forced is not None:
             return gate
         batch, length = gate.selected_BT.shape
@@ -44,7 +49,8 @@ class BlindGate(Gate):
         selected_BT = selected_BT.to(x_BTD.device)
         if real_BT is not None:
             selected_BT = selected_BT & real_BT
-        return replace(gate, selected_BT=selected_BT, mask_BT=selected_BT.to(gate.mask_BT.dtype))
+        mask_BT = selected_BT.to(gate.mask_BT.dtype)
+        return replace(gate, selected_BT=selected_BT, mask_BT=mask_BT, allowed_BT=None)
 
 
 def choose_by(model: TaipanLM, choice: str, seed: int) -> None:
