@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +12,10 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from taipan.cli.display import TrainingDisplay
 from taipan.data.shards import TokenDataset
-from taipan.training.watch.listener import StepInfo
 from tests.cli.conftest import Cli
 from tests.tokenizers import llama
+from tests.training.processes.launch import environment
 
 TEXTS = [f"Document {number}: the taipan waits; été, 日本語, 🐍." for number in range(40)]
 
@@ -66,8 +68,18 @@ STARTS = {
 }
 
 
-class Killed(BaseException):
-    """What no code catches."""
+KILLED = """
+import os, signal
+from taipan.cli.display import TrainingDisplay
+from taipan.cli.main import main
+
+def stepped(self, info):
+    if info.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+TrainingDisplay.stepped = stepped
+main(["train", "recipe.yaml"])
+"""
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -85,17 +97,8 @@ def test_from_files_to_a_model_that_writes(
     assert _texts(Path("data/train")) | _texts(Path("data/valid")) == {*TEXTS, *(["first"] if "Polars" in name else [])}
 
     Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    with monkeypatch.context() as patch:
-        shown = TrainingDisplay.stepped
-
-        def killing(self: TrainingDisplay, info: StepInfo) -> None:
-            shown(self, info)
-            if info.step == 3:
-                raise Killed
-
-        patch.setattr(TrainingDisplay, "stepped", killing)
-        with pytest.raises(Killed):
-            cli("train", "recipe.yaml")
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment(0, 1, 1), capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not Path("run/model").exists()
     resumed = cli("train", "--resume", "run")
     assert resumed.code == 0, resumed.err

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 
 from taipan.data.shards import TokenDataset
 from tests.command import run
@@ -197,6 +198,13 @@ ROWS: dict[str, list[Case]] = {
         _read({"a.json": b'[{"text": "one"}]'}, ['[{"text": "one"}]'], words=["--format", "text"]),
         _read({"a.json": b'{\n"name": "one"}'}, ['{\n"name": "one"}']),
     ],
+    "a table, `.csv` or `.tsv`, with the text column": [
+        _refused({"a.csv": b"id,text\n1,one\n2,two\n"}, r"a\.csv is a table .*column 'text'.*read_csv.*--format text"),
+        _refused({"a.csv.gz": gzip.compress(b'"id";"text"\r\n1;"one"\r\n')}, r"a\.csv\.gz is a table"),
+        _refused({"a.tsv": b"\xef\xbb\xbfbody\tid\none\t1\n"}, "column 'body'", words=["--text-column", "body"]),
+        _read({"a.csv": b"id,text\n1,one\n"}, ["id,text\n1,one\n"], words=["--format", "text"]),
+        _read({"a.csv": b"id,name\n1,one\n", "b.txt": b"id,text\n"}, ["id,name\n1,one\n", "id,text\n"]),
+    ],
     "Parquet": [
         *(_read({f"{name}.parquet": _parquet({"text": array})}, BOTH) for name, array in TEXT_ARRAYS.items()),
         _read({"rows": _parquet({"text": BOTH})}, BOTH, "1 file of Parquet"),
@@ -332,6 +340,27 @@ def test_what_is_read_and_what_is_refused(case: Case, tmp_path: Path, monkeypatc
         assert not Path("out").exists()
     else:
         assert _texts(Path("out")) == list(case.texts)
+
+
+@pytest.mark.parametrize("save", ["header", "<u4", "<i8"])
+def test_ids_of_another_type_are_no_ids_of_a_large_tokenizer(save: str, tmp_path: Path) -> None:
+    """Whose ids the bytes of a header or the halves of wider ids could be: 33 ids in 3 documents."""
+    words = {**{f"w{number}": number for number in range(60_000)}, "<|endoftext|>": 60_000}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = np.array([*range(1, 11), 60_000, *range(20_000, 20_010), 60_000, *range(50_000, 50_010), 60_000])
+    file, out = tmp_path / "train.bin", tmp_path / "out"
+    if save == "header":
+        file.write_bytes(_npy(ids.astype("u2")))
+    else:
+        ids.astype(save).tofile(file)
+    finished = run("data", "import", file, "--tokenizer", tmp_path / "tokenizer.json", "--out", out)
+    assert finished.code == (0 if save == "header" else 2), finished.err
+    if save == "header":
+        found = TokenDataset.open(out)
+        assert found.n_documents == 3
+        assert [token for index in range(3) for token in found.document(index).tolist()] == ids.tolist()
 
 
 def table() -> list[str]:

@@ -319,6 +319,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\).*\(2, 2\)"),
     ({"attention_mask": torch.tensor([[1, 1], [0, 0]])}, r"rows \[1\] have no real token"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0.*at least 1"),
+    ({"max_new_tokens": 2**63}, "max_new_tokens is 9223372036854775808.*64 bits"),
     ({"prefill_chunk": 0}, "prefill_chunk is 0"),
     ({"seed": -1}, "seed is -1"),
     ({"temperature": 0.0}, "temperature is 0.0"),

@@ -6,6 +6,7 @@ file is skipped and counted if its name does not say data.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -144,6 +145,12 @@ class FileReader:
                 f"{_ONE_A_LINE}. Write it so (for a list: jq -c '.[]' FILE > FILE.jsonl), or say by `taipan data "
                 "prepare --format text` that the JSON itself is the text."
             )
+        if self._format == "auto" and self._named in _TABLES and _is_table_with(text, self._text_column):
+            raise DataError(
+                f"{self._name} is a table with its texts in a column {shown(self._text_column)}; expected Parquet "
+                "or JSON lines. Write it so (for example by pandas.read_csv(FILE).to_parquet(NEW)), or say by "
+                "`taipan data prepare --format text` that the whole file is one text."
+            )
         self.position = self.n_bytes
         yield Record(0, self._name, text)
 
@@ -278,6 +285,16 @@ class _Any(frozenset[str]):
 
 
 _ANY = _Any()
+
+
+_TABLES = (".csv", ".tsv")
+
+
+def _is_table_with(text: str, column: str) -> bool:
+    """Whether the first line of a text names this column, and there are more lines."""
+    head, _, rest = text.partition("\n")
+    cells = (cell.strip(" \r\"'") for cell in re.split(r"[,;\t|]", head[:HEAD_BYTES]))
+    return bool(rest.strip()) and column in cells
 
 
 def _is_json_with(text: str, column: str) -> bool:

@@ -58,7 +58,8 @@ class GenerationSettings:
         sampling.check_min_p(self.min_p)
         sampling.check_repetition_penalty(self.repetition_penalty)
         check_weights(self.weights)
-        self._require(_whole(self.max_new_tokens, 1), "max_new_tokens", "a whole number of at least 1")
+        expected = "a whole number of at least 1 that fits into 64 bits"
+        self._require(_whole(self.max_new_tokens, 1) and self.max_new_tokens < 2**63, "max_new_tokens", expected)
         self._require(_whole(self.prefill_chunk, 1), "prefill_chunk", "a whole number of at least 1")
         self._require(self.seed is None or _whole(self.seed, 0), "seed", "a whole number of at least 0, or None")
         self._require(self.pad_token_id is None or _whole(self.pad_token_id, 0), "pad_token_id", "a token id, or None")
