@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from taipan.config import TaipanConfig
+from taipan.config import SETTINGS, TaipanConfig
 from taipan.experiments.gate_settings import WINNER, architectures, compare, hybrid
-from taipan.experiments.laboratory import Choice, Laboratory, Outcome, Scale, model_config
+from taipan.experiments.laboratory import Choice, Laboratory, Outcome, Scale, Table, model_config
 
 Models = Mapping[str, tuple[TaipanConfig, Choice]]
 _SAL = "selective_attention"
@@ -66,6 +66,35 @@ def ratio(scale: Scale) -> Models:
     return {name: taipan(scale, stack) for name, stack in known.items()}
 
 
+_FAILURES: dict[str, dict[str, Any]] = {
+    "nothing provoked": {},
+    "the budget does not bind: no penalty": {"budget_weight": 0.0},
+    "a gate that selects nothing: starts closed": {"gate_bias_init": -8.0, "budget_start": None},
+    "another share at inference: the paper's schedules": {**SETTINGS["paper"], "budget_weight": 10.0},
+    "too cold: temperature 0.01": {"gumbel_temperature": 0.01, "gumbel_temperature_end": 0.01},
+    "too hot: temperature 100": {"gumbel_temperature": 100.0, "gumbel_temperature_end": 100.0},
+    "α saturates: a penalty of 10,000": {"budget_weight": 1e4},
+}
+
+
+def failures(lab: Laboratory) -> Outcome:
+    """The signs of failure, each provoked, and when training warned of them."""
+    models: dict[str, tuple[TaipanConfig, Choice]] = {
+        name: (model_config(lab.scale, hybrid(_SAL), refinement="add", **overrides), "gate")
+        for name, overrides in _FAILURES.items()
+    }
+    results, _ = compare(lab, models, "")
+    rows: list[list[str]] = []
+    for name, (own, *_) in results.items():
+        first = ", ".join(f"{kind} ({step / own['steps']:.0%})" for kind, step in own["warnings"].items())
+        last = own["curve"][-1]
+        rates = [f"{last['rate']:.3f}", f"{last['noise_free_rate']:.3f}", f"{own['rate']:.3f}"]
+        rows.append([name, first or "–", *rates, f"{own['bits_per_byte']:.3f}"])
+    header = ["provoked", "first warned of (at this share of training)", "rate in training", "without noise"]
+    table = Table("Failures and warnings, first seed", [*header, "rate, held out", "bits per byte"], rows)
+    return Outcome(results, (table,))
+
+
 def _run(models: Any, title: str, anchors: bool, lab: Laboratory) -> Outcome:
     known: dict[str, tuple[TaipanConfig, Choice]] = dict(models(lab.scale))
     if anchors:
@@ -78,6 +107,7 @@ def _run(models: Any, title: str, anchors: bool, lab: Laboratory) -> Outcome:
 
 
 EXPERIMENTS = {
+    "failures": failures,
     "capacity": partial(_run, capacity, "Budgets and blind choices", True),
     "positions": partial(_run, positions, "Rotary embedding in the SAL", False),
     "window": partial(_run, window, "Windows", False),

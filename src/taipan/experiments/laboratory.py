@@ -253,6 +253,7 @@ def _train(directory: Path, run: Run) -> Result:
     from taipan.seeding import seeded_generator
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.step.stepper import Stepper
+    from taipan.training.watch.diagnostics import gate_warnings
     from taipan.training.watch.record import commits
 
     values = run.settings
@@ -274,6 +275,7 @@ def _train(directory: Path, run: Run) -> Result:
     began, tokens = time.monotonic(), 0
     curve: list[dict[str, float]] = []
     recent: list[dict[str, float]] = []
+    warnings: dict[str, int] = {}
     for step in range(steps):
         batch = sampler.batch(step, int(values["rows"]))
         done = stepper.step(step + 1, step / steps, [{"tokens": batch["tokens"], "segment_ids": batch["segment_ids"]}])
@@ -281,6 +283,8 @@ def _train(directory: Path, run: Run) -> Result:
         point = {"cross_entropy": done.cross_entropy, "capacity": model.model.schedule.capacity}
         for gate in done.gates:
             point |= {"rate": gate.rate, "noise_free_rate": gate.noise_free_rate}
+        for warning in gate_warnings(config, step / steps, done.gates):
+            warnings.setdefault(f"{warning.kind}, layer {warning.layer}", step + 1)
         recent.append(point)
         if len(recent) == 50 or step + 1 == steps:
             means = {key: mean(entry[key] for entry in recent) for key in point}
@@ -300,6 +304,7 @@ def _train(directory: Path, run: Run) -> Result:
         "machine": {"cpu": hardware.cpu, "simd": list(hardware.simd), "torch": hardware.torch_version},
         "commits": commits(),
         "curve": curve,
+        "warnings": warnings,
     }
 
 

@@ -14,6 +14,7 @@ CLAIMS: dict[str, str] = {
     "scope": "Keys of all or of selected tokens, a window of positions or of selected tokens",
     "ratio": "How many SALs there are and where they stand",
     "gate": "What the gate selects",
+    "failures": "Gates that fail, each provoked, and when training warns of them",
 }
 """Of every experiment on language, what it shows."""
 

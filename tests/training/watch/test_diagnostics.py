@@ -61,6 +61,15 @@ def test_a_constant_budget_is_judged_from_the_first_tenth_on_and_the_gap_at_the_
     assert kinds(0.91, constant, noise_free_rate=0.0) == ["inference_gap"]
 
 
+def test_a_weight_that_is_always_one_is_not_saturated_and_a_threshold_has_remedies_of_its_own() -> None:
+    controlled = CONFIG.replace(attention_weight="one", budget_control="threshold")
+    assert kinds(0.95, controlled, alpha_mean=1.0) == []
+    for changes in ({"training_rate": 0.0, "noise_free_rate": 0.0}, {"training_rate": 0.99, "noise_free_rate": 0.99}):
+        (warning,) = gate_warnings(controlled, 0.95, [dataclasses.replace(HEALTHY, alpha_mean=1.0, **changes)])
+        assert "threshold_step" in warning.message
+        assert "budget_weight" not in warning.message
+
+
 def test_a_late_schedule_is_judged_at_the_end() -> None:
     assert kinds(0.95, CONFIG.replace(budget_anneal=(0.5, 1.0)), training_rate=0.0, noise_free_rate=0.0) == [
         "selects_none"

@@ -38,21 +38,25 @@ def gate_warnings(config: TaipanConfig, progress: float, gates: Sequence[GateSta
     arrival = config.budget_anneal[1] if config.budget_start is not None else 0.0
     if capacity == 0.0 or progress < min(arrival + _SETTLING, _END_PHASE):
         return
+    none = "Start with an open gate (gate_bias_init) and a budget that falls to C (budget_start, budget_anneal)."
+    binds = "raise budget_weight"
+    if config.budget_control == "threshold":
+        none = "The threshold does not follow the scores: raise threshold_step."
+        binds = "the threshold does not follow the scores, so raise threshold_step"
     for gate in gates:
         name, share = f"The gate of layer {gate.layer}", f"(the budget is {capacity:.3f})"
         if gate.training_rate < 0.1 * capacity:
             yield GateWarning(
                 "selects_none",
                 gate.layer,
-                f"{name} selects almost nothing in training: {gate.training_rate:.3f} of the tokens {share}. "
-                "Start with an open gate (gate_bias_init) and a budget that falls to C (budget_start, budget_anneal).",
+                f"{name} selects almost nothing in training: {gate.training_rate:.3f} of the tokens {share}. {none}",
             )
         elif gate.training_rate > 0.95 and capacity < 0.9:
             yield GateWarning(
                 "selects_all",
                 gate.layer,
                 f"{name} selects almost everything in training: {gate.training_rate:.3f} of the tokens {share}. "
-                "The budget does not bind: raise budget_weight.",
+                f"The budget does not bind: {binds}.",
             )
         gap = abs(gate.training_rate - gate.noise_free_rate)
         if progress >= _END_PHASE and gap > _LARGEST_GAP:
@@ -63,7 +67,7 @@ def gate_warnings(config: TaipanConfig, progress: float, gates: Sequence[GateSta
                 "without noise, as at inference. End training without noise (gumbel_noise_end: 0), raise "
                 "budget_weight, or calibrate the threshold.",
             )
-        if not _SATURATION <= gate.alpha_mean <= 1.0 - _SATURATION:
+        if config.attention_weight == "alpha" and not _SATURATION <= gate.alpha_mean <= 1.0 - _SATURATION:
             yield GateWarning(
                 "saturated_alpha",
                 gate.layer,
