@@ -1,7 +1,7 @@
 """A conversation in memory: each turn with what the model knows after it, so that nothing is read twice."""
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,9 +63,13 @@ class Conversation:
         begin = places[0] if places else session.tokens
         goes_on = bool(places) and session.manifest.marks.get("turn_0") is None
         ground = _Ground(
-            session, begin, session.known_at(begin), tuple(session.ids(max(0, begin - CONTEXT), begin)), goes_on
+            session=session,
+            tokens=begin,
+            reading=session.known_at(begin),
+            last=tuple(session.ids(max(0, begin - CONTEXT), begin)),
+            goes_on=goes_on,
         )
-        made = cls(session.model, form, None, ground)
+        made = cls(session.model, form, _ground=ground)
         for start, end in pairwise([*places, session.tokens] if places else ()):
             known = session.known_at(end) if end > start else None
             if known is not None:
@@ -161,7 +165,7 @@ class Conversation:
 
     def fork(self) -> "Conversation":
         """Another conversation with the same past; each goes its own way."""
-        return Conversation(self.model, self.form, self.system, self._ground, list(self._exchanges))
+        return replace(self, _exchanges=list(self._exchanges))
 
     def save(self, directory: str | Path, *, model_path: str | Path | None = None) -> Session:
         """Write the conversation as a session, in which its turns are marked; nothing is read again.
@@ -197,5 +201,5 @@ class Conversation:
             session.rollback(kept)
             for exchange in exchanges:
                 session.add_turn(exchange.ids, exchange.reading)
-        self._ground = _Ground(session, ground.tokens, ground.reading, ground.last, ground.goes_on)
+        self._ground = replace(ground, session=session)
         return session

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 from taipan.data.tokenizer import Tokenizer
@@ -126,19 +125,3 @@ class PlainFormat:
 def _text(turns: Sequence[Said]) -> str:
     said = "".join(f"{_NAMES[turn.role]}{turn.content.strip()}\n" for turn in turns)
     return f"{said}Assistant:"
-
-
-def load_format(directory: str | Path, tokenizer: Tokenizer) -> ChatFormat:
-    """The chat template in a model's directory, or plain turns where there is none.
-
-    Args:
-        directory: of the model.
-        tokenizer: the model's.
-
-    Raises:
-        DataError: the template or the configuration that holds it cannot be read.
-    """
-    from taipan.chat.template import TemplateFormat, find_template
-
-    found = find_template(Path(directory))
-    return PlainFormat(tokenizer) if found is None else TemplateFormat(*found, tokenizer)

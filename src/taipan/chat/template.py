@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from taipan.chat.format import Said, Turn
+from taipan.chat.format import ChatFormat, PlainFormat, Said, Turn
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import DataError, InputError, brief
 from taipan.io import parse_json_object, read_text
@@ -204,3 +204,17 @@ def _environment() -> ImmutableSandboxedEnvironment:
     known: dict[str, Any] = environment.globals
     known.update(raise_exception=_refuse, strftime_now=_now, namespace=_Namespace)
     return environment
+
+
+def load_format(directory: str | Path, tokenizer: Tokenizer) -> ChatFormat:
+    """The chat template in a model's directory, or plain turns where there is none.
+
+    Args:
+        directory: of the model.
+        tokenizer: the model's.
+
+    Raises:
+        DataError: the template or the configuration that holds it cannot be read.
+    """
+    found = find_template(Path(directory))
+    return PlainFormat(tokenizer) if found is None else TemplateFormat(*found, tokenizer)

@@ -84,7 +84,7 @@ def read_call(
     if segment_ids is None:
         fresh = cache is None or cache.state is None
         segment_ids = packed_segments(input_ids, {name: packing.get(name) for name in PACKING}, fresh=fresh)
-    return Call(input_ids, attention_mask, segment_ids, cache)
+    return Call(input_ids=input_ids, attention_mask=attention_mask, segment_ids=segment_ids, cache=cache)
 
 
 def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:

@@ -459,7 +459,8 @@ class Engine:
         context_T = torch.tensor(stream.request.context, dtype=torch.int64)
         stream.endings.hear(torch.cat([context_T, stream.ids_T])[None])
         count = len(stream.ids_T)
-        stream.request.tell(PromptEvent(count, stream.reused, tuple(stream.logprobs), tuple(stream.tops)))
+        logprobs, tops = tuple(stream.logprobs), tuple(stream.tops)
+        stream.request.tell(PromptEvent(tokens=count, reused=stream.reused, logprobs=logprobs, tops=tops))
         if stream.request.only_read:
             self._leave(stream, EndEvent("length", reading=reading if stream.request.keep else None))
             return
@@ -526,7 +527,7 @@ class Engine:
         self._next[row] = token
         stream.turn += 1
         self.counts["new_tokens"] += 1
-        stream.request.tell(TokenEvent(token, text, logprob, top))
+        stream.request.tell(TokenEvent(id=token, text=text, logprob=logprob, top=top))
         if reason is not None:
             self._finish(stream, row, reason)
 

@@ -237,10 +237,10 @@ class Sessions:
         events: queue.Queue[Event] = queue.Queue()
         cancel = self.engine.submit(
             Request(
-                ids,
-                GenerationSettings(max_new_tokens=1),
-                events.put,
-                key,
+                ids=ids,
+                settings=GenerationSettings(max_new_tokens=1),
+                tell=events.put,
+                key=key,
                 before=before,
                 only_read=True,
                 progress=True,
