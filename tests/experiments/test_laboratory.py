@@ -145,6 +145,8 @@ def test_a_tiny_experiment_by_its_command_goes_on(tmp_path: Path) -> None:
     groups = own["groups"]
     assert groups["all"]["tokens"] == groups["of other ids"]["tokens"] + groups["of the 64 most frequent ids"]["tokens"]
     (model,) = (tmp_path / "lab" / "tiny" / "models").iterdir()
+    made = run("generate", str(model), "Chapter", "--max-new-tokens", "3")
+    assert made.code == 0, made.err
     before = (model / "model.safetensors").stat().st_mtime_ns
     assert run(*arguments).code == 0
     assert (model / "model.safetensors").stat().st_mtime_ns == before

@@ -292,7 +292,7 @@ def _train(directory: Path, run: Run) -> Result:
             recent.clear()
     seconds = time.monotonic() - began
     model.set_progress(1.0)
-    model.save_pretrained(directory / "models" / run.identity)
+    model.save_pretrained(directory / "models" / run.identity, data.tokenizer())
     hardware = describe()
     return {
         "run": run.name,
