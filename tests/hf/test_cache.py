@@ -54,13 +54,10 @@ def test_reset_forgets_everything() -> None:
 
 def test_what_a_recurrent_state_cannot_do_is_refused() -> None:
     cache = TaipanCache()
-    assert not cache.is_croppable
     assert not cache.is_compileable
     assert cache.get_max_length() == -1
     with pytest.raises(StateError, match="cannot forget its last 3 tokens"):
         cache.crop(-3)
-    with pytest.raises(StateError, match="cannot be the assistant"):
-        cache.activate_past_recording()
     with pytest.raises(StateError, match="holds a whole DecoderState"):
         cache.update(torch.zeros(1), torch.zeros(1), 0)
 

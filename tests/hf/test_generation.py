@@ -218,7 +218,6 @@ def test_stop_strings_end_a_text_in_generate_and_in_the_pipeline(text_model: Pat
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded' does not"),
         ({"cache_implementation": "paged"}, "Continuous batching is not supported by Taipan"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized' does not"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported by Taipan"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search is not supported by Taipan"),
         ({"dola_layers": "low"}, "dola generation is not supported by Taipan"),
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.1}, "group beam search is not supported"),
@@ -234,12 +233,49 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
         generated(face, random_tokens(1, 6), **options)
 
 
-def test_assisted_decoding_is_refused_on_both_sides() -> None:
+@pytest.mark.parametrize("stack", ["taipan", "samba"])
+def test_assisted_decoding_gives_exactly_the_greedy_text(stack: str) -> None:
+    """With a model that drafts as the large one does, with one that never does, and from the prompt itself."""
+    apart: Any = {"tie_word_embeddings": False}  # a tied random model says the same token again and again
+    _, face = pair(stack, **apart)
+    tokens = random_tokens(1, 9).repeat(1, 3)
+    expected = generated(face, tokens, max_new_tokens=24)
+    assert len(set(expected[0, 27:].tolist())) > 8
+    lengths: list[int] = []
+    face.model.register_forward_pre_hook(lambda _, given, named: lengths.append(given[0].shape[1]), with_kwargs=True)
+    for options in (
+        {"assistant_model": pair(stack, **apart)[1]},
+        {"assistant_model": pair(stack, seed=1, **apart)[1]},
+        {"assistant_model": pair("mamba2", seed=2)[1]},
+        {"prompt_lookup_num_tokens": 4},
+    ):
+        lengths.clear()
+        assert torch.equal(generated(face, tokens, max_new_tokens=24, **options), expected), options
+        assert max(lengths[1:]) > 1, "several tokens are checked in one call"
+    # the same model as the draft: everything is accepted, so there are far fewer calls than tokens
+    lengths.clear()
+    generated(face, tokens, max_new_tokens=24, assistant_model=pair(stack, **apart)[1], num_assistant_tokens=6)
+    assert len(lengths) <= 16, lengths
+
+
+def test_a_cache_goes_back_to_any_place_it_recorded() -> None:
     _, face = pair()
-    with pytest.raises(InputError, match="assisted generation is not supported"):
-        generated(face, random_tokens(1, 6), assistant_model=pair(seed=1)[1])
-    with pytest.raises(StateError, match="cannot be the assistant"):
-        generated(face, random_tokens(1, 6), is_assistant=True)
+    tokens = random_tokens(1, 20)
+    for kept in range(6, 20):
+        cache = TaipanCache()
+        face(tokens[:, :6], past_key_values=cache)
+        cache.activate_past_recording()
+        for begin, end in ((6, 13), (13, 14), (14, 20)):
+            face(tokens[:, begin:end], past_key_values=cache)
+        cache.crop(kept - 20)
+        assert cache.get_seq_length() == kept
+        whole = TaipanCache()
+        face(tokens[:, :kept], past_key_values=whole)
+        one, other = (face(tokens[:, :1], past_key_values=state).logits for state in (cache, whole))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(StateError, match=r"cannot forget its last 3 tokens"):
+        cache.crop(-3)  # what was recorded ends with a crop
+        cache.crop(-3)
 
 
 def test_continuous_batching_is_refused() -> None:

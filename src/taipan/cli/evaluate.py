@@ -1,12 +1,13 @@
 """`taipan evaluate`: how well a model predicts text."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from taipan.evaluation import EvaluationResult
+    from taipan.text import TextModel
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -15,7 +16,9 @@ def register(app: typer.Typer, panel: str) -> None:
     @app.command("evaluate", rich_help_panel=panel)
     def evaluate(
         model: Annotated[Path, typer.Argument(help="Model directory, for example quickstart/model.")],
-        data: Annotated[list[str], typer.Argument(help="Prepared data set, or text files and directories.")],
+        data: Annotated[
+            list[str] | None, typer.Argument(help="Prepared data set, or text files and directories.")
+        ] = None,
         context: Annotated[
             list[int] | None,
             typer.Option(help="Longest context in tokens; repeatable. [default: whole documents]"),
@@ -23,6 +26,18 @@ def register(app: typer.Typer, panel: str) -> None:
         piece: Annotated[int, typer.Option(help="Tokens of a document read at once: speed and memory only.")] = 2048,
         batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 8192,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
+        tasks: Annotated[
+            str | None,
+            typer.Option(help="Instead of texts: tasks of lm-eval, or NAME=FILE.jsonl, with commas between them."),
+        ] = None,
+        batch_size: Annotated[int, typer.Option(help="Questions of a task read side by side.")] = 8,
+        num_fewshot: Annotated[
+            int | None, typer.Option(help="Examples before each question. [default: as the task says]")
+        ] = None,
+        limit: Annotated[int | None, typer.Option(help="Questions of each task. [default: all]")] = None,
+        include: Annotated[
+            Path | None, typer.Option(file_okay=False, help="Directory with more tasks of lm-eval (YAML).")
+        ] = None,
         json_file: Annotated[
             Path | None, typer.Option("--json", dir_okay=False, help="Write all results to this file.")
         ] = None,
@@ -30,7 +45,7 @@ def register(app: typer.Typer, panel: str) -> None:
         """Measure bits per byte, by position in the context, and what the gates select.
 
         Every document starts from an empty context, and every byte counts. Memory does not depend on the length
-        of a document.
+        of a document. With --tasks the questions of lm-eval are asked instead (docs/huggingface.md).
 
         Example:
 
@@ -39,11 +54,22 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.cli.console import note
         from taipan.cli.datasets import open_data
         from taipan.cli.progress import progress_bar
+        from taipan.errors import InputError
         from taipan.evaluation import evaluate as run
         from taipan.hardware import tune_allocator
         from taipan.text import load
 
         tune_allocator()
+        if (tasks is None) == (not data):
+            raise InputError(
+                "Name texts to measure (a prepared data set, files), or tasks to ask (--tasks): one of the two."
+            )
+        if data is None or tasks is not None:
+            found = _ask(load(model, dtype=dtype), tasks or "", batch_size, num_fewshot, limit, include)
+            if json_file is not None:
+                _write(json_file, model, [tasks or ""], [found])
+                note(f"Results: {json_file}")
+            return
         loaded = load(model, dtype=dtype)
         results: list[EvaluationResult] = []
         with open_data(data, loaded.tokenizer) as dataset:
@@ -61,7 +87,7 @@ def register(app: typer.Typer, panel: str) -> None:
                     )
         _print(results)
         if json_file is not None:
-            _write(json_file, model, data, results)
+            _write(json_file, model, data, [result.to_dict() for result in results])
             note(f"Results: {json_file}")
 
 
@@ -104,7 +130,42 @@ def _print(results: "list[EvaluationResult]") -> None:
         print_table("Gates", ["layer", "selected", "training rate", "inference rate", "α", "threshold"], gates)
 
 
-def _write(path: Path, model: Path, data: list[str], results: "list[EvaluationResult]") -> None:
+def _ask(
+    text: "TextModel", tasks: str, batch_size: int, num_fewshot: int | None, limit: int | None, include: Path | None
+) -> dict[str, Any]:
+    """Run tasks of lm-eval, and print what came out."""
+    from importlib.util import find_spec
+
+    from taipan.cli.console import note, print_table
+    from taipan.errors import ConfigError, how_to_install
+
+    if find_spec("lm_eval") is None:
+        raise ConfigError(f"--tasks needs lm-eval, which is not installed: {how_to_install('evaluate')}.")
+    from taipan.evaluation.harness import evaluate_tasks
+
+    found = evaluate_tasks(
+        text,
+        [task.strip() for task in tasks.split(",") if task.strip()],
+        batch_size=batch_size,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        include=include,
+    )
+    rows = [
+        [task, name, f"{value:.4f}", f"± {error:.4f}" if isinstance(error, float) else ""]
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, float) and "_stderr" not in metric
+        for name in [metric.partition(",")[0]]
+        for error in [values.get(metric.replace(name, f"{name}_stderr", 1))]
+    ]
+    print_table("", ["task", "metric", "value", ""], rows)
+    tokens = found["tokens"]
+    note(f"{tokens['read']:,} of {tokens['asked']:,} tokens were read; what questions share, once.")
+    return found
+
+
+def _write(path: Path, model: Path, data: list[str], results: list[dict[str, Any]]) -> None:
     import json
     import shlex
     import sys
@@ -119,6 +180,6 @@ def _write(path: Path, model: Path, data: list[str], results: "list[EvaluationRe
         "hardware": asdict(hardware.describe()),
         "model": str(model),
         "data": data,
-        "results": [result.to_dict() for result in results],
+        "results": results,
     }
     atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())

@@ -3,18 +3,20 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from taipan.errors import InputError
-from taipan.hf.arguments import check_arguments, read_call
+from taipan.hf.arguments import Call, check_arguments, read_call
 from taipan.hf.cache import TaipanCache
 from taipan.hf.quantisation import refuse_training
 from taipan.layers.gating import GateOutput
 from taipan.layers.mamba2 import GatedNorm
 from taipan.model import Block, DecoderOutput, TaipanDecoder, budget_penalty
+from taipan.state import DecoderState
 
 OFFLOAD = (
     "Offloading is not supported by Taipan, whose layers read the weights of their parts directly, where no hook "
@@ -107,7 +109,7 @@ class TaipanBackbone(TaipanDecoder):
             self.watch.append(decisions(output.gates))
         if use_cache or cache is not None:
             cache = cache or TaipanCache()
-            cache.advance(output.build_state(), call.input_ids.shape[1])
+            cache.advance(output.build_state(), call.input_ids.shape[1], partial(self.reread, call))
         return BackboneOutput(
             hidden_BTD=output.hidden_BTD,
             build_state=output.build_state,
@@ -115,6 +117,18 @@ class TaipanBackbone(TaipanDecoder):
             past_key_values=cache,
             carry_budget=self._carry_budget,
         )
+
+    @torch.no_grad()
+    def reread(self, call: Call, state: DecoderState | None, length: int) -> DecoderState:
+        """The state after the first tokens of a call only, from the state before it."""
+        mask, segments = call.attention_mask, call.segment_ids
+        output = super().forward(
+            call.input_ids[:, :length],
+            state,
+            None if mask is None else mask[:, :length],
+            None if segments is None else segments[:, :length],
+        )
+        return output.build_state()
 
     @property
     def gradient_checkpointing(self) -> bool:

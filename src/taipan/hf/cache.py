@@ -1,6 +1,7 @@
 """The decoder's state as the cache object that transformers passes from step to step."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
@@ -11,13 +12,16 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 from taipan.errors import StateError
 from taipan.state import DecoderState
 
+Reread = Callable[[DecoderState | None, int], DecoderState]
+
 
 class TaipanCache(Cache):
     """Holds one `DecoderState`, whatever the layers are.
 
     transformers mutates caches, a `DecoderState` is a value: a forward puts the new state here and never writes into
-    the old one. `copy.deepcopy` forks a cached prefix. What a recurrent state cannot do is refused: cropping it (and so
-    assisted decoding), a fixed length, filling it with keys and values layer by layer.
+    the old one. `copy.deepcopy` forks a cached prefix. A recurrent state does not contain its past, so a cache
+    goes back only where it keeps the states from before (`activate_past_recording`, as assisted decoding asks for).
+    What it cannot do is refused: a fixed length, filling it with keys and values layer by layer.
 
     Attributes:
         state: after all tokens so far; None before the first.
@@ -28,12 +32,22 @@ class TaipanCache(Cache):
         super().__init__(layers=[])
         self.state = state
         self.seen_tokens = seen_tokens
+        self._past: list[_Call] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TaipanCache":
         return TaipanCache(None if self.state is None else self.state.fork(), self.seen_tokens)
 
-    def advance(self, state: DecoderState, length: int) -> None:
-        """Put the state after `length` more columns of tokens here."""
+    def advance(self, state: DecoderState, length: int, reread: Reread | None = None) -> None:
+        """Put the state after `length` more columns of tokens here.
+
+        Args:
+            state: after them.
+            length: columns of tokens.
+            reread: the state after only the first so many of them, from the state before; kept while the past is
+                recorded.
+        """
+        if self._past is not None:
+            self._past.append(_Call(self.state, self.seen_tokens, reread))
         self.state = state
         self.seen_tokens += length
 
@@ -52,6 +66,7 @@ class TaipanCache(Cache):
     def reset(self) -> None:
         """Back to an empty context."""
         self.state, self.seen_tokens = None, 0
+        self._past = None if self._past is None else []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows `beam_idx` of the old state, in this order (beam search)."""
@@ -68,6 +83,7 @@ class TaipanCache(Cache):
         if self.state is not None:
             rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
             self.state = self.state.select(rows.to(self.state.position_B.device))
+            self._past = None if self._past is None else []
 
     @property
     def batch_size(self) -> int:
@@ -86,31 +102,41 @@ class TaipanCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Never: a recurrent state does not contain its past."""
-        return False
+        """Whether it can go back if the past was recorded: yes."""
+        return True
 
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Refused.
+    def activate_past_recording(self) -> None:
+        """Keep the states from before the calls since the last `crop`, so that it can go back to any place of them."""
+        if self._past is None:
+            self._past = []
 
-        Raises:
-            StateError: always.
-        """
-        raise StateError(
-            f"A Taipan cache cannot forget its last {abs(tokens_to_remove)} tokens: a recurrent state does not contain "
-            "its past (so assisted decoding and prompt lookup do not work). Keep a copy.deepcopy of the cache from "
-            "before those tokens and continue from it."
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens (a negative number of them; 0: only what is recorded of the past).
 
-    def activate_past_recording(self) -> NoReturn:
-        """Refused, as `crop`, which it prepares.
+        It costs nothing at the border of a call, else one call over those of its tokens that stay.
 
         Raises:
-            StateError: always.
+            StateError: the past was not recorded, or not so far back.
         """
-        raise StateError(
-            "A Taipan model cannot be the assistant of assisted decoding: its recurrent state cannot be rolled back. "
-            "Generate with it alone."
-        )
+        count = abs(tokens_to_remove)
+        target, past = self.seen_tokens - count, self._past or []
+        while count and past and past[-1].seen_tokens > target:
+            call = past.pop()
+            self.state, self.seen_tokens = call.state, call.seen_tokens
+        if count and (not past or past[-1].reread is None):
+            raise StateError(
+                f"This Taipan cache cannot forget its last {count} tokens: a recurrent state does not contain its "
+                "past. Call activate_past_recording() before those tokens are read, or keep a copy.deepcopy of the "
+                "cache from before them and continue from it."
+            )
+        if count:
+            call = past[-1]
+            assert call.reread is not None
+            kept = target - call.seen_tokens
+            self.state = call.state if kept == 0 else call.reread(call.state, kept)
+            self.seen_tokens = target
+        if self._past is not None:
+            self._past = []
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the decoder returns its whole state at once.
@@ -119,6 +145,15 @@ class TaipanCache(Cache):
             StateError: always.
         """
         raise StateError("A Taipan cache holds a whole DecoderState; set `cache.state` instead of updating one layer.")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A forward that a cache can go back into: what was before it, and the state after its first tokens."""
+
+    state: DecoderState | None
+    seen_tokens: int
+    reread: Reread | None
 
 
 class _NoLayer(DynamicLayer):

@@ -1,6 +1,7 @@
 """The native decoder as a `PreTrainedModel`: arguments in and out, no mathematics of its own."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -18,7 +19,12 @@ from taipan.hf.quantisation import refuse_training
 from taipan.layers.linear import Linear
 from taipan.model import Loss, TaipanOutput, compute_loss, measure_gains
 
-_GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+_REFUSED_MODES = {
+    "contrastive_search": "it reads the hidden states of many candidates at once, and Taipan returns none",
+    "dola_generation": "it compares the logits of layers, whose hidden states Taipan does not return",
+    "group_beam_search": "transformers has moved it out of the library, to code that is loaded from its hub",
+    "constrained_beam_search": "transformers has moved it out of the library, to code that is loaded from its hub",
+}
 
 
 class TaipanModel(TaipanPreTrainedModel):
@@ -229,7 +235,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         output = TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=keep)
         if wants_cache:
             cache = TaipanCache() if cache is None else cache
-            cache.advance(output.state, call.input_ids.shape[1])
+            cache.advance(output.state, call.input_ids.shape[1], partial(self.model.reread, call))
         else:
             cache = None
         deferred = self.training and labels is not None
@@ -255,10 +261,10 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
                 "its own "
                 "and is neither padded to a length nor offloaded nor quantised: leave cache_implementation out."
             )
-        if generation_config.is_assistant:
-            TaipanCache().activate_past_recording()
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = TaipanCache()
+        if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"].activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, and with it `generate_batch` and `cache_implementation="paged"`.
@@ -272,10 +278,11 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         )
 
     def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse decoding methods that roll a cache back or pick layers, before transformers looks for them online."""
-        if generation_mode.value not in _GENERATION_MODES:
+        """Refuse decoding methods that Taipan cannot serve, before transformers looks for them online."""
+        reason = _REFUSED_MODES.get(generation_mode.value)
+        if reason is not None:
             raise InputError(
-                f"{generation_mode.value.replace('_', ' ')} is not supported by Taipan, whose recurrent state cannot "
-                "be rolled back: use greedy search, sampling (do_sample=True) or beams (num_beams=4)."
+                f"{generation_mode.value.replace('_', ' ')} is not supported by Taipan: {reason}. Use greedy search, "
+                "sampling (do_sample=True), beams (num_beams=4) or assisted decoding (prompt_lookup_num_tokens=8)."
             )
         return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)

@@ -36,7 +36,6 @@ class TaipanPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
-    _is_stateful = True
 
     def __init__(self, config: TaipanHFConfig, implementation: str = "auto") -> None:
         super().__init__(config)

@@ -129,7 +129,7 @@ class TaipanDecoder(nn.Module):
         )
 
     def _check(self, tokens_BT: Tensor) -> None:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise InputError(
                 "A Taipan model cannot be exported (torch.export, torch.jit.trace, ONNX): how many tokens its layers "
                 "work on, and what its state holds, is decided while it reads, and a recorded graph would keep the "
