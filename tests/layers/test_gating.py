@@ -76,6 +76,14 @@ def test_threshold_moves_inference_only() -> None:
     assert training.rate - training.noise_free_rate > 0.05
 
 
+def test_what_a_gate_decided_keeps_the_threshold_of_its_time() -> None:
+    gate, x = make_gate()
+    decided = gate.eval()(x, None, GateSchedule(0.15, 1.0, 0.0))
+    gate.threshold += 100.0  # as a step of training moves it
+    assert decided.threshold == 0
+    assert decided.noise_free_rate == decided.rate > 0
+
+
 def test_statistics_and_budget_leave_padding_out() -> None:
     gate, x = make_gate()
     real = torch.zeros(2, 40, dtype=torch.bool)

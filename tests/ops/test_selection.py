@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taipan.errors import InputError
-from taipan.ops.selection import gather, scatter, select_tokens
+from taipan.ops.selection import gather, scatter, select_all, select_tokens
 
 
 @st.composite
@@ -69,6 +69,15 @@ def test_selecting_every_token_copies_nothing() -> None:
     x, base = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     assert gather(x, selection) is x
     assert scatter(x, selection, base) is x
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 5), (1, 1), (3, 0)])
+def test_all_tokens_are_those_of_a_mask_that_is_true_everywhere(batch: int, tokens: int) -> None:
+    ours = select_all(batch, tokens, torch.device("cpu"))
+    theirs = select_tokens(torch.ones(batch, tokens, dtype=torch.bool))
+    assert ours.everything == theirs.everything
+    for name, value in vars(theirs).items():
+        assert torch.equal(getattr(ours, name), value) if isinstance(value, Tensor) else getattr(ours, name) == value
 
 
 def test_what_does_not_fit_is_refused() -> None:
