@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from taipan.data.tokenizer import END_OF_TEXT, Tokenizer
+from taipan.errors import DataError
+from taipan.model import load_tokenizer
 from tests.models import small_model
+from tests.tokenizers import BACKENDS
+from tests.tokenizers import TEXTS as TEXTS_OF_ALL
 
 # the name of the end token is text, too
 TEXTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=20) | st.just(END_OF_TEXT), max_size=4).map("".join)
@@ -100,3 +105,55 @@ def test_an_end_that_a_trainer_puts_behind_a_text_is_a_token(both: tuple[Tokeniz
     native, directory = both
     tokenizer = face(directory)
     assert tokenizer(text=f"a name{tokenizer.eos_token}").input_ids == [*native.encode("a name"), native.eos_id]
+
+
+def with_template(end: bool) -> Tokenizer:
+    """Bytes with a beginning token that a post-processor adds, and an end token if it is to."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    backend.add_special_tokens(["<s>"])
+    special: list[tuple[str, int]] = [("<s>", 257), (END_OF_TEXT, 256)]
+    single = f"<s> $A {END_OF_TEXT}" if end else "<s> $A"
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_a_template_of_a_foreign_tokenizer_adds_nothing_in_either_face(end: bool, tmp_path: Path) -> None:
+    native = with_template(end)
+    model = small_model("mamba2", vocab_size=258, eos_token_id=256)
+    model.save_pretrained(tmp_path, native)
+    assert face(tmp_path)("hi").input_ids == [104, 105] == native.encode("hi")
+    assert load_tokenizer(tmp_path, model.config).encode("hi") == [104, 105]
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"] is None, "the choice can be seen"
+    face(tmp_path).save_pretrained(tmp_path)
+    assert face(tmp_path)("hi").input_ids == [104, 105] == load_tokenizer(tmp_path).encode("hi")
+
+
+def test_two_encodings_of_one_text_are_refused(tmp_path: Path) -> None:
+    model = small_model("mamba2", vocab_size=258, eos_token_id=256)
+    model.save_pretrained(tmp_path)
+    backend = json.loads(with_template(False).to_json())
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    for step in (template, {"type": "Sequence", "processors": [level, template]}):  # as Llama 3 has it
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**backend, "post_processor": step}))
+        assert face(tmp_path)("hi").input_ids == [257, 104, 105]
+        with pytest.raises(DataError, match=r"one text would have two encodings.*\.save\("):
+            load_tokenizer(tmp_path, model.config)
+        Tokenizer.load(tmp_path).save(tmp_path)  # as the message advises
+        assert load_tokenizer(tmp_path, model.config).encode("hi") == [104, 105] == face(tmp_path)("hi").input_ids
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_text_has_one_encoding_with_any_kind_of_tokenizer(name: str, tmp_path: Path) -> None:
+    backend, end = BACKENDS[name]()
+    native = Tokenizer(backend, end)
+    small_model("mamba2", vocab_size=native.vocab_size, eos_token_id=native.eos_id).save_pretrained(tmp_path, native)
+    for text in TEXTS_OF_ALL[:3]:
+        assert face(tmp_path)(text).input_ids == native.encode(text)
+    text = f"It waits {end}"
+    assert face(tmp_path)(text).input_ids == native.encode_template(text)

@@ -49,6 +49,10 @@ _MOST_TOKENS = 1 << 24  # the library allocates tables of this size, and ends th
 class Tokenizer:
     """Encodes any text to token ids; for the tokenizers made here, decoding gives exactly the text back.
 
+    A text is encoded alone: what the post-processor of a foreign ``tokenizer.json`` puts before and behind it (`<s>`)
+    is taken out of it, so that training, generation, evaluation and, with what :meth:`save` writes, transformers
+    encode a text in one way.
+
     Text is only text: the name of a special token inside it is encoded letter by letter, so no document can end
     itself. Code that joins documents adds the end-of-document token (:attr:`eos_id`). If a foreign tokenizer has the
     name of its end token as a word of its vocabulary, such a text is encoded in two pieces, cut inside the name. Only
@@ -63,6 +67,10 @@ class Tokenizer:
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer", eos_token: str = END_OF_TEXT) -> None:
+        self.added_tokens: bool = backend.num_special_tokens_to_add(False) > 0
+        """Whether the backend, as it was given, puts tokens before or behind a text."""
+        if self.added_tokens:
+            backend = _without_added_tokens(backend)
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
@@ -532,6 +540,18 @@ def _add_end_of_text(backend: "tokenizers.Tokenizer") -> None:
     from tokenizers import AddedToken
 
     backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+
+
+def _without_added_tokens(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
+    """The same tokenizer, but for the steps of its post-processor that put tokens before or behind a text."""
+    from tokenizers import Tokenizer
+
+    values = json.loads(backend.to_str())
+    step = values["post_processor"]
+    steps = step["processors"] if step["type"] == "Sequence" else [step]
+    kept = [part for part in steps if part["type"] == "ByteLevel"]  # the others exist to add tokens
+    values["post_processor"] = kept[0] if kept else None
+    return Tokenizer.from_str(json.dumps(values))
 
 
 def _configured_eos(file: Path) -> str | None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from taipan.config import TaipanConfig
-from taipan.errors import CheckpointError, brief, shown
+from taipan.errors import CheckpointError, DataError, brief, shown
 from taipan.io import atomic_directory, parse_json_object
 from taipan.model.hub import REMOTE_CODE, hub_config, write_remote_code
 from taipan.model.weights import PRECISE, WEIGHTS, check_numbers, read_weights, shards
@@ -158,12 +158,19 @@ def load_tokenizer(directory: str | Path, config: TaipanConfig | None = None) ->
     """The tokenizer beside a model, checked against the model's configuration if that is given.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: there is none, or it cannot be read; or transformers would encode a text otherwise.
         CheckpointError: it knows more ids than the model has embeddings.
     """
     from taipan.data.tokenizer import Tokenizer  # here, for its library takes long to import
 
     tokenizer = Tokenizer.load(Path(directory))
+    if tokenizer.added_tokens:
+        raise DataError(
+            f"The tokenizer.json in {directory} puts tokens before or behind every text where transformers reads it, "
+            "and Taipan reads the text alone: one text would have two encodings. If the model was trained on text "
+            f"alone, write the tokenizer so: Tokenizer.load({str(directory)!r}).save({str(directory)!r}), from "
+            "taipan.data.tokenizer. If it was trained with those tokens, use it through transformers."
+        )
     if config is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"The tokenizer in {directory} has {tokenizer.vocab_size} ids but the model only "
