@@ -21,6 +21,7 @@ VERBS = [
     ("calibrate",),
     ("convert", "from-mamba2"),
     ("convert", "to-mamba2"),
+    ("convert", "to-gguf"),
     ("reproduce", "associative-recall"),
     ("presets",),
     ("doctor",),

@@ -43,7 +43,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "evaluate": (
         ["evaluate", "{place}/model", "{place}/text.txt"],
-        ["--context", "--piece", "--batch-tokens", "--dtype", "--json"],
+        ["--context", "--piece", "--batch-tokens", "--dtype", "--json", "--tasks", "--batch-size"],
     ),
     "inspect": (["inspect", "{place}/model", "{place}/text.txt", "-o", "page.html"], ["-o"]),
     "calibrate": (
@@ -52,6 +52,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "upcycle": (["convert", "upcycle", "{place}/mamba2", "up"], ["--every", "--window", "--seed"]),
     "to-mamba2": (["convert", "to-mamba2", "{place}/mamba2", "out"], ["--layout"]),
+    "to-gguf": (["convert", "to-gguf", "{place}/mamba2", "out.gguf"], ["--dtype"]),
     "plan": (
         ["plan", "taipan-tiny", "--gpus", "2"],
         ["--gpus", "--gpu-memory", "--gpus-per-node", "--tflops", "--utilisation", "--bandwidth", "-o"],

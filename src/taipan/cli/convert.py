@@ -51,6 +51,23 @@ def register(app: typer.Typer, panel: str) -> None:
         convert(source, out, cast("Any", layout))  # refuses an unknown one
         note(f"Layout {layout}: {out}")
 
+    @group.command("to-gguf")
+    def to_gguf(
+        source: Annotated[Path, typer.Argument(help="Taipan model directory that llama.cpp has an architecture for.")],
+        out: Annotated[Path, typer.Argument(help="GGUF file to make.")],
+        dtype: Annotated[str, typer.Option(help="Of the matrices: f32, bf16 or q8_0.")] = "bf16",
+    ) -> None:
+        """Turn a model of Mamba-2 layers, or of full attention, into a file for llama.cpp (token ids only).
+
+        Example:
+
+            taipan convert to-gguf models/mamba2-130m mamba2-130m.gguf --dtype q8_0
+        """
+        from taipan.cli.console import note
+        from taipan.conversion.gguf import to_gguf as convert
+
+        note(f"{convert(source, out, dtype)}, matrices in {dtype}: {out}")
+
     @group.command("upcycle")
     def upcycle(
         source: Annotated[Path, typer.Argument(help="Mamba-2 model: a Taipan directory, or a checkpoint of others.")],

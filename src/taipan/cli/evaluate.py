@@ -30,11 +30,11 @@ def register(app: typer.Typer, panel: str) -> None:
             str | None,
             typer.Option(help="Instead of texts: tasks of lm-eval, or NAME=FILE.jsonl, with commas between them."),
         ] = None,
-        batch_size: Annotated[int, typer.Option(help="Questions of a task read side by side.")] = 8,
+        batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task read side by side.")] = 8,
         num_fewshot: Annotated[
-            int | None, typer.Option(help="Examples before each question. [default: as the task says]")
+            int | None, typer.Option(min=0, help="Examples before each question. [default: as the task says]")
         ] = None,
-        limit: Annotated[int | None, typer.Option(help="Questions of each task. [default: all]")] = None,
+        limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task. [default: all]")] = None,
         include: Annotated[
             Path | None, typer.Option(file_okay=False, help="Directory with more tasks of lm-eval (YAML).")
         ] = None,

@@ -1,0 +1,187 @@
+"""Models as GGUF files, for llama.cpp: those whose layers it knows.
+
+llama.cpp has a fixed list of architectures, and Selective Attention Layers are in none. What it can hold of our models
+is plain Mamba-2 (`mamba2`) and full attention with rotary embedding in every layer (`llama`). Weights are written
+straight from a model: the converter of llama.cpp rounds a vocabulary up without filling the embedding, and drops a
+finite `time_step_limit`, which is refused here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from taipan.config import READABLE, TaipanConfig
+from taipan.errors import CheckpointError, ConfigError, how_to_install, shown, suggestion
+from taipan.layers.attention import Attention
+from taipan.layers.mamba2 import Mamba2
+from taipan.model import Block, TaipanLM
+
+DTYPES = ("f32", "bf16", "q8_0")
+_BLOCK = 32  # numbers that share a scale in q8_0
+Architecture = Literal["mamba2", "llama"]
+
+
+def to_gguf(source: str | Path, target: str | Path, dtype: str = "bf16") -> Architecture:
+    """Write a model directory as a GGUF file.
+
+    The file holds no tokenizer: programs feed and get token ids.
+
+    Args:
+        source: a Taipan model directory.
+        target: the file, new.
+        dtype: of the matrices, f32, bf16 or q8_0 (8 bits with a scale for every 32); all else is f32.
+
+    Returns:
+        The architecture's name in llama.cpp.
+
+    Raises:
+        CheckpointError: the model cannot be read, the file not written, or llama.cpp has no such architecture; the
+            message names why.
+        ConfigError: the dtype is unknown, or the package gguf is not installed.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype is {shown(dtype)}, but must be one of {', '.join(DTYPES)}{suggestion(dtype, list(DTYPES))}."
+        )
+    target = Path(target)
+    if target.exists():
+        raise CheckpointError(f"{target} exists: name a new file, or remove it first.")
+    model = TaipanLM.from_pretrained(source)
+    architecture = architecture_of(model.config, str(source))
+    if dtype == "q8_0":
+        odd = next((name for name, value, matrix in _tensors(model) if matrix and value.shape[1] % _BLOCK), None)
+        if odd is not None:
+            raise CheckpointError(
+                f"{odd} of {source} has rows that are no multiple of {_BLOCK} numbers, as q8_0 needs: use bf16."
+            )
+    try:
+        write_gguf(model, target, architecture, dtype)
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    return architecture
+
+
+def architecture_of(config: TaipanConfig, name: str) -> Architecture:
+    """What llama.cpp calls a configuration.
+
+    Raises:
+        CheckpointError: it knows none like it.
+    """
+    kinds, why = set(config.layer_types), ""
+    if kinds == {"mamba2"}:
+        low, high = config.time_step_limit
+        if config.mamba_mlp:
+            why = "its Mamba-2 layers have MLPs"
+        elif low > 0.0 or high != float("inf"):
+            why = f"its time_step_limit is {shown(config.time_step_limit)}, and llama.cpp clamps no time step"
+        else:
+            return "mamba2"
+    elif kinds == {"full_attention"}:
+        if config.attention_rope:
+            return "llama"
+        why = "its attention has no rotary embedding"
+    else:
+        why = f"its layers are {', '.join(sorted(kinds))}"
+    raise CheckpointError(
+        f"{name} cannot be written for llama.cpp: {why}. It knows models whose layers are all mamba2 without "
+        "MLPs, or all full_attention with rotary embedding."
+    )
+
+
+def write_gguf(model: TaipanLM, target: Path, architecture: Architecture, dtype: str) -> None:
+    """Write the file; matrices in `dtype`, all else in fp32."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError(f"Writing GGUF needs gguf, which is not installed: {how_to_install('gguf')}.") from error
+
+    library: Any = gguf
+    kind = library.GGMLQuantizationType[dtype.upper()]
+    config = model.config
+    writer = library.GGUFWriter(str(target), architecture)
+    writer.add_context_length(READABLE)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_tokenizer_model("none")
+    if architecture == "mamba2":
+        writer.add_feed_forward_length(0)
+        writer.add_head_count(0)
+        writer.add_ssm_conv_kernel(config.conv_kernel)
+        writer.add_ssm_inner_size(config.inner_size)
+        writer.add_ssm_state_size(config.state_size)
+        writer.add_ssm_time_step_rank(config.num_mamba_heads)
+        writer.add_ssm_group_count(config.n_groups)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_theta)
+    for name, value, matrix in _tensors(model):
+        data = value.detach().float().contiguous().numpy()
+        if matrix and dtype != "f32":
+            writer.add_tensor(name, library.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(model: TaipanLM) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name in GGUF, value, and whether it is a matrix of a linear layer or the embedding."""
+    yield "token_embd.weight", model.model.embed_tokens.weight, True
+    if not model.config.tie_word_embeddings:
+        yield "output.weight", model.lm_head.weight, True
+    yield "output_norm.weight", model.model.norm.weight, False
+    for number, layer in enumerate(model.model.layers):
+        block = cast(Block, layer)
+        parts = _mamba2(block, model.config) if isinstance(block.mixer, Mamba2) else _attention(block, model.config)
+        for name, value, matrix in parts:
+            yield f"blk.{number}.{name}", value, matrix
+
+
+def _mamba2(block: Block, config: TaipanConfig) -> Iterator[tuple[str, Tensor, bool]]:
+    mixer = cast(Mamba2, block.mixer)
+    assert mixer.conv1d.bias is not None
+    yield "attn_norm.weight", block.norm.weight, False
+    yield "ssm_in.weight", mixer.in_proj.weight, True
+    yield "ssm_conv1d.weight", mixer.conv1d.weight.squeeze(1), False
+    yield "ssm_conv1d.bias", mixer.conv1d.bias, False
+    yield "ssm_dt.bias", mixer.dt_bias, False
+    yield "ssm_a", -mixer.A_log.float().exp()[:, None], False
+    yield "ssm_d", mixer.D[:, None], False
+    yield "ssm_norm.weight", mixer.norm.weight.view(config.n_groups, -1), False
+    yield "ssm_out.weight", mixer.out_proj.weight, True
+
+
+def _attention(block: Block, config: TaipanConfig) -> Iterator[tuple[str, Tensor, bool]]:
+    mixer = cast(Attention, block.mixer)
+    assert block.mlp is not None
+    assert block.mlp_norm is not None
+    yield "attn_norm.weight", block.norm.weight, False
+    yield "attn_q.weight", _interleaved(mixer.q_proj.weight, config.num_attention_heads), True
+    yield "attn_k.weight", _interleaved(mixer.k_proj.weight, config.kv_heads), True
+    yield "attn_v.weight", mixer.v_proj.weight, True
+    yield "attn_output.weight", mixer.o_proj.weight, True
+    yield "ffn_norm.weight", block.mlp_norm.weight, False
+    yield "ffn_gate.weight", block.mlp.gate_proj.weight, True
+    yield "ffn_up.weight", block.mlp.up_proj.weight, True
+    yield "ffn_down.weight", block.mlp.down_proj.weight, True
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows as llama.cpp rotates them for a Llama: the halves of a head pair by pair."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)

@@ -1,0 +1,66 @@
+"""GGUF files: what llama.cpp has an architecture for, tensor by tensor; all else is refused by its reason."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from taipan.conversion.gguf import to_gguf
+from taipan.errors import CheckpointError, ConfigError
+from tests.command import run
+from tests.models import small_model
+
+
+@pytest.mark.parametrize(("stack", "architecture"), [("mamba2", "mamba2"), ("transformer", "llama")])
+def test_every_weight_is_there_under_its_name(stack: str, architecture: str, tmp_path: Path) -> None:
+    model = small_model(stack, dtype=torch.float32, n_groups=2, hidden_size=32, tie_word_embeddings=stack == "mamba2")
+    model.save_pretrained(tmp_path / "model")
+    assert to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32") == architecture
+    reader: Any = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert bytes(reader.fields["general.architecture"].parts[-1]).decode() == architecture
+    written = sum(tensor.n_elements for tensor in reader.tensors)
+    assert written == sum(parameter.numel() for parameter in model.parameters())
+    found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    np.testing.assert_array_equal(found["token_embd.weight"], model.model.embed_tokens.weight.detach().numpy())
+    if stack == "transformer":
+        # a head's rows (0, 1, … 2n) stand as (0, n, 1, n + 1, …)
+        weight = model.model.layers[0].mixer.q_proj.weight.detach()
+        half = weight.shape[0] // 4
+        order = [head * 2 * half + part * half + row for head in range(2) for row in range(half) for part in (0, 1)]
+        np.testing.assert_array_equal(found["blk.0.attn_q.weight"], weight[order].numpy())
+
+
+@pytest.mark.parametrize(
+    ("stack", "overrides", "reason"),
+    [
+        ("taipan", {}, "its layers are mamba2, selective_attention"),
+        ("jamba", {}, "its layers are full_attention, mamba2"),
+        ("mamba2", {"mamba_mlp": True}, "its Mamba-2 layers have MLPs"),
+        ("mamba2", {"time_step_limit": (0.0, 0.5)}, r"its time_step_limit is \(0\.0, 0\.5\)"),
+        ("transformer", {"attention_rope": False}, "its attention has no rotary embedding"),
+    ],
+)
+def test_what_llama_cpp_does_not_know_is_refused(
+    stack: str, overrides: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    small_model(stack, dtype=torch.float32, **overrides).save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"cannot be written for llama.cpp: {reason}"):
+        to_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_dtypes_and_paths_are_checked_first(tmp_path: Path) -> None:
+    small_model("mamba2", dtype=torch.float32, hidden_size=32).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="dtype is 'q4_0', but must be one of f32, bf16, q8_0"):
+        to_gguf(tmp_path / "model", tmp_path / "model.gguf", "q4_0")
+    assert run("convert", "to-gguf", tmp_path / "model", tmp_path / "model.gguf", "--dtype", "bf16").code == 0
+    with pytest.raises(CheckpointError, match="nowhere.* cannot be written: No such file"):
+        to_gguf(tmp_path / "model", tmp_path / "nowhere" / "model.gguf")
+    small_model("mamba2", dtype=torch.float32).save_pretrained(tmp_path / "odd")
+    with pytest.raises(CheckpointError, match="has rows that are no multiple of 32"):
+        to_gguf(tmp_path / "odd", tmp_path / "odd.gguf", "q8_0")
+    with pytest.raises(CheckpointError, match="exists: name a new file"):
+        to_gguf(tmp_path / "model", tmp_path / "model.gguf")
