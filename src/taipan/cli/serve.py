@@ -65,7 +65,9 @@ def register(app: typer.Typer, panel: str) -> None:
             raise ConfigError(f"taipan serve needs {error.name}: {how_to_install('serve')}") from error
         from functools import partial
 
+        from taipan import __version__
         from taipan.cli.console import note
+        from taipan.report.serving import serving_page
 
         make = partial(
             application,
@@ -82,9 +84,10 @@ def register(app: typer.Typer, panel: str) -> None:
             new_tokens=new_tokens,
             keys=tuple(api_key or ()),
             sessions=sessions,
+            page=serving_page(name or str(model), __version__),
             session_limits=SessionLimits(
                 sessions=most_sessions, tokens=session_tokens, memory_bytes=session_memory << 20
             ),
         )
-        note(f"Serving {name or model} at http://{host}:{port}/v1 (Ctrl-C stops).")
+        note(f"Serving {name or model} at http://{host}:{port}/v1, and a page at http://{host}:{port} (Ctrl-C stops).")
         run(make, host=host, port=port, workers=workers)

@@ -1,15 +1,12 @@
-(() => {
-  "use strict";
-  // Per layer and token 16 bits: the highest says "selected", the others are the margin s₁ − s₀ in 128ths, plus 2^14.
-  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
-  const layers = JSON.parse(document.getElementById("selection").textContent);
-  const codes = layers.map((layer) => new Uint16Array(bytes(layer.codes)));
-  const first = new Uint32Array(bytes(document.getElementById("first").textContent)); // first token of every piece
+"use strict";
+// Colours #text by what each layer selected, and tells what was decided about a piece of it. Gives what ends that.
+// layers: number, threshold and scale of each; first: the first token of every piece; count: of tokens;
+// selected(l, token) and margin(l, token): what layer l decided.
+function showSelection({ layers, first, count, selected, margin }) {
+  const ending = new AbortController(), listening = { signal: ending.signal };
   const text = document.getElementById("text");
   const pieces = [...text.querySelectorAll("b")];
-  const selected = (layer, token) => codes[layer][token] >= 32768;
-  const margin = (layer, token) => ((codes[layer][token] & 32767) - 16384) / 128;
-  const end = (piece) => (piece + 1 < first.length ? first[piece + 1] : codes[0].length);
+  const end = (piece) => (piece + 1 < first.length ? first[piece + 1] : count);
   const byId = (id) => document.getElementById(id);
   const number = (x, digits) => x.toFixed(digits).replace("-", "−");
   const percent = (x) => (100 * x).toFixed(1) + " %";
@@ -22,8 +19,8 @@
 
   function show(choice) {
     const shown = choice < layers.length ? [choice] : layers.map((_, i) => i);
-    let count = 0;
-    for (let token = 0; token < codes[0].length; token++) count += shown.some((l) => selected(l, token));
+    let chosen = 0;
+    for (let token = 0; token < count; token++) chosen += shown.some((l) => selected(l, token));
     pieces.forEach((piece, index) => {
       let strongest = 0;
       for (const l of shown)
@@ -32,8 +29,8 @@
       piece.className = strongest ? "s" + strongest : "";
     });
     if (here >= 0) pieces[here].classList.add("here");
-    byId("share").textContent = `${count.toLocaleString("en")} of ${codes[0].length.toLocaleString("en")} tokens selected` +
-      ` (${percent(count / codes[0].length)})` + (choice < layers.length ? "" : ", by at least one layer");
+    byId("share").textContent = `${chosen.toLocaleString("en")} of ${count.toLocaleString("en")} tokens selected` +
+      ` (${percent(chosen / count)})` + (choice < layers.length ? "" : ", by at least one layer");
     byId("low").textContent = shown.length > 1 ? "just above the threshold" : number(layers[choice].low, 1);
     byId("high").textContent = shown.length > 1 ? "strong" : number(layers[choice].high, 1);
     for (const button of document.querySelectorAll("button[data-layer]"))
@@ -145,8 +142,8 @@
     if (here === index) hide();
     else keep(index);
   });
-  document.addEventListener("click", (event) => { if (!event.target.closest("#text, #tip")) hide(); });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
+  document.addEventListener("click", (event) => { if (!event.target.closest("#text, #tip")) hide(); }, listening);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); }, listening);
   text.addEventListener("focusout", (event) => { if (!text.contains(event.relatedTarget)) hide(); });
   text.addEventListener("pointerover", (event) => {
     const piece = event.target.closest("b");
@@ -161,4 +158,5 @@
   });
   text.addEventListener("pointerleave", () => { if (here < 0) tip.style.display = "none"; });
   show(0);
-})();
+  return () => { hide(); ending.abort(); };
+}
