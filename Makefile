@@ -58,6 +58,9 @@ pages: $(DEVELOPMENT) ## Check the HTML pages and the site in headless Chromium 
 	$(BIN)/taipan quickstart --seconds 20 --out build/pages/quickstart --overwrite
 	$(BIN)/taipan inspect build/pages/quickstart/model CONTRIBUTING.md -o build/pages/inspect.html
 	node tests/pages/check.mjs build/pages/screenshots build/pages/quickstart/report.html build/pages/inspect.html
+	rm -rf build/pages/sessions
+	node tests/pages/serve.mjs build/pages/screenshots CONTRIBUTING.md \
+	    $(BIN)/taipan serve build/pages/quickstart/model --port 8765 --sessions build/pages/sessions
 	$(BIN)/python docs/site.py
 	node tests/pages/site.mjs build/pages/screenshots/site build/site
 

@@ -7,52 +7,7 @@
 import { mkdirSync } from "node:fs";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
-import { SCHEMES, WIDTHS, launch, tooWide, violations } from "./common.mjs";
-
-// What a page with a coloured text promises: every token by keyboard and by tap.
-async function movement(page) {
-  if (!(await page.$("#text"))) return [];
-  const faults = [];
-  const state = () => page.evaluate(() => {
-    const tip = document.getElementById("tip"), piece = document.activeElement;
-    const box = tip.getBoundingClientRect();
-    return {
-      shown: getComputedStyle(tip).display !== "none" && /layer/.test(tip.textContent),
-      inside: box.left >= 0 && box.right <= innerWidth && box.top >= 0 && box.bottom <= innerHeight,
-      index: [...document.querySelectorAll("#text b")].indexOf(piece),
-      described: piece.getAttribute("aria-describedby"),
-      tag: piece.id,
-    };
-  });
-  const expect = async (what, wanted) => {
-    const now = await state();
-    for (const [key, value] of Object.entries(wanted))
-      if (now[key] !== value) faults.push(`${what}: ${key} is ${now[key]}, expected ${value}`);
-    return now;
-  };
-  await page.focus("#text");
-  await page.keyboard.press("ArrowRight");
-  await expect("first arrow key", { shown: true, inside: true, index: 0, described: "tip" });
-  await page.keyboard.press("ArrowRight");
-  await expect("second arrow key", { shown: true, index: 1 });
-  await page.keyboard.press("ArrowDown");
-  if ((await state()).index <= 1) faults.push("arrow down: stayed in its line");
-  await page.keyboard.press("End");
-  const last = await page.$$eval("#text b", (pieces) => pieces.length - 1);
-  await expect("End", { shown: true, inside: true, index: last });
-  await page.keyboard.press("Home");
-  await page.keyboard.press("n");
-  const chosen = await state();
-  const selected = await page.$$eval("#text b", (pieces) => pieces.findIndex((piece, i) => i > 0 && /^s\d/.test(piece.className)));
-  if (selected > 0 && chosen.index !== selected) faults.push(`N: went to ${chosen.index}, expected ${selected}`);
-  await page.keyboard.press("Escape");
-  await expect("Escape", { shown: false, tag: "text" });
-  const target = (await page.$$("#text b"))[Math.min(3, last)];
-  await target.scrollIntoView();
-  await target.tap();
-  await expect("tap", { shown: true, inside: true, index: Math.min(3, last) });
-  return faults;
-}
+import { SCHEMES, WIDTHS, launch, movement, tooWide, violations } from "./common.mjs";
 
 const [out, ...files] = process.argv.slice(2);
 if (!out || !files.length) {

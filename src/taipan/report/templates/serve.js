@@ -8,7 +8,7 @@
   let here = null; // the session that is open
   let running = null; // what ends a reading or an answer
   let shown = null; // what ends the view of the selection
-  let window_ = [0, 0];
+  let part = [0, 0];
 
   function say(text, wrong = false) {
     byId("status").textContent = text;
@@ -67,8 +67,8 @@
     for (const button of document.querySelectorAll("#app .button:not(#stop, #reading-stop), #list button, #file"))
       button.disabled = running !== null;
     byId("undo").disabled ||= here === null || turns().length < 2;
-    byId("earlier").disabled = running !== null || window_[0] === 0;
-    byId("later").disabled = running !== null || here === null || window_[1] >= here.tokens;
+    byId("earlier").disabled = running !== null || part[0] === 0;
+    byId("later").disabled = running !== null || here === null || part[1] >= here.tokens;
   }
 
   async function list() {
@@ -188,7 +188,7 @@
   }
 
   async function select(begin, end) {
-    window_ = [begin, end];
+    part = [begin, end];
     const { tokens, layers } = await (await call(session(`/selection?begin=${begin}&end=${end}`))).json();
     shown?.();
     shown = null;
@@ -214,11 +214,9 @@
       first.push(from);
       from = token + 1;
     });
-    for (let place = 0; place < pieces.length; place += 400) {
-      const block = document.createElement("div");
-      block.append(...pieces.slice(place, place + 400));
-      byId("text").append(block);
-    }
+    const block = document.createElement("div");
+    block.append(...pieces);
+    byId("text").append(block);
     const scaled = layers.map((layer) => {
       const chosen = layer.margin.filter((_, token) => layer.selected[token]).sort((a, b) => a - b);
       const low = layer.threshold ?? chosen[0] ?? 0;
