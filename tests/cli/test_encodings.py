@@ -49,6 +49,17 @@ COMMANDS: dict[str, Command] = {
     "resume": lambda p: ["train", "--resume", p / "run"],
     "runs": lambda p: ["runs", p],
     "plan": lambda p: ["plan", p / "recipe.yaml", "--gpus", 1],
+    "session read": lambda p: [
+        "session",
+        "read",
+        p / f"model {LATIN}",
+        p / f"{LATIN}.txt",
+        "-o",
+        p / f"{LATIN}.session",
+    ],
+    "session append": lambda p: ["session", "append", p / f"{LATIN}.session", "--file", p / f"{LATIN}.txt"],
+    "session ask": lambda p: ["session", "ask", p / f"{LATIN}.session", "abc", "--max-new-tokens", 2],
+    "session info": lambda p: ["session", "info", p / f"{LATIN}.session"],
     "data check": lambda p: ["data", "check", p / "data"],
 }
 REFUSED = ("upcycle",)  # it has attention layers already

@@ -42,3 +42,8 @@ def test_the_first_wrong_byte_is_named(
     path.write_bytes(content.encode() + tail)
     with pytest.raises(DataError, match=f"0x{tail[0]:02x} at offset {len(content.encode())} "):
         list(text.text_pieces(str(path)))
+
+
+def test_a_name_that_no_file_has_is_refused() -> None:
+    with pytest.raises(DataError, match="is no name of a file"):
+        list(text.text_pieces("a\0b"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, encoding
 from taipan.errors import DataError
-from taipan.io import not_utf8
+from taipan.io import not_utf8, path_text
 
 _PIECE_BYTES = 1 << 16
 
@@ -23,6 +23,8 @@ def text_pieces(source: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     head = b""
+    if "\0" in source:
+        raise DataError(f"{path_text(source)} is no name of a file; expected a text file. Check the path.")
     with ExitStack() as stack:
         try:
             stream = sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))

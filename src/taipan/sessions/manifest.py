@@ -112,7 +112,7 @@ class Manifest:
         """
         values = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         text = json.dumps({**values, "checksum": _checksum(values)}, indent=1, ensure_ascii=False)
-        atomic_write(directory / FILE, text.encode() + b"\n")
+        atomic_write(directory / FILE, _utf8(text) + b"\n")
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
@@ -188,4 +188,9 @@ def _is_count(value: object) -> bool:
 
 def _checksum(values: dict[str, Any]) -> str:
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(_utf8(canonical)).hexdigest()
+
+
+def _utf8(text: str) -> bytes:
+    """JSON as bytes; what no UTF-8 has (names of files that are not UTF-8) as JSON's own escape."""
+    return text.encode(errors="backslashreplace")
