@@ -42,7 +42,11 @@ def test_no_record_is_built_by_position() -> None:
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
     names = records(trees)
     assert {"GateOutput", "Arrangement", "AttentionState", "Mixed"} <= names
-    found = [f"{path.name}:{line}: {name}" for path, tree in trees.items() for line, name in by_position(tree, names)]
+    found: list[str] = []
+    for path, tree in trees.items():
+        # a private record is built in its own module; elsewhere its name is another class's
+        known = {name for name in names if not name.startswith("_")} | records({path: tree})
+        found += [f"{path.name}:{line}: {name}" for line, name in by_position(tree, known)]
     assert found == []
 
 
