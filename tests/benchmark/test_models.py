@@ -12,7 +12,7 @@ from tests.models import small_model
 
 
 def test_the_sizes_are_what_the_names_say() -> None:
-    for name, millions in (("mamba2-6m", 5.5), ("mamba2-115m", 115.0), ("taipan-30m", 30.0)):
+    for name, millions in (("mamba2-6m", 5.5), ("mamba2-30m", 30.0), ("mamba2-115m", 115.0), ("taipan-30m", 30.0)):
         assert parameter_count(configuration(name)) == pytest.approx(1e6 * millions, rel=0.05)
     assert set(TaipanConfig.presets()) < set(names())
     assert configuration("quickstart").sliding_window == 512

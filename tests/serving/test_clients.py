@@ -11,7 +11,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -243,7 +243,7 @@ def test_lm_eval_scores_by_the_server_what_the_model_scores(directory: Path, ses
     server = started(directory, sessions)
     model = load(directory)
     try:
-        harness = LocalCompletionsAPI(
+        harness: Any = cast(Any, LocalCompletionsAPI)(
             model=NAME,
             base_url=f"http://{HOST}:{server.port}/v1/completions",
             tokenizer_backend="huggingface",

@@ -18,6 +18,7 @@ from taipan.seeding import seeded_generator
 _GROUP = ["mamba2"] * 6 + ["selective_attention"]
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "mamba2-6m": {"vocab_size": 4096, "hidden_size": 320, "layer_types": ["mamba2"] * 6},
+    "mamba2-30m": {"vocab_size": 16_384, "hidden_size": 384, "layer_types": ["mamba2"] * 24},
     "mamba2-115m": {"vocab_size": 32_000, "hidden_size": 768, "layer_types": ["mamba2"] * 24},
     "taipan-30m": {
         "vocab_size": 16_384,

@@ -102,7 +102,13 @@ class Server:
         return reader, writer
 
     async def stream(
-        self, ids: Sequence[int], tokens: int, *, into: Streamed | None = None, stop: asyncio.Event | None = None
+        self,
+        ids: Sequence[int],
+        tokens: int,
+        *,
+        into: Streamed | None = None,
+        stop: asyncio.Event | None = None,
+        **fields: Any,
     ) -> Streamed:
         """Let a greedy completion be streamed.
 
@@ -111,9 +117,10 @@ class Server:
             tokens: new tokens.
             into: filled as tokens come; a new record if it is None.
             stop: go away as soon as it is set.
+            fields: further fields of the request.
         """
         told = into or Streamed()
-        body = {"model": NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0, "stream": True}
+        body = {"model": NAME, "prompt": list(ids), "max_tokens": tokens, "temperature": 0, "stream": True, **fields}
         reader, writer = await self.post("/v1/completions", body)
         told.sent = time.perf_counter()
         try:

@@ -23,7 +23,7 @@ def register(app: typer.Typer, panel: str) -> None:
             ),
         ] = None,
         model: Annotated[
-            str, typer.Option(help="Preset, quickstart, mamba2-6m, mamba2-115m, taipan-30m, or a model directory.")
+            str, typer.Option(help="Preset, quickstart, mamba2-6m, -30m, -115m, taipan-30m, or a model directory.")
         ] = "quickstart",
         tokens: Annotated[
             list[int] | None, typer.Option(help="Tokens to prefill and to train on; repeatable. [default: 2048]")

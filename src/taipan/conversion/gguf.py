@@ -6,7 +6,7 @@ straight from a model: the converter of llama.cpp rounds a vocabulary up without
 finite `time_step_limit`, which is refused here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -94,8 +94,14 @@ def architecture_of(config: TaipanConfig, name: str) -> Architecture:
     )
 
 
-def write_gguf(model: TaipanLM, target: Path, architecture: Architecture, dtype: str) -> None:
-    """Write the file; matrices in `dtype`, all else in fp32."""
+def write_gguf(
+    model: TaipanLM,
+    target: Path,
+    architecture: Architecture,
+    dtype: str,
+    add_tokenizer: Callable[[Any], object] | None = None,
+) -> None:
+    """Write the file; matrices in `dtype`, all else in fp32. `add_tokenizer` is given the writer; None: there is none."""
     try:
         import gguf
     except ImportError as error:
@@ -110,7 +116,10 @@ def write_gguf(model: TaipanLM, target: Path, architecture: Architecture, dtype:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_tokenizer_model("none")
+    if add_tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        add_tokenizer(writer)
     if architecture == "mamba2":
         writer.add_feed_forward_length(0)
         writer.add_head_count(0)

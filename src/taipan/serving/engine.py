@@ -386,13 +386,17 @@ class Engine:
         return stream.loading is None
 
     def _skip_known(self, stream: _Stream) -> None:
-        """Go on from what others have read of a prompt meanwhile, or before."""
+        """Go on from what is known of a prompt, in memory or on disk."""
+        self._skip_read(stream)
+        if self._shelf is not None:
+            stream.loading = self._shelf.longest(stream.chain, stream.place)
+
+    def _skip_read(self, stream: _Stream) -> None:
+        """Go on from what others have read of a prompt before, or meanwhile."""
         length, reading = self.prefixes.longest(stream.chain, stream.place)
         if reading is not None:
             self._count_known(stream, length)
             stream.place, stream.reading = length, reading
-        if self._shelf is not None and not stream.pieces:
-            stream.loading = self._shelf.longest(stream.chain, stream.place)
 
     def _count_known(self, stream: _Stream, length: int) -> None:
         self.counts["prefix_hits"] += stream.reused == 0
@@ -401,8 +405,8 @@ class Engine:
 
     def _read_piece(self, stream: _Stream) -> None:
         """Read on in a prompt, so little that no stream waits long; at its end the first token is chosen."""
-        if stream.reusable and not stream.read and stream.pieces:
-            self._skip_known(stream)
+        if stream.reusable and not stream.read:
+            self._skip_read(stream)
         if not stream.read:
             stop = next((stop for stop in stream.stops if stop > stream.place), len(stream.ids_T))
             end = min(stream.place + self._pace.piece(alone=not self._running), stop)
