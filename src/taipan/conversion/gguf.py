@@ -101,7 +101,7 @@ def write_gguf(
     dtype: str,
     add_tokenizer: Callable[[Any], object] | None = None,
 ) -> None:
-    """Write the file; matrices in `dtype`, all else in fp32. `add_tokenizer` gets the writer; without it there is none."""
+    """Write the file; matrices in `dtype`, all else in fp32; with what `add_tokenizer` adds to the writer."""
     try:
         import gguf
     except ImportError as error:
