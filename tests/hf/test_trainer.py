@@ -125,6 +125,7 @@ def test_a_threshold_is_moved_by_what_all_calls_of_a_step_selected() -> None:
     assert face.model.watch is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["straight_through", "gain"])
 def test_a_threshold_holds_the_budget_in_a_trainer(objective: str, tmp_path: Path) -> None:
     rates: list[float] = []
