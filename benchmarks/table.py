@@ -68,6 +68,11 @@ RUNS = {
     "taipan-tiny-long": f"prefill --model taipan-tiny {FP32} --tokens 16384 --tokens 1048576 --repeats 7",
     "taipan-30m-long": f"prefill --model taipan-30m {BF16} --tokens 16384 --tokens 1048576 --repeats 1",
     "selective-layer": f"ops --model taipan-30m {FP32} --tokens 8192 --repeats 5",
+    "serve-streams": f"serve-streams --model mamba2-115m {BF16} --new-tokens 96 --repeats 3",
+    "serve-prefix": f"serve-prefix --model mamba2-115m {BF16} --tokens 8192 --repeats 3",
+    "serve-gap": f"serve-gap --model mamba2-115m {BF16} --tokens 100000",
+    # with a directory a first run of --context 500000 reads the first half
+    "serve-session": f"serve-session --model taipan-30m {BF16} --context 1000000 --directory build/sessions",
     "selective-layer-bf16": f"ops --model taipan-30m {BF16} --tokens 8192 --repeats 5",
 }
 
@@ -130,6 +135,14 @@ def rows() -> Iterator[Row]:
     share = "selective attention layer, 8,192 tokens, 15 % "
     yield Row("selective-layer", "taipan-30m", share, "time", "every token selected", "≤ 0.25")
     yield Row("selective-layer-bf16", "taipan-30m, bf16", share, "time", "every token selected", "≤ 0.25")
+    model = "mamba2-115m, bf16"
+    yield Row("serve-streams", model, "tokens, 1 stream", "speed", "taipan generate", "≥ 0.9")
+    yield Row("serve-streams", model, "tokens each, 16 streams", "speed", "one stream", "≥ 6")
+    yield Row("serve-prefix", model, "the second", "speed", "the first request", "≥ 50")
+    for name in ("median", "99th percentile"):
+        work = f"gap while a prompt of 100,000 tokens is read, {name}"
+        yield Row("serve-gap", model, work, "time", f"undisturbed, {name}", "≤ 3")
+    yield Row("serve-session", "taipan-30m, bf16", "open a session of 1,000,000 ", "speed", "reading", "≥ 1000")
 
 
 def load(run: str) -> dict[str, Any] | None:
