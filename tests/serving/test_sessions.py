@@ -349,7 +349,9 @@ def test_what_cannot_be_done_is_refused_in_their_form(server: Server, tmp_path: 
     refused(post("/v1/completions", json={"model": "small", "prompt": "x", "keep": True}), 400, "with a session")
     with server.opened("a").changing():
         refused(post("/v1/sessions/a/append", json={"text": "x"}), 409, "being changed")
+        written = server.engine.counts["new_tokens"]
         refused(post("/v1/completions", json={**asked, "keep": True}), 409, "being changed")
+        assert server.engine.counts["new_tokens"] == written  # refused before anything is written
         assert post("/v1/completions", json=asked).status_code == 200  # who only asks need not wait
     assert_knows(server.opened("a"), [120])
 
