@@ -1,8 +1,10 @@
 """Choice of an op's implementation: by name, or the best one for the device of the tensors."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from taipan.errors import ConfigError, shown
@@ -30,6 +32,10 @@ def select(op: str, implementations: Mapping[str, F], name: str, tensor: Tensor)
     Raises:
         ConfigError: there is none of this name, or it cannot run here.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from taipan.ops.eager import run_eagerly  # here, for it imports the compiler
+
+        return cast(F, partial(run_eagerly, op, implementations, name, tensor))
     if name == AUTO:
         return implementations[chosen(op, implementations, tensor)]
     if name not in implementations:

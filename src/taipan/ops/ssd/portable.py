@@ -182,10 +182,6 @@ def _scores(B_nQN: Tensor, C_nQN: Tensor, groups: int, mask_nQQ: Tensor | None) 
 def _heads_first(x_nQHP: Tensor, factor_nQH: Tensor | None = None) -> Tensor:
     """x, times the factor, as contiguous (n · H, Q, P)."""
     batch, size, heads, head_dim = x_nQHP.shape
-    if torch.compiler.is_compiling():  # which gives a result written into `out` the strides of what was read
-        x_nHQP = x_nQHP.transpose(1, 2)
-        out_nHQP = x_nHQP if factor_nQH is None else x_nHQP * factor_nQH.transpose(1, 2)[..., None]
-        return out_nHQP.reshape(batch * heads, size, head_dim)
     out_nHQP = x_nQHP.new_empty(batch, heads, size, head_dim)
     if factor_nQH is None:
         out_nHQP.copy_(x_nQHP.transpose(1, 2))
