@@ -78,6 +78,13 @@ _SHOWING.maxlist = _SHOWING.maxtuple = _SHOWING.maxdict = _SHOWING.maxset = _SHO
 _SHOWING.fillvalue = "…"
 
 
+OVERFLOW = (
+    "The weights are numbers, but too large to compute with in this dtype: load the model with dtype float32, or go "
+    "back to a good checkpoint."
+)
+"""What to do about a model whose results are not finite."""
+
+
 def suggestion(name: object, known: list[str], *, like: float = 0.6) -> str:
     """ " (did you mean 'x'?)" for a misspelt name that is at least so like one that is known, or nothing."""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:

@@ -1,6 +1,7 @@
 """The weights of a directory: in one file or in shards, and refused where nothing can compute with them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,19 @@ def test_every_verb_refuses_weights_that_are_not_finite_before_it_writes(verb: s
     finished = run(*command)
     assert finished.code == 2, finished
     assert f"{WEIGHTS} holds numbers that are not finite in 1 of its tensors ({name})" in " ".join(finished.err.split())
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+    assert not (directory.parent / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate", "inspect", "calibrate"])
+def test_finite_weights_that_overflow_are_refused_before_anything_is_written(verb: str, directory: Path) -> None:
+    change(directory, EMBEDDING, lambda tensor: tensor * 1e37)
+    change(directory, "model.layers.0.mixer.A_log", lambda tensor: tensor * 0 + 200)
+    command = VERBS[verb](directory)
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    finished = run(*command)
+    assert finished.code == 2, finished
+    assert re.search("not finite|no usable logits", " ".join(finished.err.split()))
     assert {path: path.read_bytes() for path in directory.iterdir()} == before
     assert not (directory.parent / "out").exists()
 

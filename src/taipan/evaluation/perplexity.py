@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from taipan.data.shards import TokenDataset
-from taipan.errors import DataError, InputError
+from taipan.errors import OVERFLOW, CheckpointError, DataError, InputError
 from taipan.evaluation.documents import Documents, PreparedDocuments
 from taipan.evaluation.gates import GateAverages, GateStatistics
 from taipan.generation.mode import inference
@@ -114,6 +114,7 @@ def evaluate(
     Raises:
         InputError: a number below 1.
         DataError: there is no token to predict, or the data was made with a larger vocabulary than the model's.
+        CheckpointError: what the model says is not finite.
     """
     documents = _checked(model, data, context, piece, batch_tokens)
     total = int(documents.lengths.sum())
@@ -260,6 +261,8 @@ def _predict(
         target_M = target_BT[real_BT]
         hidden_MD = output.hidden_BTD[real_BT.to(device)]
         nats_M = token_nats(model.lm_head, hidden_MD, target_M.to(device))
+        if not bool(nats_M.isfinite().all()):
+            raise CheckpointError(f"What the model says of these texts is not finite. {OVERFLOW}")
         position_BT = (begin + torch.arange(target_BT.shape[1])).expand_as(target_BT)
         tally.add(nats_M.cpu().double(), target_M, position_BT[real_BT])
         tally.gates.add(output.gates)

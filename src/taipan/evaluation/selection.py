@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taipan.errors import InputError
+from taipan.errors import OVERFLOW, CheckpointError, InputError
 from taipan.generation.mode import inference
 from taipan.generation.prefill import check_prompt
 from taipan.model import TaipanLM
@@ -54,6 +54,7 @@ def trace(
 
     Raises:
         InputError: no tokens, an id out of range, or a piece below 1.
+        CheckpointError: the scores are not finite.
     """
     if piece < 1:
         raise InputError(f"piece is {piece}, but must be a number of tokens of at least 1.")
@@ -62,7 +63,7 @@ def trace(
     )
     check_prompt(tokens_1T, None, model.config.vocab_size)
     pieces = list(_traced_pieces(model, tokens_1T, piece, state))
-    return tuple(
+    traces = tuple(
         LayerTrace(
             layer=parts[0].layer,
             threshold=parts[0].threshold,
@@ -72,6 +73,10 @@ def trace(
         )
         for parts in zip(*pieces, strict=True)
     )
+    for layer in traces:
+        if not bool(layer.scores_T2.isfinite().all()):
+            raise CheckpointError(f"The scores of the gate of layer {layer.layer} are not finite. {OVERFLOW}")
+    return traces
 
 
 def _traced_pieces(

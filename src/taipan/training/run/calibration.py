@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taipan.errors import InputError
+from taipan.errors import OVERFLOW, CheckpointError, InputError
 from taipan.model import TaipanLM
 from taipan.training.step.batch import Batch, precision
 
@@ -69,6 +69,7 @@ def calibrate(
 
     Raises:
         InputError: no batches, or a capacity outside [0, 1].
+        CheckpointError: scores of a gate are not finite.
     """
     capacity = model.config.attention_capacity if capacity is None else capacity
     if not 0.0 <= capacity <= 1.0:
@@ -80,6 +81,9 @@ def calibrate(
     results: list[Calibration] = []
     for index, sal in enumerate(model.sals):
         margins = torch.cat([_margins(model, batch, index, dtype) for batch in batches])
+        if not bool(margins.isfinite().all()):
+            model.train(was_training)
+            raise CheckpointError(f"The scores of the gate of layer {sal.gate.layer} are not finite. {OVERFLOW}")
         before = float((margins > sal.gate.threshold).float().mean())
         sal.gate.threshold.fill_(threshold_for(margins, capacity))
         rate = float((margins > sal.gate.threshold).float().mean())
