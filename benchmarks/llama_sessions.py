@@ -4,8 +4,8 @@
     python benchmarks/llama_sessions.py --server llama.cpp/build/bin/llama-server --context 16384 --json sessions.json
 
 The same Mamba-2 with random weights, bf16, in both: read a prompt, save it, end the server, start it again, restore,
-and ask with eight tokens more. Told are the tokens that are read again and the seconds to the first new token, over
-HTTP. llama.cpp is built by its own instructions.
+and ask with eight tokens more; then ask something else about the same prompt. Told are the tokens that are read again
+and the seconds to the first new token, over HTTP. llama.cpp is built by its own instructions.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Run:
         restore_seconds: to restore what was saved; opening a session is part of the request.
         again: tokens of the next request that were read, besides the question.
         first_seconds: from the next request to its first new token.
+        other_again: as `again`, of the request after it, with another question about the same prompt.
+        other_seconds: of that one.
         saved_bytes: on disk.
     """
 
@@ -54,6 +57,8 @@ class Run:
     restore_seconds: float
     again: int
     first_seconds: float
+    other_again: int
+    other_seconds: float
     saved_bytes: int
 
 
@@ -111,7 +116,7 @@ class Llama:
         self.log.close()
 
 
-def llama(program: str, model: Path, home: Path, prompt: list[int], question: list[int], threads: int) -> Run:
+def llama(program: str, model: Path, home: Path, prompt: list[int], questions: list[list[int]], threads: int) -> Run:
     room = len(prompt) + 1024
     server = Llama(program, model, home, room, threads)
     try:
@@ -124,13 +129,15 @@ def llama(program: str, model: Path, home: Path, prompt: list[int], question: li
         begin = time.perf_counter()
         post(server.port, "/slots/0?action=restore", {"filename": "saved"})
         restore_seconds = time.perf_counter() - begin
-        read, seconds = server.complete([*prompt, *question])
+        told = [server.complete([*prompt, *question]) for question in questions]
     finally:
         server.stop()
-    return Run(read_seconds, restore_seconds, read - len(question), seconds, (home / "saved").stat().st_size)
+    (read, seconds), (other, other_seconds) = told
+    size = (home / "saved").stat().st_size
+    return Run(read_seconds, restore_seconds, read - QUESTION, seconds, other - QUESTION, other_seconds, size)
 
 
-def taipan(model: Path, home: Path, prompt: list[int], question: list[int]) -> Run:
+def taipan(model: Path, home: Path, prompt: list[int], questions: list[list[int]]) -> Run:
     options = ("--sessions", str(home), "--dtype", "bfloat16", "--prefix-memory", "0")
     server = ours.start(model, *options)
     try:
@@ -142,12 +149,15 @@ def taipan(model: Path, home: Path, prompt: list[int], question: list[int]) -> R
     size = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
     server = ours.start(model, *options)
     try:
-        told = ours.Streamed()
-        asyncio.run(server.stream(question, 1, into=told, session="saved"))
-        read = int(server.metric("taipan_prompt_tokens_total"))
+        seconds: list[float] = []
+        counts = [0]
+        for question in questions:
+            seconds.append(asyncio.run(server.stream(question, 1, session="saved")).first)
+            counts.append(int(server.metric("taipan_prompt_tokens_total")))
     finally:
         server.stop()
-    return Run(read_seconds, 0.0, read - len(question), told.first, size)
+    first, other = (later - earlier - QUESTION for earlier, later in pairwise(counts))
+    return Run(read_seconds, 0.0, first, seconds[0], other, seconds[1], size)
 
 
 def main() -> None:
@@ -169,30 +179,34 @@ def main() -> None:
         write_gguf(build(settings, torch.float32), gguf, "mamba2", "bf16", partial(add_words, size=config.vocab_size))
         for number in range(arguments.repeats):
             prompt = random_tokens(config, 1, arguments.context, number)[0].tolist()
-            question = random_tokens(config, 1, QUESTION, 1000 + number)[0].tolist()
+            questions = random_tokens(config, 2, QUESTION, 1000 + number).tolist()
             for name in list(runs)[:: 1 if number % 2 else -1]:
                 home = Path(scratch, f"{name}-{number}")
                 home.mkdir()
                 if name == "taipan":
-                    runs[name].append(taipan(directory, home, prompt, question))
+                    runs[name].append(taipan(directory, home, prompt, questions))
                 else:
-                    runs[name].append(llama(arguments.server, gguf, home, prompt, question, threads))
+                    runs[name].append(llama(arguments.server, gguf, home, prompt, questions, threads))
                 print(f"{number + 1} of {arguments.repeats}: {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
     print(f"\n{arguments.model}, bf16, {arguments.context:,} tokens; median (lowest – highest)\n")
-    print("| program | reading, s | restoring, s | tokens read again | first new token, s | saved, MB |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| program | reading, s | restoring, s | read again | first token, s | read again for another | s | saved, MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name, found in runs.items():
         again = ", ".join(sorted({f"{run.again:,}" for run in found}))
-        read, restore, first, size = (
+        other_again = ", ".join(sorted({f"{run.other_again:,}" for run in found}))
+        read, restore, first, other, size = (
             shown([getattr(run, field) / scale for run in found])
             for field, scale in (
                 ("read_seconds", 1),
                 ("restore_seconds", 1),
                 ("first_seconds", 1),
+                ("other_seconds", 1),
                 ("saved_bytes", 1e6),
             )
         )
-        print(f"| {name} | {read} | {restore} | {again} | {first} | {size} |")
+        print(f"| {name} | {read} | {restore} | {again} | {first} | {other_again} | {other} | {size} |")
     if arguments.json:
         record = {
             "command": " ".join(sys.argv),
