@@ -31,6 +31,7 @@ VERBS = [
     ("session", "read"),
     ("session", "ask"),
     ("serve",),
+    ("chat",),
 ]
 START = "import sys; from taipan.cli.main import main; main(sys.argv[1:])"
 

@@ -23,6 +23,7 @@ from taipan.benchmark.models import build, names
 from taipan.benchmark.settings import Settings
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError
+from taipan.io import parse_json_object
 from taipan.seeding import seeded_generator
 
 HOST = "127.0.0.1"
@@ -90,7 +91,7 @@ class Server:
 
     def load(self) -> dict[str, Any]:
         """What `/health` says."""
-        return json.loads(self.get("/health"))
+        return parse_json_object(self.get("/health"), "what /health says")
 
     async def post(self, path: str, body: dict[str, Any]) -> "tuple[asyncio.StreamReader, asyncio.StreamWriter]":
         """Send a request."""

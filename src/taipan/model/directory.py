@@ -165,11 +165,12 @@ def load_tokenizer(directory: str | Path, config: TaipanConfig | None = None) ->
 
     tokenizer = Tokenizer.load(Path(directory))
     if tokenizer.added_tokens:
+        where = shown(str(directory))
         raise DataError(
             f"The tokenizer.json in {directory} puts tokens before or behind every text where transformers reads it, "
             "and Taipan reads the text alone: one text would have two encodings. If the model was trained on text "
-            f"alone, write the tokenizer so: Tokenizer.load({str(directory)!r}).save({str(directory)!r}), from "
-            "taipan.data.tokenizer. If it was trained with those tokens, use it through transformers."
+            f"alone, write the tokenizer so: Tokenizer.load({where}).save({where}), from taipan.data.tokenizer. If it "
+            "was trained with those tokens, use it through transformers."
         )
     if config is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(

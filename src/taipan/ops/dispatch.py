@@ -35,7 +35,7 @@ def select(op: str, implementations: Mapping[str, F], name: str, tensor: Tensor)
     if torch.compiler.is_dynamo_compiling():
         from taipan.ops.eager import run_eagerly  # here, for it imports the compiler
 
-        return cast(F, partial(run_eagerly, op, implementations, name, tensor))
+        return cast(F, partial(run_eagerly, partial(select, op, implementations, name, tensor)))
     if name == AUTO:
         return implementations[chosen(op, implementations, tensor)]
     if name not in implementations:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from taipan.errors import StateError, brief
+from taipan.errors import DataError, StateError, brief
 from taipan.io import atomic_write, sha256_file, utf8_name
 
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -87,7 +87,11 @@ class ObjectStore:
         path = self.path(digest)
         if not path.is_file():
             raise StateError(f"{path} does not exist: the session is not whole. {RESTORE}")
-        if sha256_file(path) != digest:
+        try:
+            found = sha256_file(path)
+        except DataError as error:  # removed since
+            raise StateError(f"{path} cannot be read ({brief(error)}). {RESTORE}") from error
+        if found != digest:
             raise StateError(f"{path} is damaged: its bytes are not those that were written. {RESTORE}")
 
     def share(self, digests: Iterable[str], other: "ObjectStore") -> None:
