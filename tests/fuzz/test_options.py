@@ -125,7 +125,7 @@ def check(selected: list[tuple[str, list[str]]], scratch: Path, monkeypatch: pyt
     shutil.copytree(made() / "session", scratch / "copy" / "session")
     (scratch / "here").mkdir()
     monkeypatch.chdir(scratch / "here")
-    monkeypatch.setattr("uvicorn.run", lambda *arguments, **options: None)
+    monkeypatch.setattr("uvicorn.Server.run", lambda *arguments, **options: None)
     threads = torch.get_num_threads()
     for number, (verb, words) in enumerate(selected):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text"), "utf-8"))
