@@ -189,7 +189,7 @@ def test_fifty_kills_at_random_moments(tmp_path: Path, model: TextModel) -> None
     seconds = [0.1] * 3
     killed = [0] * 3
     number = 0
-    while sum(killed) < 50:
+    while min(killed) < 17:  # of each kind, 50 in all
         kind = number % 3
         todo = work(number)
         begin = time.perf_counter()
@@ -206,7 +206,6 @@ def test_fifty_kills_at_random_moments(tmp_path: Path, model: TextModel) -> None
             seconds[kind] = time.perf_counter() - begin
         check(number)
         number += 1
-    assert min(killed) >= 10
 
 
 def test_some_kills(tmp_path: Path, model: TextModel) -> None:
