@@ -59,6 +59,7 @@ def register(app: typer.Typer, panel: str) -> None:
             taipan reproduce associative-recall --redraw docs/results/associative_recall.json --out docs/results
         """
         from taipan.cli.console import duration, note, print_table
+        from taipan.cli.progress import runs_progress
         from taipan.experiments.associative_recall import SCALES, accuracy, reproduce
         from taipan.experiments.associative_recall_figure import FigureData, write_figure
         from taipan.experiments.associative_recall_report import sections, write
@@ -75,7 +76,8 @@ def register(app: typer.Typer, panel: str) -> None:
                 f"(lr {result['learning_rate']:g}, seed {result['seed']}, {duration(result['seconds'])})"
             )
 
-        report = reproduce(SCALES[scale.value], out, finished, workers=workers)
+        with runs_progress() as progress:
+            report = reproduce(SCALES[scale.value], out, finished, workers=workers, progress=progress)
         for title, header, rows in sections(report):
             print_table(title, header, rows)
         command = f"taipan reproduce associative-recall --scale {scale.value}"
@@ -108,6 +110,7 @@ def _language(name: str, claim: str) -> Callable[..., None]:
         ] = None,
     ) -> None:
         from taipan.cli.console import duration, note, print_table
+        from taipan.cli.progress import runs_progress
         from taipan.experiments.execution import Result, Run
         from taipan.experiments.laboratory import SCALES, Laboratory, Text, write
         from taipan.experiments.registry import experiment
@@ -116,8 +119,11 @@ def _language(name: str, claim: str) -> Callable[..., None]:
             seconds = f", {duration(result['seconds'])}" if "seconds" in result else ""
             note(f"[{done}/{of}] {run.name} (seed {run.settings['seed']}{seconds})")
 
-        lab = Laboratory(SCALES[scale.value], Text(text), out / scale.value, finished, workers=workers)
-        outcome = experiment(name)(lab)
+        with runs_progress() as progress:
+            lab = Laboratory(
+                SCALES[scale.value], Text(text), out / scale.value, finished, workers=workers, progress=progress
+            )
+            outcome = experiment(name)(lab)
         for table in outcome.tables:
             print_table(table.title, table.header, table.rows)
         words = f"taipan reproduce {name} --scale {scale.value}{'' if text is None else f' --text {text.name}'}"

@@ -5,16 +5,16 @@ parameters — with the learning rate swept for each; then accuracy against C fo
 what the schedules of the gate do, the paper's own setting among them.
 """
 
-import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from taipan.config import SETTINGS, TaipanConfig
-from taipan.experiments.execution import Listener, Result, Run, execute
+from taipan.experiments.course import UNFINISHED, forget
+from taipan.experiments.execution import Listener, Progress, Result, Run, execute
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +110,14 @@ def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, st
     return Run(name=name, settings={**settings, "tasks": TASKS, "tokens_per_batch": TOKENS_PER_BATCH})
 
 
-def train(run: Run) -> Result:
-    """Train one model from scratch on fresh batches and measure it; a module-level function for worker processes."""
+def train(run: Run, directory: Path | None = None) -> Result:
+    """Train one model on fresh batches and measure it; a module-level function for worker processes.
+
+    Args:
+        run: what `declare` gave.
+        directory: where an interrupted run left its checkpoints; None: none are written.
+    """
+    from taipan.experiments.course import complete, seen
     from taipan.model import TaipanLM
     from taipan.seeding import seeded_generator
     from taipan.training.recipe import OptimizerSection, ScheduleSection
@@ -131,20 +137,13 @@ def train(run: Run) -> Result:
         dtype="float32",
         seed=seed,
     )
-    began = time.monotonic()
-    recent: deque[dict[str, float]] = deque(maxlen=len(TASKS))
-    curve: list[dict[str, float]] = []
-    for step in range(steps):
+
+    def batch(step: int) -> Batch:
         tokens, labels = draw(seed, step)
-        done = stepper.step(step + 1, step / steps, [{"tokens": tokens, "labels": labels}])
-        point = {"step": float(step), "cross_entropy": done.cross_entropy, "capacity": model.model.schedule.capacity}
-        for gate in done.gates:
-            point |= {"rate": gate.rate, "noise_free_rate": gate.noise_free_rate, "alpha_mean": gate.alpha_mean}
-        recent.append(point)
-        if (step + 1) % 50 == 0 or step + 1 == steps:  # the mean over one batch of every task
-            curve.append({key: mean(entry[key] for entry in recent) for key in point})
-    model.set_progress(1.0)
-    result = {"run": run.name, **settings, "seconds": time.monotonic() - began, "curve": curve, "tests": measure(model)}
+        return {"tokens": tokens, "labels": labels}
+
+    course = complete(run, stepper, batch, steps, directory=directory)
+    result = {"run": run.name, **settings, **seen(model, course), "tests": measure(model)}
     if model.sals and config.attention_capacity > 0:
         batches: list[Batch] = [{"tokens": draw(seed, steps + number)[0]} for number in range(2 * len(TASKS))]
         result["thresholds"] = [calibration.threshold for calibration in calibrate(model, batches)]
@@ -197,7 +196,14 @@ class Report:
     schedules: dict[str, list[Result]]
 
 
-def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int | None = None) -> Report:
+def reproduce(
+    scale: Scale,
+    directory: Path,
+    listener: Listener,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Run what is missing of the experiment and collect all of it.
 
     Args:
@@ -205,11 +211,18 @@ def reproduce(scale: Scale, directory: Path, listener: Listener, *, workers: int
         directory: results are kept under `runs/` here; an interrupted call continues where it stopped.
         listener: told of every finished run; the number of all runs grows as best learning rates become known.
         workers: processes side by side; None for one per core.
+        progress: told how far runs have come.
     """
     first, *others = scale.seeds
+    unfinished = directory / UNFINISHED
+
+    def finished(run: Run, result: Result, done: int, of: int) -> None:
+        forget(run, unfinished)
+        listener(run, result, done, of)
 
     def run(runs: Sequence[Run]) -> list[Result]:
-        return execute(runs, train, directory / "runs", listener, workers=workers)
+        work = partial(train, directory=unfinished)
+        return execute(runs, work, directory / "runs", finished, workers=workers, progress=progress)
 
     sweep_runs = [
         declare(_slug(name), config, rate, first, scale.steps)

@@ -1,5 +1,6 @@
 """Gates that do not choose: chance and every k-th place, at the same budget, as controls of what a gate learned."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ class BlindGate(Gate):
     def __init__(self, config: TaipanConfig, layer: int, *, evenly: bool, seed: int) -> None:
         super().__init__(config, layer)
         self._evenly = evenly
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def forward(
         self,
@@ -45,7 +46,7 @@ class BlindGate(Gate):
             place_T = ((torch.arange(length + 1) + 0.5) * schedule.capacity).floor()
             selected_BT = (place_T[1:] > place_T[:-1]).expand(batch, length)
         else:
-            selected_BT = torch.rand(batch, length, generator=self._generator) < schedule.capacity
+            selected_BT = torch.rand(batch, length, generator=self.generator) < schedule.capacity
         selected_BT = selected_BT.to(x_BTD.device)
         if real_BT is not None:
             selected_BT = selected_BT & real_BT
@@ -62,3 +63,18 @@ def choose_by(model: TaipanLM, choice: str, seed: int) -> None:
             blind = BlindGate(model.config, mixer.gate.layer, evenly=choice == "every", seed=seed)
             blind.load_state_dict(mixer.gate.state_dict())
             mixer.gate = cast(Any, blind.to(mixer.gate.proj.weight.dtype).train(mixer.training))
+
+
+def chance(model: TaipanLM) -> dict[str, Tensor]:
+    """Where blind gates are in their random numbers, by layer; empty if there are none."""
+    return {f"layer-{gate.layer}": gate.generator.get_state() for gate in _blind(model)}
+
+
+def restore_chance(model: TaipanLM, states: Mapping[str, Tensor]) -> None:
+    """Let the random numbers of blind gates go on from what `chance` gave."""
+    for gate in _blind(model):
+        gate.generator.set_state(states[f"layer-{gate.layer}"])
+
+
+def _blind(model: TaipanLM) -> Iterator[BlindGate]:
+    return (gate for gate in model.modules() if isinstance(gate, BlindGate))

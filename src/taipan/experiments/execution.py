@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +47,36 @@ Listener = Callable[[Run, Result, int, int], None]
 """Called with run, result, number of finished runs and number of all, once for every run."""
 
 
+@dataclass(frozen=True)
+class Advance:
+    """How far a run has come.
+
+    Attributes:
+        name, identity: of the run.
+        done, of: steps.
+        tokens_per_second: at present.
+    """
+
+    name: str
+    identity: str
+    done: int
+    of: int
+    tokens_per_second: float
+
+
+Progress = Callable[[Advance], None]
+_LOOK_SECONDS = 0.5  # between two looks at what workers say
+
+
+def tell(advance: Advance) -> None:
+    """Let the process that called `execute` know how far the run of this worker has come."""
+    if _said is not None:
+        _said.put(advance)
+
+
+_said: "SimpleQueue[Advance] | None" = None
+
+
 def execute(
     runs: Sequence[Run],
     function: Callable[[Run], Result],
@@ -53,6 +84,8 @@ def execute(
     listener: Listener,
     *,
     workers: int | None = None,
+    progress: Progress | None = None,
+    alone: bool = False,
 ) -> list[Result]:
     """Results of all runs, in their order; runs with a result in `directory` are not repeated.
 
@@ -64,6 +97,8 @@ def execute(
         directory: where results are kept.
         listener: told of every finished run.
         workers: processes side by side; None for one per core.
+        progress: told what runs `tell` while they go on.
+        alone: every run has a process of its own, so that its peak of memory is its own.
     """
     directory.mkdir(parents=True, exist_ok=True)
     results: dict[int, Result] = {}
@@ -78,13 +113,20 @@ def execute(
     if pending:
         context = multiprocessing.get_context("spawn")
         count = min(workers or describe().cores, len(pending))
+        said: SimpleQueue[Advance] = context.SimpleQueue()
         with (
             _terminated_as_interrupted(),
-            ProcessPoolExecutor(count, mp_context=context, initializer=_prepare_worker) as pool,
+            ProcessPoolExecutor(
+                count,
+                mp_context=context,
+                initializer=_prepare_worker,
+                initargs=(said,),
+                max_tasks_per_child=1 if alone else None,
+            ) as pool,
         ):
             futures = {pool.submit(function, runs[number]): number for number in pending}
             try:
-                for future in as_completed(futures):
+                for future in _as_completed(list(futures), said, progress):
                     number = futures[future]
                     results[number] = future.result()
                     atomic_write(runs[number].path(directory), json.dumps(results[number]).encode())
@@ -95,6 +137,20 @@ def execute(
                     process.terminate()
                 raise
     return [results[number] for number in range(len(runs))]
+
+
+def _as_completed(
+    futures: Sequence[Future[Result]], said: "SimpleQueue[Advance]", progress: Progress | None
+) -> Generator[Future[Result]]:
+    """Futures as they are done; what workers say meanwhile is passed on."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
+        while not said.empty():
+            advance = said.get()
+            if progress is not None:
+                progress(advance)
+        yield from done
 
 
 @contextmanager
@@ -114,10 +170,13 @@ def _terminated_as_interrupted() -> Generator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _prepare_worker() -> None:
+def _prepare_worker(said: "SimpleQueue[Advance]") -> None:
     import torch
 
     from taipan.hardware import tune_allocator
+
+    global _said
+    _said = said
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -5,7 +5,6 @@ trained or measured is kept under the laboratory's directory: an interrupted exp
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from taipan.config import TaipanConfig
 from taipan.errors import DataError, InputError, shown
-from taipan.experiments.execution import Listener, Result, Run, execute
+from taipan.experiments.course import UNFINISHED, complete, forget, seen
+from taipan.experiments.execution import Listener, Progress, Result, Run, execute
 
 if TYPE_CHECKING:
     from taipan.data.corpus import Document
@@ -184,16 +184,25 @@ class Laboratory:
         directory: where everything is kept.
         listener: told of every run that is done, kept ones too.
         workers: processes side by side; None for one per core.
+        progress: told how far runs have come.
     """
 
     def __init__(
-        self, scale: Scale, text: Text, directory: Path, listener: Listener, *, workers: int | None = None
+        self,
+        scale: Scale,
+        text: Text,
+        directory: Path,
+        listener: Listener,
+        *,
+        workers: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.scale = scale
         self.text = text
         self.directory = directory
         self._listener = listener
         self._workers = workers
+        self._progress = progress
         self._data: Path | None = None
 
     @property
@@ -214,7 +223,12 @@ class Laboratory:
         """Train what is not there yet; what was seen in training, in their order."""
         runs = [self.declare(training) for training in trainings]
         work = partial(_train, self.directory)
-        return execute(runs, work, self.directory / "training", self._listener, workers=self._workers)
+        results = self.directory / "training"
+        return execute(runs, work, results, self._trained, workers=self._workers, progress=self._progress)
+
+    def _trained(self, run: Run, result: Result, done: int, of: int) -> None:
+        forget(run, self.directory / UNFINISHED)  # the result is kept now
+        self._listener(run, result, done, of)
 
     def measure(
         self, function: "Callable[[TaipanLM, Path, Any], Result]", trainings: Sequence[Training], options: Any = None
@@ -244,22 +258,20 @@ class Laboratory:
 
 
 def _train(directory: Path, run: Run) -> Result:
-    """Train one model from scratch and keep it; for worker processes."""
+    """Train one model from scratch, or from its last checkpoint on, and keep it; for worker processes."""
     from taipan.data.sampler import WindowSampler
     from taipan.data.shards import TokenDataset
     from taipan.experiments.controls import choose_by
-    from taipan.hardware import describe, training_dtype
+    from taipan.hardware import training_dtype
     from taipan.model import TaipanLM
     from taipan.seeding import seeded_generator
     from taipan.training.recipe import OptimizerSection, ScheduleSection
+    from taipan.training.step.batch import Batch
     from taipan.training.step.stepper import Stepper
-    from taipan.training.watch.diagnostics import gate_warnings
-    from taipan.training.watch.record import commits
 
     values = run.settings
     seed, steps = int(values["seed"]), int(values["steps"])
-    config = TaipanConfig.from_dict(values["config"])
-    model = TaipanLM(config, generator=seeded_generator(seed, "init"))
+    model = TaipanLM(TaipanConfig.from_dict(values["config"]), generator=seeded_generator(seed, "init"))
     choose_by(model, values["choice"], seed)
     dtype = training_dtype().dtype
     stepper = Stepper.build(
@@ -271,41 +283,15 @@ def _train(directory: Path, run: Run) -> Result:
         seed=seed,
     )
     data = TokenDataset.open(directory / "texts" / values["data"] / "train")
-    sampler = WindowSampler(data, int(values["context"]), seed)
-    began, tokens = time.monotonic(), 0
-    curve: list[dict[str, float]] = []
-    recent: list[dict[str, float]] = []
-    warnings: dict[str, int] = {}
-    for step in range(steps):
-        batch = sampler.batch(step, int(values["rows"]))
-        done = stepper.step(step + 1, step / steps, [{"tokens": batch["tokens"], "segment_ids": batch["segment_ids"]}])
-        tokens += done.tokens
-        point = {"cross_entropy": done.cross_entropy, "capacity": model.model.schedule.capacity}
-        for gate in done.gates:
-            point |= {"rate": gate.rate, "noise_free_rate": gate.noise_free_rate}
-        for warning in gate_warnings(config, step / steps, done.gates):
-            warnings.setdefault(f"{warning.kind}, layer {warning.layer}", step + 1)
-        recent.append(point)
-        if len(recent) == 50 or step + 1 == steps:
-            means = {key: mean(entry[key] for entry in recent) for key in point}
-            curve.append({"step": float(step + 1), **means})
-            recent.clear()
-    seconds = time.monotonic() - began
-    model.set_progress(1.0)
-    model.save_pretrained(directory / "models" / run.identity, data.tokenizer())
-    hardware = describe()
-    return {
-        "run": run.name,
-        **values,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": tokens,
-        "dtype": dtype,
-        "seconds": seconds,
-        "machine": {"cpu": hardware.cpu, "simd": list(hardware.simd), "torch": hardware.torch_version},
-        "commits": commits(),
-        "curve": curve,
-        "warnings": warnings,
-    }
+    tokenizer, sampler = data.tokenizer(), WindowSampler(data, int(values["context"]), seed)
+
+    def batch(step: int) -> Batch:
+        windows = sampler.batch(step, int(values["rows"]))
+        return {"tokens": windows["tokens"], "segment_ids": windows["segment_ids"]}
+
+    course = complete(run, stepper, batch, steps, directory=directory / UNFINISHED, tokenizer=tokenizer)
+    model.save_pretrained(directory / "models" / run.identity, tokenizer)
+    return {"run": run.name, **values, "dtype": dtype, **seen(model, course)}
 
 
 def _measure(directory: Path, function: "Callable[[TaipanLM, Path, Any], Result]", run: Run) -> Result:

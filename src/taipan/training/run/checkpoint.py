@@ -63,7 +63,7 @@ def save_checkpoint(
     run: Path,
     step: int,
     model: TaipanLM,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     optimizer: Mapping[str, Tensor],
     trainer: dict[str, Any],
     world: World = ALONE,
@@ -76,7 +76,7 @@ def save_checkpoint(
         run: the run directory; with several processes, on a file system that all of them see.
         step: optimizer steps taken.
         model: its weights are written as they are.
-        tokenizer: of the data.
+        tokenizer: of the data, where it is text.
         optimizer: what `load_optimizer` reads back; every process gives its shards.
         trainer: what `load_trainer` gives back: numbers, text, lists and dictionaries.
         world: the processes.
