@@ -1,6 +1,7 @@
 """lm-eval on the native model: what it gives alone, in batches, and with shared beginnings read once."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from lm_eval.api.instance import Instance
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import ConfigError, DataError, InputError
-from taipan.evaluation.harness import Harness, evaluate_tasks, local_task
+from taipan.errors import ConfigError, InputError
+from taipan.evaluation.harness import Harness, evaluate_tasks, interval
+from taipan.evaluation.questions import read_questions
 from taipan.text import TextModel
 from tests.command import run
 from tests.models import small_model
@@ -79,47 +81,59 @@ def test_generated_text_ends_at_its_stop_and_is_that_of_the_model(batch_size: in
 
 LINES: dict[str, list[dict[str, Any]]] = {
     "choice": [{"query": "Is it?", "choices": ["it is", "never"], "gold": gold} for gold in (0, 1, 0)],
+    "digits": [{"query": "12", "choices": ["[3]", "4"], "gold": 0}] * 2,  # what templates would evaluate
     "schema": [
         {"context_options": ["The dog because the dog", "The dog because it"], "continuation": "ran", "gold": 1}
     ],
-    "word": [{"context": "In my palm is a", "continuation": "stone"}],
+    "word": [{"context": "In my palm is a", "continuation": word} for word in ("stone", "a", "dog")],
     "recall": [{"prompt": "The name is Ann. The name is", "answers": ["Ann"]}],
 }
+TRUTH = "Question,Best Answer,Correct Answers,Incorrect Answers\nIs it?,It is,It is; Yes,No; Never; [1]\n"
 
 
 def written(directory: Path) -> list[str]:
     for name, lines in LINES.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [f"{name}={directory / name}.jsonl" for name in LINES]
+    (directory / "truth.csv").write_text(TRUTH)
+    return [*(f"{name}={directory / name}.jsonl" for name in LINES), f"truth={directory}/truth.csv"]
 
 
 @pytest.mark.slow
-def test_local_files_are_tasks(text: TextModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_local_files_are_tasks(text: TextModel, tmp_path: Path) -> None:
     results = [evaluate_tasks(text, written(tmp_path), batch_size=size) for size in (1, 8)]
     first, second = ({task: {**values} for task, values in result["results"].items()} for result in results)
     for task, values in first.items():
         for metric, value in values.items():
             assert value == second[task][metric] or value == pytest.approx(second[task][metric], rel=1e-4), metric
-    assert set(first) == set(LINES)
+    assert set(first) == {*LINES, "truth"}
     right = [alone(text, "Is it?", " it is")[0] > alone(text, "Is it?", " never")[0]] * 3
-    assert first["choice"]["acc,none"] == pytest.approx(
-        sum(a == b for a, b in zip(right, (True, False, True), strict=True)) / 3
-    )
+    given = [float(a == b) for a, b in zip(right, (True, False, True), strict=True)]
+    assert first["choice"]["acc,none"] == pytest.approx(sum(given) / 3)
+    assert results[0]["intervals"]["choice"]["acc,none"] == pytest.approx(interval(given))
+    assert results[0]["chance"] == {"choice": 0.5, "digits": 0.5, "schema": 0.5, "truth": 0.25}
+    likelier = alone(text, "12", " [3]")[0] > alone(text, "12", " 4")[0]
+    assert first["digits"]["acc,none"] == float(likelier)
     scores = [alone(text, context, " ran")[0] for context in LINES["schema"][0]["context_options"]]
     assert first["schema"]["acc,none"] == float(scores[1] > scores[0])
-    assert first["word"]["perplexity,none"] == pytest.approx(
-        2.718281828459045 ** -alone(text, "In my palm is a", " stone")[0], rel=1e-4
-    )
+    scores = [alone(text, "In my palm is a", f" {line['continuation']}")[0] for line in LINES["word"]]
+    assert first["word"]["perplexity,none"] == pytest.approx(math.exp(-sum(scores) / 3), rel=1e-4)
+    bounds = [math.exp(-bound) for bound in reversed(interval(scores))]
+    assert results[0]["intervals"]["word"]["perplexity,none"] == pytest.approx(bounds, rel=1e-4)
     assert first["recall"]["contains,none"] in (0.0, 1.0)
+    (asked,) = read_questions(tmp_path / "truth.csv").items
+    nats = torch.tensor([alone(text, asked["query"], f" {choice}")[0] for choice in asked["choices"]])
+    assert asked["choices"] == ["It is", "Yes", "No", "Never", "[1]"]
+    assert first["truth"]["mc1,none"] == float(nats[0] > nats[2:].max())
+    assert first["truth"]["mc2,none"] == pytest.approx(float(nats.softmax(0)[:2].sum()), rel=1e-4)
 
 
-def test_what_is_no_task_is_named(tmp_path: Path) -> None:
-    (tmp_path / "odd.jsonl").write_text('{"question": 1}\n')
-    with pytest.raises(DataError, match=r"holds question in its first line, which is no known form"):
-        local_task("odd", str(tmp_path / "odd.jsonl"))
-    with pytest.raises(DataError, match="cannot be read"):
-        local_task("odd", str(tmp_path / "none.jsonl"))
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    """Of none right among ten: 0 to 0.2775 (Newcombe 1998, method 3); of other means the normal one."""
+    assert interval([0.0] * 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert interval([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert interval([1.0] * 81 + [0.0] * 182) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert interval([0.4, 0.5, 0.6]) == pytest.approx((0.5 - 1.96 * 0.1 / 3**0.5, 0.5 + 1.96 * 0.1 / 3**0.5))
+    assert interval([0.5]) == (-math.inf, math.inf)
 
 
 @pytest.mark.slow
@@ -129,14 +143,14 @@ def test_an_unknown_name_is_asked_about(text: TextModel) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_asks_tasks(text: TextModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_the_command_line_asks_tasks(text: TextModel, tmp_path: Path) -> None:
     text.model.save_pretrained(tmp_path / "model", text.tokenizer)
     tasks = ",".join(written(tmp_path))
     finished = run("evaluate", tmp_path / "model", "--tasks", tasks, "--json", tmp_path / "result.json")
     assert finished.code == 0, finished
     assert "perplexity" in finished.out
+    assert "0.5000" in finished.out  # a guess
     (result,) = json.loads((tmp_path / "result.json").read_text())["results"]
-    assert set(result["results"]) == set(LINES)
+    assert set(result["results"]) == {*LINES, "truth"}
     assert run("evaluate", tmp_path / "model").code == 2
     assert "one of the two" in run("evaluate", tmp_path / "model", tmp_path, "--tasks", tasks).err

@@ -28,7 +28,7 @@ def register(app: typer.Typer, panel: str) -> None:
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         tasks: Annotated[
             str | None,
-            typer.Option(help="Instead of texts: tasks of lm-eval, or NAME=FILE.jsonl, with commas between them."),
+            typer.Option(help="Instead of texts: tasks of lm-eval, or NAME=FILE, with commas between them."),
         ] = None,
         batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task read side by side.")] = 8,
         num_fewshot: Annotated[
@@ -152,14 +152,20 @@ def _ask(
         include=include,
     )
     rows = [
-        [task, name, f"{value:.4f}", f"± {error:.4f}" if isinstance(error, float) else ""]
+        [
+            task,
+            name,
+            f"{value:.4f}",
+            " – ".join(f"{bound:.4f}" for bound in found["intervals"].get(task, {}).get(metric, ())),
+            f"{found['chance'][task]:.4f}" if task in found["chance"] and name != "mc2" else "",
+            f"{found['n-samples'][task]['effective']:,}" if task in found["n-samples"] else "",
+        ]
         for task, values in found["results"].items()
         for metric, value in values.items()
-        if isinstance(value, float) and "_stderr" not in metric
+        if isinstance(value, float)
         for name in [metric.partition(",")[0]]
-        for error in [values.get(metric.replace(name, f"{name}_stderr", 1))]
     ]
-    print_table("", ["task", "metric", "value", ""], rows)
+    print_table("", ["task", "metric", "value", "95 %", "a guess", "questions"], rows, text_columns=2)
     tokens = found["tokens"]
     note(f"{tokens['read']:,} of {tokens['asked']:,} tokens were read; what questions share, once.")
     return found

@@ -5,6 +5,7 @@ from taipan.evaluation.documents import Documents, PreparedDocuments, TextDocume
 from taipan.evaluation.gates import GateStatistics
 from taipan.evaluation.mqar import MQARGate, MQARResult, evaluate_mqar
 from taipan.evaluation.perplexity import EvaluationResult, PositionBucket, ReadTokens, evaluate, read_tokens
+from taipan.evaluation.questions import Questions, read_questions
 from taipan.evaluation.selection import LayerTrace, trace
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "MQARResult",
     "PositionBucket",
     "PreparedDocuments",
+    "Questions",
     "ReadTokens",
     "TextDocuments",
     "compress",
     "evaluate",
     "evaluate_mqar",
+    "read_questions",
     "read_tokens",
     "trace",
 ]

@@ -5,23 +5,27 @@ beginning that several share (few-shot examples, a passage, the question of seve
 is forked. Nothing is ever cut.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from taipan.errors import ConfigError, DataError, InputError, brief, shown
+from taipan.errors import ConfigError, InputError, shown
+from taipan.evaluation.questions import Kind, read_questions
 from taipan.generation import GenerationSettings, Reading, inference, prefill
 from taipan.generation import stream as stream_tokens
-from taipan.io import parse_json_object
 from taipan.text import TextModel
 
 _SHARED = 32
@@ -302,21 +306,21 @@ def evaluate_tasks(
 
     Args:
         text: the model and its tokenizer.
-        tasks: names of lm-eval, or NAME=FILE for a local file of JSON lines (`local_task`).
+        tasks: names of lm-eval, or NAME=FILE for a local file (`LocalTask`).
         batch_size: rows read side by side.
         num_fewshot: examples before each question; None as the task says.
         limit: questions of each task; None for all.
         include: a directory with more tasks of lm-eval (YAML).
 
     Returns:
-        `results` by task and metric, `versions`, `n-shot`, `n-samples`, as lm-eval gives them, and `tokens`: how many
-        were asked and read.
+        `results` by task and metric, `versions`, `n-shot`, `n-samples`, as lm-eval gives them; `intervals` (95 %) of
+        the same; `chance`: what a guess gets in a local task with choices; `tokens`: how many were asked and read.
 
     Raises:
         ConfigError: a task is unknown.
-        DataError: a local file cannot be read, or its lines are of no known form.
+        DataError: a local file cannot be read, or has no known form.
     """
-    local = [local_task(*task.split("=", 1)) if "=" in task else task for task in tasks]
+    local = [LocalTask(*task.split("=", 1)) if "=" in task else task for task in tasks]
     named = [task for task in local if isinstance(task, str)]
     # its own thousands of tasks take half a minute to list
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=bool(named))
@@ -334,83 +338,153 @@ def evaluate_tasks(
         num_fewshot=num_fewshot,
         limit=limit,
         task_manager=manager,
-        bootstrap_iters=1000,
-        log_samples=False,
+        bootstrap_iters=0,  # intervals are ours
     )
-    kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples") if name in found}
-    return {**kept, "tokens": {"asked": harness.counts.asked, "read": harness.counts.read}}
-
-
-_FORMS: dict[tuple[str, ...], dict[str, Any]] = {
-    ("query", "choices", "gold"): {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    ("context_options", "continuation", "gold"): {
-        "output_type": "multiple_choice",
-        "doc_to_text": "gold",
-        "doc_to_choice": "{{context_options}}",
-        "doc_to_target": "{{continuation}}",
-        "metric_list": [{"metric": "acc"}],
-    },
-    ("context", "continuation"): {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{' ' + continuation}}",  # of this kind of task lm-eval adds no space
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
-    },
-    ("prompt", "answers"): {
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{answers}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 48},
-    },
-}
-
-
-def local_task(name: str, file: str) -> dict[str, Any]:
-    """The configuration of a task over a local file of JSON lines, recognised by what its first line holds.
-
-    * `query`, `choices`, `gold`: the likeliest choice is the answer (also by likelihood per byte);
-    * `context_options`, `continuation`, `gold`: which context makes the continuation likeliest (Winograd schemas);
-    * `context`, `continuation`: the continuation's perplexity, and whether greedy decoding gives it (LAMBADA);
-    * `prompt`, `answers`: up to 48 generated tokens or a line; right if they contain an answer, whatever the case
-      (FDA, SWDE, SQuAD completion).
-
-    Raises:
-        DataError: the file cannot be read, or its first line is of another form.
-    """
-    path = Path(file)
-    try:
-        with path.open("rb") as opened:
-            first = opened.readline()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    keys = set(parse_json_object(first, f"{path}, line 1"))
-    form = next((form for form in _FORMS if set(form) <= keys), None)
-    if form is None:
-        forms = "; ".join(", ".join(names) for names in _FORMS)
-        raise DataError(
-            f"{path} holds {brief(', '.join(sorted(keys)))} in its first line, which is no known form of a task. "
-            f"Known: {forms}. See docs/huggingface.md."
-        )
-    values: dict[str, Any] = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
-        "test_split": "test",
-        "fewshot_split": "test",
-        **_FORMS[form],
+    results = {
+        task: {key: value for key, value in values.items() if "_stderr" not in key}
+        for task, values in found["results"].items()
     }
-    if form == ("prompt", "answers"):
-        values["process_results"] = _contains
-        values["metric_list"] = [{"metric": "contains", "aggregation": "mean", "higher_is_better": True}]
-    return values
+    return {
+        "results": results,
+        **{name: found[name] for name in ("versions", "n-shot", "n-samples") if name in found},
+        "intervals": {
+            task: _intervals(values, found["samples"][task])
+            for task, values in results.items()
+            if task in found["samples"]
+        },
+        "chance": {
+            task.config.task: chance
+            for task in local
+            if isinstance(task, LocalTask) and (chance := task.questions.chance(limit)) is not None
+        },
+        "tokens": {"asked": harness.counts.asked, "read": harness.counts.read},
+    }
+
+
+def _truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """MC1: whether the best true choice is likelier than every false one; MC2: the share of all true ones."""
+    share_C = torch.tensor([score for score, _ in results], dtype=torch.float64).softmax(-1)
+    true_C = torch.tensor(doc["labels"], dtype=torch.bool)
+    return {"mc1": float((share_C[0] > share_C[~true_C]).all()), "mc2": float(share_C[true_C].sum())}
+
+
+def _document_and_ask(doc: dict[str, Any]) -> str:
+    return doc["document"] + doc["ask"]
 
 
 def _contains(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     said = results[0].lower()
-    return {"contains": float(any(str(answer).lower() in said for answer in doc["answers"]))}
+    return {"contains": float(any(answer.lower() in said for answer in doc["answers"]))}
+
+
+def _means(*metrics: str) -> dict[str, Any]:
+    return {"metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics]}
+
+
+# Names of fields stand where lm-eval also takes templates: it would evaluate what a template makes of "[…]" or digits.
+_KINDS: dict[Kind, dict[str, Any]] = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        **_means("acc", "acc_norm"),
+    },
+    "schema": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "gold",
+        "doc_to_choice": "context_options",
+        "doc_to_target": "continuation",
+        **_means("acc"),
+    },
+    "continuation": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "context",
+        "doc_to_target": "continuation",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            *_means("acc")["metric_list"],
+        ],
+    },
+    "truth": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "doc_to_choice": "choices",
+        "doc_to_target": 0,
+        "num_fewshot": 0,  # its examples are in the question
+        "process_results": _truth,
+        **_means("mc1", "mc2"),
+    },
+    "recall": {
+        "output_type": "generate_until",
+        "doc_to_text": _document_and_ask,
+        "doc_to_target": "answers",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 48},
+        "process_results": _contains,
+        **_means("contains"),
+    },
+}
+
+
+class LocalTask(ConfigurableTask):
+    """A task of lm-eval whose questions are in a local file (`questions.read_questions`).
+
+    * `choice`: accuracy, also of the likelihood per character (`acc_norm`);
+    * `schema`: accuracy;
+    * `continuation`: perplexity of the continuation, and how often greedy decoding gives it;
+    * `truth`: `mc1` and `mc2` of TruthfulQA;
+    * `recall`: up to 48 tokens or a line are generated; `contains` an answer, whatever the case.
+
+    Raises:
+        DataError: the file cannot be read or has no known form.
+    """
+
+    def __init__(self, name: str, file: str | Path) -> None:
+        self.questions = read_questions(Path(file))
+        options = _KINDS[self.questions.kind]
+        super().__init__(config={"task": name, "test_split": "test", "fewshot_split": "test", **options})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """The questions, as lm-eval holds them."""
+        self.dataset = {"test": Dataset.from_list(self.questions.items)}
+
+
+# ---------------------------------------------------------------------- intervals
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval of the mean of what each question gave.
+
+    Where it is right or wrong (1 or 0) it is Wilson's (1927), which also says something where all are; else the normal
+    one.
+    """
+    z, count, mean = 1.96, len(values), fmean(values)
+    if set(values) <= {0, 1}:
+        middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+        return max(0.0, middle - half), min(1.0, middle + half)
+    half = z * stdev(values) / math.sqrt(count) if count > 1 else math.inf
+    return mean - half, mean + half
+
+
+def _intervals(results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Of the metrics of a task that are means, or perplexities, of what its questions gave."""
+    found: dict[str, list[float]] = {}
+    for key, value in results.items():
+        metric, _, filtered = key.partition(",")
+        given: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == filtered]
+        if not given or not isinstance(value, float) or not all(isinstance(each, float | int) for each in given):
+            continue
+        values = [float(each) for each in given]
+        bounds = interval(values)
+        if not all(map(math.isfinite, bounds)):
+            continue
+        if math.isclose(fmean(values), value, rel_tol=1e-6, abs_tol=1e-9):
+            found[key] = list(bounds)
+        elif metric == "perplexity" and -bounds[0] < _LARGEST_EXPONENT:
+            found[key] = [math.exp(-bounds[1]), math.exp(-bounds[0])]
+    return found
+
+
+_LARGEST_EXPONENT = 700  # of what a float can hold
