@@ -3,6 +3,8 @@
 import json
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +24,8 @@ def same(world: World, strategy: str) -> None:
     alone, together = whole_model(), whole_model()
     reference = take(stepper(ALONE, ParallelSection(), alone), ALONE)
     compile_blocks(together)
-    graphs = compiled_graphs()
-    mine = take(stepper(world, STRATEGIES[strategy], together), world)
-    assert compiled_graphs() > graphs, "nothing was compiled"
+    with compiling():
+        mine = take(stepper(world, STRATEGIES[strategy], together), world)
     assert_same(mine, reference)
     assert_same_weights(together, alone)
 
@@ -34,7 +35,17 @@ def whole_run(world: World, directory: Path, strategy: str) -> None:
     values = json.loads((directory / "recipe.json").read_text())
     values["training"]["compile"] = True
     values["output"], values["parallel"] = str(directory / "compiled"), {"strategy": strategy}
-    assert train(Recipe.from_dict(values)).step == values["training"]["steps"]
+    with compiling():
+        assert train(Recipe.from_dict(values)).step == values["training"]["steps"]
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Something is compiled; what was compiled before is forgotten, for models of one shape share it."""
+    torch._dynamo.reset()
+    graphs = compiled_graphs()
+    yield
+    assert compiled_graphs() > graphs, "nothing was compiled"
 
 
 def compiled_graphs() -> int:
