@@ -133,7 +133,10 @@ def test_auto_model_is_the_decoder(tmp_path: Path) -> None:
     out = model(tokens)
     assert torch.equal(native.lm_head(out.last_hidden_state), native(tokens).logits)
     more = random_tokens(2, 3, seed=5)
-    again = model(more, past_key_values=out.past_key_values).last_hidden_state
+    second = model(more, past_key_values=out.past_key_values)
+    assert second.past_key_values is out.past_key_values  # in place, as with every base model of transformers
+    assert out.past_key_values.get_seq_length() == 12
+    again = second.last_hidden_state
     expected = model(torch.cat([tokens, more], 1)).last_hidden_state[:, 9:]
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
     (hidden, _, gates) = model(tokens, return_dict=False)

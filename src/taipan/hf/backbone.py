@@ -108,8 +108,7 @@ class TaipanBackbone(TaipanDecoder):
         if self.training and self.watch is not None and self.schedule.forced is None:
             self.watch.append(decisions(output.gates))
         if use_cache or cache is not None:
-            cache = cache or TaipanCache()
-            cache.advance(output.build_state(), call.input_ids.shape[1], partial(self.reread, call))
+            cache = self.cached(call, output.build_state())
         return BackboneOutput(
             hidden_BTD=output.hidden_BTD,
             build_state=output.build_state,
@@ -117,6 +116,12 @@ class TaipanBackbone(TaipanDecoder):
             past_key_values=cache,
             carry_budget=self._carry_budget,
         )
+
+    def cached(self, call: Call, state: DecoderState) -> TaipanCache:
+        """The cache of a call, a new one if it has none, with the state after its tokens."""
+        cache = TaipanCache() if call.cache is None else call.cache  # not `or`: a cache without layers is false
+        cache.advance(state, call.input_ids.shape[1], partial(self.reread, call))
+        return cache
 
     @torch.no_grad()
     def reread(self, call: Call, state: DecoderState | None, length: int) -> DecoderState:

@@ -1,7 +1,6 @@
 """The native decoder as a `PreTrainedModel`: arguments in and out, no mathematics of its own."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -11,13 +10,14 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from taipan.errors import InputError, shown
 from taipan.hf.arguments import HOW_TO_COUNT, check_arguments, counted_items, read_call
+from taipan.hf.backbone import BackboneOutput
 from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
 from taipan.hf.output import TaipanCausalLMOutput, TaipanModelOutput
 from taipan.hf.pretrained import TaipanPreTrainedModel
 from taipan.hf.quantisation import refuse_training
 from taipan.layers.linear import Linear
-from taipan.model import Loss, TaipanOutput, compute_loss, measure_gains
+from taipan.model import TaipanOutput, decode_with_loss
 
 _REFUSED_MODES = {
     "contrastive_search": "it reads the hidden states of many candidates at once, and Taipan returns none",
@@ -58,8 +58,7 @@ class TaipanModel(TaipanPreTrainedModel):
             **kwargs,
         )
         result = TaipanModelOutput(output.last_hidden_state, output.past_key_values, gates=output.gates)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if wants_dict else result.to_tuple()
+        return self._returned(result, return_dict)
 
 
 class TaipanForSequenceClassification(TaipanPreTrainedModel):
@@ -120,8 +119,7 @@ class TaipanForSequenceClassification(TaipanPreTrainedModel):
         if labels is not None:
             loss = cast(Any, self.loss_function)(labels=labels, pooled_logits=logits, config=self.config)
         result = SequenceClassifierOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if wants_dict else result.to_tuple()
+        return self._returned(result, return_dict)
 
     def _last(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Column of the last real token of each row, (B,)."""
@@ -196,34 +194,21 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         wants_cache = self._wants_cache(use_cache)
         if self.model.quantised and self.training and torch.is_grad_enabled():
             refuse_training(self)  # the head, too
-        gains = measure_gains(
+        decoder, loss = decode_with_loss(
             self.model,
             self.lm_head,
-            self.model.config,
             tokens_BT=call.input_ids,
             state=call.state,
             attention_mask=call.attention_mask,
             segment_ids=call.segment_ids,
             labels=labels,
+            num_items_in_batch=None if labels is None else counted_items(call, labels, num_items_in_batch),
+            implementation=self.implementations["linear_cross_entropy"],
         )
-        decoder = self.model(call.input_ids, call.state, call.attention_mask, call.segment_ids)
-        loss: Loss | None = None
-        if labels is not None:
-            loss = compute_loss(
-                decoder,
-                head=self.lm_head,
-                config=self.model.config,
-                schedule=self.model.schedule,
-                labels=labels,
-                attention_mask=call.attention_mask,
-                segment_ids=call.segment_ids,
-                num_items_in_batch=counted_items(call, labels, num_items_in_batch),
-                implementation=self.implementations["linear_cross_entropy"],
-                gains=gains,
-            )
+        if loss is not None:
             link = self.model.link
             if link is not None and not self.training:
-                link.evaluated = (len(labels), float(loss.cross_entropy.detach()), float(loss.budget.detach()))
+                link.evaluated = (len(call.input_ids), float(loss.cross_entropy.detach()), float(loss.budget.detach()))
         else:
             if num_items_in_batch is not None and self.model.link is None and call.hides_starts:
                 raise InputError(
@@ -231,24 +216,18 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
                     "that have nothing before them: of first tokens behind padding or of documents in packed rows. "
                     f"{HOW_TO_COUNT}"
                 )
-            decoder = replace(decoder, hidden_BTD=decoder.last_hidden_state)
+            decoder = replace(decoder, hidden_BTD=cast(BackboneOutput, decoder).last_hidden_state)
         output = TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=keep)
-        if wants_cache:
-            cache = TaipanCache() if cache is None else cache
-            cache.advance(output.state, call.input_ids.shape[1], partial(self.model.reread, call))
-        else:
-            cache = None
         deferred = self.training and labels is not None
         result = TaipanCausalLMOutput(
             loss=output.loss,
             logits=output if deferred else output.logits,
-            past_key_values=cache,
+            past_key_values=self.model.cached(call, output.state) if wants_cache else None,
             cross_entropy=output.cross_entropy,
             budget=output.budget,
             gates=output.gates,
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if wants_dict else result.to_tuple()
+        return self._returned(result, return_dict)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.generic import ModelOutput
 
 from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError, InputError
@@ -19,6 +20,7 @@ from taipan.layers.gating import GateSchedule
 from taipan.model import resolve_implementations
 from taipan.model.decoder import init_decoder
 
+_Output = TypeVar("_Output", bound=ModelOutput)
 _HEADS = ("score",)  # what a language model's checkpoint does not have, and a head of another kind begins with
 
 
@@ -174,3 +176,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
                 "use_cache out, or call model.activation_checkpointing_disable()."
             )
         return self.config.use_cache and not self.training if use_cache is None else use_cache
+
+    def _returned(self, output: _Output, return_dict: bool | None) -> _Output | tuple[Any, ...]:
+        """What a forward returns: the output, or as a tuple where the caller or the configuration says so."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -3,10 +3,10 @@
 from taipan.model.block import Block
 from taipan.model.decoder import DecoderOutput, TaipanDecoder
 from taipan.model.directory import load_tokenizer
-from taipan.model.gains import measure_gains, next_tokens
+from taipan.model.gains import next_tokens
 from taipan.model.implementations import IMPLEMENTATIONS, resolve_implementations
 from taipan.model.language_model import TaipanLM, weights_of
-from taipan.model.loss import Loss, budget_penalty, compute_loss
+from taipan.model.loss import Loss, budget_penalty, compute_loss, decode_with_loss
 from taipan.model.output import TaipanOutput
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "TaipanOutput",
     "budget_penalty",
     "compute_loss",
+    "decode_with_loss",
     "load_tokenizer",
-    "measure_gains",
     "next_tokens",
     "resolve_implementations",
     "weights_of",

@@ -18,9 +18,8 @@ from taipan.layers.selective_attention import SelectiveAttention
 from taipan.model.block import Block
 from taipan.model.decoder import TaipanDecoder, init_decoder
 from taipan.model.directory import check_fit, read_model, save_model
-from taipan.model.gains import measure_gains
 from taipan.model.implementations import resolve_implementations
-from taipan.model.loss import Loss, compute_loss
+from taipan.model.loss import decode_with_loss
 from taipan.model.output import TaipanOutput
 from taipan.model.sharding import whole
 from taipan.model.weights import weights_file
@@ -88,31 +87,18 @@ class TaipanLM(nn.Module):
             InputError: ids out of range, no tokens, or shapes that do not fit.
             StateError: the state is of another model or batch.
         """
-        gains = measure_gains(
+        decoder, loss = decode_with_loss(
             self.model,
             self.lm_head,
-            self.config,
             tokens_BT=tokens_BT,
             state=state,
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             labels=labels,
+            num_items_in_batch=num_items_in_batch,
+            implementation=self.implementations["linear_cross_entropy"],
+            predict_starts=predict_starts,
         )
-        decoder = self.model(tokens_BT, state, attention_mask, segment_ids)
-        loss: Loss | None = None
-        if labels is not None:
-            loss = compute_loss(
-                decoder,
-                head=self.lm_head,
-                config=self.config,
-                schedule=self.model.schedule,
-                labels=labels,
-                attention_mask=attention_mask,
-                segment_ids=None if predict_starts else segment_ids,
-                num_items_in_batch=num_items_in_batch,
-                implementation=self.implementations["linear_cross_entropy"],
-                gains=gains,
-            )
         return TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=logits_to_keep)
 
     def generate(self, tokens_BT: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:

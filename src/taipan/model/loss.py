@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from taipan.config import TaipanConfig
 from taipan.layers.gating import GateOutput, GateSchedule
 from taipan.layers.linear import is_plain
-from taipan.model.decoder import DecoderOutput
-from taipan.model.gains import Gains, next_tokens
+from taipan.model.decoder import DecoderOutput, TaipanDecoder
+from taipan.model.gains import Gains, measure_gains, next_tokens
 from taipan.ops.linear_cross_entropy import linear_cross_entropy
+from taipan.shapes import IntBT
+from taipan.state import DecoderState
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,58 @@ class Loss:
     cross_entropy: Tensor
     budget: Tensor
     forecast: Tensor
+
+
+def decode_with_loss(
+    decoder: TaipanDecoder,
+    head: nn.Module,
+    *,
+    tokens_BT: IntBT,
+    state: DecoderState | None,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    implementation: str,
+    predict_starts: bool = False,
+) -> tuple[DecoderOutput, Loss | None]:
+    """Run the decoder and, if there are labels, compute the loss: what every face of the language model does.
+
+    Args:
+        decoder: of the model.
+        head: from hidden states to logits.
+        tokens_BT: what is read; state, mask, documents, labels and the rest as in `TaipanLM.forward`.
+        implementation: of `linear_cross_entropy`.
+
+    Raises:
+        InputError, StateError: as `TaipanLM.forward`.
+    """
+    gains = measure_gains(
+        decoder,
+        head,
+        decoder.config,
+        tokens_BT=tokens_BT,
+        state=state,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        labels=labels,
+    )
+    output: DecoderOutput = decoder(tokens_BT, state, attention_mask, segment_ids)
+    if labels is None:
+        return output, None
+    loss = compute_loss(
+        output,
+        head=head,
+        config=decoder.config,
+        schedule=decoder.schedule,
+        labels=labels,
+        attention_mask=attention_mask,
+        segment_ids=None if predict_starts else segment_ids,
+        num_items_in_batch=num_items_in_batch,
+        implementation=implementation,
+        gains=gains,
+    )
+    return output, loss
 
 
 def compute_loss(
