@@ -9,8 +9,8 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import sysconfig
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -23,10 +23,14 @@ from taipan import TaipanConfig, TaipanLM
 from taipan.cli.main import app
 from taipan.data.tokenizer import Tokenizer
 from tests.documentation import SHELL, Block, blocks, code_spans, command_lines, links, paper_map
+from tests.warm import warm_programs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAPER_MAP = ROOT / "docs/paper_map.md"
+
+BASH = ["bash", "-euo", "pipefail"]
+PYTHON = ["env", "python-code"]  # env looks along the path
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -49,19 +53,51 @@ def executions() -> list[Any]:
     return runs
 
 
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Path]:
+    with warm_programs() as directory:
+        yield directory
+
+
+@pytest.fixture
+def environment(programs: Path) -> dict[str, str]:
+    """Where `taipan` starts at once."""
+    path = [str(programs), sysconfig.get_path("scripts"), os.environ["PATH"]]
+    return os.environ | {"PATH": os.pathsep.join(path)}
+
+
 @pytest.mark.parametrize(("document", "tiers"), executions())
-def test_marked_blocks_run(document: Path, tiers: set[str], tmp_path: Path) -> None:
+def test_marked_blocks_run(document: Path, tiers: set[str], tmp_path: Path, environment: dict[str, str]) -> None:
     for entry in ("README.md", "docs", "recipes", "examples", "src", "benchmarks"):
         if (ROOT / entry).exists():
             (tmp_path / entry).symlink_to(ROOT / entry)
-    environment = os.environ | {"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"}
     for block in marked(document):
         if block.tier not in tiers:
             continue
         assert block.language in {*SHELL, "python"}, f"{document}:{block.line}: cannot run {block.language!r}"
-        interpreter = [sys.executable, "-"] if block.language == "python" else ["bash", "-euo", "pipefail"]
+        interpreter = PYTHON if block.language == "python" else BASH
         code, output = run(interpreter, block.commands, tmp_path, environment)
         assert code == 0, f"{document}:{block.line} failed:\n{block.commands}\n{output[-5000:]}"
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "text", "code", "output"),
+    [
+        (PYTHON, "import os\nprint(os.environ['A'], os.getcwd())", 0, "b {directory}\n"),
+        (PYTHON, "raise SystemExit('why')", 1, "why\n"),
+        (PYTHON, "1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+        (BASH, "taipan presets --nonesuch", 2, "No such option: --nonesuch"),
+        (BASH, "taipan presets | grep -c taipan-tiny; echo $A", 0, "1\nb\n"),
+        (BASH, "taipan presets > missing/file", 1, "missing/file: No such file or directory\n"),
+        (PYTHON, "import os\nos.kill(os.getpid(), 9)", 1, "it was killed\n"),
+    ],
+)
+def test_what_blocks_run_in_says_how_it_ended(
+    interpreter: list[str], text: str, code: int, output: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    found = run(interpreter, text, tmp_path, environment | {"A": "b"})
+    assert found[0] == code, found
+    assert output.format(directory=tmp_path) in found[1]
 
 
 def run(interpreter: list[str], code: str, directory: Path, environment: dict[str, str]) -> tuple[int, str]:
@@ -194,7 +230,7 @@ def test_the_paper_map_has_every_equation() -> None:
     assert numbers >= set(range(1, 8))
 
 
-def test_the_first_python_of_the_readme_runs(tmp_path: Path) -> None:
+def test_the_first_python_of_the_readme_runs(tmp_path: Path, environment: dict[str, str]) -> None:
     """It loads what `make quickstart` makes, so it cannot stand among the blocks that are executed in order."""
     texts = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
     code = next(block.code for block in texts if block.language == "python")
@@ -202,8 +238,6 @@ def test_the_first_python_of_the_readme_runs(tmp_path: Path) -> None:
     assert len([line for line in code.splitlines() if line.strip()]) == 3
     model = TaipanLM(TaipanConfig.preset("taipan-tiny"))
     model.save_pretrained(tmp_path / "quickstart" / "model", Tokenizer.bytes())
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    found, output = run(PYTHON, code, tmp_path, environment)
+    assert found == 0, output
+    assert output.strip()
