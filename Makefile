@@ -16,7 +16,7 @@ RELIABILITY := $(addprefix tests/training/, processes/test_distributed.py step/t
 	$(patsubst %,run/test_%.py,checkpoint damage kills resume storage_faults))
 
 .NOTPARALLEL:
-.PHONY: help setup quickstart test test-all stress docs dist check lint types floors pages format clean
+.PHONY: help setup quickstart test test-all stress docs dist check lint types floors browser pages format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -53,8 +53,16 @@ types: $(DEVELOPMENT) ## Check types (pyright, strict)
 floors: $(DEVELOPMENT) ## Check that each floor imports only downwards
 	$(BIN)/lint-imports --no-logo
 
-pages: $(DEVELOPMENT) ## Check the HTML pages and the site in headless Chromium with axe-core (needs npm and Chromium)
+# Before anything is made that takes minutes.
+browser:
+	@command -v node >/dev/null && command -v npm >/dev/null || { \
+	    echo "Error: make pages needs Node.js with npm, and Chromium. On Debian and Ubuntu: apt install nodejs npm chromium" >&2; \
+	    exit 1; }
 	cd tests/pages && npm ci --no-audit --no-fund
+	@node tests/pages/ready.mjs
+
+pages: browser $(DEVELOPMENT) ## Check the HTML pages and the site in headless Chromium (needs Node.js and Chromium)
+	node tests/pages/figure.mjs build/pages/screenshots README.md
 	$(BIN)/taipan quickstart --seconds 20 --out build/pages/quickstart --overwrite
 	$(BIN)/taipan inspect build/pages/quickstart/model CONTRIBUTING.md -o build/pages/inspect.html
 	node tests/pages/check.mjs build/pages/screenshots build/pages/quickstart/report.html build/pages/inspect.html
