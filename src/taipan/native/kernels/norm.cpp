@@ -22,11 +22,11 @@ inline Vector<T> gated(const X* y, const X* z, Index c) {
   return widen<T>(y + c) * gate * sigmoid(gate);
 }
 
-// Room for u of a group.
+// Room for u of a group, and for as much again.
 template <class T>
 T* group_scratch(const Shape& s) {
   Scratch& scratch = thread_scratch();
-  return scratch.reserve(Scratch::bytes<T>(s.group)) ? scratch.take<T>(s.group) : nullptr;
+  return scratch.reserve(2 * Scratch::bytes<T>(s.group)) ? scratch.take<T>(2 * s.group) : nullptr;
 }
 
 template <class T>
@@ -71,7 +71,7 @@ int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps
   std::memset(dweight, 0, sizeof(T) * threads * s.channels);
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
   for (Index part = 0; part < threads; ++part) {
-    T *u = group_scratch<T>(s), *own = dweight + part * s.channels;
+    T *u = group_scratch<T>(s), *opening = u + s.group, *own = dweight + part * s.channels;
     if (u == nullptr) {
       status = kNoMemory;
       continue;
@@ -82,7 +82,12 @@ int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps
       for (Index begin = 0; begin < s.channels; begin += s.group) {
         Vector<T> squares{}, products{};
         for (Index c = 0; c < s.group; c += kLanes<T>) {
-          const Vector<T> value = gated<T>(y_row, z_row, begin + c);
+          Vector<T> value = widen<T>(y_row + begin + c);
+          if (z != nullptr) {
+            const Vector<T> gate = widen<T>(z_row + begin + c), open = sigmoid(gate);
+            value = value * gate * open;
+            store(opening + c, open);
+          }
           squares += value * value;
           products += value * widen<T>(gradient + begin + c) * load(weight + begin + c);
           store(u + c, value);
@@ -98,7 +103,7 @@ int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps
             narrow(dy + row * s.channels + at, du);
             continue;
           }
-          const Vector<T> gate = widen<T>(z_row + at), open = sigmoid(gate);
+          const Vector<T> gate = widen<T>(z_row + at), open = load(opening + c);
           narrow(dy + row * s.channels + at, du * gate * open);
           narrow(dz + row * s.channels + at, du * widen<T>(y_row + at) * open * (T(1) + gate * (T(1) - open)));
         }

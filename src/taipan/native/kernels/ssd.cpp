@@ -223,9 +223,22 @@ void from_state_and_chunk(const Shape& s, Index size, const typename Product::Le
 // Heads of a group that take a chunk one after the other, while the data they share is in the second cache.
 constexpr Index kTogether = 4;
 
-// The same, or fewer so that there are enough tasks for all threads.
+// The number of them, up to 6, with which the thread that gets most has least to do. A head alone takes 1.18 of the time
+// that it takes beside others, two take 1.03.
 inline Index heads_together(const Shape& s, int threads) {
-  return std::max<Index>(1, std::min<Index>({kTogether, s.heads / s.groups, s.batch * s.heads / (3 * threads)}));
+  const Index heads = s.heads / s.groups;
+  Index best = 1;
+  double least = 0;
+  for (Index together = 1; together <= std::min<Index>(6, heads); ++together) {
+    const Index tasks = s.batch * s.groups * ((heads + together - 1) / together), rounds = (tasks + threads - 1) / threads;
+    const double alone = together == 1 ? 1.18 : together == 2 ? 1.03 : 1.0;
+    const double time = alone * static_cast<double>(rounds * together);
+    if (together == 1 || time < least) {
+      best = together;
+      least = time;
+    }
+  }
+  return best;
 }
 
 // The forward of a few heads of a group.

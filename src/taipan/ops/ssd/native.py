@@ -104,8 +104,13 @@ def _forward(inputs: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _slices(groups: int, heads: int) -> int:
-    """Number of parts of a group's heads, chosen so that all threads have work until the end."""
-    return min(heads, -(-2 * torch.get_num_threads() // groups)) if groups % torch.get_num_threads() else 1
+    """Number of parts of a group's heads: equal ones where there are such, so that no thread waits for another."""
+    threads = torch.get_num_threads()
+    if groups % threads == 0:
+        return 1
+    most = min(heads, -(-2 * threads // groups))
+    even = [number for number in range(most, 1, -1) if heads % number == 0 and groups * number % threads == 0]
+    return even[0] if even else most
 
 
 class _SSD(torch.autograd.Function):
