@@ -1,10 +1,18 @@
-"""Which token comes next: from the logits of one step to one token of every row."""
+"""Which token comes next: from the logits of one step to one token of every row.
+
+By the compiled kernels (native/kernels/choose.h) where they run, else by `taipan.generation.sampling`.
+"""
+
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from taipan.errors import InputError
 from taipan.generation import sampling
 from taipan.generation.settings import GenerationSettings
+from taipan.native import call, native_available
+from taipan.native.interface import Choice, Choose
 from taipan.seeding import seeded_generator
 from taipan.shapes import BoolBT, BoolBV, FloatBV, IntB, IntBT
 
@@ -30,6 +38,16 @@ class Chooser:
         if len(ids) == vocabulary:
             raise InputError("suppress_tokens leaves no token that could be drawn: leave some out.")
         self._excluded = torch.tensor(ids, dtype=torch.int64)
+        self._how = Choice.of(
+            sample=settings.do_sample,
+            penalty=settings.repetition_penalty,
+            temperature=settings.temperature,
+            top_k=min(settings.top_k, vocabulary),
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            excluded=self._excluded,
+            excluded_count=len(ids),
+        )
         self._seen_BV: BoolBV | None = None
         self._seed = 0
         if settings.do_sample:
@@ -55,6 +73,45 @@ class Chooser:
         Raises:
             InputError: a row holds NaN or no token with a finite logit.
         """
+        # PyTorch finds the likeliest as quickly
+        if self._settings.do_sample and logits_BV.dtype == torch.float32 and native_available(logits_BV):
+            token_B = torch.empty(len(logits_BV), dtype=torch.int64)
+            rows, columns = logits_BV.shape
+            logits_BV = logits_BV.contiguous()
+            call(
+                torch.float32,
+                Choose,
+                how=self._how,
+                seen=self._seen_BV,
+                uniform=self._uniform(rows),
+                rows=rows,
+                columns=columns,
+                logits=logits_BV,
+                tokens=token_B,
+            )
+            return self.checked(token_B)
+        return self._by_sampling(logits_BV)
+
+    def of_row(self, steps: int) -> dict[str, Any]:
+        """What `Write` needs to know of how the next tokens of the only row are chosen, with their random numbers."""
+        uniform = None
+        if self._settings.do_sample:  # the same numbers as one by one
+            uniform = torch.rand(steps, generator=self._of_rows(1)[0], dtype=torch.float64)
+        return {"how": self._how, "seen": self._seen_BV, "uniform": uniform}
+
+    @staticmethod
+    def checked(token_B: IntB) -> IntB:
+        """Tokens that a kernel chose.
+
+        Raises:
+            InputError: it found none for a row.
+        """
+        rows: list[int] = (token_B < 0).nonzero()[:, 0].tolist()
+        if rows:
+            sampling.refuse(rows)
+        return token_B
+
+    def _by_sampling(self, logits_BV: FloatBV) -> IntB:
         settings = self._settings
         if len(self._excluded):
             logits_BV = logits_BV.index_fill(1, self._excluded.to(logits_BV.device), -torch.inf)
@@ -66,8 +123,11 @@ class Chooser:
         logits_BV = sampling.keep_top_k(logits_BV, settings.top_k)
         logits_BV = sampling.keep_top_p(logits_BV, settings.top_p)
         logits_BV = sampling.keep_min_p(logits_BV, settings.min_p)
-        numbers = [torch.rand((), generator=own, dtype=torch.float64) for own in self._of_rows(len(logits_BV))]
-        return sampling.draw(logits_BV, torch.stack(numbers).to(logits_BV.device))
+        return sampling.draw(logits_BV, self._uniform(len(logits_BV)).to(logits_BV.device))
+
+    def _uniform(self, rows: int) -> Tensor:
+        """The next random number of each row, fp64 in [0, 1)."""
+        return torch.stack([torch.rand((), generator=own, dtype=torch.float64) for own in self._of_rows(rows)])
 
     def _of_rows(self, rows: int) -> list[torch.Generator]:
         """One stream of random numbers per row, independent of the other rows."""

@@ -1,6 +1,7 @@
 """Reading one token of every row after another: by the native step where it runs, else by the model itself."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
@@ -9,17 +10,20 @@ import torch
 from torch import Tensor
 
 from taipan.errors import ConfigError, InputError, shown
+from taipan.generation.choosing import Chooser
 from taipan.generation.prefill import Reading, read
 from taipan.generation.program import DecoderProgram, check_weights, program_of
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.sampling import greedy
-from taipan.native import invoke
-from taipan.native.interface import Decode, State, array_of
+from taipan.native import call, invoke
+from taipan.native.interface import Decode, State, Write, array_of
 from taipan.native.memory import Arena
 from taipan.shapes import BoolB, FloatBV, IntB, IntBT
 from taipan.state import DecoderState
 
 _SPARE = 256  # buffers grow by at least so many entries
+_CALL_SECONDS, _MOST_STEPS = 2e-3, 64  # of one call that writes several tokens: nobody sees that they come together
+_FEWEST_STEPS = 4  # fewer are not worth a copy of the state
 
 
 @runtime_checkable
@@ -206,6 +210,57 @@ class NativeDecoding:
         return logits_BV.float()
 
     @property
+    def rows(self) -> int:
+        """Rows of the state."""
+        return len(self._rows_B)
+
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of the kernel's logits."""
+        return self._program.real
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the state is of one size, however many tokens are read."""
+        return not self._growing
+
+    def write(
+        self, logits_BV: Tensor, unread: int | None, steps: int, ends: Tensor, choice: Mapping[str, Any]
+    ) -> Tensor:
+        """Choose tokens of the only row and read all but the last of them, in one call.
+
+        Args:
+            logits_BV: in `real`; what the first is chosen from, and where those of each token go.
+            unread: a token to read before.
+            steps: how many tokens at most; more than one only where the state is of one size.
+            ends: int64 ids, after which no more are chosen.
+            choice: of `Chooser.of_row`, for so many steps.
+
+        Returns:
+            int64, the tokens; the last is −1 where none could be chosen.
+        """
+        if self._growing and unread is not None:
+            self._grow()
+        token_T, written = torch.empty(steps, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+        arguments = self._arguments
+        arguments.rows, arguments.count = self._rows_B.data_ptr(), 1
+        arguments.logits = logits_BV.data_ptr()
+        call(
+            self._program.real,
+            Write,
+            decode=arguments,
+            **choice,
+            steps=steps,
+            unread=unread is not None,
+            token=unread or 0,
+            ends=ends,
+            end_count=len(ends),
+            tokens=token_T,
+            written=written,
+        )
+        return token_T[: int(written)]
+
+    @property
     def state(self) -> DecoderState:
         """See `Decoding.state`."""
         return self._of_rows(slice(None))
@@ -303,10 +358,19 @@ class Continuation:
     """
 
     def __init__(self, model: RecurrentLM, state: Any, weights: str) -> None:
-        self._start = partial(start_decoding, model, state, weights=weights)
-        self._decoding = self._start()
+        self._start = partial(start_decoding, model, weights=weights)
+        self._decoding = self._start(state)
         self._tokens: list[tuple[IntB, BoolB | None]] = []
         self._read = 0
+        # After how many tokens, and the state then: of the beginning, and of the last call that wrote several.
+        self._known: list[tuple[int, Any]] = [(0, state)]
+        self._room_BV: Tensor | None = None  # the logits, where `write` has them
+        self._step_seconds = _CALL_SECONDS
+
+    @property
+    def writes(self) -> bool:
+        """Whether `write` may be called: there is one row, and the native step reads it."""
+        return isinstance(self._decoding, NativeDecoding) and self._decoding.rows == 1
 
     def append(self, token_B: IntB, active_B: BoolB | None = None) -> Callable[[], Reading]:
         """Take a token of every row, or of the active ones; returns what gives the reading after it."""
@@ -320,11 +384,49 @@ class Continuation:
             self._read += 1
         return self._logits_BV
 
+    def write(
+        self, logits_BV: FloatBV, choose: Chooser, most: int, ends: Tensor
+    ) -> list[tuple[IntB, Callable[[], Reading]]]:
+        """Choose the next tokens of the only row and append them, several at once where a step is short.
+
+        All but the last of them are read, whoever asks for them or not.
+
+        Args:
+            logits_BV: what the very first is chosen from.
+            choose: how.
+            most: tokens.
+            ends: int64 ids, after which no more are chosen.
+
+        Returns:
+            At least one token, int64 (1,), each with what gives the reading after it.
+
+        Raises:
+            InputError: none can be chosen.
+        """
+        decoding = cast(NativeDecoding, self._decoding)
+        steps = min(most, _MOST_STEPS, int(_CALL_SECONDS / self._step_seconds)) if decoding.fixed else 1
+        steps = steps if steps >= _FEWEST_STEPS else 1
+        if steps > 1:
+            self._known[1:] = [(self._read, decoding.state)]
+        if not self._tokens:
+            self._logits_BV = logits_BV
+        if self._logits_BV is not self._room_BV:
+            self._room_BV = self._logits_BV = self._logits_BV.to(decoding.real, copy=True)
+        unread = int(self._tokens[-1][0]) if self._read < len(self._tokens) else None
+        began = time.perf_counter()
+        token_T = decoding.write(self._logits_BV, unread, steps, ends, choose.of_row(steps))
+        self._step_seconds = (time.perf_counter() - began) / max(1, len(token_T) - (unread is None))
+        choose.checked(token_T[-1:])
+        given = [(token_B, self.append(token_B)) for token_B in token_T.split(1)]
+        self._read = len(self._tokens) - 1
+        return given
+
     def _reading_after(self, number: int) -> Reading:
         if number > self._read:
             self.read()
         if number == self._read:
-            return Reading(self._logits_BV.clone(), self._decoding.state)
-        again = self._start()
-        logits_BV = [again.step(*tokens) for tokens in self._tokens[:number]][-1]
+            return Reading(self._logits_BV.float().clone(), self._decoding.state)
+        begin, state = [known for known in self._known if known[0] < number][-1]
+        again = self._start(state)
+        logits_BV = [again.step(*tokens) for tokens in self._tokens[begin:number]][-1]
         return Reading(logits_BV.clone(), again.state)

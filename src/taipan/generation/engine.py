@@ -17,7 +17,7 @@ from taipan.generation.program import why_no_program
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
 from taipan.generation.stopping import Endings, FinishReason
-from taipan.shapes import BoolB, BoolBT, IntB, IntBT
+from taipan.shapes import BoolB, BoolBT, FloatBV, IntB, IntBT
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,20 @@ def _steps(
         text = Continuation(model, reading.state, settings.weights)
         logits_BV = reading.logits_BV
         del reading
+    steps = _of_a_row if text.writes else _of_rows
+    yield from steps(text, logits_BV, settings.max_new_tokens, choose, endings, pad)
+
+
+def _of_rows(
+    text: Continuation, logits_BV: FloatBV, most: int, choose: Chooser, endings: Endings, pad: int
+) -> Iterator[StepOutput]:
+    """Choose a token of every row, read them, and so on."""
     finished_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=logits_BV.device)
-    for _ in range(settings.max_new_tokens):
+    for _ in range(most):
         generated_B = ~finished_B
         token_B = torch.where(generated_B, choose(logits_BV), pad)
         choose.hear(token_B[:, None])  # finished rows are ignored
-        reasons = endings.after(token_B)
+        reasons = endings.after(token_B.tolist())
         finished_B = torch.tensor([reason is not None for reason in reasons], device=logits_BV.device)
         reading_after = text.append(token_B, None if bool(generated_B.all()) else generated_B)
         yield StepOutput(
@@ -168,6 +176,28 @@ def _steps(
         if bool(finished_B.all()):
             return
         logits_BV = text.read()
+
+
+def _of_a_row(
+    text: Continuation, logits_BV: FloatBV, most: int, choose: Chooser, endings: Endings, pad: int
+) -> Iterator[StepOutput]:
+    """The same for one row, whose tokens the native step chooses by itself."""
+    ends_E = torch.tensor(endings.ends, dtype=torch.int64)
+    generated_B, going_B = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
+    written = 0
+    while written < most:
+        for token_B, reading_after in text.write(logits_BV, choose, most - written, ends_E):
+            written += 1
+            (reason,) = endings.after(token_B.tolist())
+            yield StepOutput(
+                tokens_B=token_B,
+                generated_B=generated_B,
+                finished_B=going_B if reason is None else generated_B,
+                finish_reasons=(reason,),
+                _reading=reading_after,
+            )
+            if reason is not None:
+                return
 
 
 def _single(tokens: object) -> Tensor | None:
@@ -223,20 +253,21 @@ def generate(
     Raises:
         InputError, StateError: as `stream`.
     """
-    columns = [tokens_BT]
-    lengths_B = torch.zeros(tokens_BT.shape[0], dtype=torch.int64, device=tokens_BT.device)
+    tokens: list[Tensor] = []
+    generated: list[Tensor] = []
     step: StepOutput | None = None
     for step in stream(model, tokens_BT, attention_mask, **options):
-        columns.append(step.tokens_B[:, None].to(tokens_BT.dtype))
-        lengths_B = lengths_B + step.generated_B
+        tokens.append(step.tokens_B)
+        generated.append(step.generated_B)
         if streamer is not None:
             streamer(step)
-    sequences = torch.cat(columns, 1)
+    new_BT = torch.stack(tokens, 1).to(tokens_BT) if tokens else tokens_BT[:, :0]
+    sequences = torch.cat([tokens_BT, new_BT], 1)
     if not return_details or step is None:
         return sequences
     return GenerateOutput(
         sequences=sequences,
-        lengths=lengths_B,
+        lengths=torch.stack(generated).sum(0).to(tokens_BT.device),
         state=step.state,
         finish_reasons=tuple(reason or "length" for reason in step.finish_reasons),
     )

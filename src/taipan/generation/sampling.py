@@ -5,6 +5,7 @@ filter sets what it drops to −∞ and keeps at least one token of each row.
 """
 
 import math
+from typing import NoReturn
 
 import torch
 
@@ -166,8 +167,12 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
 
 def _refuse_nan(values_B: FloatB) -> None:
     if values_B.isnan().any():
-        rows = values_B.isnan().nonzero()[:, 0].tolist()
-        raise InputError(
-            f"The model gave no usable logits for the rows {rows} (NaN, or −∞ for every token): its weights or the "
-            "state hold NaN, or its dtype overflows. Load it with dtype float32, or go back to a good checkpoint."
-        )
+        refuse(values_B.isnan().nonzero()[:, 0].tolist())
+
+
+def refuse(rows: list[int]) -> NoReturn:
+    """Raise `InputError`: no token can be chosen from the logits of these rows."""
+    raise InputError(
+        f"The model gave no usable logits for the rows {rows} (NaN, or −∞ for every token): its weights or the "
+        "state hold NaN, or its dtype overflows. Load it with dtype float32, or go back to a good checkpoint."
+    )

@@ -68,9 +68,13 @@ class Endings:
             real = tokens_BT[row] if real_BT is None else tokens_BT[row][real_BT[row]]
             own[:] = [*own, *real[-CONTEXT:].tolist()][-CONTEXT:]
 
-    def after(self, token_B: IntB) -> list[FinishReason | None]:
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids after which a row ends."""
+        return self._ends
+
+    def after(self, tokens: Sequence[int]) -> list[FinishReason | None]:
         """Take the next token of every row; those of rows that have ended are ignored."""
-        tokens: list[int] = token_B.tolist()
         self.reasons = self.reasons or [None] * len(tokens)
         if self._tokenizer is not None and not self._watches:
             strings, prompts = self._settings.stop_strings, self._prompts or [[] for _ in tokens]

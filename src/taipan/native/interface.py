@@ -104,6 +104,18 @@ class Double(Address):
     name, dtypes = "double", (torch.float64,)
 
 
+class DoubleOrNull(Double):
+    """The same, or none."""
+
+    or_null = True
+
+
+class FlagsOrNull(Address):
+    """bool, a byte each, or none."""
+
+    name, dtypes, or_null = "uint8", (torch.bool,), True
+
+
 class Structure(ctypes.Structure):
     """A structure of interface.h, with its name and fields."""
 
@@ -501,6 +513,52 @@ class Decode(Arguments):
     ]
 
 
+class Choice(Structure):
+    """How a token is chosen from logits."""
+
+    _fields_ = [
+        ("sample", Index),
+        ("penalty", ctypes.c_double),
+        ("temperature", ctypes.c_double),
+        ("top_k", Index),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+        ("excluded", Int64OrNull),
+        ("excluded_count", Index),
+    ]
+
+
+class Choose(Arguments):
+    """A token of every row of logits."""
+
+    function = "choose"
+    _fields_ = [
+        ("how", Choice),
+        *_sizes("rows columns"),
+        ("logits", Reals),
+        ("seen", FlagsOrNull),
+        ("uniform", DoubleOrNull),
+        ("tokens", Int64),
+    ]
+
+
+class Write(Arguments):
+    """Several tokens of one row: chosen, read, chosen, and so on."""
+
+    function = "write"
+    _fields_ = [
+        ("decode", Decode),
+        ("how", Choice),
+        *_sizes("steps unread token"),
+        ("ends", Int64OrNull),
+        ("end_count", Index),
+        ("seen", FlagsOrNull),
+        ("uniform", DoubleOrNull),
+        ("tokens", Int64),
+        ("written", Int64),
+    ]
+
+
 class Piece(Structure):
     """A piece of memory."""
 
@@ -540,6 +598,9 @@ STRUCTURES: tuple[type[Structure], ...] = (
     Layer,
     State,
     Decode,
+    Choice,
+    Choose,
+    Write,
     Piece,
     Digest,
 )

@@ -520,7 +520,7 @@ class Engine:
         token_B = stream.chooser(logits_BV) if token is None else torch.tensor([token])
         token = int(token_B[0]) if token is None else token
         stream.chooser.hear(token_B[:, None])
-        reason = stream.endings.after(token_B)[0]
+        reason = stream.endings.after([token])[0]
         text = stream.until.push(stream.decoder.push(token))
         if reason is not None:
             text += stream.until.push(stream.decoder.flush()) + stream.until.flush()

@@ -240,6 +240,39 @@ struct Decode {
   Real* logits;
 };
 
+// How a token is chosen from logits; `sample` 0: the likeliest. Applied in this order, as in generation/sampling.py.
+struct Choice {
+  Index sample;
+  double penalty, temperature;  // the penalty only where tokens seen are given
+  Index top_k;                  // 0: all
+  double top_p, min_p;
+  const std::int64_t* excluded;  // ids that are never chosen; may be null if there are none
+  Index excluded_count;
+};
+
+// A token of every row of logits (rows, columns); -1 where there is none that could be chosen.
+struct Choose {
+  Choice how;
+  Index rows, columns;
+  const Real* logits;
+  const std::uint8_t* seen;  // (rows, columns), or null
+  const double* uniform;     // of each row, in [0, 1); may be null if nothing is drawn
+  std::int64_t* tokens;
+};
+
+// Several tokens of a batch of one row: the logits of `decode` are those to choose from, unless `token` is still `unread`.
+// Ends behind one of `ends`, behind -1, and after `steps`; the last token is not read.
+struct Write {
+  Decode decode;
+  Choice how;
+  Index steps, unread, token;
+  const std::int64_t* ends;  // may be null if there are none
+  Index end_count;
+  std::uint8_t* seen;     // (vocabulary), or null
+  const double* uniform;  // of each step; may be null if nothing is drawn
+  std::int64_t *tokens, *written;
+};
+
 // A piece of memory to digest.
 struct Piece {
   const void* address;
@@ -288,6 +321,9 @@ TAIPAN_STRUCT(Layer, kind, norm, first, keys, values, last, conv_weight, conv_bi
 TAIPAN_STRUCT(State, first, second, recent, scores, index, count, slots)
 TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, rows, tokens, position, orders,
               recent, logits)
+TAIPAN_STRUCT(Choice, sample, penalty, temperature, top_k, top_p, min_p, excluded, excluded_count)
+TAIPAN_STRUCT(Choose, how, rows, columns, logits, seen, uniform, tokens)
+TAIPAN_STRUCT(Write, decode, how, steps, unread, token, ends, end_count, seen, uniform, tokens, written)
 TAIPAN_STRUCT(Piece, address, bytes)
 TAIPAN_STRUCT(Digest, pieces, count, result)
 
@@ -309,6 +345,8 @@ TAIPAN_STRUCT(Digest, pieces, count, result)
   F(attention_backward, AttentionBackward)   \
   F(cross_entropy, CrossEntropy)             \
   F(decode, Decode)                          \
+  F(choose, Choose)                          \
+  F(write, Write)                            \
   F(digest, Digest)
 
 #define TAIPAN_DECLARE(name, Arguments) TAIPAN_FUNCTION(name, Arguments);

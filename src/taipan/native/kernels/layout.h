@@ -21,7 +21,9 @@ std::string type_name() {
     return type_name<std::remove_cv_t<std::remove_pointer_t<T>>>() + "*";
   else if constexpr (std::is_void_v<T>)
     return "any";
-  else if constexpr (std::is_integral_v<T> && std::is_signed_v<T>)
+  else if constexpr (std::is_integral_v<T> && std::is_unsigned_v<T>)
+    return "uint" + std::to_string(8 * sizeof(T));
+  else if constexpr (std::is_integral_v<T>)
     return "int" + std::to_string(8 * sizeof(T));
   else if constexpr (std::is_same_v<T, float>)
     return "float";
