@@ -5,7 +5,7 @@ from typing import Literal
 
 from taipan.data.tokenizer import StreamDecoder, Tokenizer
 from taipan.generation.settings import GenerationSettings
-from taipan.shapes import BoolBT, IntB, IntBT
+from taipan.shapes import BoolBT, IntBT
 
 FinishReason = Literal["eos", "stop_string", "length"]
 

@@ -52,7 +52,7 @@ class Chooser {
  private:
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
   static constexpr int kShift = 21, kBits = 11;
-  static constexpr Index kDigits = Index(1) << kBits;
+  static constexpr Index kDigits = Index(1) << kBits, kFew = 48;
 
   // What is kept: all above a key, and so many of that key.
   struct Limit {
@@ -100,6 +100,7 @@ class Chooser {
     double before = 0;
     std::uint32_t prefix = 0;
     for (int shift = kShift; ; shift -= kBits) {
+      if (count <= kFew) return limit_of_few(count, most, before);
       const int down = std::max(shift, 0);
       const std::uint32_t digits = shift >= 0 ? kDigits - 1 : (1u << (kBits + shift)) - 1;
       std::fill(sum_, sum_ + digits + 1, 0.0);
@@ -120,6 +121,29 @@ class Chooser {
     }
     const double each = count > 0 ? static_cast<double>(amount_[0]) : 0.0;
     return {prefix, each > 0 ? std::max(1.0, std::ceil((most - before) / each)) : 1.0};
+  }
+
+  // The same by sorting them; so much comes `before` them.
+  Limit limit_of_few(Index count, double most, double before) {
+    for (Index n = 1; n < count; ++n) {
+      const std::uint32_t key = key_[n];
+      const float amount = amount_[n];
+      Index to = n;
+      for (; to > 0 && key_[to - 1] < key; --to) {
+        key_[to] = key_[to - 1];
+        amount_[to] = amount_[to - 1];
+      }
+      key_[to] = key;
+      amount_[to] = amount;
+    }
+    double equal = 0;
+    std::uint32_t last = 0;
+    for (Index n = 0; n < count && (n == 0 || before < most); ++n) {
+      equal = n > 0 && key_[n] == last ? equal + 1 : 1;
+      last = key_[n];
+      before += static_cast<double>(amount_[n]);
+    }
+    return {last, equal};
   }
 
   template <class Key>

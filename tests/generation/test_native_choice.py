@@ -1,0 +1,143 @@
+"""Tokens chosen by the compiled kernels, alone and several in a call, against sampling.py and single steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from taipan import DecoderState
+from taipan.errors import InputError
+from taipan.generation import GenerationSettings, StepOutput, prefill, sampling, stream
+from taipan.generation import decoding as decoding_module
+from taipan.generation.choosing import Chooser
+from tests.compilers import needs_kernels
+from tests.models import EVERY_LAYER_TYPE, random_tokens, small_model
+
+pytestmark = needs_kernels
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
+    """Rows of logits without ties, with −∞, of any spread and size; and how to choose from them."""
+    vocabulary = draw(st.sampled_from([1, 2, 5, 15, 16, 17, 63, 300, 4099]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    logits_BV = torch.randn(2, vocabulary, generator=generator, dtype=torch.float64)
+    logits_BV = (logits_BV * draw(st.sampled_from([1e-3, 1.0, 5.0, 200.0]))).float()
+    if draw(st.booleans()):
+        logits_BV[torch.rand(2, vocabulary, generator=generator) < 0.4] = -torch.inf
+        logits_BV[:, 0] = 0.0
+    options = {
+        "temperature": draw(st.sampled_from([1.0, 0.7, 3.0])),
+        "top_k": draw(st.sampled_from([0, 1, 7, 50])),
+        "top_p": draw(st.sampled_from([1.0, 0.95, 0.5, 1e-9, 1 - 1e-12])),
+        "min_p": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "repetition_penalty": draw(st.sampled_from([1.0, 1.3])),
+        "suppress_tokens": draw(st.sampled_from([(), (1,)])) if vocabulary > 1 else (),
+        "seed": draw(st.integers(0, 99)),
+        "do_sample": True,
+    }
+    return logits_BV, options
+
+
+@settings(max_examples=150, deadline=None)
+@given(choices())
+def test_the_kernel_chooses_what_the_filters_choose(choice: tuple[Tensor, dict[str, Any]]) -> None:
+    logits_BV, options = choice
+    how = GenerationSettings(**options)
+    native, plain = Chooser(how, logits_BV.shape[1]), Chooser(how, logits_BV.shape[1])
+    for _ in range(4):
+        found_B = native(logits_BV)
+        expected_B = plain._by_sampling(logits_BV)  # pyright: ignore[reportPrivateUsage]
+        # equal logits are told apart by their ids here, and by nobody knows what in topk
+        best_B, other_B = (logits_BV.gather(1, token_B[:, None]) for token_B in (found_B, expected_B))
+        assert best_B.equal(other_B)
+        for chooser in (native, plain):
+            chooser.hear(found_B[:, None])
+
+
+def test_of_equal_logits_the_lowest_ids_are_kept_exactly_so_many() -> None:
+    logits_BV = torch.tensor([[0.0, 3.0, 3.0, 3.0, 3.0, -1.0]])
+    for options, kept in (({"top_k": 2}, {1, 2}), ({"top_p": 0.45}, {1, 2})):
+        how = GenerationSettings(do_sample=True, seed=0, **options)  # pyright: ignore[reportArgumentType]
+        choose = Chooser(how, 6)
+        assert {int(choose(logits_BV)) for _ in range(60)} == kept
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_without_a_usable_logit_are_named(bad: float) -> None:
+    logits_BV = torch.zeros(3, 20)
+    logits_BV[1] = bad
+    choose = Chooser(GenerationSettings(do_sample=True, seed=0, top_p=0.9), 20)
+    with pytest.raises(InputError, match=r"rows \[1\]"):
+        choose(logits_BV)
+
+
+def test_random_numbers_at_once_are_those_one_by_one() -> None:
+    how = GenerationSettings(do_sample=True, seed=3)
+    alone = Chooser(how, 5)
+    single = torch.stack([alone._uniform(1)[0] for _ in range(70)])  # pyright: ignore[reportPrivateUsage]
+    assert Chooser(how, 5).of_row(70)["uniform"].equal(single)
+
+
+def steps(state: DecoderState, model: Any, **options: Any) -> tuple[list[StepOutput], list[DecoderState]]:
+    """Every step, and the state after it: asked for at once, and again at the end."""
+    out, states = [], []
+    for number, step in enumerate(stream(model, random_tokens(1, 1), state=state, **options)):
+        out.append(step)
+        if number % 3 == 0:
+            states.append(step.state)
+    return out, states
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_p": 0.8, "seed": 5, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_written_several_in_a_call_are_those_of_single_steps(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = tuple(kind for kind in EVERY_LAYER_TYPE if kind != "full_attention")
+    model = small_model(fixed, dtype=dtype)
+    state = prefill(model, random_tokens(1, 9)).state
+    monkeypatch.setattr(decoding_module, "_MOST_STEPS", 1)
+    single, before = steps(state, model, max_new_tokens=40, **options)
+    monkeypatch.setattr(decoding_module, "_MOST_STEPS", 7)
+    monkeypatch.setattr(decoding_module, "_CALL_SECONDS", 1e9)
+    several, after = steps(state, model, max_new_tokens=40, **options)
+    assert [int(step.tokens_B) for step in several] == [int(step.tokens_B) for step in single]
+    assert [step.finish_reasons for step in several] == [step.finish_reasons for step in single]
+    for one, other in zip(before, after, strict=True):
+        assert one.tensors().keys() == other.tensors().keys()
+        assert all(tensor.equal(other.tensors()[name]) for name, tensor in one.tensors().items())
+    for one, other in zip(single[-8:], several[-8:], strict=True):
+        assert one.reading.logits_BV.equal(other.reading.logits_BV)
+
+
+def test_an_end_token_ends_the_call_and_nothing_is_read_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_module, "_CALL_SECONDS", 1e9)
+    model = small_model(("mamba2", "mamba2"))
+    state = prefill(model, random_tokens(1, 9)).state
+    free, _ = steps(state, model, max_new_tokens=20)
+    end = int(free[10].tokens_B)
+    first = [int(step.tokens_B) for step in free].index(end)
+    ended, _ = steps(state, model, max_new_tokens=20, eos_token_id=end)
+    assert len(ended) == first + 1
+    assert ended[-1].finish_reasons == ("eos",)
+    assert int(ended[-1].state.position_B) == int(state.position_B) + 1 + first + 1
+
+
+def test_a_model_that_overflows_says_so_in_the_middle_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_module, "_CALL_SECONDS", 1e9)
+    model = small_model(("mamba2", "mamba2"))
+    state = prefill(model, random_tokens(1, 9)).state
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="no usable logits"):
+        list(stream(model, random_tokens(1, 1), state=state, max_new_tokens=9))
+
+
+def test_greedy_of_the_kernel_is_the_first_of_the_best() -> None:
+    model = small_model(("mamba2",))
+    model.lm_head.weight.data.zero_()  # every logit is equal
+    first = next(stream(model, random_tokens(1, 4), max_new_tokens=1))
+    assert int(first.tokens_B) == int(sampling.greedy(torch.zeros(1, model.config.vocab_size)))
