@@ -8,7 +8,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -21,6 +25,7 @@ from taipan.benchmark import server as measured
 from taipan.benchmark.server import HOST, NAME, Server, Streamed
 from taipan.data.tokenizer import Tokenizer
 from taipan.generation import GenerationSettings, generate
+from taipan.serving.workers import serve
 from taipan.sessions import Session
 from taipan.text import TextModel, load
 from tests.models import small_model
@@ -60,9 +65,19 @@ def call(server: Server, path: str, body: Any = None, method: str | None = None)
 
 
 def greedy(model: TextModel, prompt: str, tokens: int) -> str:
-    ids = torch.tensor([model.tokenizer.encode(prompt)])
-    whole = generate(model.model, ids, settings=GenerationSettings(max_new_tokens=tokens))
-    return model.tokenizer.decode(whole[0, ids.shape[1] :].tolist())
+    return model.tokenizer.decode(greedy_ids(model, model.tokenizer.encode(prompt), tokens))
+
+
+def greedy_ids(model: TextModel, ids: list[int], tokens: int) -> list[int]:
+    whole = generate(model.model, torch.tensor([ids]), settings=GenerationSettings(max_new_tokens=tokens))
+    return whole[0, len(ids) :].tolist()
+
+
+def in_threads(*works: Callable[[], object]) -> None:
+    """All at once; fails if one of them does."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        for future in [pool.submit(work) for work in works]:
+            future.result()
 
 
 # ---------------------------------------------------------------------- 200 clients
@@ -191,6 +206,7 @@ def test_two_workers_share_a_port_and_the_sessions(directory: Path, sessions: Pa
         workers = [child for child in parent.children(recursive=True) if len(child.children()) == 0]
         workers = [child for child in workers if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) == 2
+        assert server.load()["workers"] == 2
         assert call(server, "/v1/sessions", {"id": "shared", "text": TEXT})[0] == 200
         statuses: list[int] = []
 
@@ -202,11 +218,7 @@ def test_two_workers_share_a_port_and_the_sessions(directory: Path, sessions: Pa
                     time.sleep(0.01)
                 statuses.append(status)
 
-        threads = [threading.Thread(target=client, args=(letter,)) for letter in "abcd"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(*(partial(client, letter) for letter in "abcd"))
         assert statuses == [200] * 40
         session = Session.open(sessions / "shared.session", model)
         session.verify()
@@ -228,9 +240,89 @@ def test_two_workers_share_a_port_and_the_sessions(directory: Path, sessions: Pa
     assert not [child for child in workers if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_two_workers_and_one_session_at_the_same_time(directory: Path, sessions: Path) -> None:
+    """Some keep what they say in it, others ask and look: each answer is that to what the session was at one moment."""
+    server = started(directory, sessions, "--workers", "2")
+    model = load(directory)
+    kept: list[tuple[str, str]] = []
+    asked: list[tuple[int, str]] = []
+    done = threading.Event()
+    try:
+        assert call(server, "/v1/sessions", {"id": "shared", "text": TEXT})[0] == 200
+
+        def keeps(letter: str) -> None:
+            body = {"model": NAME, "prompt": letter, "max_tokens": 3, "temperature": 0, "session": "shared"}
+            for _ in range(8):
+                while (told := call(server, "/v1/completions", {**body, "keep": True}))[0] == 409:
+                    time.sleep(0.01)
+                assert told[0] == 200, told
+                kept.append((letter, told[1]["choices"][0]["text"]))
+
+        def asks() -> None:
+            body = {"model": NAME, "prompt": "?", "max_tokens": 3, "temperature": 0, "session": "shared"}
+            while not done.is_set():
+                for path, given in (
+                    ("/v1/completions", body),
+                    ("/v1/sessions/shared/text", None),
+                    ("/v1/sessions/shared/selection?begin=10&end=20", None),
+                    ("/v1/sessions", None),
+                ):
+                    status, told = call(server, path, given)
+                    assert status == 200, told  # who only asks is never refused
+                    if given is not None:
+                        asked.append(
+                            (told["usage"]["prompt_tokens_details"]["cached_tokens"], told["choices"][0]["text"])
+                        )
+
+        def writers() -> None:
+            try:
+                in_threads(partial(keeps, "a"), partial(keeps, "b"))
+            finally:
+                done.set()
+
+        in_threads(writers, asks, asks)
+        session = Session.open(sessions / "shared.session", model)
+        session.verify()
+        ids = session.ids()
+        # nothing is lost, and every answer went on from all that was kept before it
+        place, found = len(TEXT), list[tuple[str, str]]()
+        ends = {place}
+        while place < len(ids):
+            before = [*ids[:place], ids[place]]
+            answer = greedy_ids(model, before, 3)
+            assert ids[place + 1 : place + 1 + len(answer)] == answer
+            found.append((chr(ids[place]), model.tokenizer.decode(answer, after=before[-64:])))
+            place += 1 + len(answer)
+            ends.add(place)
+        assert sorted(text for text, _ in found) == sorted("ab" * 8)
+        assert sorted(found) == sorted(kept)
+        assert len(asked) > 4
+        for known, answer in asked:
+            assert known in ends
+            before = [*ids[:known], ord("?")]
+            assert answer == model.tokenizer.decode(greedy_ids(model, before, 3), after=before[-64:])
+    finally:
+        assert server.stop() == 0
+
+
 def test_a_worker_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
     with pytest.raises(measured.ConfigError, match="no config"):
         measured.start(tmp_path, "--workers", "2")
+
+
+def test_workers_that_die_before_they_serve_end_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not started again and again."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    told: list[str] = []
+    try:
+        make: Any = itemgetter("nothing that is counted")  # raises in the worker, where it is called with its counts
+        with pytest.raises(measured.ConfigError, match="could not start"):
+            serve(make, host=HOST, port=measured.free_port(), workers=2, told=lambda: told.append("serving"))
+    finally:
+        for number, handler in before.items():
+            with suppress(OSError, ValueError):
+                signal.signal(number, handler)
+    assert not told
 
 
 # ---------------------------------------------------------------------- lm-eval

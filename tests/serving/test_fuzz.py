@@ -20,7 +20,7 @@ NAMES = [
     "model", "prompt", "max_tokens", "n", "stop", "seed", "logprobs", "echo", "stream", "stream_options", "top_p",
     "top_k", "temperature", "min_p", "repetition_penalty", "messages", "best_of", "suffix", "logit_bias",
     "presence_penalty", "session", "keep", "text", "tokens", "id", "to", "mark", "user", "top_logprobs",
-    "max_completion_tokens", "unknown",
+    "max_completion_tokens", "selection", "unknown",
 ]  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "small", "prompt": "x", "max_tokens": 1},

@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from taipan.generation import GenerationSettings, generate, prefill
 from taipan.serving.app import Limits, create_app
 from taipan.serving.engine import Engine
 from taipan.serving.sessions import SessionLimits, Sessions
-from taipan.sessions import Session
+from taipan.sessions import ReadingCache, Session
 from taipan.text import TextModel
 from tests.models import small_model
 
@@ -136,6 +137,66 @@ def test_a_file_is_read_under_the_eyes_of_its_client(server: Server) -> None:
     assert_knows(server.opened("book"), expected)
 
 
+@pytest.mark.parametrize("kind", ["file", "tokens", "append"])
+def test_what_the_gates_select_is_told_while_a_text_is_read(server: Server, kind: str) -> None:
+    text = TEXT * 3
+    ids = MODEL.tokenizer.encode(text)
+    if kind == "append":
+        server.post("", {"id": "book", "text": "Before. "})
+        ids = [*b"Before. ", *ids]
+    path, content, headers = (
+        "?id=book&file=b.txt&stream=true&selection=true",
+        text.encode(),
+        {"Content-Type": "text/plain"},
+    )
+    if kind == "tokens":
+        path, headers = "", {"Content-Type": "application/json"}
+        content = json.dumps({"id": "book", "tokens": ids, "stream": True, "selection": True}).encode()
+    elif kind == "append":
+        path = "/book/append?stream=true&selection=true"
+    with server.http.stream("POST", f"/v1/sessions{path}", content=content, headers=headers) as answer:
+        *progress, end = events(answer.iter_lines())
+    assert end["object"] == "session"
+    first = len(ids) - len(MODEL.tokenizer.encode(text))
+    gates = MODEL.model(torch.tensor([[*ids, MODEL.tokenizer.eos_id]])).gates
+    assert len(progress) >= 2
+    for one in progress:
+        seen = one["selection"]
+        begin, to = seen["begin"], seen["end"]
+        assert to == one["tokens"]
+        assert 0 < to - begin == len(seen["tokens"]) <= 256
+        for layer, gate in zip(seen["layers"], gates, strict=True):
+            assert layer["layer"] == gate.layer
+            assert layer["selected"] == gate.selected_BT[0, first + begin : first + to].int().tolist()
+            share = gate.selected_BT[0, first : first + to].float().mean()
+            assert layer["percent"] == pytest.approx(100 * float(share), abs=0.06)
+    assert text.endswith("".join(progress[-1]["selection"]["tokens"])[-30:])
+    refused(server.http.post("/v1/sessions", json={"text": "x", "selection": True}), 400, "needs stream")
+
+
+def test_progress_of_a_reading_that_goes_on_counts_from_where_it_was(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = Session.create(server.sessions.path("book"), MODEL, every=512)
+    commit = Session._commit  # pyright: ignore[reportPrivateUsage]
+
+    def stops(self: Session, manifest: Any) -> None:
+        commit(self, manifest)
+        if self.tokens == 512:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Session, "_commit", stops)
+        begun.read_files(["b.txt"], lambda _: [TEXT])
+    kind = {"Content-Type": "text/plain"}
+    path = "/v1/sessions?id=book&file=b.txt&stream=true&selection=true"
+    with server.http.stream("POST", path, content=TEXT.encode(), headers=kind) as answer:
+        *progress, end = events(answer.iter_lines())
+    assert progress[0]["tokens"] > 512
+    assert progress[-1]["tokens"] == progress[-1]["total"] == end["tokens"] == len(MODEL.tokenizer.encode(TEXT)) + 1
+    assert progress[0]["selection"]["begin"] >= 512
+
+
 def test_a_reading_that_is_cut_off_goes_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     data, kind = TEXT.encode(), {"Content-Type": "text/plain"}
     begun = server.sessions.create("book")
@@ -242,6 +303,75 @@ def test_a_conversation_about_a_session(server: Server) -> None:
     server.post("/a/rollback", {"to": "turn_0"})
     made = server.openai.chat.completions.create(messages=[{"role": "user", "content": "What was it?"}], **options)
     assert made.choices[0].message.content == said[0]
+
+
+def test_who_looks_while_another_process_changes_it_sees_one_moment(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.post("", {"id": "a", "text": TEXT})
+    opened = Session.open
+
+    def overtaken(path: Path, model: TextModel, **options: Any) -> Session:
+        session = opened(path, model, **options)
+        opened(path, model).append("!")
+        return session
+
+    monkeypatch.setattr(server.sessions, "cache", ReadingCache())  # a process has not what others have read last
+    monkeypatch.setattr(Session, "open", overtaken)
+    ids = MODEL.tokenizer.encode(TEXT)
+    for count, prompt in enumerate(("And", "Then"), start=1):
+        body = {"model": "small", "prompt": prompt, "max_tokens": 6, "temperature": 0, "session": "a"}
+        answer = server.http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["text"] == greedy([*ids, *b"!" * count, *prompt.encode()], 6)
+    for path in ("text", "selection"):
+        answer = server.http.get(f"/v1/sessions/a/{path}", params={"begin": 5, "end": 20})
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert (told["begin"], told["end"]) == (5, 20)
+        assert "".join(told.get("tokens", told.get("text"))) == MODEL.tokenizer.decode(ids[5:20])
+
+
+def test_nobody_comes_between_while_an_answer_is_written_down(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when its client has gone away."""
+    server.post("", {"id": "a", "text": "x"})
+    extend, writes, go_on = Session.extend, threading.Event(), threading.Event()
+
+    def slow(self: Session, ids: Any, reading: Any) -> None:
+        writes.set()
+        assert go_on.wait(20)
+        extend(self, ids, reading)
+
+    monkeypatch.setattr(Session, "extend", slow)
+    body = {"model": "small", "prompt": "y", "max_tokens": 2, "temperature": 0, "session": "a", "keep": True}
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert writes.wait(20)
+    for _ in range(20):  # the server has seen that the client is gone
+        assert server.http.post("/v1/sessions/a/mark", json={"mark": "m"}).status_code == 409
+        threading.Event().wait(0.02)
+    go_on.set()
+    while (answer := server.http.post("/v1/sessions/a/mark", json={"mark": "m"})).status_code == 409:
+        threading.Event().wait(0.02)
+    assert answer.json()["marks"] == {"m": 4}
+    assert server.opened("a").ids()[:2] == [*b"xy"]
+
+
+def test_a_damaged_session_hides_no_other(server: Server) -> None:
+    server.post("", {"id": "a", "text": "x"})
+    server.post("", {"id": "b", "text": "x"})
+    record = server.sessions.path("a") / "session.json"
+    record.write_text(record.read_text().replace("checksum", "checksun"))
+    first, second = server.http.get("/v1/sessions").json()["data"]
+    assert (first["id"], first["usable"]) == ("a", False)
+    assert "damaged" in first["error"]
+    assert (second["id"], second["usable"], second["error"]) == ("b", True, None)
+    refused(server.http.get("/v1/sessions/a"), 400, "damaged")
 
 
 def test_an_answer_that_ends_within_a_token_is_kept_as_it_was_told(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from taipan import TaipanLM
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError, StateError
 from taipan.generation import GenerationSettings, Reading, generate, prefill
-from taipan.sessions import ReadingCache, Session, SessionBusyError
+from taipan.sessions import ObjectStore, ReadingCache, Session, SessionBusyError
+from taipan.sessions.manifest import Segment
 from taipan.text import TextModel
-from tests.models import small_model
+from tests.models import random_tokens, small_model
 
 TEXT = "A text of some length, read in pieces. " * 3
 GREEDY = GenerationSettings(max_new_tokens=6, eos_token_id=())
@@ -80,6 +82,74 @@ def test_the_first_token_after_opening_reads_nothing_again(session: Session, mon
     answer = again.ask(settings=GREEDY)
     assert list(answer.tokens) == expected
     assert read in ([], [1] * 5)  # only new tokens, where the native step does not read them
+
+
+def test_opening_reads_as_much_of_a_long_text_as_of_a_short_one(
+    tmp_path: Path, model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last state, the logits of the next token and the last tokens: no other object is touched, none grows."""
+    opened: list[tuple[str, int]] = []
+    check = ObjectStore.check
+
+    def noted(self: ObjectStore, digest: str) -> None:
+        opened.append((digest, self.path(digest).stat().st_size))
+        check(self, digest)
+
+    monkeypatch.setattr(ObjectStore, "check", noted)
+    read: list[dict[str, int]] = []
+    ids = random_tokens(1, 80_000)[0].tolist()
+    for length in (10_000, 80_000):
+        made = Session.create(tmp_path / str(length), model)
+        known = prefill(model.model, torch.tensor([ids[:100]]))
+        made.extend(ids[:length], known)  # as a server does with a prompt of any length
+        opened.clear()
+        again = reopened(made)
+        again.ask(settings=GREEDY)
+        state, logits, tokens = (found[digest] for found in [dict(opened)] for digest in (
+            again.manifest.snapshots[-1].state, again.manifest.snapshots[-1].logits, again.manifest.segments[-1].ids
+        ))  # fmt: skip
+        assert len(opened) == 3
+        assert tokens <= 2 * 32_768 + 200
+        read.append({"state": state, "logits": logits})
+        assert again.ids() == ids[:length]
+        assert made.nbytes - state - logits < 2 * length + 1000  # two bytes for each token, and nothing else
+    assert read[0] == read[1]
+
+
+def test_ids_beyond_two_bytes_take_four(tmp_path: Path) -> None:
+    large = TextModel(small_model("taipan", vocab_size=70_000), Tokenizer.bytes())
+    made = Session.create(tmp_path / "s", large)
+    made.append_tokens([[1, 69_999, 65_536, 7]])
+    assert reopened(made).ids() == [1, 69_999, 65_536, 7]
+    assert made.rollback(3) == 3
+    assert reopened(made).ids() == [1, 69_999, 65_536]
+
+
+def test_tokens_in_four_bytes_are_read_as_ever(session: Session) -> None:
+    ids = session.ids()
+    objects = ObjectStore.of(session.directory)
+    wide = Segment(len(ids), objects.put({"ids": torch.tensor(ids, dtype=torch.int32)}))
+    replace(session.manifest, segments=(wide,)).save(session.directory)
+    again = reopened(session)
+    again.append("x")
+    assert_knows(again, [*ids, ord("x")])
+
+
+def test_what_is_looked_at_together_is_of_one_moment(session: Session) -> None:
+    looking = reopened(session)
+    seen: list[int] = []
+
+    def look() -> tuple[list[int], list[int]]:
+        seen.append(looking.tokens)
+        first = looking.ids(0, 10)
+        if len(seen) == 1:
+            session.rollback(0)
+            session.append("Something else was read.")
+        return first, looking.ids(0, 20)
+
+    first, second = looking.as_it_is(look)
+    assert second[:10] == first == list(b"Something ")
+    assert seen == [len(TEXT), session.tokens]
 
 
 def test_a_question_leaves_the_session_as_it_was_unless_kept(session: Session) -> None:

@@ -159,16 +159,20 @@ class Server:
         return code
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
 def start(model: Path, *options: str, port: int | None = None) -> Server:
     """Start a server of a model directory, and wait until it answers.
 
     Raises:
         ConfigError: it has ended, or does not answer for two minutes.
     """
-    if port is None:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port = int(probe.getsockname()[1])
+    port = port or free_port()
     command = [sys.executable, "-m", "taipan", "serve", str(model), "--port", str(port), "--name", NAME, *options]
     # open as long as the server runs
     said = tempfile.TemporaryFile()  # noqa: SIM115

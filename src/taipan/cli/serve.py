@@ -89,5 +89,10 @@ def register(app: typer.Typer, panel: str) -> None:
                 sessions=most_sessions, tokens=session_tokens, memory_bytes=session_memory << 20
             ),
         )
-        note(f"Serving {name or model} at http://{host}:{port}/v1, and a page at http://{host}:{port} (Ctrl-C stops).")
-        run(make, host=host, port=port, workers=workers)
+        shown = name or str(model)
+
+        def told() -> None:
+            note(f"Serving {shown} at http://{host}:{port}/v1, and a page at http://{host}:{port} (Ctrl-C stops).")
+
+        note(f"Loading {shown}.")
+        run(make, host=host, port=port, workers=workers, told=told)

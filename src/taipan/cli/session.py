@@ -190,10 +190,12 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.sessions import Manifest, ObjectStore
 
         manifest = Manifest.load(session)
-        nbytes = ObjectStore.of(session).nbytes(manifest.objects)
+        objects = ObjectStore.of(session)
+        tokens = objects.nbytes(segment.ids for segment in manifest.segments)
+        states = objects.nbytes(manifest.objects) - tokens
         rows = [
             ("tokens", f"{manifest.tokens:,}"),
-            ("on disk", size(nbytes)),
+            ("on disk", f"{size(states + tokens)}: states {size(states)}, tokens {size(tokens)}"),
             ("model", manifest.model_path or "in no directory"),
             ("fingerprint", manifest.model[:12]),
             ("snapshots", ", ".join(f"{snapshot.tokens:,}" for snapshot in manifest.snapshots) or "none"),

@@ -96,7 +96,9 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         couriers.append(Courier(asyncio.get_running_loop()))
         engine.flush = couriers[0].flush
+        engine.counts["workers"] = 1
         yield
+        engine.counts["workers"] = 0
         await asyncio.to_thread(engine.stop)
         couriers[0].close()
 
@@ -108,7 +110,8 @@ def create_app(
     @app.get("/health")
     async def health() -> Response:
         status = "ok" if engine.alive else "the engine has stopped: start the server again"
-        return JSONResponse({"status": status, **engine.load}, 200 if engine.alive else 503)
+        load = {**engine.load, "workers": engine.counts.total("workers")}
+        return JSONResponse({"status": status, **load}, 200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

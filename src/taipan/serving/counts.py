@@ -27,6 +27,7 @@ COUNTERS = {
 }
 """What only grows."""
 GAUGES = {
+    "workers": "Processes that serve",
     "running": "Streams that write",
     "reading": "Streams whose prompt is read",
     "waiting": "Streams that wait for a row",
@@ -74,13 +75,19 @@ class Shared:
         self._memory: Any = context.RawArray("d", rows * len(_PLACES))
         self._lock = context.Lock()
 
+    @property
+    def serving(self) -> set[int]:
+        """The numbers of the processes that serve."""
+        table = self._table
+        return {int(pid) for pid in table[table[:, _PLACES["workers"]] > 0, 0]}
+
     def claim(self) -> Counts:
         """Numbers for this process, in place of those of a worker that has ended: what was counted stays counted.
 
         Raises:
             ConfigError: there are more workers than places.
         """
-        table = np.frombuffer(self._memory, dtype=np.float64).reshape(-1, len(_PLACES))
+        table = self._table
         with self._lock:
             for row, numbers in enumerate(table):
                 if not numbers[0] or not _lives(int(numbers[0])):
@@ -88,6 +95,10 @@ class Shared:
                     numbers[_NOW:] = 0
                     return Counts(table, row)
         raise ConfigError(f"There are more than {len(table)} workers: start the server again with --workers.")
+
+    @property
+    def _table(self) -> NDArray[np.float64]:
+        return np.frombuffer(self._memory, dtype=np.float64).reshape(-1, len(_PLACES))
 
 
 def _lives(pid: int) -> bool:

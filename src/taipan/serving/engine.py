@@ -174,7 +174,8 @@ class Engine:
 
         Raises:
             InputError: the prompt is empty or holds an id that the model does not know, or a setting is not usable.
-            BusyError: too many are waiting, or the server is stopping.
+            BusyError: too many are waiting.
+            StoppedError: the engine has stopped.
         """
         config = self.model.model.config
         ids = np.asarray(request.ids, dtype=np.int64)
@@ -192,8 +193,10 @@ class Engine:
             StreamDecoder(self.model.tokenizer, [*request.context, *ids[-CONTEXT:].tolist()][-CONTEXT:]),
         )
         with self._changed:
-            if self._stopping or self._failed:
-                raise BusyError("The server is stopping.")
+            if self._failed:
+                raise StoppedError("The engine has stopped after an error of its own: start the server again.")
+            if self._stopping:
+                raise StoppedError("The server is stopping.")
             waiting = sum(other.request.key == request.key for other in self._waiting)
             if waiting >= self._most_waiting:
                 raise BusyError(f"{waiting} requests are waiting already: try again later.")
@@ -546,6 +549,10 @@ class Engine:
 
 class BusyError(TaipanError):
     """More requests wait than the server takes."""
+
+
+class StoppedError(TaipanError):
+    """The engine takes no requests any more."""
 
 
 def _top(log_V: Tensor, count: int) -> Top:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from taipan.errors import TaipanError, brief
-from taipan.serving.engine import BusyError
+from taipan.serving.engine import BusyError, StoppedError
 from taipan.sessions import SessionBusyError
 
 _INVALID = "invalid_request_error"
@@ -62,6 +62,10 @@ def install_errors(app: FastAPI) -> None:
     @app.exception_handler(BusyError)
     async def busy(_: Request, error: BusyError) -> JSONResponse:
         return error_response(429, str(error), "rate_limit_error", code="rate_limit_exceeded")
+
+    @app.exception_handler(StoppedError)
+    async def stopped(_: Request, error: StoppedError) -> JSONResponse:
+        return error_response(503, str(error), "server_error", code="stopped")
 
     @app.exception_handler(NotFoundError)
     async def missing(_: Request, error: NotFoundError) -> JSONResponse:

@@ -20,7 +20,7 @@ from taipan.io import not_utf8
 from taipan.serving.delivery import disconnected
 from taipan.serving.failures import error_body
 from taipan.serving.guards import key_of
-from taipan.serving.sessions import Sessions, Watch
+from taipan.serving.sessions import Progress, Sessions, Watch
 
 _READERS = 8  # texts that are read at once; further ones wait
 _PIECE = 1 << 16
@@ -36,6 +36,7 @@ class _Text(_Body):
     text: str | None = None
     tokens: list[int] | None = Field(None, min_length=1)
     stream: bool = False
+    selection: bool = False
 
 
 class _Create(_Text):
@@ -62,10 +63,17 @@ def session_routes(sessions: Sessions) -> APIRouter:
     router = APIRouter(prefix="/v1/sessions")
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="taipan-reader")
 
-    async def answer(request: Request, stream: bool, work: Callable[[Watch], dict[str, Any]], total: int | None) -> Any:
+    async def answer(
+        request: Request,
+        work: Callable[[Watch], dict[str, Any]],
+        *,
+        total: int | None = None,
+        stream: bool = False,
+        selection: bool = False,
+    ) -> Any:
         """Read in another thread; tell the progress if asked to, and stop if the client goes away."""
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[int | None]()
-        watch = Watch(lambda tokens: loop.call_soon_threadsafe(news.put_nowait, tokens))
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
+        watch = Watch(lambda progress: loop.call_soon_threadsafe(news.put_nowait, progress), traced=selection)
         done = loop.run_in_executor(readers, work, watch)
         done.add_done_callback(lambda _: news.put_nowait(None))
         if stream:
@@ -81,10 +89,16 @@ def session_routes(sessions: Sessions) -> APIRouter:
 
     @router.get("")
     def listed() -> dict[str, Any]:
-        return {"object": "list", "data": [sessions.describe(name) for name in sessions.names()]}
+        return {"object": "list", "data": sessions.described()}
 
     @router.post("")
-    async def create(request: Request, id: str | None = None, file: str | None = None, stream: bool = False) -> Any:
+    async def create(
+        request: Request,
+        id: str | None = None,
+        file: str | None = None,
+        stream: bool = False,
+        selection: bool = False,
+    ) -> Any:
         key = key_of(request)
         if not _is_json(request):
             text = _decoded(await request.body())
@@ -97,7 +111,7 @@ def session_routes(sessions: Sessions) -> APIRouter:
                 session.read_files([name], lambda _: _pieces(text))
                 return sessions.describe(_name(session.directory.name))
 
-            return await answer(request, stream, read_file, len(ids) + 1)
+            return await answer(request, read_file, total=len(ids) + 1, **_told(stream, selection))
         body = await _json(request, _Create)
         ids = await _ids(sessions, body, required=False)
         sessions.require_tokens(len(ids))
@@ -108,7 +122,8 @@ def session_routes(sessions: Sessions) -> APIRouter:
                 session.append_tokens([ids])
             return sessions.describe(_name(session.directory.name))
 
-        return await answer(request, body.stream or stream, read, len(ids))
+        told = _told(body.stream or stream, body.selection or selection)
+        return await answer(request, read, total=len(ids), **told)
 
     @router.get("/{name}")
     def info(name: str) -> dict[str, Any]:
@@ -120,11 +135,12 @@ def session_routes(sessions: Sessions) -> APIRouter:
         return {"id": name, "object": "session.deleted", "deleted": True}
 
     @router.post("/{name}/append")
-    async def append(name: str, request: Request, stream: bool = False) -> Any:
+    async def append(name: str, request: Request, stream: bool = False, selection: bool = False) -> Any:
         key = key_of(request)
         if _is_json(request):
             body = await _json(request, _Text)
-            ids, stream = await _ids(sessions, body, required=True), body.stream or stream
+            ids = await _ids(sessions, body, required=True)
+            stream, selection = body.stream or stream, body.selection or selection
         else:
             text = _decoded(await request.body())
             ids = await asyncio.to_thread(sessions.engine.model.tokenizer.encode, text)
@@ -134,7 +150,7 @@ def session_routes(sessions: Sessions) -> APIRouter:
             sessions.open(name, key=key, watch=watch).append_tokens([ids])
             return sessions.describe(name)
 
-        return await answer(request, stream, read, len(ids))
+        return await answer(request, read, total=len(ids), **_told(stream, selection))
 
     @router.post("/{name}/fork")
     def fork(name: str, body: _Fork | None = None) -> dict[str, Any]:
@@ -153,7 +169,7 @@ def session_routes(sessions: Sessions) -> APIRouter:
             again = sessions.open(name, key=key, watch=watch).rollback(body.to)
             return {**sessions.describe(name), "read_again": again}
 
-        return await answer(request, False, back, None)
+        return await answer(request, back)
 
     @router.get("/{name}/text")
     def text(name: str, begin: int | None = None, end: int | None = None) -> dict[str, Any]:
@@ -162,9 +178,7 @@ def session_routes(sessions: Sessions) -> APIRouter:
     @router.get("/{name}/selection")
     async def selection(name: str, request: Request, begin: int | None = None, end: int | None = None) -> Any:
         key = key_of(request)
-        return await answer(
-            request, False, lambda watch: sessions.selection(name, begin, end, key=key, watch=watch), None
-        )
+        return await answer(request, lambda watch: sessions.selection(name, begin, end, key=key, watch=watch))
 
     @router.get("/{name}/archive")
     def archive(name: str) -> StreamingResponse:
@@ -186,12 +200,20 @@ def session_routes(sessions: Sessions) -> APIRouter:
     return router
 
 
+def _told(stream: bool, selection: bool) -> dict[str, bool]:
+    """What is told of a reading."""
+    if selection and not stream:
+        raise InputError("selection is told while a text is read: it needs stream: true.")
+    return {"stream": stream, "selection": selection}
+
+
 async def _progress(
-    news: asyncio.Queue[int | None], done: asyncio.Future[dict[str, Any]], watch: Watch, total: int | None
+    news: asyncio.Queue[Progress | None], done: asyncio.Future[dict[str, Any]], watch: Watch, total: int | None
 ) -> AsyncIterator[str]:
     try:
-        while (tokens := await news.get()) is not None:
-            yield json.dumps({"object": "session.progress", "tokens": tokens, "total": total})
+        while (progress := await news.get()) is not None:
+            told: dict[str, Any] = {"object": "session.progress", "tokens": progress.tokens, "total": total}
+            yield json.dumps(told if progress.selection is None else {**told, "selection": progress.selection})
         try:
             yield json.dumps(await done)
         except TaipanError as error:

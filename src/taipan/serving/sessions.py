@@ -7,8 +7,9 @@ import re
 import shutil
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SUFFIX = ".session"
 _WAIT = 0.2  # seconds until a reading looks whether its client is still there
 _MOST_SHOWN = 8192  # tokens of a text, or of a selection, in one answer
+_MOST_SEEN = 256  # tokens whose selection is told while a text is read: the last ones of every piece
 
 
 class GoneError(TaipanError):
@@ -51,16 +53,34 @@ class SessionLimits:
     memory_bytes: int = 1 << 30
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a reading is.
+
+    Attributes:
+        tokens: that have been read of the text at hand.
+        selection: the last of them and what the gates decided about them, where asked for: from where to where, the
+            characters of each token, and of each layer which are selected and how many in a hundred of all so far.
+    """
+
+    tokens: int
+    selection: dict[str, Any] | None = None
+
+
 @dataclass
 class Watch:
     """Who waits for a reading: is told of its progress, and may go away.
 
     Attributes:
-        told: called with the number of tokens that have been read of the text at hand.
+        told: called as the reading goes on.
+        traced: tell what the gates decide, too.
+        known: tokens of the text at hand that had been read before, by a reading that was cut off.
         gone: set when nobody waits any more.
     """
 
-    told: Callable[[int], object] | None = None
+    told: Callable[[Progress], object] | None = None
+    traced: bool = False
+    known: int = 0
     gone: threading.Event = field(default_factory=threading.Event)
 
 
@@ -115,10 +135,8 @@ class Sessions:
             NotFoundError: there is none of that name.
             StateError: it is damaged.
         """
-        path = self.path(name)
-        if not (path / "session.json").is_file():
-            raise NotFoundError(f"There is no session {shown(name)}.")
-        return Manifest.load(path)
+        with self._there(name) as path:
+            return Manifest.load(path)
 
     def open(self, name: str, *, key: str = "", watch: Watch | None = None) -> Session:
         """Open a session; nothing is read again.
@@ -127,23 +145,53 @@ class Sessions:
             NotFoundError: there is none of that name.
             StateError: it is of another model, or damaged.
         """
-        self.manifest(name)
         read = self._read(key, watch or Watch())
-        return Session.open(self.path(name), self.engine.model, read=read, cache=self.cache)
+        with self._there(name) as path:
+            return Session.open(path, self.engine.model, read=read, cache=self.cache)
 
     def describe(self, name: str) -> dict[str, Any]:
-        """What `/v1/sessions` tells of one."""
-        manifest, path = self.manifest(name), self.path(name)
-        return {
-            "id": name,
-            "object": "session",
-            "created": int((path / "session.json").stat().st_mtime),
-            "tokens": manifest.tokens,
-            "bytes": Session(path, self.engine.model, manifest).nbytes,
-            "marks": manifest.marks,
-            "unfinished": list(manifest.reading),
-            "usable": manifest.model == self.engine.model.model.fingerprint,
-        }
+        """What `/v1/sessions` tells of one.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            StateError: it is damaged.
+        """
+        with self._there(name) as path:
+            manifest = Manifest.load(path)
+            return {
+                "id": name,
+                "object": "session",
+                "created": int((path / "session.json").stat().st_mtime),
+                "tokens": manifest.tokens,
+                "bytes": Session(path, self.engine.model, manifest).nbytes,
+                "marks": manifest.marks,
+                "unfinished": list(manifest.reading),
+                "usable": manifest.model == self.engine.model.model.fingerprint,
+                "error": None,
+            }
+
+    def described(self) -> list[dict[str, Any]]:
+        """What `/v1/sessions` tells of all; of a damaged one what is wrong with it."""
+        found: list[dict[str, Any]] = []
+        for name in self.names():
+            with suppress(NotFoundError):  # deleted meanwhile
+                try:
+                    found.append(self.describe(name))
+                except StateError as error:
+                    nothing: dict[str, Any] = {"created": 0, "tokens": 0, "bytes": 0, "marks": {}, "unfinished": []}
+                    found.append({"id": name, "object": "session", **nothing, "usable": False, "error": str(error)})
+        return found
+
+    @contextmanager
+    def _there(self, name: str) -> Generator[Path]:
+        """Where a session is; `NotFoundError` if it is not, or goes meanwhile."""
+        path = self.path(name)
+        try:
+            yield path
+        except (StateError, OSError) as error:
+            if not (path / "session.json").is_file():
+                raise NotFoundError(f"There is no session {shown(name)}.") from error
+            raise
 
     # ------------------------------------------------------------------ changes
 
@@ -157,7 +205,10 @@ class Sessions:
         path = self.path(name)
         if (path / "session.json").is_file():
             if resumes and self.manifest(name).reading:
-                return self.open(name, key=key, watch=watch)
+                session = self.open(name, key=key, watch=watch)
+                if watch is not None:
+                    watch.known = session.tokens
+                return session
             raise InputError(f"There is a session {shown(name)} already: choose another name, or delete it.")
         self._require_room()
         read = self._read(key, watch or Watch())
@@ -209,15 +260,17 @@ class Sessions:
 
     def _read(self, key: str, watch: Watch) -> Read:
         done = 0
+        seen = _Seen(self.engine.model.tokenizer)
 
         def read(ids: list[int], before: Reading | None) -> Reading:
             nonlocal done
 
             def hear(event: ReadEvent) -> None:
                 if watch.told is not None:
-                    watch.told(done + event.tokens)
+                    place = watch.known + done + event.tokens
+                    watch.told(Progress(place, seen.after(ids, event, place) if watch.traced else None))
 
-            reading = self._run(ids, before, key, watch, hear)
+            reading = self._run(ids, before, key, watch, hear, traced=watch.traced)
             done += len(ids)
             return reading
 
@@ -266,24 +319,29 @@ class Sessions:
     def text(self, name: str, begin: int | None, end: int | None) -> dict[str, Any]:
         """The text between two places; by default the last."""
         session = self.open(name)
-        begin, end = self._range(session, begin, end)
-        tokenizer = self.engine.model.tokenizer
-        text = tokenizer.decode(session.ids(begin, end), after=session.ids(max(0, begin - CONTEXT), begin))
-        return {"id": name, "object": "session.text", "begin": begin, "end": end, "text": text}
+        part = session.as_it_is(lambda: self._part(session, begin, end))
+        text = self.engine.model.tokenizer.decode(part.ids, after=part.context)
+        return {"id": name, "object": "session.text", "begin": part.begin, "end": part.end, "text": text}
 
     def selection(
         self, name: str, begin: int | None, end: int | None, *, key: str = "", watch: Watch | None = None
     ) -> dict[str, Any]:
         """Which tokens each gate selected between two places: they are read again from the nearest snapshot."""
         session = self.open(name)
-        begin, end = self._range(session, begin, end)
-        nearest = session.manifest.nearest(begin)
-        start = 0 if nearest is None else nearest.tokens
-        ids = session.ids(start, end)
+
+        def found() -> tuple[_Part, int, Reading | None, list[int]]:
+            part = self._part(session, begin, end)
+            nearest = session.manifest.nearest(part.begin)
+            start = 0 if nearest is None else nearest.tokens
+            return part, start, session.known_at(start), session.ids(start, part.end)
+
+        part, start, before, ids = session.as_it_is(found)
         layers: dict[int, dict[str, Any]] = {}
 
         def hear(event: ReadEvent) -> None:
-            skipped = max(0, begin - start - (event.tokens - event.gates[0].selected_BT.shape[1])) if event.gates else 0
+            skipped = (
+                max(0, part.begin - start - (event.tokens - event.gates[0].selected_BT.shape[1])) if event.gates else 0
+            )
             for gate in event.gates:
                 new: dict[str, Any] = {"layer": gate.layer, "threshold": _finite(float(gate.threshold))}
                 layer = layers.setdefault(gate.layer, {**new, "selected": [], "margin": []})
@@ -291,26 +349,67 @@ class Sessions:
                 layer["margin"] += [round(value, 3) for value in gate.margin_BT[0, skipped:].tolist()]
 
         if ids:
-            before = session.known_at(start)
             self._run(ids, before, key, watch or Watch(), hear, traced=True)
-        context = session.ids(max(0, begin - CONTEXT), begin)
         return {
             "id": name,
             "object": "session.selection",
-            "begin": begin,
-            "end": end,
-            "tokens": token_texts(self.engine.model.tokenizer, context, ids[begin - start :]),
+            "begin": part.begin,
+            "end": part.end,
+            "tokens": token_texts(self.engine.model.tokenizer, part.context, part.ids),
             "layers": list(layers.values()),
         }
 
-    def _range(self, session: Session, begin: int | None, end: int | None) -> tuple[int, int]:
+    def _part(self, session: Session, begin: int | None, end: int | None) -> "_Part":
+        """A part of a session, by default the last."""
         end = session.tokens if end is None else end
         begin = max(0, end - _MOST_SHOWN) if begin is None else begin
         if not 0 <= begin <= end <= session.tokens:
             raise InputError(f"begin is {begin} and end is {end}, but the session has {session.tokens:,} tokens.")
         if end - begin > _MOST_SHOWN:
             raise InputError(f"{end - begin:,} tokens were asked for, but one answer has at most {_MOST_SHOWN:,}.")
-        return begin, end
+        return _Part(begin, end, session.ids(max(0, begin - CONTEXT), begin), session.ids(begin, end))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive tokens of a session: from where to where, the last ones before them, and themselves."""
+
+    begin: int
+    end: int
+    context: list[int]
+    ids: list[int]
+
+
+class _Seen:
+    """What the gates have decided while a text is read.
+
+    Args:
+        tokenizer: gives the characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = 0
+        self._selected: Counter[int] = Counter()
+
+    def after(self, ids: list[int], event: ReadEvent, place: int) -> dict[str, Any]:
+        """What is told of a piece of these tokens that has been read; it ends at a place of the whole text."""
+        end = event.tokens
+        begin = max(self._begin(event), end - _MOST_SEEN)
+        self._tokens += end - self._begin(event)
+        layers: list[dict[str, Any]] = []
+        for gate in event.gates:
+            self._selected[gate.layer] += int(gate.selected_BT.sum())
+            selected = gate.selected_BT[0, begin - end :].int().tolist()
+            percent = round(100 * self._selected[gate.layer] / self._tokens, 1)
+            layers.append({"layer": gate.layer, "selected": selected, "percent": percent})
+        texts = token_texts(self._tokenizer, ids[max(0, begin - CONTEXT) : begin], ids[begin:end])
+        return {"begin": place - (end - begin), "end": place, "tokens": texts, "layers": layers}
+
+    @staticmethod
+    def _begin(event: ReadEvent) -> int:
+        """Where the piece begins, in the tokens that are being read."""
+        return event.tokens - (event.gates[0].selected_BT.shape[1] if event.gates else min(event.tokens, _MOST_SEEN))
 
 
 def token_texts(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int]) -> list[str]:
@@ -353,17 +452,19 @@ class Held:
         self._key = key
         self._form = form
         self._stack = ExitStack()
+        self._settling: asyncio.Future[None] | None = None
         self._session = sessions.open(name, key=key)
         self.keep = keep
         if keep:
             self._stack.enter_context(self._session.changing())
         try:
-            self.tokens = self._session.tokens
-            self.start = self._session.known_at(self.tokens)
-            self.context = tuple(self._session.ids(max(0, self.tokens - CONTEXT)))
+            known = self._session.state
         except TaipanError:
             self.close()
             raise
+        self.tokens = self._session.tokens
+        self.start = None if known is None or known.logits_BV is None else Reading(known.logits_BV, known.decoder)
+        self.context = () if known is None else known.last
 
     @property
     def talks(self) -> bool:
@@ -377,7 +478,9 @@ class Held:
     async def settle(self, choice: Choice, events: Sequence[Event]) -> None:
         """See `Keeper.settle`: what was asked and answered becomes the session's, with `keep`."""
         if self.keep:
-            await asyncio.to_thread(self._settle, choice.ids, events)
+            # the client may go away meanwhile: what has begun is done, and the session held until then
+            self._settling = asyncio.ensure_future(asyncio.to_thread(self._settle, choice.ids, events))
+            await asyncio.shield(self._settling)
 
     def _settle(self, ids: list[int], events: Sequence[Event]) -> None:
         written = [event for event in events if isinstance(event, TokenEvent)]
@@ -398,8 +501,15 @@ class Held:
         self._session.add_turn([*ids, *tokens], reading)
 
     def close(self) -> None:
-        """Let others change it."""
+        """Let others change it, as soon as what is being written has been."""
+        if self._settling is None or self._settling.done():
+            self._stack.close()
+        else:
+            self._settling.add_done_callback(self._settled)
+
+    def _settled(self, done: "asyncio.Future[None]") -> None:
         self._stack.close()
+        done.exception()  # nobody waits for it any more
 
 
 async def hold(sessions: Sessions | None, body: Sampling, *, key: str, form: ChatFormat | None = None) -> Held | None:

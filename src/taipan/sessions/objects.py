@@ -119,7 +119,11 @@ class ObjectStore:
 
     def nbytes(self, digests: Iterable[str]) -> int:
         """Bytes on disk of these objects, each counted once."""
-        return sum(self.path(digest).stat().st_size for digest in set(digests) if self.path(digest).exists())
+        found = 0
+        for digest in set(digests):
+            with suppress(FileNotFoundError):
+                found += self.path(digest).stat().st_size
+        return found
 
 
 RESTORE = "Restore the session from a copy, or read the text again."

@@ -36,6 +36,7 @@ _MOST = 16
 _TURN = re.compile(r"turn_(\d{1,9})")
 _TURNS = 17  # the beginning, and the ends of 16 turns
 _SMALL = 4_096  # a last segment shorter than this is written again, together with what comes
+_LARGE = 32_768  # tokens of a segment: who needs the last ones reads no more than this
 
 
 Read = Callable[[list[int], Reading | None], Reading]
@@ -92,6 +93,7 @@ class Session:
         self._read_ids = read
         self._cache = ReadingCache() if cache is None else cache
         self._held = False
+        self._looking = False
 
     @classmethod
     def create(
@@ -182,7 +184,7 @@ class Session:
             reading = self._restore(self.manifest.snapshots[-1])
             return TextState(reading.state, reading.logits_BV, tuple(self._ids(max(0, self.tokens - CONTEXT), None)))
 
-        return self._as_it_is(read)
+        return self.as_it_is(read)
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +197,7 @@ class Session:
         Raises:
             StateError: an object is missing or damaged.
         """
-        return self._as_it_is(lambda: self._ids(begin, end))
+        return self.as_it_is(lambda: self._ids(begin, end))
 
     def _ids(self, begin: int, end: int | None) -> list[int]:
         end = self.tokens if end is None else end
@@ -227,10 +229,14 @@ class Session:
         """
         if place == 0:
             return None
-        nearest = self.manifest.nearest(place)
-        if nearest is None or nearest.tokens != place:
-            raise StateError(f"{self.directory} has no snapshot at {place:,} tokens: roll back to it.")
-        return self._restore(nearest)
+
+        def read() -> Reading:
+            nearest = self.manifest.nearest(place)
+            if nearest is None or nearest.tokens != place:
+                raise StateError(f"{self.directory} has no snapshot at {place:,} tokens: roll back to it.")
+            return self._restore(nearest)
+
+        return self.as_it_is(read)
 
     def place(self, target: str | int) -> int:
         """The number of tokens that a mark, or a number, names.
@@ -485,20 +491,36 @@ class Session:
             for snapshot in self.manifest.snapshots:
                 self._restore(snapshot)
 
-        self._as_it_is(read)
+        self.as_it_is(read)
+
+    def as_it_is(self, read: Callable[[], _T]) -> _T:
+        """Read several things of the session that belong together; no lock is needed, and nobody waits.
+
+        Another process may change the session meanwhile and remove the files of what it was; then `manifest` is what it
+        is now, and all is read once more: all of it is of one moment.
+
+        Args:
+            read: reads them. It may be called more than once.
+
+        Raises:
+            StateError: as `read` does, of the session as it is.
+        """
+        if self._looking:  # a part of several
+            return read()
+        self._looking = True
+        try:
+            while True:
+                try:
+                    return read()
+                except StateError:
+                    now = Manifest.load(self.directory)
+                    if now == self.manifest:
+                        raise
+                    self.manifest = now
+        finally:
+            self._looking = False
 
     # ------------------------------------------------------------------ inside
-
-    def _as_it_is(self, read: Callable[[], _T]) -> _T:
-        """Read of the session's files; once more where another process has changed it and removed what it was."""
-        while True:
-            try:
-                return read()
-            except StateError:
-                now = Manifest.load(self.directory)
-                if now == self.manifest:
-                    raise
-                self.manifest = now
 
     def _after_known(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
         """The pieces without the tokens that have been read, which must be the same."""
@@ -545,8 +567,8 @@ class Session:
         if segments and segments[-1].tokens < _SMALL:
             ids = [*self._segment_ids(segments[-1]), *ids]
             segments = segments[:-1]
-        segment = Segment(len(ids), self._objects.put({"ids": torch.tensor(ids, dtype=torch.int32)}))
-        longer = replace(manifest, segments=(*segments, segment))
+        new = (self._segment(ids[begin : begin + _LARGE]) for begin in range(0, len(ids), _LARGE))
+        longer = replace(manifest, segments=(*segments, *new))
         snapshot = self._store(longer.tokens, reading)
         self._cache.put(snapshot, reading)
         return longer.with_snapshot(snapshot)
@@ -574,9 +596,14 @@ class Session:
 
     def _segment_ids(self, segment: Segment) -> list[int]:
         ids = self._objects.get(segment.ids).get("ids")
-        if ids is None or tuple(ids.shape) != (segment.tokens,) or ids.dtype != torch.int32:
+        if ids is None or tuple(ids.shape) != (segment.tokens,) or ids.dtype not in (torch.uint16, torch.int32):
             raise StateError(f"{self.directory} holds tokens that are not those it has read. {RESTORE}")
         return ids.tolist()
+
+    def _segment(self, ids: list[int]) -> Segment:
+        """Store tokens: in two bytes each where the model has no id beyond."""
+        dtype = torch.uint16 if self.model.model.config.vocab_size <= 1 << 16 else torch.int32
+        return Segment(len(ids), self._objects.put({"ids": torch.tensor(ids, dtype=dtype)}))
 
     def _segments_up_to(self, tokens: int) -> tuple[Segment, ...]:
         kept: list[Segment] = []
@@ -584,8 +611,7 @@ class Session:
             if tokens <= 0:
                 break
             if segment.tokens > tokens:
-                ids = torch.tensor(self._segment_ids(segment)[:tokens], dtype=torch.int32)
-                segment = Segment(tokens, self._objects.put({"ids": ids}))
+                segment = self._segment(self._segment_ids(segment)[:tokens])
             kept.append(segment)
             tokens -= segment.tokens
         return tuple(kept)

@@ -137,13 +137,16 @@
       byId("reading").hidden = false;
       byId("reading-name").textContent = `Reading ${name}`;
       byId("reading-tokens").textContent = "";
+      byId("reading-layers").textContent = "";
+      byId("reading-text").hidden = true;
       byId("progress").value = 0;
       const begin = performance.now();
       try {
-        const answer = await call(`/v1/sessions?id=${id}&stream=true${query}`, { method: "POST", headers, body, signal });
+        const answer = await call(`/v1/sessions?id=${id}&stream=true&selection=true${query}`, { method: "POST", headers, body, signal });
         let end = null;
         for await (const event of events(answer)) {
           if (event.object === "session") { end = event; continue; }
+          if (event.selection) watch(event.selection);
           const rate = Math.round(event.tokens / Math.max(0.001, (performance.now() - begin) / 1000));
           byId("progress").value = event.tokens / event.total;
           byId("reading-tokens").textContent = `${number(event.tokens)} of ${number(event.total)} tokens, ${number(rate)} a second`;
@@ -155,6 +158,26 @@
         await list();
       }
     });
+  }
+
+  // The last tokens that have been read, those coloured that a gate selected.
+  function watch({ tokens, layers }) {
+    if (!layers.length) return;
+    let held = "", chosen = false;
+    const pieces = [];
+    tokens.forEach((text, token) => { // a token that ends inside a character belongs to the piece that completes it
+      held += text;
+      chosen ||= layers.some(({ selected }) => selected[token] === 1);
+      if (!held && token < tokens.length - 1) return;
+      const piece = document.createElement(chosen ? "b" : "span");
+      piece.textContent = held;
+      if (chosen) piece.className = "s5";
+      pieces.push(piece);
+      [held, chosen] = ["", false];
+    });
+    byId("reading-text").replaceChildren(...pieces);
+    byId("reading-text").hidden = false;
+    byId("reading-layers").textContent = layers.map(({ layer, percent }) => `layer ${layer} selected ${percent} %`).join(", ");
   }
   const readFile = (file) => read(file.name, { "Content-Type": "text/plain" }, file, `&file=${encodeURIComponent(file.name)}`);
 
@@ -233,12 +256,17 @@
     const [file] = byId("file").files;
     if (file) readFile(file).then(() => { byId("file").value = ""; });
   });
-  for (const kind of ["dragover", "dragleave", "drop"])
-    byId("drop").addEventListener(kind, (event) => {
+  // A file may be dropped anywhere: beside the box the browser would leave the page to show it.
+  for (const kind of ["dragenter", "dragover", "dragleave", "drop"])
+    addEventListener(kind, (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return; // a text that is dragged into a field
       event.preventDefault();
-      byId("drop").classList.toggle("over", kind === "dragover");
-      const file = kind === "drop" ? event.dataTransfer.files[0] : null;
-      if (file) readFile(file);
+      document.body.classList.toggle("dragging", kind !== "drop" && (kind !== "dragleave" || event.relatedTarget !== null));
+      if (kind !== "drop") return;
+      const files = event.dataTransfer.files;
+      if (running) say("Something is being read or written: wait for it, or stop it.", true);
+      else if (files.length !== 1) say(`${files.length} files were dropped: drop one at a time.`, true);
+      else readFile(files[0]);
     });
   byId("paste-form").addEventListener("submit", (event) => {
     event.preventDefault();
