@@ -42,6 +42,7 @@ def test_serves_the_model_with_its_options(
             body = {"model": "mine", "prompt": "The", "max_tokens": 3}
             answer = client.post("/v1/completions", json=body)
             served["status"], served["tokens"] = answer.status_code, answer.json()["usage"]["completion_tokens"]
+            served["large"] = client.post("/v1/completions", json={**body, "prompt": "x" * (1 << 20)}).status_code
             served["refused"] = client.post("/v1/completions", json={**body, "max_tokens": 5}).status_code
             made = client.post("/v1/sessions", json={"id": "text", "text": "The"})
             served["session"] = made.json()["tokens"]
@@ -52,7 +53,20 @@ def test_serves_the_model_with_its_options(
 
     monkeypatch.setattr(start, "load", loaded)
     monkeypatch.setattr(uvicorn.Server, "main_loop", until_asked)
-    options = ["--name", "mine", "--api-key", "secret", "--port", port, "--new-tokens", 4, "--rows", 2]
+    options = [
+        "--name",
+        "mine",
+        "--api-key",
+        "secret",
+        "--port",
+        port,
+        "--new-tokens",
+        4,
+        "--rows",
+        2,
+        "--body-size",
+        1,
+    ]
     options += ["--sessions", own]
     finished = cli("serve", model_directory, *options)
     assert finished.code == 0, finished
@@ -60,6 +74,7 @@ def test_serves_the_model_with_its_options(
     assert f"Serving mine at http://127.0.0.1:{port}/v1" in served["listening"]
     assert served["health"] == {"status": "ok", "running": 0, "reading": 0, "waiting": 0, "workers": 1}
     assert (served["status"], served["refused"], served["unknown"]) == (200, 400, 401)
+    assert served["large"] == 413
     assert served["tokens"] <= 3
     assert served["session"] == 3
     assert (own / "text.session").is_dir()

@@ -1,7 +1,8 @@
-// Starts `taipan serve` and uses its page in headless Chromium, at 1280 and 400 px, in light and dark: a document is
-// read, asked, forked, taken back, and its selection looked at, by mouse and by keyboard. Fails if a step does not do
-// what it promises, if the page breaks a rule of axe-core, is wider than the window, reports an error (its content
-// security policy counts), or loads anything from elsewhere.
+// Starts `taipan serve` with a key and uses its page in headless Chromium, at 1280 and 400 px, in light and dark: the key
+// is given, a document is dropped with the mouse, watched with what the gates select of it, asked, forked, taken back, and
+// its selection looked at, by mouse and by keyboard. Fails if a step does not do what it promises, if the page breaks a
+// rule of axe-core, is wider than the window, reports an error (its content security policy counts), or loads anything
+// from elsewhere.
 //
 //   node serve.mjs OUT FILE.txt COMMAND …     screenshots go to OUT; COMMAND is that of the server
 import { spawn } from "node:child_process";
@@ -16,7 +17,8 @@ if (!command.length) {
 }
 mkdirSync(out, { recursive: true });
 
-const server = spawn(command[0], command.slice(1), { stdio: ["ignore", "inherit", "pipe"] });
+const KEY = "open sesame";
+const server = spawn(command[0], [...command.slice(1), "--api-key", KEY], { stdio: ["ignore", "inherit", "pipe"] });
 const origin = await new Promise((resolve, reject) => {
   let said = "";
   server.stderr.on("data", (data) => {
@@ -26,7 +28,7 @@ const origin = await new Promise((resolve, reject) => {
   });
   server.on("exit", (code) => reject(new Error(`The server ended with ${code}: ${said}`)));
 });
-while (!(await fetch(`${origin}/health`).catch(() => null))?.ok) await new Promise((resolve) => setTimeout(resolve, 200));
+if (!(await fetch(`${origin}/health`)).ok) throw new Error("The server says that it serves, and is not well.");
 
 const browser = await launch();
 let failed = 0;
@@ -35,7 +37,9 @@ for (const width of WIDTHS)
     const faults = [];
     const page = await browser.newPage();
     page.on("pageerror", (error) => faults.push(`script error: ${error.message}`));
-    page.on("console", (message) => message.type() === "error" && faults.push(`console: ${message.text()}`));
+    page.on("console", (message) => { // the key is asked for by an answer of 401, and Chromium says so
+      if (message.type() === "error" && !/status of 401/.test(message.text())) faults.push(`console: ${message.text()}`);
+    });
     page.on("request", (request) => {
       if (!request.url().startsWith(origin) && !/^(data|blob):/.test(request.url())) faults.push(`loads ${request.url()}`);
     });
@@ -52,16 +56,70 @@ for (const width of WIDTHS)
       await page.screenshot({ path: path.join(out, `serve-${step}-${width}-${scheme}.png`), fullPage: true });
     };
     const expect = (ok, fault) => ok || faults.push(fault);
+    // Files held over the page with the mouse, and let go there.
+    const devtools = await page.createCDPSession();
+    const drag = (type, x, y, files) => devtools.send("Input.dispatchDragEvent", {
+      type, x, y, data: { items: [], files: files.map((name) => path.resolve(name)), dragOperationsMask: 1 },
+    });
+    const shown = (selector) => page.$eval(selector, (element) => getComputedStyle(element).display !== "none");
     try {
       await page.goto(origin, { waitUntil: "networkidle0" });
+      await until("the question for a key", () => !document.getElementById("key-form").hidden);
+      await look("key");
+      await page.type("#key", "a wrong one");
+      await page.keyboard.press("Enter");
+      await until("a refusal", () => /Incorrect API key/.test(document.getElementById("status").textContent));
+      await look("wrong-key");
+      await page.$eval("#key", (field) => field.select());
+      await page.type("#key", KEY);
+      await page.click("#key-form button");
+      await until("the server", () => document.getElementById("key-form").hidden);
+      await until("silence", () => document.getElementById("status").textContent === "");
       await look("empty");
 
       // a text of its own every time: what the server has read before is there at once
       const own = path.join(out, `${path.basename(file).replace(/\.\w+$/, "")}-${width}-${scheme}.txt`);
       writeFileSync(own, `${width} ${scheme}\n${readFileSync(file, "utf8")}`);
-      await (await page.$("#file")).uploadFile(own);
-      await until("progress", () => document.getElementById("progress").value > 0);
+      // two files at once are one too many; a drag that leaves again does nothing
+      await drag("dragEnter", width / 2, 700, [own, file]);
+      await drag("dragOver", width / 2, 700, [own, file]);
+      expect(await shown("#drop-anywhere"), "where to drop is not shown");
+      await page.screenshot({ path: path.join(out, `serve-dragged-${width}-${scheme}.png`) });
+      await drag("drop", width / 2, 700, [own, file]);
+      await until("a word about two files", () => /one at a time/.test(document.getElementById("status").textContent));
+      // DevTools sends no event when a drag leaves the window
+      const leaving = {
+        "left the window": () => page.evaluate(() => document.body.dispatchEvent(new DragEvent("dragleave", { bubbles: true }))),
+        "ended elsewhere": () => page.mouse.move(20, 20),
+      };
+      for (const [how, leave] of Object.entries(leaving)) {
+        await drag("dragEnter", 10, 10, [own]);
+        expect(await shown("#drop-anywhere"), "where to drop is not shown");
+        await leave();
+        expect(!(await shown("#drop-anywhere")), `after a drag that ${how}, the page still waits for a file`);
+        await drag("dragCancel", 10, 10, [own]);
+      }
+      // what is read is watched: the reading is seen before it ends
+      await page.evaluate(() => {
+        window.seen = { layers: "", chosen: 0, plain: 0, values: [] };
+        new MutationObserver(() => {
+          const text = document.getElementById("reading-text");
+          window.seen.chosen = Math.max(window.seen.chosen, text.querySelectorAll("b").length);
+          window.seen.plain = Math.max(window.seen.plain, text.querySelectorAll("span").length);
+          window.seen.layers = document.getElementById("reading-layers").textContent || window.seen.layers;
+          window.seen.values.push(document.getElementById("progress").value);
+        }).observe(document.getElementById("reading"), { childList: true, subtree: true, attributes: true });
+      });
+      await drag("dragEnter", width / 2, 700, [own]);
+      await drag("dragOver", width / 2, 700, [own]);
+      await drag("drop", width / 2, 700, [own]);
+      await until("what the gates select", () => !document.getElementById("reading").hidden && document.querySelector("#reading-text b"));
+      await look("reading");
       await until("the session", () => !document.getElementById("talk").hidden && !document.getElementById("fork").disabled);
+      const seen = await page.evaluate(() => window.seen);
+      expect(seen.chosen > 0 && seen.plain > 0, `seen while reading: ${JSON.stringify(seen)}`);
+      expect(/^layer \d+ selected [\d.]+ %/.test(seen.layers), `of the layers: ${seen.layers}`);
+      expect(seen.values.some((value) => value > 0 && value < 1) && seen.values.at(-1) === 1, "no progress was seen");
       const name = await text("#talk-title");
       expect(/tokens known/.test(await text("#facts")), `facts: ${await text("#facts")}`);
       expect((await page.$$("#text b[class^=s]")).length > 0, "no token is shown as selected");
@@ -99,9 +157,13 @@ for (const width of WIDTHS)
       expect((await text("#facts")) === facts, "the first session has changed");
       expect(log.includes("What is this about?"), "the question was not shown");
 
+      // nothing may be dropped into an answer that is being written
       await page.type("#question", "Tell me a long story.");
       await page.click("#ask");
       await until("the button that stops", () => !document.getElementById("stop").hidden);
+      await drag("dragEnter", width / 2, 500, [file]);
+      await drag("drop", width / 2, 500, [file]);
+      expect(/wait for it/.test(await text("#status")) || (await page.$eval("#stop", (button) => button.hidden)), "a file was dropped into an answer");
       await page.click("#stop");
       await settled();
       expect((await text("#facts")) === facts || /part of/.test(await text("#status")), "a stopped answer was kept");

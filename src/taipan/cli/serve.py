@@ -20,6 +20,7 @@ def register(app: typer.Typer, panel: str) -> None:
         prefix_memory: Annotated[
             int, typer.Option(min=0, help="MiB of memory for prompts that were read, to read none twice; 0: none.")
         ] = 1024,
+        body_size: Annotated[int, typer.Option(min=1, help="Most MiB of a request, and of an uploaded file.")] = 64,
         prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 1 << 20,
         new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1 << 16,
         prefix_directory: Annotated[
@@ -80,6 +81,7 @@ def register(app: typer.Typer, panel: str) -> None:
             prefix_bytes=prefix_memory << 20,
             prefix_directory=prefix_directory,
             prefix_disk_bytes=prefix_disk << 20,
+            body_bytes=body_size << 20,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             keys=tuple(api_key or ()),

@@ -27,6 +27,7 @@ def application(
     prefix_bytes: int = 1 << 30,
     prefix_directory: Path | None = None,
     prefix_disk_bytes: int = 8 << 30,
+    body_bytes: int = 64 << 20,
     prompt_tokens: int = 1 << 20,
     new_tokens: int = 1 << 16,
     keys: Sequence[str] = (),
@@ -47,6 +48,7 @@ def application(
         prefix_bytes: memory for prompts that were read.
         prefix_directory: where they are kept on disk, too; None: nowhere.
         prefix_disk_bytes: of that directory.
+        body_bytes: most bytes of a request, and so of a file that is uploaded.
         prompt_tokens: most tokens of a prompt.
         new_tokens: most tokens of an answer.
         keys: who may ask.
@@ -74,7 +76,7 @@ def application(
         shelf=shelf,
         counts=counts,
     )
-    limits = Limits(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    limits = Limits(body_bytes=body_bytes, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     kept = None if sessions is None else Sessions(sessions, engine, model_path=model, limits=session_limits)
     form = load_format(model, loaded.tokenizer)
     return create_app(engine, name, keys=keys, limits=limits, form=form, sessions=kept, page=page)

@@ -257,11 +257,15 @@
     if (file) readFile(file).then(() => { byId("file").value = ""; });
   });
   // A file may be dropped anywhere: beside the box the browser would leave the page to show it.
-  for (const kind of ["dragenter", "dragover", "dragleave", "drop"])
+  addEventListener("dragleave", (event) => {
+    if (event.relatedTarget === null) document.body.classList.remove("dragging");
+  });
+  addEventListener("pointermove", () => document.body.classList.remove("dragging")); // whoever moves it drags nothing
+  for (const kind of ["dragenter", "dragover", "drop"])
     addEventListener(kind, (event) => {
       if (!event.dataTransfer?.types.includes("Files")) return; // a text that is dragged into a field
       event.preventDefault();
-      document.body.classList.toggle("dragging", kind !== "drop" && (kind !== "dragleave" || event.relatedTarget !== null));
+      document.body.classList.toggle("dragging", kind !== "drop");
       if (kind !== "drop") return;
       const files = event.dataTransfer.files;
       if (running) say("Something is being read or written: wait for it, or stop it.", true);
