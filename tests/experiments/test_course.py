@@ -77,7 +77,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         kept.append((timeless(result), weights.read_bytes()))
         assert result["tokens"] == TINY.steps * TINY.rows * TINY.context
         assert unfinished.is_dir()  # until the result is kept, which is the caller's
-        lab._trained(run, result, 1, 1)
+        lab._finished(run, result, 1, 1)
         assert not unfinished.exists()
     assert kept[0] == kept[1]
 

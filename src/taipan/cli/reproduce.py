@@ -1,13 +1,13 @@
 """`taipan reproduce`: the experiments, each a command that prints and plots its numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from taipan.experiments.registry import CLAIMS
+from taipan.experiments.registry import ENTRIES, Entry
 
 
 class ScaleName(StrEnum):
@@ -20,6 +20,7 @@ class ScaleName(StrEnum):
 class LanguageScaleName(StrEnum):
     """How much of an experiment on language is run."""
 
+    paper = "paper"
     small = "small"
     tiny = "tiny"
 
@@ -84,56 +85,147 @@ def register(app: typer.Typer, panel: str) -> None:
         for path in write(report, out / scale.value, command):
             note(f"Written: {path}")
 
-    for name, claim in CLAIMS.items():
-        reproduce.command(name, help=f"{claim}.{_HELP}")(_language(name, claim))
-
-
-def _language(name: str, claim: str) -> Callable[..., None]:
-    """The command of an experiment on language."""
-
-    def command(
-        scale: Annotated[
-            LanguageScaleName, typer.Option(help="small: our results, three seeds, hours; tiny: a minute or two.")
-        ] = LanguageScaleName.small,
-        text: Annotated[
-            Path | None,
-            typer.Option(
-                help="JSON lines with a document in the field text of each; some are held out. "
-                "[default: the standard library of this Python]"
-            ),
-        ] = None,
-        out: Annotated[
-            Path, typer.Option(help="Laboratory: what was trained or measured there, by any experiment, is not again.")
-        ] = Path("runs/experiments"),
-        workers: Annotated[
-            int | None, typer.Option(min=1, help="Runs side by side, one thread each. [default: one per core]")
-        ] = None,
+    @reproduce.command("report")
+    def report(
+        results: Annotated[
+            Path, typer.Argument(help="Directory with results (the JSON files that the experiments wrote).")
+        ] = Path("docs/results"),
+        out: Annotated[Path, typer.Option(help="Directory for the page.")] = Path("build/report"),
     ) -> None:
-        from taipan.cli.console import duration, note, print_table
-        from taipan.cli.progress import runs_progress
-        from taipan.experiments.execution import Result, Run
-        from taipan.experiments.laboratory import SCALES, Laboratory, Text, write
-        from taipan.experiments.registry import experiment
+        """Every claim of the paper, what was found, and a verdict, as one page; from results alone, nothing is run.
 
-        def finished(run: Run, result: Result, done: int, of: int) -> None:
-            seconds = f", {duration(result['seconds'])}" if "seconds" in result else ""
-            note(f"[{done}/{of}] {run.name} (seed {run.settings['seed']}{seconds})")
+        Example:
 
-        with runs_progress() as progress:
-            lab = Laboratory(
-                SCALES[scale.value], Text(text), out / scale.value, finished, workers=workers, progress=progress
-            )
-            outcome = experiment(name)(lab)
-        for table in outcome.tables:
-            print_table(table.title, table.header, table.rows)
-        words = f"taipan reproduce {name} --scale {scale.value}{'' if text is None else f' --text {text.name}'}"
-        for path in write(name, claim, outcome, lab.directory / "reports" / lab.data.name, words):
+            taipan reproduce report docs/results --out build/report
+        """
+        from taipan.cli.console import note
+        from taipan.experiments.claims_report import write
+
+        for path in write(results, out):
             note(f"Written: {path}")
 
-    return command
+    for name, entry in ENTRIES.items():
+        reproduce.command(name, help=f"{entry.claim}.{_HELP}")(_command(name, entry))
+
+
+_Scale = Annotated[
+    LanguageScaleName,
+    typer.Option(
+        help="small: our results, three seeds, hours; tiny: a minute or two; paper: writes the recipes for a cluster."
+    ),
+]
+_Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON lines with a document in the field text of each; some are held out. "
+        "[default: the standard library of this Python]"
+    ),
+]
+_Out = Annotated[
+    Path, typer.Option(help="Laboratory: what was trained or measured there, by any experiment, is not again.")
+]
+_Workers = Annotated[
+    int | None, typer.Option(min=1, help="Runs side by side, one thread each. [default: one per core]")
+]
+_SMALL, _RUNS = LanguageScaleName.small, Path("runs/experiments")
+
+
+def _command(name: str, entry: Entry) -> Callable[..., None]:
+    """The command of an experiment, with the options that it has."""
+    if entry.files:
+
+        def asking(
+            scale: _Scale = _SMALL,
+            text: _Text = None,
+            task: Annotated[
+                list[str] | None,
+                typer.Option(
+                    help=f"NAME=FILE: a local file of questions, repeatable; names: {', '.join(entry.files)}."
+                ),
+            ] = None,
+            out: _Out = _RUNS,
+            workers: _Workers = None,
+        ) -> None:
+            _reproduce(name, entry, scale, out, workers, text, task or [])
+
+        return asking
+    if not entry.text:
+
+        def alone(scale: _Scale = _SMALL, out: _Out = _RUNS, workers: _Workers = None) -> None:
+            _reproduce(name, entry, scale, out, workers)
+
+        return alone
+
+    def reading(scale: _Scale = _SMALL, text: _Text = None, out: _Out = _RUNS, workers: _Workers = None) -> None:
+        _reproduce(name, entry, scale, out, workers, text)
+
+    return reading
+
+
+def _reproduce(
+    name: str,
+    entry: Entry,
+    scale: LanguageScaleName,
+    out: Path,
+    workers: int | None,
+    text: Path | None = None,
+    tasks: Sequence[str] = (),
+) -> None:
+    from dataclasses import replace
+
+    from taipan.cli.console import duration, note, print_table
+    from taipan.cli.progress import runs_progress
+    from taipan.experiments import paper_scale
+    from taipan.experiments.execution import Result, Run
+    from taipan.experiments.laboratory import SCALES, Laboratory, Text, write
+    from taipan.experiments.registry import experiment
+
+    if scale is LanguageScaleName.paper and entry.text:
+        *recipes, run = paper_scale.write(name, entry.claim, out / "paper" / name)
+        for path in recipes:
+            note(f"Written: {path}")
+        print(run.read_text(encoding="utf-8"), end="")
+        note(f"Nothing was trained: {run} says what to run on a cluster.")
+        return
+
+    def finished(run: Run, result: Result, done: int, of: int) -> None:
+        seconds = f", {duration(result['seconds'])}" if "seconds" in result else ""
+        note(f"[{done}/{of}] {run.name} (seed {run.settings['seed']}{seconds})")
+
+    files = dict(_named(task) for task in tasks)
+    # what reads no text has its own scale of the paper, which runs anywhere, for days
+    size = SCALES[scale.value] if scale.value in SCALES else replace(SCALES["small"], name=scale.value)
+    with runs_progress() as progress:
+        directory = out / scale.value
+        lab = Laboratory(size, Text(text), directory, finished, workers=workers, progress=progress, files=files)
+        outcome = experiment(name)(lab)
+    for table in outcome.tables:
+        print_table(table.title, table.header, table.rows)
+    words = f"taipan reproduce {name} --scale {scale.value}{'' if text is None else f' --text {text.name}'}"
+    words += "".join(f" --task {own}={path.name}" for own, path in files.items())
+    reports, about = lab.directory / "reports", {"scale": scale.value}
+    if entry.text:
+        reports, about = reports / lab.data.name, {**about, "text": lab.text.settings()["text"]}
+    for path in write(name, entry.claim, outcome, reports, words, about):
+        note(f"Written: {path}")
+
+
+def _named(task: str) -> tuple[str, Path]:
+    """Name and file of NAME=FILE.
+
+    Raises:
+        InputError: it is something else.
+    """
+    from taipan.errors import InputError, shown
+
+    name, equals, file = task.partition("=")
+    if not equals or not name or not file:
+        raise InputError(f"--task is {shown(task)}, but must be NAME=FILE, for example squad=dev-v2.0.json.")
+    return name, Path(file)
 
 
 _HELP = """
 
-        Interrupted, it goes on when run again: every finished run is kept, and models are shared by all experiments.
+        Interrupted, it goes on when run again: every finished run is kept, and so is a checkpoint of one that goes on;
+        models are shared by all experiments.
 """

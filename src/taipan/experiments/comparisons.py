@@ -2,31 +2,84 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 from taipan.config import SETTINGS, TaipanConfig
-from taipan.experiments.gate_settings import WINNER, architectures, compare, hybrid
-from taipan.experiments.laboratory import Choice, Laboratory, Outcome, Scale, Table, model_config
+from taipan.experiments.execution import Result
+from taipan.experiments.gate_settings import JAMBA, MAMBA2, WINNER, architectures, compare, hybrid
+from taipan.experiments.laboratory import (
+    Choice,
+    Laboratory,
+    Outcome,
+    Scale,
+    Table,
+    all_seeds,
+    by_name,
+    model_config,
+    spread,
+)
+
+if TYPE_CHECKING:
+    from taipan.model import TaipanLM
 
 Models = Mapping[str, tuple[TaipanConfig, Choice]]
 _SAL = "selective_attention"
 
 
-def taipan(scale: Scale, stack: list[str] | None = None, **overrides: Any) -> tuple[TaipanConfig, Choice]:
+def taipan(
+    scale: Scale, stack: list[str] | None = None, *, larger: bool = False, **overrides: Any
+) -> tuple[TaipanConfig, Choice]:
     """The winning setting with some fields changed."""
-    return model_config(scale, stack or hybrid(_SAL), **{**WINNER, **overrides}), "gate"
+    return model_config(scale, stack or hybrid(_SAL), larger=larger, **{**WINNER, **overrides}), "gate"
 
 
-def capacity(scale: Scale) -> Models:
-    """Budgets, and at C = 0.15 tokens that are selected by chance or evenly."""
-    budgets = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 1.0) if scale.name != "tiny" else (0.15,)
+def capacity(scale: Scale, *, larger: bool = False) -> Models:
+    """Budgets, and at C = 0.15 tokens that are selected by chance or evenly; fewer budgets of the larger model."""
+    budgets = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 1.0) if not larger else (0.05, 0.15, 0.30, 1.0)
+    budgets = budgets if scale.name != "tiny" else (0.15,)
     blind: dict[str, Any] = {"gate_objective": "straight_through", "gate_gradient": "gathered"}
-    config, _ = taipan(scale, **blind)
+    config, _ = taipan(scale, larger=larger, **blind)
     return {
-        **{f"C = {budget:.2f}": taipan(scale, attention_capacity=budget) for budget in budgets},
+        **{f"C = {budget:.2f}": taipan(scale, larger=larger, attention_capacity=budget) for budget in budgets},
         "C = 0.15, by chance": (config, "random"),
         "C = 0.15, every k-th": (config, "every"),
     }
+
+
+def capacity_by_size(lab: Laboratory) -> Outcome:
+    """Fig. 5: budgets over training, of two sizes of model; the larger one with the first seed alone."""
+    scale = lab.scale
+    results: dict[str, list[Result]] = {}
+    tables: list[Table] = []
+    for larger in (False, True):
+        size = ", larger" if larger else ""
+        stacks = {MAMBA2: ["mamba2"] * 6, JAMBA: hybrid("full_attention")}
+        anchors: Models = {name: (model_config(scale, stack, larger=larger), "gate") for name, stack in stacks.items()}
+        seeds = scale.seeds[:1] if larger else scale.seeds
+        found, table = compare(
+            lab, {**anchors, **capacity(scale, larger=larger)}, f"Budgets and blind choices{size}", seeds
+        )
+        results |= {f"{name}{size}": own for name, own in found.items()}
+        tables += [table, _over_training(found, f"Nats per token of training text, over training{size}")]
+    return Outcome(results, tuple(tables))
+
+
+def _over_training(results: Mapping[str, list[Result]], title: str) -> Table:
+    """Each window of the text is read once in training, so that its loss there is that of unseen text."""
+    shares = (0.25, 0.5, 0.75, 1.0)
+    rows = [
+        [name, *(spread([_loss_at(own, share) for own in seeds]) for share in shares)]
+        for name, seeds in results.items()
+    ]
+    return Table(title, ["model", *(f"after {share:.0%}" for share in shares)], rows)
+
+
+def _loss_at(result: Result, share: float) -> float:
+    """Mean cross-entropy of the last tenth of training before a share of it."""
+    points = [point for point in result["curve"] if share - 0.1 <= point["step"] / result["steps"] <= share]
+    return mean(point["cross_entropy"] for point in points or result["curve"][-1:])
 
 
 def positions(scale: Scale) -> Models:
@@ -95,6 +148,80 @@ def failures(lab: Laboratory) -> Outcome:
     return Outcome(results, (table,))
 
 
+_GAPS: dict[str, dict[str, Any]] = {
+    "the paper: constant noise, weight 1": {**SETTINGS["paper"]},
+    "constant budget, no noise": {**SETTINGS["paper"], "gumbel_noise": 0.0, "gumbel_noise_end": 0.0},
+    "annealed budget, constant noise": {"gumbel_noise_end": 1.0},
+    "annealed budget, noise ends at 80 % (recommended)": {},
+    "annealed budget, no noise": {"gumbel_noise": 0.0, "gumbel_noise_end": 0.0},
+    "temperature falls to 0.1": {"gumbel_noise_end": 1.0, "gumbel_temperature_end": 0.1},
+    "one threshold in training and after it": {**WINNER, "capacity_window": 0},
+    "the same, share bounded": WINNER,
+}
+
+
+def measure_gap(model: "TaipanLM", data: Path, context: int) -> Result:
+    """Rates and loss at inference as trained, and with thresholds calibrated on training text.
+
+    Args:
+        model: its thresholds are changed.
+        data: prepared text.
+        context: of the evaluations; the threshold is calibrated on contexts of this length.
+    """
+    import torch
+
+    from taipan.data.sampler import WindowSampler
+    from taipan.data.shards import TokenDataset
+    from taipan.evaluation.perplexity import evaluate
+    from taipan.training.run.calibration import calibrate
+    from taipan.training.step.batch import Batch
+
+    valid = TokenDataset.open(data / "valid")
+    found: Result = {}
+    for way in ("as trained", "calibrated"):
+        if way == "calibrated":
+            sampler = WindowSampler(TokenDataset.open(data / "train"), context, 7)
+            batches: list[Batch] = [
+                {"tokens": windows["tokens"], "segment_ids": windows["segment_ids"]}
+                for windows in (sampler.batch(number, 8) for number in range(8))
+            ]
+            with torch.no_grad():
+                calibrate(model, batches)
+        own = evaluate(model, valid, context=context)
+        found[way] = {
+            "bits_per_byte": own.bits_per_byte,
+            "rate": mean(gate.rate for gate in own.gates),
+            "training_rate": mean(gate.training_rate for gate in own.gates),
+        }
+    return found
+
+
+def gap(lab: Laboratory) -> Outcome:
+    """The share selected in training and at inference, and what makes them one."""
+    known = list(_GAPS) if lab.scale.name != "tiny" else list(_GAPS)[:: len(_GAPS) - 1]
+    gates: dict[str, dict[str, Any]] = {name: {"refinement": "add", **_GAPS[name]} for name in known}
+    models: dict[str, tuple[TaipanConfig, Choice]] = {
+        name: (model_config(lab.scale, hybrid(_SAL), **own), "gate") for name, own in gates.items()
+    }
+    seeds = lab.scale.seeds
+    results = by_name(known, seeds, lab.measure(measure_gap, all_seeds(models, seeds), lab.scale.context))
+    rows = [
+        [
+            name,
+            spread([result["curve"][-1]["rate"] for result in own]),
+            *(
+                spread([result[way][key] for result in own])
+                for way in ("as trained", "calibrated")
+                for key in ("rate", "bits_per_byte")
+            ),
+        ]
+        for name, own in results.items()
+    ]
+    header = ["gate", "rate in training, at its end", "rate, held out", "bits per byte"]
+    header += ["rate, threshold calibrated", "bits per byte then"]
+    return Outcome(results, (Table("The gap between training and inference; the budget is 0.15", header, rows),))
+
+
 def _run(models: Any, title: str, anchors: bool, lab: Laboratory) -> Outcome:
     known: dict[str, tuple[TaipanConfig, Choice]] = dict(models(lab.scale))
     if anchors:
@@ -108,7 +235,8 @@ def _run(models: Any, title: str, anchors: bool, lab: Laboratory) -> Outcome:
 
 EXPERIMENTS = {
     "failures": failures,
-    "capacity": partial(_run, capacity, "Budgets and blind choices", True),
+    "gap": gap,
+    "capacity": capacity_by_size,
     "positions": partial(_run, positions, "Rotary embedding in the SAL", False),
     "window": partial(_run, window, "Windows", False),
     "scope": partial(_run, scope, "Keys, values and the unit of the window", False),

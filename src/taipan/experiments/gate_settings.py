@@ -67,7 +67,7 @@ def architectures(scale: Scale) -> dict[str, TaipanConfig]:
 
 def models(scale: Scale) -> dict[str, TaipanConfig]:
     """Anchors, then the settings (at `tiny` one of them); all of the same parameters within 2 % at `small`."""
-    everything = {"refinement": "add", "attention_capacity": 1.0}
+    everything: dict[str, Any] = {"refinement": "add", "attention_capacity": 1.0}
     known = settings() if scale.name != "tiny" else {"recall, lookahead": WINNER}
     stack = hybrid("selective_attention")
     known_architectures = architectures(scale)
@@ -103,7 +103,10 @@ def measure(model: "TaipanLM", data: Path, context: int) -> Result:
 
 
 def compare(
-    lab: Laboratory, models: Mapping[str, tuple[TaipanConfig, Choice]], title: str
+    lab: Laboratory,
+    models: Mapping[str, tuple[TaipanConfig, Choice]],
+    title: str,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[dict[str, list[Result]], Table]:
     """Train and measure models, side by side.
 
@@ -111,11 +114,12 @@ def compare(
         lab: where.
         models: by name, each with what selects its tokens.
         title: of the table.
+        seeds: of each; None: those of the scale.
 
     Returns:
         Per model the results of all seeds, and a table of them.
     """
-    seeds = lab.scale.seeds
+    seeds = seeds or lab.scale.seeds
     flat = lab.measure(measure, all_seeds(dict(models), seeds), lab.scale.context)
     results = by_name(list(models), seeds, flat)
     return results, table(results, lab.scale.context, title)

@@ -5,8 +5,9 @@ trained or measured is kept under the laboratory's directory: an interrupted exp
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -16,6 +17,7 @@ from taipan.config import TaipanConfig
 from taipan.errors import DataError, InputError, shown
 from taipan.experiments.course import UNFINISHED, complete, forget, seen
 from taipan.experiments.execution import Listener, Progress, Result, Run, execute
+from taipan.io import atomic_write, parse_json
 
 if TYPE_CHECKING:
     from taipan.data.corpus import Document
@@ -30,13 +32,16 @@ class Scale:
     """How much of an experiment is run.
 
     Attributes:
-        name: `tiny` or `small`.
+        name: `tiny` or `small`; the scale of `paper` is recipes (`paper_scale`).
         steps: optimizer steps of every run, of `rows` rows.
         seeds: of every run.
         context: tokens of a row, and slots of the window.
         rows: of a batch.
         model: sizes, as fields of `TaipanConfig`; `heads` stands for `num_attention_heads`.
         training_bytes, held_out_bytes: of text, at most (a document more or less); None for all.
+        larger: the sizes of a second model, as `model`, where an experiment has two.
+        learning_rates: peaks by architecture (`architecture_of`), as `learning-rates` found them; others are
+            `LEARNING_RATE`.
     """
 
     name: str
@@ -47,8 +52,12 @@ class Scale:
     model: dict[str, int]
     training_bytes: int | None
     held_out_bytes: int | None
+    larger: dict[str, int]
+    learning_rates: dict[str, float] = field(default_factory=dict[str, float])
 
 
+LEARNING_RATE = 0.01
+"""Peak of Muon and AdamW where a scale says nothing else; it is no part of what identifies a run."""
 SCALES: dict[str, Scale] = {
     "small": Scale(
         name="small",
@@ -59,6 +68,7 @@ SCALES: dict[str, Scale] = {
         model={"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "state_size": 32, "heads": 2},
         training_bytes=16_000_000,
         held_out_bytes=1_250_000,
+        larger={"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 576, "state_size": 32, "heads": 3},
     ),
     "tiny": Scale(
         name="tiny",
@@ -69,6 +79,7 @@ SCALES: dict[str, Scale] = {
         model={"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "state_size": 8, "heads": 1},
         training_bytes=60_000,
         held_out_bytes=24_000,
+        larger={"vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "state_size": 8, "heads": 1},
     ),
 }
 
@@ -167,12 +178,26 @@ class Training:
         config: of the model.
         seed: of weights and batches.
         choice: what selects tokens, in training and after it.
+        tasks: the share of the rows that are retrieval tasks (`retrieval`) in place of text.
+        learning_rate: its peak; None: that of its architecture at the scale.
+        steps: of the optimizer; None: those of the scale.
     """
 
     name: str
     config: TaipanConfig
     seed: int
     choice: Choice = "gate"
+    tasks: float = 0.0
+    learning_rate: float | None = None
+    steps: int | None = None
+
+
+_TRAINING = "training"
+_SETTINGS = ("config", "seed", "choice", "steps", "context", "rows", "data", "learning_rate", "tasks")
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 class Laboratory:
@@ -185,6 +210,7 @@ class Laboratory:
         listener: told of every run that is done, kept ones too.
         workers: processes side by side; None for one per core.
         progress: told how far runs have come.
+        files: local files of questions, by name, for the experiments that ask them.
     """
 
     def __init__(
@@ -196,14 +222,17 @@ class Laboratory:
         *,
         workers: int | None = None,
         progress: Progress | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         self.scale = scale
+        self.files = dict(files or {})
         self.text = text
         self.directory = directory
         self._listener = listener
         self._workers = workers
         self._progress = progress
         self._data: Path | None = None
+        self._names: dict[Path, tuple[str, str]] = {}
 
     @property
     def data(self) -> Path:
@@ -213,20 +242,47 @@ class Laboratory:
         return self._data
 
     def declare(self, training: Training) -> Run:
-        """The run that trains a model."""
-        scale = self.scale
-        settings = {"config": training.config.to_dict(), "seed": training.seed, "choice": training.choice}
-        settings |= {"steps": scale.steps, "context": scale.context, "rows": scale.rows, "data": self.data.name}
-        return Run(name=slug(training.name), settings=settings)
+        """The run that trains a model; one that is kept under another name is that run."""
+        scale, config = self.scale, training.config
+        settings = {"config": config.to_dict(), "seed": training.seed, "choice": training.choice}
+        settings |= {"steps": training.steps or scale.steps, "context": scale.context, "rows": scale.rows}
+        settings["data"] = self.data.name
+        rate = training.learning_rate or scale.learning_rates.get(architecture_of(config), LEARNING_RATE)
+        # what a run is called by stays what it was before there was a choice
+        settings |= {} if rate == LEARNING_RATE else {"learning_rate": rate}
+        settings |= {} if training.tasks == 0.0 else {"tasks": training.tasks}
+        return Run(name=self._kept().get(_told(settings), slug(training.name)), settings=settings)
+
+    def _kept(self) -> dict[str, str]:
+        """Names of the runs that are kept, by their settings."""
+        for path in sorted((self.directory / _TRAINING).glob("*.json")):
+            if path not in self._names:
+                result: Result = parse_json(path.read_bytes(), str(path))
+                self._names[path] = (_told({key: result[key] for key in _SETTINGS if key in result}), result["run"])
+        return dict(self._names.values())
 
     def train(self, trainings: Sequence[Training]) -> list[Result]:
         """Train what is not there yet; what was seen in training, in their order."""
         runs = [self.declare(training) for training in trainings]
         work = partial(_train, self.directory)
-        results = self.directory / "training"
-        return execute(runs, work, results, self._trained, workers=self._workers, progress=self._progress)
+        return self.execute(runs, work, _TRAINING)
 
-    def _trained(self, run: Run, result: Result, done: int, of: int) -> None:
+    def execute(
+        self, runs: Sequence[Run], work: Callable[[Run], Result], kind: str, *, alone: bool = False
+    ) -> list[Result]:
+        """Run what is not there yet; results of all, in their order.
+
+        Args:
+            runs: what to run.
+            work: a module-level function, or a `partial` of one; it may keep checkpoints of a run (`course`).
+            kind: name of the directory that keeps the results.
+            alone: one after the other, each in a process of its own: for what is timed, and for peaks of memory.
+        """
+        workers = 1 if alone else self._workers
+        results = self.directory / kind
+        return execute(runs, work, results, self._finished, workers=workers, progress=self._progress, alone=alone)
+
+    def _finished(self, run: Run, result: Result, done: int, of: int) -> None:
         forget(run, self.directory / UNFINISHED)  # the result is kept now
         self._listener(run, result, done, of)
 
@@ -253,7 +309,7 @@ class Laboratory:
             for training, run in ((training, self.declare(training)) for training in trainings)
         ]
         work = partial(_measure, self.directory, function)
-        measured = execute(runs, work, self.directory / "measured", self._listener, workers=self._workers)
+        measured = self.execute(runs, work, "measured")
         return [{**seen, **found} for seen, found in zip(trained, measured, strict=True)]
 
 
@@ -262,6 +318,7 @@ def _train(directory: Path, run: Run) -> Result:
     from taipan.data.sampler import WindowSampler
     from taipan.data.shards import TokenDataset
     from taipan.experiments.controls import choose_by
+    from taipan.experiments.retrieval import with_tasks
     from taipan.hardware import training_dtype
     from taipan.model import TaipanLM
     from taipan.seeding import seeded_generator
@@ -270,13 +327,13 @@ def _train(directory: Path, run: Run) -> Result:
     from taipan.training.step.stepper import Stepper
 
     values = run.settings
-    seed, steps = int(values["seed"]), int(values["steps"])
+    seed, steps, rate = int(values["seed"]), int(values["steps"]), values.get("learning_rate", LEARNING_RATE)
     model = TaipanLM(TaipanConfig.from_dict(values["config"]), generator=seeded_generator(seed, "init"))
     choose_by(model, values["choice"], seed)
     dtype = training_dtype().dtype
     stepper = Stepper.build(
         model,
-        OptimizerSection(name="muon", learning_rate=0.01, muon_learning_rate=0.01, weight_decay=0.01),
+        OptimizerSection(name="muon", learning_rate=rate, muon_learning_rate=rate, weight_decay=0.01),
         ScheduleSection(kind="linear", warmup=0.02, final=0.02),
         total_steps=steps,
         dtype=dtype,
@@ -284,9 +341,12 @@ def _train(directory: Path, run: Run) -> Result:
     )
     data = TokenDataset.open(directory / "texts" / values["data"] / "train")
     tokenizer, sampler = data.tokenizer(), WindowSampler(data, int(values["context"]), seed)
+    share = values.get("tasks", 0.0)
 
     def batch(step: int) -> Batch:
         windows = sampler.batch(step, int(values["rows"]))
+        if share:
+            windows = with_tasks(windows, tokenizer, share=share, step=step, seed=seed)
         return {"tokens": windows["tokens"], "segment_ids": windows["segment_ids"]}
 
     course = complete(run, stepper, batch, steps, directory=directory / UNFINISHED, tokenizer=tokenizer)
@@ -308,15 +368,26 @@ def _measure(directory: Path, function: "Callable[[TaipanLM, Path, Any], Result]
 # ---------------------------------------------------------------------- models
 
 
-def model_config(scale: Scale, layers: Iterable[str], **overrides: Any) -> TaipanConfig:
+def architecture_of(config: TaipanConfig) -> str:
+    """`transformer`, `mamba2`, `jamba` or `taipan`, by the mixers of its layers."""
+    kinds = set(config.layer_types)
+    if "selective_attention" in kinds:
+        return "taipan"
+    if "mamba2" not in kinds:
+        return "transformer"
+    return "mamba2" if kinds == {"mamba2"} else "jamba"
+
+
+def model_config(scale: Scale, layers: Iterable[str], *, larger: bool = False, **overrides: Any) -> TaipanConfig:
     """A configuration of the scale's sizes; what values of entries that look ahead cost, its MLPs give.
 
     Args:
         scale: sizes.
         layers: the mixer of every layer.
+        larger: those of its second model.
         **overrides: any other field.
     """
-    sizes = dict(scale.model)
+    sizes = dict(scale.larger if larger else scale.model)
     base: dict[str, Any] = {"num_attention_heads": sizes.pop("heads"), **sizes}
     base |= {"mamba_head_dim": sizes["hidden_size"] // 2, "sliding_window": scale.context}
     # 3 matrices of an MLP against 1 for every token looked ahead
@@ -341,15 +412,19 @@ class Outcome:
     """What an experiment found.
 
     Attributes:
-        results: JSON values, all that the tables are made of.
-        tables: for people.
+        results: per model its results, of all seeds; JSON values.
+        tables: for people, made of `results` and `more`.
+        more: what else was found, JSON values.
     """
 
     results: dict[str, Any]
     tables: tuple[Table, ...]
+    more: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def write(name: str, claim: str, outcome: Outcome, directory: Path, command: str) -> list[Path]:
+def write(
+    name: str, claim: str, outcome: Outcome, directory: Path, command: str, about: Mapping[str, str]
+) -> list[Path]:
     """Write `NAME.md` and `NAME.json`; returns their paths.
 
     Args:
@@ -358,11 +433,8 @@ def write(name: str, claim: str, outcome: Outcome, directory: Path, command: str
         outcome: what it found.
         directory: where to.
         command: that made it.
+        about: what else tells of it: scale, text.
     """
-    import json
-
-    from taipan.io import atomic_write
-
     directory.mkdir(parents=True, exist_ok=True)
     lines = [f"# {claim}", "", f"```bash\n{command}\n```"]
     for table in outcome.tables:
@@ -370,8 +442,10 @@ def write(name: str, claim: str, outcome: Outcome, directory: Path, command: str
         lines += ["| " + " | ".join(table.header) + " |", "|" + "---|" * len(table.header)]
         lines += ["| " + " | ".join(row) + " |" for row in table.rows]
     text, results = directory / f"{name}.md", directory / f"{name}.json"
+    values = {"experiment": name, "claim": claim, "command": command, **about, "results": outcome.results}
+    values |= {"more": outcome.more, "tables": [asdict(table) for table in outcome.tables]}
     atomic_write(text, ("\n".join(lines) + "\n").encode())
-    atomic_write(results, json.dumps({"command": command, "results": outcome.results}, indent=1).encode())
+    atomic_write(results, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
     return [text, results]
 
 

@@ -2,31 +2,64 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-CLAIMS: dict[str, str] = {
-    "gate-settings": "How much of attention's lead each setting of the gate keeps, between Mamba-2 and Jamba",
-    "perplexity-by-context": "Loss by context and position, four architectures",
-    "copying": "Loss of tokens that repeat a bigram, by distance, and of all others, four architectures",
-    "capacity": "Loss by the budget C, and tokens chosen blindly at the same budget",
-    "positions": "A SAL with rotary embedding and without, inside the training length and beyond",
-    "window": "How long the window of a SAL has to be",
-    "scope": "Keys of all or of selected tokens, a window of positions or of selected tokens",
-    "ratio": "How many SALs there are and where they stand",
-    "gate": "What the gate selects",
-    "failures": "Gates that fail, each provoked, and when training warns of them",
-}
-"""Of every experiment on language, what it shows."""
 
-_MODULES = {
-    "gate-settings": "gate_settings",
-    "perplexity-by-context": "reading",
-    "copying": "reading",
-    "gate": "reading",
+@dataclass(frozen=True)
+class Entry:
+    """An experiment.
+
+    Attributes:
+        claim: what it shows.
+        module: of `taipan.experiments`, in whose `EXPERIMENTS` it is.
+        text: whether its models are trained on text.
+        files: names of the local files of questions that it asks.
+    """
+
+    claim: str
+    module: str
+    text: bool = True
+    files: tuple[str, ...] = ()
+
+
+ENTRIES: dict[str, Entry] = {
+    "gate-settings": Entry(
+        "How much of attention's lead each setting of the gate keeps, between Mamba-2 and Jamba", "gate_settings"
+    ),
+    "learning-rates": Entry("Which learning rate is best, four architectures", "learning_rates"),
+    "perplexity-by-context": Entry("Loss by context and position, four architectures", "reading"),
+    "latency-by-length": Entry("Time and memory of generation and prefill by length, four architectures", "latency"),
+    "copying": Entry(
+        "Loss of tokens that repeat a bigram, by distance, and of all others, four architectures", "reading"
+    ),
+    "recall": Entry(
+        "Answers found in documents, and keys hidden in text, four architectures",
+        "tasks",
+        files=("swde", "fda", "squad"),
+    ),
+    "zero-shot": Entry(
+        "Accuracy on nine tasks, with intervals, four architectures",
+        "tasks",
+        files=(
+            *("winogrande", "piqa", "hellaswag", "arc-easy", "arc-challenge"),
+            *("openbookqa", "truthfulqa", "race", "boolq"),
+        ),
+    ),
+    "mqar": Entry("Multi-query associative recall as zoology sets it, by size of state", "mqar", text=False),
+    "capacity": Entry("Loss by the budget C, and tokens chosen blindly at the same budget", "comparisons"),
+    "positions": Entry("A SAL with rotary embedding and without, inside the training length and beyond", "comparisons"),
+    "window": Entry("How long the window of a SAL has to be", "comparisons"),
+    "scope": Entry("Keys of all or of selected tokens, a window of positions or of selected tokens", "comparisons"),
+    "ratio": Entry("How many SALs there are and where they stand", "comparisons"),
+    "gap": Entry("The share selected in training and at inference, and what makes them one", "comparisons"),
+    "gate": Entry("What the gate selects", "reading"),
+    "failures": Entry("Gates that fail, each provoked, and when training warns of them", "comparisons"),
 }
+"""Every experiment but `associative-recall`, which has a command of its own."""
 
 
 def experiment(name: str) -> Callable[[Any], Any]:
     """What runs the experiment of an id: from a `Laboratory` to an `Outcome`."""
-    module = importlib.import_module(f"taipan.experiments.{_MODULES.get(name, 'comparisons')}")
+    module = importlib.import_module(f"taipan.experiments.{ENTRIES[name].module}")
     return module.EXPERIMENTS[name]

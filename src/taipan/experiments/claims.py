@@ -1,0 +1,408 @@
+"""The claims of the paper, what was found of each, and a verdict: from kept results alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Literal
+
+from taipan.errors import DataError
+from taipan.experiments.associative_recall_figure import NAME as ASSOCIATIVE_RECALL
+from taipan.experiments.associative_recall_figure import FigureData
+from taipan.experiments.execution import Result
+from taipan.io import parse_json_object, read_text
+
+Verdict = Literal["holds", "holds in part", "does not hold", "no result yet"]
+FOUR = ("transformer", "mamba2", "jamba", "taipan")
+NAMES = {"transformer": "Transformer++", "mamba2": "Mamba-2", "jamba": "Jamba", "taipan": "Taipan"}
+_FLAT = 1.02
+"""Loss at the longest context over that at the training length: at most this is flat."""
+_LINEAR = 2.3
+"""Time for twice as many tokens over time for so many: at most this is linear."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Results of an experiment, as `taipan reproduce` wrote them.
+
+    Attributes:
+        file: their name.
+        text: what the models were trained on; empty where that is no text.
+        scale: of the experiment.
+        command: that made them.
+        results: per model those of all seeds.
+        more: what else was found.
+        tables: title, header and rows of each.
+    """
+
+    file: str
+    text: str
+    scale: str
+    command: str
+    results: dict[str, list[Result]]
+    more: dict[str, Any]
+    tables: tuple[dict[str, Any], ...]
+
+    @property
+    def seeds(self) -> int:
+        """How many every model has, at least."""
+        return min(len(own) for own in self.results.values())
+
+    def mean(self, name: str, value: Callable[[Result], float]) -> float:
+        """Over the seeds of a model."""
+        return mean(value(result) for result in self.results[name])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict, and why."""
+
+    verdict: Verdict
+    because: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, or what is asked here.
+
+    Attributes:
+        experiment: the id of the experiment that tests it.
+        place: where the paper says it; empty for questions of ours.
+        words: what it says.
+        judge: from kept results to a finding.
+    """
+
+    experiment: str
+    place: str
+    words: str
+    judge: Callable[[Kept], Finding]
+
+
+def load(directory: Path) -> dict[str, list[Kept]]:
+    """All results of a directory that `taipan reproduce` wrote, by experiment; those of `tiny` show nothing.
+
+    Raises:
+        DataError: a file is damaged, or there is no such directory.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory} is no directory; expected one with results of `taipan reproduce` (JSON).")
+    found: dict[str, list[Kept]] = {}
+    for path in sorted(directory.glob("*.json")):
+        values = parse_json_object(read_text(path), str(path))
+        if path.name == f"{ASSOCIATIVE_RECALL}.json":
+            found["associative-recall"] = [_associative_recall_of(path)]
+        if "experiment" not in values or values.get("scale") == "tiny":
+            continue
+        try:
+            kept = Kept(
+                path.name,
+                values.get("text", ""),
+                values["scale"],
+                values["command"],
+                values["results"],
+                values["more"],
+                tuple(values["tables"]),
+            )
+        except KeyError as error:
+            raise DataError(
+                f"{path} has no {error}: it is not what `taipan reproduce` wrote. Make it again."
+            ) from error
+        found.setdefault(values["experiment"], []).append(kept)
+    return found
+
+
+def _associative_recall_of(path: Path) -> Kept:
+    """The numbers of the figure of `associative-recall`, which has a form of its own."""
+    data = FigureData.load(path)
+    accuracy: dict[str, list[Result]] = {
+        name: [{"accuracy": mean(seeds)} for seeds in zip(*rows, strict=True)] for name, rows in data.accuracy.items()
+    }
+    return Kept(path.name, "", "full", data.command, accuracy, {}, ())
+
+
+def _verdict(whole: bool, part: bool) -> Verdict:
+    if whole:
+        return "holds"
+    return "holds in part" if part else "does not hold"
+
+
+def _list(values: Mapping[str, float], digits: int = 3) -> str:
+    return ", ".join(f"{NAMES.get(name, name)} {value:.{digits}f}" for name, value in values.items())
+
+
+def _least(values: Mapping[str, float]) -> str:
+    return min(values, key=lambda name: values[name])
+
+
+# ---------------------------------------------------------------------- judges
+
+
+def by_context(kept: Kept, name: str) -> dict[int, float]:
+    """Mean bits per byte of a model, by context."""
+    contexts = [entry["context"] for entry in kept.results[name][0]["by_context"]]
+    return {
+        context: kept.mean(name, lambda own, number=number: own["by_context"][number]["bits_per_byte"])
+        for number, context in enumerate(contexts)
+    }
+
+
+def _contexts(kept: Kept) -> Finding:
+    training = kept.results["taipan"][0]["context"]
+    curves = {name: by_context(kept, name) for name in kept.results}
+    longest = max(curves["taipan"])
+    at_end = {name: curve[longest] for name, curve in curves.items()}
+    inside = {name: curve[training] for name, curve in curves.items()}
+    flat = at_end["taipan"] <= _FLAT * inside["taipan"]
+    lowest = _least(at_end) == "taipan"
+    broken = at_end["transformer"] > _FLAT * inside["transformer"]
+    because = f"At {training:,} tokens: {_list(inside)}. At {longest:,}: {_list(at_end)} bits per byte."
+    return Finding(_verdict(lowest and flat and broken and _least(inside) == "taipan", lowest or flat), because)
+
+
+def _latency(kept: Kept) -> Finding:
+    points = {name: own[0]["generate"] for name, own in kept.results.items()}
+    seconds = {name: median(own[-1]["seconds"]) for name, own in points.items()}
+    memory = {name: median(own[-1]["memory"]) / 2**20 for name, own in points.items()}
+    length = points["taipan"][-1]["length"]
+    growth = seconds["taipan"] / median(points["taipan"][-2]["seconds"])
+    lowest = _least(seconds) == "taipan"
+    because = f"{length:,} tokens take: {_list(seconds, 1)} seconds, and {_list(memory, 0)} MiB. "
+    because += f"Taipan takes {growth:.2f} times as long for twice as many; the Transformer "
+    because += f"{seconds['transformer'] / seconds['taipan']:.1f} times as long as Taipan."
+    return Finding(
+        _verdict(lowest and growth <= _LINEAR, growth <= _LINEAR and seconds["taipan"] < seconds["transformer"]),
+        because,
+    )
+
+
+def lead(kept: Kept, where: str) -> tuple[float, float, float]:
+    """Of copying: attention's lead in nats a token, the share of it on recall hits, and the share that Taipan keeps."""
+
+    def nats(name: str, hits: bool | None) -> float:
+        def sums(own: Result) -> float:
+            return sum(
+                entry["nats"] for bucket, entry in own[where].items() if hits is None or hits == (bucket != "no hit")
+            )
+
+        return kept.mean(name, sums)
+
+    tokens = sum(entry["tokens"] for entry in kept.results["jamba"][0][where].values())
+    whole = nats("mamba2", None) - nats("jamba", None)
+    on_hits = nats("mamba2", True) - nats("jamba", True)
+    own = nats("mamba2", None) - nats("taipan", None)
+    return whole / tokens, on_hits / whole, own / whole
+
+
+def _copying(kept: Kept) -> Finding:
+    whole, on_hits, own = lead(kept, "inside")
+    _, _, beyond = lead(kept, "beyond")
+    because = (
+        f"Jamba leads Mamba-2 by {whole:.3f} nats a token; {on_hits:.0%} of it is on tokens that repeat a bigram. "
+    )
+    because += f"Taipan keeps {own:.0%} of the lead inside the training length and {beyond:.0%} in eight times that."
+    return Finding(_verdict(on_hits >= 0.8 and own >= 2 / 3, on_hits >= 0.8 or own >= 1 / 3), because)
+
+
+def found(kept: Kept, name: str) -> dict[str, float]:
+    """Of recall: the mean share of answers found in every local file, and of hidden keys by kind."""
+    own = kept.results[name]
+    shares = {task: mean(result["found"][task] for result in own) for task in own[0]["found"]}
+    for kind in ("passkey", "pairs"):
+        shares[kind] = mean(cell[3] for result in own for cell in result["hidden"] if cell[0] == kind)
+    return shares
+
+
+def _recall(kept: Kept) -> Finding:
+    trained = {name: f"{name}, with tasks" for name in FOUR}
+    shares = {name: mean(found(kept, full).values()) for name, full in trained.items() if full in kept.results}
+    order = shares["transformer"] >= shares["taipan"] > shares["jamba"] > shares["mamba2"]
+    because = f"Mean share of answers found, models trained with a share of such tasks: {_list(shares, 2)}."
+    missing = kept.more.get("without a file")
+    if missing:
+        because += f" No file was given for {', '.join(missing)}."
+    return Finding(_verdict(order, shares["taipan"] > shares["mamba2"]), because)
+
+
+def _mqar(kept: Kept) -> Finding:
+    from taipan.experiments.mqar import PUBLISHED, accuracy
+
+    own = {name: kept.mean(name, accuracy) for name in kept.results}
+    off = max(abs(own[name] - value) for name, value in PUBLISHED.items())
+    taipan = own["Taipan, recurrent state of 32 KiB"]
+    above = taipan > own["Mamba-2, 32 KiB"]
+    because = f"Taipan {taipan:.3f}, Mamba-2 of equal recurrent state {own['Mamba-2, 32 KiB']:.3f}, with its window as "
+    because += (
+        f"large as that state {own['Taipan, 32 KiB with its window']:.3f}. Ours are within {off:.2f} of zoology's."
+    )
+    if kept.more["still improving"]:
+        because += f" Still improving when training ended: {', '.join(kept.more['still improving'])}."
+    return Finding(_verdict(above and off <= 0.05, above), because)
+
+
+def _zero_shot(kept: Kept) -> Finding:
+    from taipan.experiments.tasks import above_chance
+
+    tasks = list(kept.results["taipan"][0]["tasks"])
+    scores = {
+        name: mean(result["tasks"][task]["score"] for result in own for task in tasks)
+        for name, own in kept.results.items()
+    }
+    above = [task for task in tasks if above_chance([result["tasks"][task] for result in kept.results["taipan"]])]
+    best = max(scores, key=lambda name: scores[name])
+    because = f"Averages over {len(tasks)} tasks: {_list(scores)}. Taipan's interval is above chance in "
+    because += f"{', '.join(above) or 'none of them: everything here is chance'}."
+    return Finding(_verdict(best == "taipan" and len(above) > len(tasks) / 2, bool(above)), because)
+
+
+def budgets(kept: Kept, size: str = "") -> dict[float, float]:
+    """Of capacity: mean bits per byte by C, of the smaller model or, with `, larger`, of the other."""
+    return {
+        float(name.removeprefix("C = ").removesuffix(size)): kept.mean(name, lambda own: own["bits_per_byte"])
+        for name in kept.results
+        if name.startswith("C = ") and "chance" not in name and "k-th" not in name and name.endswith(size)
+        if size or not name.endswith("larger")
+    }
+
+
+def _capacity(kept: Kept) -> Finding:
+    curve = budgets(kept)
+    learned, whole, none = curve[0.15], curve[1.0], curve[0.0]
+    chance = kept.mean("C = 0.15, by chance", lambda own: own["bits_per_byte"])
+    gained = (none - learned) / (none - whole)
+    per_token = (learned - curve[0.30]) / (none - learned)
+    because = (
+        f"Bits per byte at C = 0, 0.15, 0.30 and 1: {none:.3f}, {learned:.3f}, {curve[0.30]:.3f}, {whole:.3f}; at "
+    )
+    because += f"0.15 by chance {chance:.3f}. 0.15 has {gained:.0%} of what 1 gains; the next 0.15 add {per_token:.0%} "
+    because += "of what the first brought."
+    return Finding(_verdict(learned < chance and per_token < 1 / 3, learned < chance), because)
+
+
+def _positions(kept: Kept) -> Finding:
+    from taipan.experiments.gate_settings import beyond
+
+    training = kept.results["without"][0]["context"]
+    inside = {name: kept.mean(name, lambda own: own["bits_per_byte"]) for name in kept.results}
+    far = {name: kept.mean(name, lambda own: beyond(own, training)) for name in kept.results}
+    equal = abs(inside["without"] / inside["RoPE"] - 1) < 0.01
+    better = far["without"] < far["RoPE"]
+    because = f"Inside the training length: {_list(inside)}; beyond 4 times that: {_list(far)} bits per byte."
+    return Finding(_verdict(equal and better, better), because)
+
+
+def _best(kept: Kept) -> Finding:
+    values = {name: kept.mean(name, lambda own: own["bits_per_byte"]) for name in kept.results}
+    bits = [[result["bits_per_byte"] for result in own] for own in kept.results.values()]
+    spread = max(max(own) - min(own) for own in bits)
+    best = _least(values)
+    others = [value for name, value in values.items() if name != best]
+    clear = min(others) - values[best] > spread
+    because = f"{_list(values)} bits per byte; seeds differ by up to {spread:.3f}. Best: {best}"
+    return Finding("holds" if clear else "holds in part", because + ("." if clear else ", within what seeds differ."))
+
+
+def _gap(kept: Kept) -> Finding:
+    gaps = {
+        name: kept.mean(name, lambda own: abs(own["as trained"]["rate"] - own["curve"][-1]["rate"]))
+        for name in kept.results
+    }
+    paper = next(name for name in gaps if name.startswith("the paper"))
+    best = _least(gaps)
+    because = f"Between the share selected in training and on held-out text: {_list(gaps)}."
+    return Finding(_verdict(gaps[best] < 0.02 and gaps[paper] > 0.05, gaps[best] < gaps[paper]), because)
+
+
+def _gate(kept: Kept) -> Finding:
+    def rate(group: str) -> float:
+        return kept.mean(
+            "taipan", lambda own: own["groups"][group]["selected"] / max(1, own["groups"][group]["tokens"])
+        )
+
+    hits, others = rate("the next token is a recall hit"), rate("the next token is not")
+    because = f"It selects {hits:.0%} of the tokens before a recall hit and {others:.0%} of the others."
+    return Finding(_verdict(hits > 2 * others, hits > others), because)
+
+
+def _failures(kept: Kept) -> Finding:
+    provoked = {name: own for name, own in kept.results.items() if name != "nothing provoked"}
+    warned = [name for name, own in provoked.items() if all(result["warnings"] for result in own)]
+    because = f"{len(warned)} of {len(provoked)} provoked failures were warned of in training with every seed."
+    quiet = [name for name in provoked if name not in warned]
+    if quiet:
+        because += f" Not: {'; '.join(quiet)}."
+    return Finding(_verdict(not quiet, bool(warned)), because)
+
+
+def _rates(kept: Kept) -> Finding:
+    edges = [name for name, own in kept.more.items() if own["edge"]]
+    others = [name for name, own in kept.more.items() if own["best"] != own["taken"]]
+    because = "; ".join(
+        f"{NAMES.get(name, name)}: best {own['best']:g}, taken {own['taken']:g}" for name, own in kept.more.items()
+    )
+    return Finding(_verdict(not edges and not others, not edges), f"{because}.")
+
+
+def _settings(kept: Kept) -> Finding:
+    from taipan.experiments.gate_settings import kept as share
+
+    shares = {name: mean(share(kept.results, name)) for name in kept.results if name not in ("mamba2", "jamba")}
+    own = shares["recall, lookahead"]
+    because = f"Of Jamba's lead over Mamba-2, {_list(shares, 2)}."
+    return Finding(_verdict(own >= 2 / 3 and own == max(shares.values()), own >= 1 / 3), because)
+
+
+def _associative_recall(kept: Kept) -> Finding:
+    values = {name: kept.mean(name, lambda own: own["accuracy"]) for name in kept.results}
+    closed = values["taipan, C = 0"]
+    because = f"Accuracy, mean over pairs and seeds: {_list(values)}."
+    return Finding(_verdict(values["taipan"] >= 0.99 and closed < 0.9, values["taipan"] > closed), because)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "perplexity-by-context",
+        "Fig. 1a",
+        "Taipan has the lowest loss and stays flat to a million tokens; models of full attention break past their "
+        "training length, Mamba-2 degrades slowly.",
+        _contexts,
+    ),
+    Claim(
+        "latency-by-length",
+        "Fig. 1b",
+        "Taipan generates with the lowest latency, linear in length, in constant memory; 3 to 5 times below the "
+        "Transformer at 32K tokens.",
+        _latency,
+    ),
+    Claim("recall", "Fig. 4", "Recall: Transformer++ ≥ Taipan > Jamba > Mamba-2.", _recall),
+    Claim("mqar", "", "At equal recurrent state Taipan recalls more than Mamba-2; baselines reach zoology's.", _mqar),
+    Claim(
+        "associative-recall",
+        "",
+        "C = 0.15 solves a memory task that C = 0 and a Mamba-2 of equal parameters and recurrent state do not.",
+        _associative_recall,
+    ),
+    Claim("zero-shot", "Table 1", "Taipan has the best average of nine zero-shot tasks at every size.", _zero_shot),
+    Claim("capacity", "Fig. 5", "C = 0.15 is the knee; learned selection beats chance.", _capacity),
+    Claim(
+        "positions",
+        "Fig. 6",
+        "A SAL without rotary embedding is as good inside the training length and clearly better beyond.",
+        _positions,
+    ),
+    Claim("copying", "", "Attention's lead lies on tokens that repeat what was read, and Taipan keeps it.", _copying),
+    Claim("gate-settings", "", "A gate at C = 0.15 keeps two thirds of attention's lead.", _settings),
+    Claim("gap", "", "The shares selected in training and at inference can be made one.", _gap),
+    Claim("gate", "", "The gate selects the tokens that recall needs.", _gate),
+    Claim("window", "", "One window is best.", _best),
+    Claim("scope", "", "One scope of keys and values is best.", _best),
+    Claim("ratio", "", "One ratio and place of SALs is best.", _best),
+    Claim("failures", "", "Every failure that was provoked is warned of in training.", _failures),
+    Claim("learning-rates", "", "Every architecture has its best learning rate, and none is an edge.", _rates),
+)
+
+
+def judge(claim: Claim, results: Sequence[Kept]) -> list[tuple[Kept | None, Finding]]:
+    """The finding of every text; one that says so where there is no result."""
+    if not results:
+        return [(None, Finding("no result yet", f"`taipan reproduce {claim.experiment}` makes one."))]
+    return [(kept, claim.judge(kept)) for kept in results]
