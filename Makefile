@@ -16,7 +16,7 @@ RELIABILITY := $(addprefix tests/training/, processes/test_distributed.py step/t
 	$(patsubst %,run/test_%.py,checkpoint damage kills resume storage_faults))
 
 .NOTPARALLEL:
-.PHONY: help setup quickstart test test-all stress docs dist check lint types floors browser pages format clean
+.PHONY: help setup quickstart test test-all stress docs report dist check lint types floors browser pages format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ stress: $(DEVELOPMENT) ## Kill, damage, starve and resume training, thousands of
 
 docs: $(DEVELOPMENT) ## Build the documentation as a site, in build/site
 	$(BIN)/python docs/site.py
+
+report: $(RUNTIME) ## Build the page of the paper's claims, in build/report, from docs/results alone
+	$(BIN)/taipan reproduce report docs/results --out build/report
 
 dist: $(DEVELOPMENT) ## Build the source archive, and from it the wheel, into dist/
 	$(BIN)/python -m build --no-isolation
@@ -65,7 +68,9 @@ pages: browser $(DEVELOPMENT) ## Check the HTML pages and the site in headless C
 	node tests/pages/figure.mjs build/pages/screenshots README.md
 	$(BIN)/taipan quickstart --seconds 20 --out build/pages/quickstart --overwrite
 	$(BIN)/taipan inspect build/pages/quickstart/model CONTRIBUTING.md -o build/pages/inspect.html
-	node tests/pages/check.mjs build/pages/screenshots build/pages/quickstart/report.html build/pages/inspect.html
+	$(BIN)/taipan reproduce report docs/results --out build/report
+	node tests/pages/check.mjs build/pages/screenshots build/pages/quickstart/report.html build/pages/inspect.html \
+	    build/report/index.html
 	rm -rf build/pages/sessions
 	node tests/pages/serve.mjs build/pages/screenshots CONTRIBUTING.md \
 	    $(BIN)/taipan serve build/pages/quickstart/model --port 8765 --sessions build/pages/sessions

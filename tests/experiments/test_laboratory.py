@@ -201,8 +201,13 @@ def questions(name: str, directory: Path) -> dict[str, Path]:
 KEYS = {"seed", "tokens", "machine", "commits", "parameters", "curve"}
 
 
+QUICK = ("latency-by-length", "zero-shot")  # with the four models that most experiments share
+
+
 @pytest.mark.unchecked_shapes
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ENTRIES]
+)
 def test_every_experiment_at_tiny(name: str, lab: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lab, "files", questions(name, tmp_path))
     outcome = experiment(name)(lab)
@@ -233,15 +238,19 @@ def test_every_experiment_at_tiny(name: str, lab: Laboratory, monkeypatch: pytes
     assert load(written.parent) == {}
 
 
-def test_models_that_are_one_are_trained_once(lab: Laboratory) -> None:
+def test_models_that_are_one_are_trained_once(lab: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = architectures(lab.scale)["taipan"]
-    lab.train([Training(name="taipan", config=config, seed=1)])
+    monkeypatch.setattr(lab, "directory", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(laboratory, "_train", lambda _, run: {"run": run.name, **run.settings})
+        lab.train([Training(name="taipan", config=config, seed=1)])
     assert lab.declare(Training(name="another name", config=config, seed=1)).name == "taipan"
     assert lab.declare(Training(name="another seed", config=config, seed=2)).name == "another-seed"
     assert lab.declare(Training(name="a rate", config=config, seed=1, learning_rate=0.02)).name == "a-rate"
     assert lab.declare(Training(name="tasks", config=config, seed=1, tasks=0.5)).name == "tasks"
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked_shapes
 def test_gates_that_are_forced_and_rates_that_are_held(lab: Laboratory) -> None:
     results = experiment("gate-settings")(lab).results

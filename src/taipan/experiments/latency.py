@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -44,6 +45,7 @@ def measure(directory: Path, run: Run) -> Result:
     count = PROMPT if values["job"] == "generate" else wanted[-1]
     ids = [int(valid.read(at, at + 1)[0]) for at in (place % valid.n_tokens for place in range(count))]
     tokens_BT = torch.tensor([ids])
+    _forget_peak()
     before, load = peak_rss_bytes(), os.getloadavg()[0]
     points: list[dict[str, float]] = []
 
@@ -77,6 +79,12 @@ def measure(directory: Path, run: Run) -> Result:
         "machine": {"cpu": hardware.cpu, "simd": list(hardware.simd), "torch": hardware.torch_version},
         "commits": commits(),
     }
+
+
+def _forget_peak() -> None:
+    """Let the process's peak of memory begin where it stands, so that loading is no part of it (Linux, proc(5))."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def latency(lab: Laboratory) -> Outcome:

@@ -21,7 +21,8 @@ def learning_rates(lab: Laboratory) -> Outcome:
         trainings = [Training(name=name, config=configs[name], seed=seed, learning_rate=rate) for name, rate in wanted]
         return lab.measure(measure, trainings, lab.scale.context)
 
-    swept = sweep(list(configs), RATES, run, loss, rounds=1 if lab.scale.name == "tiny" else MOST_ROUNDS)
+    tiny = lab.scale.name == "tiny"
+    swept = sweep(list(configs), RATES[1:] if tiny else RATES, run, loss, rounds=0 if tiny else MOST_ROUNDS)
     header, lines = rows(swept, loss)
     taken = {name: lab.scale.learning_rates.get(name, LEARNING_RATE) for name in configs}
     lines = [[*line, f"{taken[line[0]]:g}"] for line in lines]

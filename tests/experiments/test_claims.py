@@ -1,0 +1,184 @@
+"""The page of the claims: verdicts from results that are known, and what is said where there is none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taipan.errors import DataError
+from taipan.experiments.claims import CLAIMS, FOUR, Finding, Kept, Verdict, judge, load
+from taipan.experiments.claims_figures import figures
+from taipan.experiments.claims_report import write
+from taipan.experiments.registry import ENTRIES
+from tests.command import run
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+SEEN = {
+    "seed": 1,
+    "tokens": 1000,
+    "context": 512,
+    "steps": 100,
+    "machine": {"cpu": "a CPU"},
+    "commits": {"taipan": {"commit": "0123456789ab"}},
+}
+
+
+def kept(results: dict[str, Any], **more: Any) -> Kept:
+    own = {name: [{**SEEN, **result} for result in seeds] for name, seeds in results.items()}
+    return Kept("some.json", "code", "small", "the command", own, more, ())
+
+
+def found(experiment: str, results: Kept) -> Finding:
+    (claim,) = [claim for claim in CLAIMS if claim.experiment == experiment]
+    ((_, finding),) = judge(claim, [results])
+    return finding
+
+
+def contexts(**ends: tuple[float, float]) -> dict[str, Any]:
+    """Bits per byte of each architecture at 512 and at 8192 tokens."""
+    return {
+        name: [
+            {
+                "by_context": [{"context": 512, "bits_per_byte": low}, {"context": 8192, "bits_per_byte": high}],
+                "by_position": [{"start": 0, "bits_per_byte": low}, {"start": 512, "bits_per_byte": high}],
+                "documents": 4,
+            }
+        ]
+        for name, (low, high) in ends.items()
+    }
+
+
+def bits(**values: float) -> dict[str, Any]:
+    return {name: [{"bits_per_byte": value}] for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("taipan", "transformer", "verdict"),
+    [
+        ((1.2, 1.1), (1.3, 3.0), "holds"),
+        ((1.4, 1.3), (1.3, 3.0), "holds in part"),  # not the lowest inside
+        ((1.2, 1.4), (1.3, 3.0), "holds in part"),  # the lowest, but not flat
+        ((1.2, 1.9), (1.3, 3.0), "does not hold"),
+        ((1.2, 1.1), (1.3, 1.2), "holds in part"),  # the Transformer does not break
+    ],
+)
+def test_loss_by_context(taipan: tuple[float, float], transformer: tuple[float, float], verdict: Verdict) -> None:
+    results = contexts(transformer=transformer, mamba2=(1.5, 1.6), jamba=(1.25, 2.0), taipan=taipan)
+    finding = found("perplexity-by-context", kept(results))
+    assert finding.verdict == verdict
+    assert f"Taipan {taipan[1]:.3f}" in finding.because
+
+
+def latency(**seconds: tuple[float, float]) -> dict[str, Any]:
+    points = {
+        name: [
+            {"length": length, "seconds": [value, value, 9 * value], "memory": [2**20] * 3}
+            for length, value in zip((16384, 32768), own, strict=True)
+        ]
+        for name, own in seconds.items()
+    }
+    return {name: [{"generate": own, "prefill": own}] for name, own in points.items()}
+
+
+@pytest.mark.parametrize(
+    ("taipan", "verdict"),
+    [((1.0, 2.0), "holds"), ((2.0, 4.0), "holds in part"), ((1.0, 4.0), "does not hold"), ((9, 18), "does not hold")],
+)
+def test_latency_by_length(taipan: tuple[float, float], verdict: Verdict) -> None:
+    results = kept(latency(transformer=(4.0, 16.0), mamba2=(1.2, 2.4), jamba=(3.0, 9.0), taipan=taipan))
+    finding = found("latency-by-length", results)
+    assert finding.verdict == verdict
+    assert f"{16.0 / taipan[1]:.1f} times as long as Taipan" in finding.because
+    if verdict == "holds":
+        assert len(figures(results, "latency-by-length")) == 3
+
+
+@pytest.mark.parametrize(
+    ("learned", "thirty", "chance", "verdict"),
+    [(1.25, 1.23, 1.4, "holds"), (1.25, 1.10, 1.4, "holds in part"), (1.45, 1.44, 1.4, "does not hold")],
+)
+def test_budgets(learned: float, thirty: float, chance: float, verdict: Verdict) -> None:
+    values = {"C = 0.00": 1.5, "C = 0.15": learned, "C = 0.30": thirty, "C = 1.00": 1.1}
+    values |= {"C = 0.15, by chance": chance, "C = 0.15, every k-th": 1.5}
+    larger = {f"{name}, larger": value for name, value in values.items()}
+    results = kept(bits(**values, **larger))
+    finding = found("capacity", results)
+    assert finding.verdict == verdict
+    if verdict == "holds":
+        assert len(figures(results, "capacity")) == 2
+
+
+def test_copying_says_where_the_lead_is() -> None:
+    def sums(no_hit: float, hit: float) -> dict[str, Any]:
+        buckets = {"no hit": {"tokens": 60.0, "nats": no_hit}, "hit, 1–15 back": {"tokens": 40.0, "nats": hit}}
+        return {"inside": buckets, "beyond": buckets}
+
+    known = {"transformer": (100, 30), "mamba2": (100, 100), "jamba": (98, 40), "taipan": (100, 58)}
+    results = kept({name: [sums(*own)] for name, own in known.items()})
+    finding = found("copying", results)
+    assert "by 0.620 nats a token; 97% of it is on tokens that repeat a bigram" in finding.because
+    assert "keeps 68% of the lead" in finding.because
+    assert finding.verdict == "holds"
+
+
+def test_a_gate_whose_shares_differ() -> None:
+    def gate(training: float, inference: float) -> list[dict[str, Any]]:
+        return [{"curve": [{"rate": 0.5}, {"rate": training}], "as trained": {"rate": inference}}]
+
+    results = {"the paper: as written": gate(0.15, 0.02), "threshold": gate(0.15, 0.155)}
+    assert found("gap", kept(results)).verdict == "holds"
+    assert found("gap", kept({**results, "threshold": gate(0.15, 0.19)})).verdict == "holds in part"
+
+
+def test_recall_has_the_order_of_the_paper_or_not() -> None:
+    def answers(share: float) -> list[dict[str, Any]]:
+        hidden = [[kind, 512, 0.5, share] for kind in ("passkey", "pairs")]
+        return [{"found": {"squad": share}, "hidden": hidden}]
+
+    shares = {"transformer": 0.9, "taipan": 0.8, "jamba": 0.7, "mamba2": 0.1}
+    results = {f"{name}, with tasks": answers(share) for name, share in shares.items()}
+    assert found("recall", kept(results)).verdict == "holds"
+    missing = found("recall", kept({**results, "jamba, with tasks": answers(0.85)}, **{"without a file": ["swde"]}))
+    assert missing.verdict == "holds in part"
+    assert "No file was given for swde." in missing.because
+    assert len(figures(kept(results), "recall")) == 3
+
+
+def test_every_experiment_has_a_claim() -> None:
+    assert {claim.experiment for claim in CLAIMS} == {*ENTRIES, "associative-recall"}
+
+
+def test_the_page_says_what_has_no_result(tmp_path: Path) -> None:
+    done = run("reproduce", "report", str(RESULTS), "--out", str(tmp_path / "page"))
+    assert done.code == 0, done.err
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    known = load(RESULTS)
+    for claim in CLAIMS:
+        if claim.experiment not in known:
+            assert f"taipan reproduce {claim.experiment} makes one." in page
+        else:
+            assert f'<h2 id="{claim.experiment}">' in page
+    assert page.count('class="verdict') == sum(max(1, len(known.get(claim.experiment, []))) for claim in CLAIMS)
+
+
+def test_the_page_has_the_pages_of_selected_tokens(tmp_path: Path) -> None:
+    (tmp_path / "results" / "selection").mkdir(parents=True)
+    (tmp_path / "results" / "selection" / "a-novel.html").write_text("<p>novel</p>")
+    written = write(tmp_path / "results", tmp_path / "page")
+    assert [path.name for path in written] == ["index.html", "a-novel.html"]
+    assert '<a href="selection/a-novel.html">a novel</a>' in written[0].read_text(encoding="utf-8")
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no directory"):
+        load(tmp_path / "none")
+    (tmp_path / "x.json").write_text(json.dumps({"experiment": "gap", "scale": "small"}))
+    with pytest.raises(DataError, match="Make it again"):
+        load(tmp_path)
+
+
+def test_every_figure_has_the_four_in_one_colour() -> None:
+    results = contexts(**dict.fromkeys(FOUR, (1.0, 2.0)))
+    (first, _), *_ = figures(kept(results), "perplexity-by-context")
+    assert all(f"var(--series-{number})" in first for number in range(1, 5))

@@ -1,0 +1,90 @@
+"""Retrieval tasks: what is asked for stands in the text, where it is said to stand."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from taipan.data.tokenizer import Tokenizer
+from taipan.experiments.retrieval import question, with_tasks
+from taipan.experiments.tasks import above_chance, hide
+from taipan.seeding import seeded_generator
+
+TOKENIZER = Tokenizer.bytes()
+TEXT = TOKENIZER.encode("It was a dark night. " * 200)
+
+
+def batch(rows: int = 4, length: int = 400) -> dict[str, torch.Tensor]:
+    tokens = torch.tensor(TEXT[:length]).expand(rows, length).clone()
+    return {"tokens": tokens, "segment_ids": torch.arange(length).expand(rows, length) // 100}
+
+
+def test_a_row_of_training_asks_for_all_that_it_states() -> None:
+    before = batch()
+    made = with_tasks(before, TOKENIZER, share=1.0, step=3, seed=1)
+    assert before["tokens"].equal(batch()["tokens"])  # as it was
+    assert made["tokens"].shape == before["tokens"].shape
+    assert (made["segment_ids"] == 0).all()
+    for row in made["tokens"].tolist():
+        text = TOKENIZER.decode(row)
+        stated = [line for line in text.split("\n") if line.startswith("The pass key") or ": " in line]
+        assert stated
+        assert all(text.count(f"\n{line}\n") == 2 for line in stated)
+    again = with_tasks(before, TOKENIZER, share=1.0, step=3, seed=1)
+    other = with_tasks(before, TOKENIZER, share=1.0, step=4, seed=1)
+    assert again["tokens"].equal(made["tokens"])
+    assert not other["tokens"].equal(made["tokens"])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.3])
+def test_the_share_of_rows_holds_over_steps(share: float) -> None:
+    rows = 4
+    changed = 0
+    for step in range(40):
+        made = with_tasks(batch(rows), TOKENIZER, share=share, step=step, seed=1)
+        changed += int((made["tokens"] != batch(rows)["tokens"]).any(1).sum())
+        assert made["tokens"][-1].equal(batch(rows)["tokens"][-1])  # what is left of the text is the same rows
+    assert changed == int(40 * rows * share)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_a_pass_key_stands_at_its_depth(depth: float) -> None:
+    asked = question("passkey", TEXT[:1000], TOKENIZER, depth=depth, among=4, generator=seeded_generator(1, "q"))
+    assert asked.prompt.count(asked.answer) == 1
+    assert asked.prompt.endswith(" is")
+    name = asked.prompt.rpartition("The pass key of ")[2].removesuffix(" is")
+    assert f"The pass key of {name} is {asked.answer}." in asked.prompt
+    assert asked.prompt.count("The pass key of ") == 5  # three others, and twice the one that is asked for
+    place = asked.prompt.index(asked.answer) / len(asked.prompt)
+    assert place == pytest.approx(depth, abs=0.2)
+
+
+def test_pairs_stand_before_the_text() -> None:
+    asked = question("pairs", TEXT[:1000], TOKENIZER, depth=1.0, among=8, generator=seeded_generator(2, "q"))
+    name = asked.prompt.rpartition("\n")[2]
+    assert f"\n{name} {asked.answer}\n" in asked.prompt[:400]
+    assert asked.prompt[:400].count(": ") == 8
+
+
+def test_questions_have_the_same_keys_at_every_depth(tmp_path: Path) -> None:
+    ids = torch.tensor(TEXT)
+    valid = SimpleNamespace(n_tokens=len(ids), read=lambda start, stop: ids[start:stop].numpy())
+    cells = hide(valid, TOKENIZER, [50, 200], 3, tmp_path)
+    assert [cell[:3] for cell in cells.values()][:3] == [
+        ("passkey", 50, 0.0),
+        ("passkey", 50, 0.5),
+        ("passkey", 50, 1.0),
+    ]
+    assert len(cells) == 2 * 2 * 3
+    lines = [[json.loads(line) for line in cell[3].read_text().splitlines()] for cell in cells.values()]
+    assert all(len(own) == 3 for own in lines)
+    assert all(line["answers"][0] in line["prompt"] for own in lines for line in own)
+
+
+def test_a_score_is_above_chance_if_its_interval_is() -> None:
+    assert above_chance([{"score": 0.60, "error": 0.04, "chance": 0.5}])
+    assert not above_chance([{"score": 0.57, "error": 0.04, "chance": 0.5}])
+    assert not above_chance([{"score": 0.60, "error": None, "chance": 0.5}])
+    assert not above_chance([{"score": 0.60, "error": 0.01, "chance": None}])
