@@ -201,7 +201,7 @@ def questions(name: str, directory: Path) -> dict[str, Path]:
 KEYS = {"seed", "tokens", "machine", "commits", "parameters", "curve"}
 
 
-QUICK = ("latency-by-length", "zero-shot")  # with the four models that most experiments share
+QUICK = ("latency-by-length",)  # with the four models that most experiments share
 
 
 @pytest.mark.unchecked_shapes
