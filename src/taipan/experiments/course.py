@@ -167,7 +167,8 @@ def _steps(
         course.seconds = before + now - began
         if now - told > _TOLD_SECONDS or course.step == steps:
             speed = (course.tokens - tokens_before) / max(now - began, 1e-9)
-            tell(Advance(run.name, run.identity, course.step, steps, speed))
+            advance = Advance(name=run.name, identity=run.identity, done=course.step, of=steps, tokens_per_second=speed)
+            tell(advance)
             told = now
         after(course)
     model.set_progress(1.0)
