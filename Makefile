@@ -16,7 +16,7 @@ RELIABILITY := $(addprefix tests/training/, processes/test_distributed.py step/t
 	$(patsubst %,run/test_%.py,checkpoint damage kills resume storage_faults))
 
 .NOTPARALLEL:
-.PHONY: help setup quickstart test test-all stress docs report dist check lint types floors browser pages format clean
+.PHONY: help setup quickstart test test-all compatibility stress docs report dist check lint types floors browser pages format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: $(DEVELOPMENT) ## Run the default tier of the tests (a few minutes)
 
 test-all: $(DEVELOPMENT) ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
+
+compatibility: $(BIN)/python ## Run the tests of docs/huggingface.md with the oldest and the newest releases, in environments of their own
+	$(BIN)/python docs/compatibility.py $(ARGS)
 
 stress: $(DEVELOPMENT) ## Kill, damage, starve and resume training, thousands of times (docs/reliability.md)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(RELIABILITY)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from taipan.data.tokenizer import StreamDecoder, Tokenizer
 from taipan.errors import ConfigError, InputError, shown, suggestion
-from taipan.generation import GenerationSettings, Reading, StepOutput, inference, prefill
+from taipan.generation import Draft, GenerationSettings, ModelDraft, Reading, StepOutput, inference, prefill
 from taipan.generation import stream as stream_tokens
 from taipan.generation.stopping import CONTEXT, FinishReason
 from taipan.layers.head import token_nats
@@ -181,6 +181,7 @@ class TextModel:
         state: TextState | None = ...,
         new_document: bool = ...,
         stream: Literal[False] = ...,
+        draft: "TextModel | Draft | None" = ...,
         settings: GenerationSettings = ...,
         **options: Any,
     ) -> str: ...
@@ -193,6 +194,7 @@ class TextModel:
         state: TextState | None = ...,
         new_document: bool = ...,
         stream: Literal[True],
+        draft: "TextModel | Draft | None" = ...,
         settings: GenerationSettings = ...,
         **options: Any,
     ) -> TextStream: ...
@@ -204,6 +206,7 @@ class TextModel:
         state: TextState | None = None,
         new_document: bool = False,
         stream: bool = False,
+        draft: "TextModel | Draft | None" = None,
         settings: GenerationSettings = DEFAULTS,
         **options: Any,
     ) -> str | TextStream:
@@ -214,6 +217,8 @@ class TextModel:
             state: what was read before; `prompt` continues that text.
             new_document: read an end-of-document token first: begin a document instead of continuing one.
             stream: return the text piece by piece while it is written.
+            draft: what guesses the next tokens, so that several are read at once: a smaller model with the same
+                tokenizer, or `LookupDraft()`, which finds them in the text so far. The text is the same without it.
             settings: how to generate; by default sampled at temperature 0.8 with top_p 0.95 from seed 0.
             options: single fields of `GenerationSettings`, over `settings`.
 
@@ -224,12 +229,26 @@ class TextModel:
             InputError: a setting is not usable, or there is nothing to continue.
             StateError: the state is of another model.
         """
+        if isinstance(draft, TextModel):
+            draft = self.draft_of(draft)
         tokens = self._tokens(prompt, state, new_document)
         go_on = tokens.as_prompt(state)
         before = state.decoder if state is not None and go_on is tokens else None
-        steps = stream_tokens(self.model, go_on, state=before, tokenizer=self.tokenizer, settings=settings, **options)
+        steps = stream_tokens(
+            self.model, go_on, state=before, tokenizer=self.tokenizer, draft=draft, settings=settings, **options
+        )
         text = TextStream(self.tokenizer, tokens, steps)
         return text if stream else "".join(text)
+
+    def draft_of(self, other: "TextModel", tokens: int = 4) -> ModelDraft:
+        """A draft of one text that another model guesses, so many tokens at once.
+
+        Raises:
+            InputError: it has another tokenizer.
+        """
+        if other.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise InputError("The draft has another tokenizer than the model: it must have the same.")
+        return ModelDraft(other.model, tokens)
 
     def read(
         self,

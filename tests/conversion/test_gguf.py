@@ -33,12 +33,29 @@ def test_every_weight_is_there_under_its_name(stack: str, architecture: str, tmp
         np.testing.assert_array_equal(found["blk.0.attn_q.weight"], weight[order].numpy())
 
 
+def test_a_stack_of_both_is_a_granite_hybrid_whose_recurrent_layers_have_no_heads(tmp_path: Path) -> None:
+    model = small_model("jamba", dtype=torch.float32, hidden_size=32)
+    kinds = model.config.layer_types
+    model.save_pretrained(tmp_path / "model")
+    assert to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32") == "granitehybrid"
+    reader: Any = gguf.GGUFReader(tmp_path / "model.gguf")
+    heads = reader.fields["granitehybrid.attention.head_count_kv"].contents()
+    assert heads == [0 if kind == "mamba2" else model.config.kv_heads for kind in kinds]
+    found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    for number, kind in enumerate(kinds):
+        zeros = not found[f"blk.{number}.ffn_down.weight"].any()
+        assert zeros == (kind == "mamba2")  # which has no MLP here
+    written = sum(tensor.size for name, tensor in found.items() if "ffn" not in name or tensor.any())
+    assert written == sum(parameter.numel() for parameter in model.parameters()) + 32 * kinds.count("mamba2")
+
+
 @pytest.mark.parametrize(
     ("stack", "overrides", "reason"),
     [
         ("taipan", {}, "its layers are mamba2, selective_attention"),
-        ("jamba", {}, "its layers are full_attention, mamba2"),
-        ("mamba2", {"mamba_mlp": True}, "its Mamba-2 layers have MLPs"),
+        ("jamba", {"expand": 3}, "its Mamba-2 layers are .* wide, and llama.cpp takes twice"),
+        ("mamba2", {"mamba_mlp": True}, "its Mamba-2 layers have MLPs and no other"),
+        ("jamba", {"time_step_limit": (0.0, 0.5)}, r"its time_step_limit is \(0\.0, 0\.5\)"),
         ("mamba2", {"time_step_limit": (0.0, 0.5)}, r"its time_step_limit is \(0\.0, 0\.5\)"),
         ("transformer", {"attention_rope": False}, "its attention has no rotary embedding"),
     ],

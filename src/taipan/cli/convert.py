@@ -57,7 +57,7 @@ def register(app: typer.Typer, panel: str) -> None:
         out: Annotated[Path, typer.Argument(help="GGUF file to make.")],
         dtype: Annotated[str, typer.Option(help="Of the matrices: f32, bf16 or q8_0.")] = "bf16",
     ) -> None:
-        """Turn a model of Mamba-2 layers, or of full attention, into a file for llama.cpp (token ids only).
+        """Turn a model of Mamba-2 layers, full attention or both into a file for llama.cpp (token ids only).
 
         Example:
 

@@ -50,6 +50,13 @@ def register(app: typer.Typer, panel: str) -> None:
                 help="Weights for new tokens: auto (as stored), or bfloat16 or int8 copies, faster and less exact."
             ),
         ] = "auto",
+        draft: Annotated[
+            str | None,
+            typer.Option(
+                help="Guess tokens and read several at once: directory of a smaller model with the same tokenizer, or "
+                "lookup (in the text so far). The text stays the same."
+            ),
+        ] = None,
     ) -> None:
         """Continue a text, streaming it to the terminal. The prompt may be of any length.
 
@@ -101,6 +108,7 @@ def register(app: typer.Typer, panel: str) -> None:
             load_state,
             session,
             dtype,
+            draft,
         )
 
 
@@ -115,12 +123,14 @@ def _run(
     load_state: Path | None,
     session: Path | None,
     dtype: str | None,
+    draft: str | None,
 ) -> None:
     import sys
     import time
 
     from taipan.cli.console import note, size
     from taipan.cli.text import text_pieces
+    from taipan.generation import LookupDraft
     from taipan.hardware import tune_allocator
     from taipan.sessions import Session
     from taipan.text import load
@@ -141,7 +151,12 @@ def _run(
         if source is None and out.isatty():
             typer.secho(prompt or "", nl=False, bold=True)
         begin = first = time.perf_counter()
-        stream = model.generate(text, state=state, new_document=new_document, stream=True, settings=settings)
+        guesses = None
+        if draft is not None:
+            guesses = LookupDraft() if draft == "lookup" else model.draft_of(load(draft, dtype=dtype))
+        stream = model.generate(
+            text, state=state, new_document=new_document, stream=True, draft=guesses, settings=settings
+        )
         for piece in stream:
             first = time.perf_counter() if stream.tokens_written == 1 else first
             out.write(piece)
@@ -151,7 +166,8 @@ def _run(
         out.flush()
         new = stream.tokens_written
         speed = f", {(new - 1) / (end - first):,.0f} tokens/s" if new > 1 else ""
-        note(f"[{stream.tokens_read:,} tokens read in {first - begin:.1f} s, {new:,} written{speed}]")
+        right = "" if guesses is None else f", {guesses.right:,} of {guesses.guessed:,} guesses right"
+        note(f"[{stream.tokens_read:,} tokens read in {first - begin:.1f} s, {new:,} written{speed}{right}]")
         state = None if save_state is None else stream.state
     if save_state is not None and state is not None:
         model.save_state(state, save_state)

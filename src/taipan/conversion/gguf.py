@@ -1,15 +1,17 @@
 """Models as GGUF files, for llama.cpp: those whose layers it knows.
 
 llama.cpp has a fixed list of architectures, and Selective Attention Layers are in none. What it can hold of our models
-is plain Mamba-2 (`mamba2`) and full attention with rotary embedding in every layer (`llama`). Weights are written
-straight from a model: the converter of llama.cpp rounds a vocabulary up without filling the embedding, and drops a
-finite `time_step_limit`, which is refused here.
+is plain Mamba-2 (`mamba2`), full attention with rotary embedding in every layer (`llama`), and stacks of both
+(`granitehybrid`; its `jamba` is Mamba-1). There every layer has an MLP: a Mamba-2 layer without one gets one of zeros,
+which adds nothing. Weights are written straight from a model: the converter of llama.cpp rounds a vocabulary up without
+filling the embedding, and drops a finite `time_step_limit`, which is refused here.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 
 from taipan.config import READABLE, TaipanConfig
@@ -20,7 +22,7 @@ from taipan.model import Block, TaipanLM
 
 DTYPES = ("f32", "bf16", "q8_0")
 _BLOCK = 32  # numbers that share a scale in q8_0
-Architecture = Literal["mamba2", "llama"]
+Architecture = Literal["mamba2", "llama", "granitehybrid"]
 
 
 def to_gguf(source: str | Path, target: str | Path, dtype: str = "bf16") -> Architecture:
@@ -74,23 +76,26 @@ def architecture_of(config: TaipanConfig, name: str) -> Architecture:
         CheckpointError: it knows none like it.
     """
     kinds, why = set(config.layer_types), ""
-    if kinds == {"mamba2"}:
-        low, high = config.time_step_limit
-        if config.mamba_mlp:
-            why = "its Mamba-2 layers have MLPs"
-        elif low > 0.0 or high != float("inf"):
-            why = f"its time_step_limit is {shown(config.time_step_limit)}, and llama.cpp clamps no time step"
-        else:
+    low, high = config.time_step_limit
+    if not kinds <= {"mamba2", "full_attention"}:
+        why = f"its layers are {', '.join(sorted(kinds))}"
+    elif "mamba2" in kinds and (low > 0.0 or high != float("inf")):
+        why = f"its time_step_limit is {shown(config.time_step_limit)}, and llama.cpp clamps no time step"
+    elif kinds == {"mamba2"}:
+        if not config.mamba_mlp:
             return "mamba2"
+        why = "its Mamba-2 layers have MLPs and no other layer is among them"
     elif kinds == {"full_attention"}:
         if config.attention_rope:
             return "llama"
         why = "its attention has no rotary embedding"
+    elif config.inner_size != 2 * config.hidden_size:
+        why = f"its Mamba-2 layers are {config.inner_size} wide, and llama.cpp takes twice the hidden size only"
     else:
-        why = f"its layers are {', '.join(sorted(kinds))}"
+        return "granitehybrid"
     raise CheckpointError(
-        f"{name} cannot be written for llama.cpp: {why}. It knows models whose layers are all mamba2 without "
-        "MLPs, or all full_attention with rotary embedding."
+        f"{name} cannot be written for llama.cpp: {why}. It knows models whose layers are all mamba2 without MLPs, all "
+        "full_attention with rotary embedding, or both."
     )
 
 
@@ -120,18 +125,23 @@ def write_gguf(
         writer.add_tokenizer_model("none")
     else:
         add_tokenizer(writer)
-    if architecture == "mamba2":
-        writer.add_feed_forward_length(0)
-        writer.add_head_count(0)
+    if architecture != "llama":
         writer.add_ssm_conv_kernel(config.conv_kernel)
         writer.add_ssm_inner_size(config.inner_size)
         writer.add_ssm_state_size(config.state_size)
         writer.add_ssm_time_step_rank(config.num_mamba_heads)
         writer.add_ssm_group_count(config.n_groups)
+    if architecture == "mamba2":
+        writer.add_feed_forward_length(0)
+        writer.add_head_count(0)
     else:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.kv_heads)
+        if architecture == "llama":
+            writer.add_head_count_kv(config.kv_heads)
+        else:  # a layer without heads is recurrent
+            writer.add_head_count_kv([0 if kind == "mamba2" else config.kv_heads for kind in config.layer_types])
+            writer.add_rope_scaling_finetuned(config.attention_rope)  # its switch for rotary embedding
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         writer.add_rope_dimension_count(config.head_dim)
@@ -157,7 +167,7 @@ def _tensors(model: TaipanLM) -> Iterator[tuple[str, Tensor, bool]]:
     for number, layer in enumerate(model.model.layers):
         block = cast(Block, layer)
         parts = _mamba2(block, model.config) if isinstance(block.mixer, Mamba2) else _attention(block, model.config)
-        for name, value, matrix in parts:
+        for name, value, matrix in (*parts, *_mlp(block, model)):
             yield f"blk.{number}.{name}", value, matrix
 
 
@@ -177,17 +187,27 @@ def _mamba2(block: Block, config: TaipanConfig) -> Iterator[tuple[str, Tensor, b
 
 def _attention(block: Block, config: TaipanConfig) -> Iterator[tuple[str, Tensor, bool]]:
     mixer = cast(Attention, block.mixer)
-    assert block.mlp is not None
-    assert block.mlp_norm is not None
+    turned: Callable[[Tensor, int], Tensor] = _interleaved if config.attention_rope else lambda weight, _: weight
     yield "attn_norm.weight", block.norm.weight, False
-    yield "attn_q.weight", _interleaved(mixer.q_proj.weight, config.num_attention_heads), True
-    yield "attn_k.weight", _interleaved(mixer.k_proj.weight, config.kv_heads), True
+    yield "attn_q.weight", turned(mixer.q_proj.weight, config.num_attention_heads), True
+    yield "attn_k.weight", turned(mixer.k_proj.weight, config.kv_heads), True
     yield "attn_v.weight", mixer.v_proj.weight, True
     yield "attn_output.weight", mixer.o_proj.weight, True
-    yield "ffn_norm.weight", block.mlp_norm.weight, False
-    yield "ffn_gate.weight", block.mlp.gate_proj.weight, True
-    yield "ffn_up.weight", block.mlp.up_proj.weight, True
-    yield "ffn_down.weight", block.mlp.down_proj.weight, True
+
+
+def _mlp(block: Block, model: TaipanLM) -> Iterator[tuple[str, Tensor, bool]]:
+    """The MLP of a layer; where the architecture asks for one and there is none, zeros."""
+    if block.mlp is not None and block.mlp_norm is not None:
+        yield "ffn_norm.weight", block.mlp_norm.weight, False
+        yield "ffn_gate.weight", block.mlp.gate_proj.weight, True
+        yield "ffn_up.weight", block.mlp.up_proj.weight, True
+        yield "ffn_down.weight", block.mlp.down_proj.weight, True
+    elif "full_attention" in model.config.layer_types:
+        wide = torch.zeros(model.config.intermediate_size, model.config.hidden_size)
+        yield "ffn_norm.weight", torch.ones(model.config.hidden_size), False
+        yield "ffn_gate.weight", wide, True
+        yield "ffn_up.weight", wide, True
+        yield "ffn_down.weight", wide.T, True
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:

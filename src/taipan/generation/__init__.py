@@ -5,11 +5,15 @@ from taipan.generation.engine import GenerateOutput, StepOutput, generate, strea
 from taipan.generation.mode import inference
 from taipan.generation.prefill import Reading, prefill
 from taipan.generation.settings import GenerationSettings
+from taipan.generation.speculation import Draft, LookupDraft, ModelDraft
 
 __all__ = [
     "Decoding",
+    "Draft",
     "GenerateOutput",
     "GenerationSettings",
+    "LookupDraft",
+    "ModelDraft",
     "Reading",
     "StepOutput",
     "decode",

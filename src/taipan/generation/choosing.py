@@ -5,6 +5,8 @@ By the compiled kernels (native/kernels/choose.h) where they run, else by `taipa
 
 from typing import Any
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,13 @@ class Chooser:
             return
         row_BT = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)[:, None].expand_as(tokens_BT)
         self._seen_BV[row_BT[real_BT], tokens_BT[real_BT]] = True
+
+    def fork(self) -> "Chooser":
+        """A copy that will choose what this one would: the same random numbers, which this one does not use up."""
+        copied = copy.copy(self)
+        copied._seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
+        copied._generators = [generator.clone_state() for generator in self._generators]
+        return copied
 
     def __call__(self, logits_BV: FloatBV) -> IntB:
         """The next token of each row.

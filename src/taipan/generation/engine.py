@@ -16,6 +16,7 @@ from taipan.generation.prefill import Reading, check_prompt, read_prompt
 from taipan.generation.program import why_no_program
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
+from taipan.generation.speculation import Draft, ModelDraft, Speculation
 from taipan.generation.stopping import Endings, FinishReason
 from taipan.shapes import BoolB, BoolBT, FloatBV, IntB, IntBT
 
@@ -76,6 +77,7 @@ def stream(
     *,
     state: Any = None,
     tokenizer: Tokenizer | None = None,
+    draft: Draft | None = None,
     settings: GenerationSettings | None = None,
     **options: Any,
 ) -> Iterator[StepOutput]:
@@ -89,6 +91,8 @@ def stream(
         state: what was read before (`GenerateOutput.state`, `DecoderState.load`); `tokens` are then the new ones only.
         tokenizer: needed for stop strings; ids that are none of its tokens (a vocabulary padded to a round number has
             such) are never drawn.
+        draft: guesses tokens, which are then read several at once (`taipan.generation.speculation`); never changes what
+            is written. For one row.
         settings: how to generate.
         options: single fields of `GenerationSettings`, over `settings`.
 
@@ -114,11 +118,28 @@ def stream(
         check_prompt(tokens, attention_mask, vocabulary)
     if chosen.weights != "auto" and (reason := why_no_program(model)) is not None:
         require_native(reason, chosen.weights)
+    if draft is not None:
+        _check_draft(draft, vocabulary, chosen, tokens)
     excluded = () if tokenizer is None else tokenizer.ids_without_token(vocabulary)
     ends = chosen.end_tokens(model.config.eos_token_id)
     pad = chosen.pad_token(model.config.pad_token_id, ends)
     choose, endings = Chooser(chosen, vocabulary, excluded), Endings(chosen, ends, tokenizer)
-    return _steps(model, tokens, attention_mask, state, chosen, choose, endings, pad)
+    return _steps(model, tokens, attention_mask, state, chosen, choose, endings, pad, draft)
+
+
+def _check_draft(draft: Draft, vocabulary: int, settings: GenerationSettings, tokens: object) -> None:
+    if isinstance(draft, ModelDraft) and draft.model.config.vocab_size != vocabulary:
+        raise InputError(
+            f"The draft knows {draft.model.config.vocab_size} token ids, but the model {vocabulary}: a draft must have "
+            "the model's tokenizer."
+        )
+    if settings.weights != "auto":
+        raise InputError(
+            f"weights={shown(settings.weights)} reads tokens one by one, a draft is read several at once: choose one."
+        )
+    rows = len(tokens.logits_BV) if isinstance(tokens, Reading) else len(tokens) if isinstance(tokens, Tensor) else 1
+    if rows != 1:
+        raise InputError(f"A draft guesses for one text, but the prompt has {rows} rows: generate them one by one.")
 
 
 def _steps(
@@ -130,13 +151,17 @@ def _steps(
     choose: Chooser,
     endings: Endings,
     pad: int,
+    draft: Draft | None,
 ) -> Iterator[StepOutput]:
     def listen(tokens_BT: IntBT, real_BT: BoolBT | None) -> None:
         choose.hear(tokens_BT, real_BT)
         endings.hear(tokens_BT, real_BT)
+        if draft is not None:
+            draft.hear(tokens_BT, real_BT)
 
+    text: Continuation | Speculation
     token_B = None if attention_mask is not None or state is None else _single(tokens)
-    if token_B is not None and why_no_program(model) is None:
+    if token_B is not None and draft is None and why_no_program(model) is None:
         # an ordinary decoding step: the model's own forward would take ten times as long
         listen(token_B[:, None], None)
         text = Continuation(model, state, settings.weights)
@@ -147,8 +172,12 @@ def _steps(
         if not isinstance(reading, Reading):
             chunk = settings.prefill_chunk
             reading = read_prompt(model, reading, attention_mask, state=state, chunk=chunk, listen=listen)
-        text = Continuation(model, reading.state, settings.weights)
         logits_BV = reading.logits_BV
+        if draft is None:
+            text = Continuation(model, reading.state, settings.weights)
+        else:
+            most = settings.max_new_tokens
+            text = Speculation(model, reading.state, draft, choose, most, logits_BV.device)
         del reading
     steps = _of_a_row if text.writes else _of_rows
     yield from steps(text, logits_BV, settings.max_new_tokens, choose, endings, pad)
@@ -244,7 +273,7 @@ def generate(
         attention_mask: (B, T), nonzero where a prompt token is real; left or right padding, or holes.
         return_details: return a `GenerateOutput`, at the cost of one more step for its state.
         streamer: called with every `StepOutput` as it comes.
-        options: `state`, `tokenizer`, `settings` as in `stream`, and the fields of `GenerationSettings`.
+        options: `state`, `tokenizer`, `draft`, `settings` as in `stream`, and the fields of `GenerationSettings`.
 
     Returns:
         (B, T + new) token ids: the prompt as it was given, then the new tokens, padded after a row's end; or a
