@@ -3,9 +3,8 @@
 By the compiled kernels (native/kernels/choose.h) where they run, else by `taipan.generation.sampling`.
 """
 
-from typing import Any
-
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
