@@ -24,8 +24,9 @@ SEEN = {
 }
 
 
-def kept(results: dict[str, Any], **more: Any) -> Kept:
-    own = {name: [{**SEEN, **result} for result in seeds] for name, seeds in results.items()}
+def kept(results: dict[str, Any], *, seeds: int = 3, **more: Any) -> Kept:
+    """Results with so many seeds, all of one value."""
+    own = {name: [{**SEEN, **result, "seed": seed} for seed in range(seeds)] for name, (result,) in results.items()}
     return Kept("some.json", "code", "small", "the command", own, more, ())
 
 
@@ -143,6 +144,21 @@ def test_recall_has_the_order_of_the_paper_or_not() -> None:
     assert missing.verdict == "holds in part"
     assert "No file was given for swde." in missing.because
     assert len(figures(kept(results), "recall")) == 3
+
+
+def test_nothing_holds_by_one_seed_or_where_seeds_overlap() -> None:
+    def ends(**bits_far: float) -> dict[str, Any]:
+        points = {name: [{"start": 2048, "tokens": 10, "bits_per_byte": value}] for name, value in bits_far.items()}
+        return {name: [{"bits_per_byte": 1.0, "by_position": own}] for name, own in points.items()}
+
+    results = ends(without=1.2, RoPE=1.5)
+    assert found("positions", kept(results)).verdict == "holds"
+    alone = found("positions", kept(results, seeds=1))
+    assert alone.verdict == "holds in part"
+    assert alone.because.endswith("With 1 of 3 seeds.")
+    apart = kept(results)
+    apart.results["without"][0]["by_position"] = [{"start": 2048, "tokens": 10, "bits_per_byte": 1.6}]
+    assert found("positions", apart).verdict == "does not hold"
 
 
 def test_every_experiment_has_a_claim() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from taipan.accounting import parameter_count
-from taipan.experiments.comparisons import Models, capacity, positions, ratio, scope, window
+from taipan.experiments.comparisons import Models, capacity, deep, positions, ratio, scope, window
 from taipan.experiments.gate_settings import (
     AHEAD,
     JAMBA,
@@ -40,6 +40,22 @@ def test_models_are_equal_in_parameters() -> None:
 def test_models_of_a_comparison_are_equal_in_parameters(listed: Callable[[Scale], Models]) -> None:
     counts = {name: parameter_count(config) for name, (config, _) in listed(SMALL).items()}
     assert max(counts.values()) <= 1.01 * min(counts.values()), counts
+
+
+def test_deep_stacks_have_the_parameters_of_the_others() -> None:
+    counts = [parameter_count(deep(SMALL, every)[0]) for every in (3, 6, 12)]
+    counts.append(parameter_count(architectures(SMALL)["taipan"]))
+    assert max(counts) <= 1.005 * min(counts), counts
+    kinds = [deep(SMALL, every)[0].layer_types for every in (3, 6, 12)]
+    assert [own.count("mamba2") // own.count("selective_attention") for own in kinds] == [3, 6, 12]
+
+
+def test_sizes_of_capacity_are_two() -> None:
+    small, large = (
+        {parameter_count(config) for config, _ in capacity(SMALL, larger=larger).values()} for larger in (False, True)
+    )
+    assert min(large) > 1.5 * max(small)
+    assert max(large) <= 1.01 * min(large)
 
 
 def test_every_setting_is_another_run(tmp_path: Path) -> None:

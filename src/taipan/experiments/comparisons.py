@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from taipan.accounting import parameter_count
 from taipan.config import SETTINGS, TaipanConfig
 from taipan.experiments.execution import Result
 from taipan.experiments.gate_settings import JAMBA, MAMBA2, WINNER, architectures, compare, hybrid
@@ -108,15 +109,27 @@ def scope(scale: Scale) -> Models:
 
 
 def ratio(scale: Scale) -> Models:
-    """Mamba-2 layers for every SAL, in stacks of the same depth, and where a single SAL stands."""
+    """Where a single SAL stands; one for every 3, 6 and 12 Mamba-2 layers, in narrower and deeper stacks."""
     stacks = {
         "one SAL, in the middle": hybrid(_SAL),
         "one SAL, second": hybrid(_SAL, 1, 3),
         "one SAL, last": hybrid(_SAL, 4, 0),
         "two SALs": ["mamba2", _SAL, "mamba2", _SAL, "mamba2"],
     }
-    known = stacks if scale.name != "tiny" else {name: stacks[name] for name in ("one SAL, second", "two SALs")}
-    return {name: taipan(scale, stack) for name, stack in known.items()}
+    if scale.name == "tiny":
+        return {name: taipan(scale, stacks[name]) for name in ("one SAL, second", "two SALs")}
+    shallow = {name: taipan(scale, stack) for name, stack in stacks.items()}
+    return {**shallow, **{f"12 layers, one SAL for {every}": deep(scale, every) for every in (3, 6, 12)}}
+
+
+def deep(scale: Scale, every: int) -> tuple[TaipanConfig, Choice]:
+    """Twelve narrow Mamba-2 layers and a SAL after every so many; its MLPs make the parameters those of the others."""
+    hidden = scale.model["hidden_size"] * 5 // 8
+    stack = (["mamba2"] * every + [_SAL]) * (12 // every)
+    config, choice = taipan(scale, stack, hidden_size=hidden, mamba_head_dim=hidden // 2)
+    missing = parameter_count(taipan(scale)[0]) - parameter_count(config)
+    width = config.intermediate_size + round(missing / (3 * hidden * (12 // every)))
+    return config.replace(intermediate_size=width), choice
 
 
 _FAILURES: dict[str, dict[str, Any]] = {

@@ -303,10 +303,10 @@ class Laboratory:
         name = f"{function.__module__.rpartition('.')[2]}-{function.__name__}"
         runs = [
             Run(
-                name=f"{name}-{slug(training.name)}",
+                name=f"{name}-{run.name}",
                 settings={"model": run.identity, "options": options, **run.settings},
             )
-            for training, run in ((training, self.declare(training)) for training in trainings)
+            for run in map(self.declare, trainings)
         ]
         work = partial(_measure, self.directory, function)
         measured = self.execute(runs, work, "measured")
