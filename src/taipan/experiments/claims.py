@@ -50,7 +50,7 @@ class Kept:
     @property
     def seeds(self) -> int:
         """How many every model has, at least."""
-        return min(len(own) for own in self.results.values())
+        return min(len({result.get("seed", at) for at, result in enumerate(own)}) for own in self.results.values())
 
     def mean(self, name: str, value: Callable[[Result], float]) -> float:
         """Over the seeds of a model."""
@@ -139,7 +139,7 @@ def _verdict(whole: bool, part: bool) -> Verdict:
 
 
 def _list(values: Mapping[str, float], digits: int = 3) -> str:
-    return ", ".join(f"{NAMES.get(name, name)} {value:.{digits}f}" for name, value in values.items())
+    return "; ".join(f"{NAMES.get(name, name)}: {value:.{digits}f}" for name, value in values.items())
 
 
 def _least(values: Mapping[str, float]) -> str:
@@ -169,7 +169,7 @@ def _contexts(kept: Kept) -> Finding:
     first = [entry["context"] for entry in kept.results["taipan"][0]["by_context"]].index(training)
     from_first = kept.lowest("taipan", lambda own: own["by_context"][first]["bits_per_byte"])
     broken = at_end["transformer"] > _FLAT * inside["transformer"]
-    because = f"At {training:,} tokens: {_list(inside)}. At {longest:,}: {_list(at_end)} bits per byte."
+    because = f"Bits per byte at {training:,} tokens ({_list(inside)}), and at {longest:,} ({_list(at_end)})."
     return Finding(_verdict(lowest and from_first and flat and broken, lowest or flat), because)
 
 
@@ -180,7 +180,7 @@ def _latency(kept: Kept) -> Finding:
     length = points["taipan"][-1]["length"]
     growth = seconds["taipan"] / median(points["taipan"][-2]["seconds"])
     lowest = _least(seconds) == "taipan"
-    because = f"{length:,} tokens take: {_list(seconds, 1)} seconds, and {_list(memory, 0)} MiB. "
+    because = f"{length:,} tokens take seconds ({_list(seconds, 1)}) and MiB ({_list(memory, 0)}). "
     because += f"Taipan takes {growth:.2f} times as long for twice as many; the Transformer "
     because += f"{seconds['transformer'] / seconds['taipan']:.1f} times as long as Taipan."
     return Finding(
@@ -309,19 +309,22 @@ def _positions(kept: Kept) -> Finding:
     far = {name: kept.mean(name, lambda own: beyond(own, training)) for name in kept.results}
     equal = abs(inside["without"] / inside["RoPE"] - 1) < 0.01
     better = kept.below("without", "RoPE", lambda own: beyond(own, training))
-    because = f"Inside the training length: {_list(inside)}; beyond 4 times that: {_list(far)} bits per byte."
+    because = f"Bits per byte inside the training length ({_list(inside)}), and beyond 4 times that ({_list(far)})."
     return Finding(_verdict(equal and better, better), because)
 
 
-def _best(kept: Kept) -> Finding:
-    values = {name: kept.mean(name, lambda own: own["bits_per_byte"]) for name in kept.results}
-    bits = [[result["bits_per_byte"] for result in own] for own in kept.results.values()]
-    spread = max(max(own) - min(own) for own in bits)
-    best = _least(values)
-    others = [value for name, value in values.items() if name != best]
-    clear = min(others) - values[best] > spread
-    because = f"{_list(values)} bits per byte; seeds differ by up to {spread:.3f}. Best: {best}"
-    return Finding("holds" if clear else "holds in part", because + ("." if clear else ", within what seeds differ."))
+def _default(name: str) -> Callable[[Kept], Finding]:
+    """Whether what we take by default is best; in part if it is within what seeds differ by."""
+
+    def judged(kept: Kept) -> Finding:
+        values = {own: kept.mean(own, lambda result: result["bits_per_byte"]) for own in kept.results}
+        bits = [[result["bits_per_byte"] for result in own] for own in kept.results.values()]
+        spread = max(max(own) - min(own) for own in bits)
+        taken, best = name.format(context=kept.results[next(iter(values))][0]["context"]), _least(values)
+        because = f"Bits per byte: {_list(values)}; seeds differ by up to {spread:.3f}. Best: {best}; default: {taken}."
+        return Finding(_verdict(best == taken, values[taken] - values[best] <= spread), because)
+
+    return judged
 
 
 def _gap(kept: Kept) -> Finding:
@@ -416,9 +419,9 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("gate-settings", "", "A gate at C = 0.15 keeps two thirds of attention's lead.", _settings),
     Claim("gap", "", "The shares selected in training and at inference can be made one.", _gap),
     Claim("gate", "", "The gate selects the tokens that recall needs.", _gate),
-    Claim("window", "", "One window is best.", _best),
-    Claim("scope", "", "One scope of keys and values is best.", _best),
-    Claim("ratio", "", "One ratio and place of SALs is best.", _best),
+    Claim("window", "", "The default window, as long as training contexts, is best.", _default("W = {context}")),
+    Claim("scope", "", "Keys of all tokens and a window of positions are best.", _default("all, positions")),
+    Claim("ratio", "", "One SAL in the middle of the stack is best.", _default("one SAL, in the middle")),
     Claim("failures", "", "Every failure that was provoked is warned of in training.", _failures),
     Claim("learning-rates", "", "Every architecture has its best learning rate, and none is an edge.", _rates),
 )

@@ -89,6 +89,11 @@ def _short(value: float) -> str:
     return f"{value / 1024:.0f}K" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
 
 
+def _place(bucket: Mapping[str, int]) -> int:
+    """Where a bucket of positions is drawn: at its start, and the first in its middle, for the axis has no zero."""
+    return max(bucket["start"], bucket["stop"] // 2)
+
+
 def _name(kept: Kept, what: str) -> str:
     return slug(f"{what}-{kept.file.removesuffix('.json')}")
 
@@ -99,14 +104,14 @@ def _contexts(kept: Kept) -> list[tuple[Markup, str]]:
     first = kept.results["taipan"][0]
     positions = {
         name: {
-            float(max(1, bucket["start"])): kept.mean(name, lambda own, at=at: own["by_position"][at]["bits_per_byte"])
+            float(_place(bucket)): kept.mean(name, lambda own, at=at: own["by_position"][at]["bits_per_byte"])
             for at, bucket in enumerate(first["by_position"])
         }
         for name in FOUR
     }
     title = "Loss by context"
     caption = (
-        "Ours. The paper's figure 1a (1K to 1M tokens): Taipan lowest and flat, Transformer and Jamba blow up beyond "
+        "Loss by context, ours. The paper's figure 1a (1K to 1M tokens): Taipan lowest and flat, Transformer and Jamba blow up beyond "
         f"their training length, Mamba-2 degrades slowly. Dotted: our training length, {training:,} tokens."
     )
     label = "bits per byte"
@@ -114,7 +119,7 @@ def _contexts(kept: Kept) -> list[tuple[Markup, str]]:
         (_lines(kept, "context", title, curves, "context, tokens", label, mark=training), caption),
         (
             _lines(kept, "position", "Loss by position", positions, "tokens read before", label, mark=training),
-            f"The same {first['documents']} documents read whole, by position: every point has the same documents.",
+            f"Loss by position, the same {first['documents']} documents read whole: every point has the same documents.",
         ),
     ]
 
@@ -131,19 +136,19 @@ def _latency(kept: Kept) -> list[tuple[Markup, str]]:
     shape = "The paper's figure 1b: Taipan lowest and linear, 3 to 5 times below the Transformer at 32K tokens."
     machine = kept.results["taipan"][0]["machine"]["cpu"]
     many = len(kept.results["taipan"][0]["generate"][0]["seconds"])
-    ours = f"Ours: medians of {many}, each measured in a process of its own ({machine})."
+    ours = f"Time of generation, ours: medians of {many}, each measured in a process of its own ({machine})."
     return [
         (
             _lines(kept, "time", "Time of generation", made["generate", "seconds"], "tokens", "seconds", log_y=True),
             f"{ours} {shape}",
         ),
         (
-            _lines(kept, "memory", "Memory of generation", made["generate", "memory"], "tokens", "MiB", log_y=True),
-            "Memory that the process took beyond the model.",
+            _lines(kept, "memory", "Memory of generation", made["generate", "memory"], "tokens", "MiB"),
+            "Memory of generation: what the process took beyond the model.",
         ),
         (
             _lines(kept, "prefill", "Time of prefill", made["prefill", "seconds"], "tokens", "seconds", log_y=True),
-            "Reading a prompt.",
+            "Time of reading a prompt.",
         ),
     ]
 
@@ -159,7 +164,12 @@ def _copying(kept: Kept) -> list[tuple[Markup, str]]:
     labels = [bucket.removeprefix("hit, ") for bucket in buckets]
     title = "Loss of tokens that repeat a bigram, by how far back"
     picture = _bars(kept, "copying", title, values, labels, "nats per token", FOUR)
-    return [(picture, "Contexts of eight times the training length. “No hit” are all tokens that repeat nothing.")]
+    return [
+        (
+            picture,
+            "Loss of tokens by what they repeat, in contexts of eight times the training length. “No hit” are all tokens that repeat nothing.",
+        )
+    ]
 
 
 def _recall(kept: Kept) -> list[tuple[Markup, str]]:
@@ -176,14 +186,14 @@ def _recall(kept: Kept) -> list[tuple[Markup, str]]:
                 "% of the questions",
                 list(ours),
             ),
-            "Ours, models trained with a share of such tasks; pass keys and pairs are means over lengths and depths.",
+            "Answers found, ours: models trained with a share of such tasks; pass keys and pairs are means over lengths and depths.",
         )
     ]
     for size, values in _PAPER_RECALL.items():
         named = {NAMES[name]: list(values[name]) for name in FOUR}
         title = f"Answers found, the paper's models of {size}"
         picture = _bars(kept, f"recall-{size}", title, named, ["SWDE", "FDA", "SQuAD"], "% of the questions", FOUR)
-        pictures.append((picture, f"The paper, figure 4, {size}."))
+        pictures.append((picture, f"Answers found, the paper's figure 4, {size}."))
     return pictures
 
 
@@ -196,7 +206,7 @@ def _zero_shot(kept: Kept) -> list[tuple[Markup, str]]:
     sizes = ["ours", *_PAPER_ZERO_SHOT]
     values = {NAMES[name]: [own[name], *(row[name] for row in _PAPER_ZERO_SHOT.values())] for name in FOUR}
     picture = _bars(kept, "zero-shot", "Averages of zero-shot tasks", values, sizes, "%", FOUR)
-    return [(picture, f"Ours over {len(tasks)} tasks, the paper's over nine (Table 1).")]
+    return [(picture, f"Average accuracy, ours over {len(tasks)} tasks, the paper's over nine (Table 1).")]
 
 
 def _bars(
@@ -250,7 +260,7 @@ def _capacity(kept: Kept) -> list[tuple[Markup, str]]:
             title=f"Loss by budget{size}",
             description=f"Held-out bits per byte: {told}; {', '.join(f'{k} {v:.3f}' for k, v in blind.items())}.",
         )
-        pictures.append((in_page(draw, words), f"Ours{size}. {shape}"))
+        pictures.append((in_page(draw, words), f"Loss by budget, ours{size}. {shape}"))
     return pictures
 
 
@@ -261,7 +271,7 @@ def _positions(kept: Kept) -> list[tuple[Markup, str]]:
     def draw(axes: Any, narrow: bool) -> None:
         for number, name in enumerate(("without", "RoPE")):
             points = [
-                (max(1, bucket["start"]), kept.mean(name, lambda own, at=at: own["by_position"][at]["bits_per_byte"]))
+                (_place(bucket), kept.mean(name, lambda own, at=at: own["by_position"][at]["bits_per_byte"]))
                 for at, bucket in enumerate(first["by_position"])
             ]
             label = "no positional embedding" if name == "without" else name
@@ -278,7 +288,7 @@ def _positions(kept: Kept) -> list[tuple[Markup, str]]:
     shape = (
         "The paper's figure 6 (1K to 128K tokens): equal up to the training length, without is clearly better beyond."
     )
-    return [(in_page(draw, words), f"Ours; the dotted line is the training length. {shape}")]
+    return [(in_page(draw, words), f"Loss by position, ours; the dotted line is the training length. {shape}")]
 
 
 def _mqar(kept: Kept) -> list[tuple[Markup, str]]:
