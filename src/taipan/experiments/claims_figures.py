@@ -111,15 +111,15 @@ def _contexts(kept: Kept) -> list[tuple[Markup, str]]:
     }
     title = "Loss by context"
     caption = (
-        "Loss by context, ours. The paper's figure 1a (1K to 1M tokens): Taipan lowest and flat, Transformer and Jamba blow up beyond "
-        f"their training length, Mamba-2 degrades slowly. Dotted: our training length, {training:,} tokens."
+        "Loss by context, ours. The paper's figure 1a (1K to 1M tokens): Taipan lowest and flat, Transformer and Jamba "
+        f"blow up beyond their training length, Mamba-2 degrades slowly. Dotted: our training length of {training:,}."
     )
     label = "bits per byte"
     return [
         (_lines(kept, "context", title, curves, "context, tokens", label, mark=training), caption),
         (
             _lines(kept, "position", "Loss by position", positions, "tokens read before", label, mark=training),
-            f"Loss by position, the same {first['documents']} documents read whole: every point has the same documents.",
+            f"Loss by position, {first['documents']} documents read whole: every point has the same documents.",
         ),
     ]
 
@@ -164,12 +164,9 @@ def _copying(kept: Kept) -> list[tuple[Markup, str]]:
     labels = [bucket.removeprefix("hit, ") for bucket in buckets]
     title = "Loss of tokens that repeat a bigram, by how far back"
     picture = _bars(kept, "copying", title, values, labels, "nats per token", FOUR)
-    return [
-        (
-            picture,
-            "Loss of tokens by what they repeat, in contexts of eight times the training length. “No hit” are all tokens that repeat nothing.",
-        )
-    ]
+    caption = "Loss of tokens by what they repeat, in contexts of eight times the training length. “No hit” are all "
+    caption += "tokens that repeat nothing."
+    return [(picture, caption)]
 
 
 def _recall(kept: Kept) -> list[tuple[Markup, str]]:
@@ -186,7 +183,8 @@ def _recall(kept: Kept) -> list[tuple[Markup, str]]:
                 "% of the questions",
                 list(ours),
             ),
-            "Answers found, ours: models trained with a share of such tasks; pass keys and pairs are means over lengths and depths.",
+            "Answers found, ours: models trained with a share of such tasks; pass keys and pairs are means over "
+            "lengths and depths.",
         )
     ]
     for size, values in _PAPER_RECALL.items():
