@@ -179,12 +179,14 @@ def _steps(
             most = settings.max_new_tokens
             text = Speculation(model, reading.state, draft, choose, most, logits_BV.device)
         del reading
-    steps = _of_a_row if text.writes else _of_rows
-    yield from steps(text, logits_BV, settings.max_new_tokens, choose, endings, pad)
+    if isinstance(text, Continuation) and text.writes:
+        yield from _of_a_row(text, logits_BV, settings.max_new_tokens, choose, endings)
+    else:
+        yield from _of_rows(text, logits_BV, settings.max_new_tokens, choose, endings, pad)
 
 
 def _of_rows(
-    text: Continuation, logits_BV: FloatBV, most: int, choose: Chooser, endings: Endings, pad: int
+    text: Continuation | Speculation, logits_BV: FloatBV, most: int, choose: Chooser, endings: Endings, pad: int
 ) -> Iterator[StepOutput]:
     """Choose a token of every row, read them, and so on."""
     finished_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=logits_BV.device)
@@ -208,7 +210,7 @@ def _of_rows(
 
 
 def _of_a_row(
-    text: Continuation, logits_BV: FloatBV, most: int, choose: Chooser, endings: Endings, pad: int
+    text: Continuation, logits_BV: FloatBV, most: int, choose: Chooser, endings: Endings
 ) -> Iterator[StepOutput]:
     """The same for one row, whose tokens the native step chooses by itself."""
     ends_E = torch.tensor(endings.ends, dtype=torch.int64)
