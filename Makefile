@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-WORKERS ?= 2
+# One more than two cores have: some tests wait for processes and deadlines.
+WORKERS ?= 3
 RELIABILITY := $(addprefix tests/training/, processes/test_distributed.py step/test_non_finite.py \
 	$(patsubst %,run/test_%.py,checkpoint damage kills resume storage_faults))
 

@@ -48,8 +48,13 @@ def write_kernels(directory: Path, answer: int) -> None:
 def source_of(answer: int) -> str:
     """Of a library that says it has our structures and functions, and of which one answers."""
     texts = {real: "\n".join(interface.described(real)) for real in ("float", "double")}
-    stubs = "\n".join(f'extern "C" int taipan_{name}(const void*, int) {{ return 2; }}' for name in interface.FUNCTIONS)
-    return SOURCE.format(answer=answer, functions=stubs, **texts)
+    return SOURCE.format(answer=answer, functions=stubs(), **texts)
+
+
+def stubs(besides: str = "none") -> str:
+    """The source of functions that refuse whatever they are called with, but for those of one op."""
+    names = (name for name in interface.FUNCTIONS if not name.startswith(besides))
+    return "\n".join(f'extern "C" int taipan_{name}(const void*, int) {{ return 2; }}' for name in names)
 
 
 def forget() -> None:

@@ -129,13 +129,14 @@ def test_scores_what_evaluate_gives(model: TextModel) -> None:
 
 @pytest.mark.unchecked_shapes
 def test_each_token_is_scored_by_what_the_model_says_of_it(model: TextModel) -> None:
-    score = model.score(WHOLE)
-    ids = torch.tensor([[model.tokenizer.eos_id, *model.tokenizer.encode(WHOLE)]])
+    text = TEXT * 3
+    score = model.score(text)
+    ids = torch.tensor([[model.tokenizer.eos_id, *model.tokenizer.encode(text)]])
     logits = model.model(ids).logits[0, :-1].log_softmax(-1)
     expected = -logits.gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(score.nats_T, expected.double(), rtol=1e-5, atol=1e-5)
     for piece in (1, 4, 1000):
-        found = model.score(pieces_of(WHOLE, 7), piece=piece).nats_T
+        found = model.score(pieces_of(text, 7), piece=piece).nats_T
         # the first token of a piece is predicted by logits in fp32
         torch.testing.assert_close(found, score.nats_T, rtol=1e-6, atol=4e-6)
 

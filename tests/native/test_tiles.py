@@ -4,6 +4,7 @@ The library is compiled as on a processor with AMX. Each instruction that this o
 which also grants what the system would: tests of SSD are repeated over it, in processes of their own.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from taipan.native import build
 from taipan.native.library import SWITCH
-from tests.compilers import REAL, needs_compiler
+from tests.compilers import REAL, needs_compiler, stubs
 
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = torch.cpu.get_capabilities()
@@ -28,7 +30,7 @@ pytestmark = [
 
 @dataclass
 class Machine:
-    """One with AMX. Its kernels are compiled once, quickly rather than well."""
+    """One with AMX. Of the kernels SSD alone is compiled, once, quickly rather than well; the others do nothing."""
 
     directory: Path
 
@@ -36,28 +38,35 @@ class Machine:
         flags = ["-std=c++20", "-O2", "-mfma", "-shared", "-fPIC"]
         software = [str(ROOT / "tests" / "native" / "amx.cpp"), "-o", str(self.directory / "amx.so"), "-ldl"]
         subprocess.run([str(REAL), *flags, *software], check=True, timeout=100)
+        kernels = self.directory / "kernels"
+        kernels.mkdir()
+        for source in build.KERNELS.iterdir():
+            if source.suffix == ".h" or source.name in ("about.cpp", "ssd.cpp"):
+                (kernels / source.name).write_bytes(source.read_bytes())
+        (kernels / "others.cpp").write_text(stubs(besides="ssd"), encoding="utf-8")
         compiler = self.directory / "cxx"
-        # quickly, but for what is run much: SSD with every product in software
-        compiler.write_text(
-            f'#!/bin/sh\ncase "$*" in *ssd.cpp*) level=-O1 ;; *) level=-O0 ;; esac\n'
-            f'exec {REAL} "$@" $level -mamx-tile -mamx-bf16\n',
-            encoding="utf-8",
-        )
+        compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@" -O1 -mamx-tile -mamx-bf16\n', encoding="utf-8")
         compiler.chmod(0o755)
         # Before anything is preloaded, which is not meant for compilers.
-        assert "AVX512-BF16" in self.run(PRODUCTS, permitted=False) or CAPABILITIES.get("amx_bf16")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "KERNELS", kernels)
+            patch.setenv("CXX", str(compiler))
+            patch.setenv(build.CACHE_VARIABLE, str(self.directory / "cache"))
+            with build.found_or_built("float") as built:
+                products = ctypes.CDLL(str(built.path)).taipan_products
+        products.restype = ctypes.c_char_p
+        assert b"AVX512-BF16" in products() or CAPABILITIES.get("amx_bf16")  # nobody grants this process the tiles
 
-    def run(self, program: str, *arguments: str, permitted: bool = True) -> str:
-        """What a program of Python writes; without permission for tiles if that is not granted."""
+    def run(self, program: str, *arguments: str) -> str:
+        """What a program of Python writes that is granted the tiles."""
         environment = {
             **{name: value for name, value in os.environ.items() if name != SWITCH},
             "CXX": str(self.directory / "cxx"),
-            "TAIPAN_CACHE": str(self.directory / "cache"),
+            build.CACHE_VARIABLE: str(self.directory / "cache"),
             "TAIPAN_TEST_AMX": str(self.directory / "products"),
+            "LD_PRELOAD": str(self.directory / "amx.so"),
         }
-        if permitted:
-            environment["LD_PRELOAD"] = str(self.directory / "amx.so")
-        command = [sys.executable, "-c", program, *arguments]
+        command = [sys.executable, "-c", KERNELS + program, str(self.directory / "kernels"), *arguments]
         finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1000)
         assert finished.returncode == 0, f"{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
         return finished.stdout
@@ -66,6 +75,12 @@ class Machine:
         """How many products of tiles the program before has made."""
         return int((self.directory / "products").read_text(encoding="utf-8").split()[-1])
 
+
+KERNELS = """
+import pathlib, sys
+from taipan.native import build
+build.KERNELS = pathlib.Path(sys.argv.pop(1))
+"""
 
 PRODUCTS = "from taipan.native import native_status as s; assert s().library, s().reason; print(s().products)"
 

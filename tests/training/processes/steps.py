@@ -328,6 +328,13 @@ def recompute(model: TaipanLM) -> None:
     model.set_recompute(True)
 
 
+def in_the_default_tier(name: str) -> bool:
+    """Of what is checked in every combination, the default tier takes each value once; four processes take all."""
+    if name.startswith("nothing-"):
+        return name.endswith(("-dense-selected", "-gathered-all"))
+    return name not in ("same-hsdp-muon", "same-hsdp-copies-muon")
+
+
 def checks(directory: Path, world: World) -> dict[str, Callable[[], None]]:
     """All checks by name, in an order that is the same on every process."""
     every: dict[str, Callable[[], None]] = {}

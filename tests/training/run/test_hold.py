@@ -240,6 +240,7 @@ def test_a_copy_of_a_living_run_may_go_on(make_recipe: MakeRecipe, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_command_line_refuses_a_second_process_and_goes_on_after_a_kill(
     ranks: int, corpora: tuple[Path, Path], tmp_path: Path
