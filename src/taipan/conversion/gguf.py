@@ -1,9 +1,9 @@
-"""Models as GGUF files, for llama.cpp: those whose layers it knows.
+"""Writes GGUF files for llama.cpp, of models whose layers it knows.
 
-llama.cpp has a fixed list of architectures, and Selective Attention Layers are in none. What it can hold of our models
-is plain Mamba-2 (`mamba2`), full attention with rotary embedding in every layer (`llama`), and stacks of both
-(`granitehybrid`; its `jamba` is Mamba-1). There every layer has an MLP: a Mamba-2 layer without one gets one of zeros,
-which adds nothing. Weights are written straight from a model: the converter of llama.cpp rounds a vocabulary up without
+llama.cpp has a fixed list of architectures, and none has Selective Attention Layers. Of our models it can run plain
+Mamba-2 (`mamba2`), full attention with rotary embedding in every layer (`llama`), and stacks of both (`granitehybrid`;
+its `jamba` is Mamba-1). In the last every layer has an MLP: a Mamba-2 layer without one gets an MLP of zeros, which
+adds nothing. Weights are written directly from a model: the converter of llama.cpp rounds a vocabulary up without
 filling the embedding, and drops a finite `time_step_limit`, which is refused here.
 """
 
@@ -70,10 +70,10 @@ def to_gguf(source: str | Path, target: str | Path, dtype: str = "bf16") -> Arch
 
 
 def architecture_of(config: TaipanConfig, name: str) -> Architecture:
-    """What llama.cpp calls a configuration.
+    """The architecture of llama.cpp for a configuration.
 
     Raises:
-        CheckpointError: it knows none like it.
+        CheckpointError: it has none.
     """
     kinds, why = set(config.layer_types), ""
     low, high = config.time_step_limit
@@ -211,6 +211,6 @@ def _mlp(block: Block, model: TaipanLM) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows as llama.cpp rotates them for a Llama: the halves of a head pair by pair."""
+    """Rows in the order that llama.cpp rotates for a Llama: the two halves of a head interleaved."""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)

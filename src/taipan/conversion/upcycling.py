@@ -1,8 +1,8 @@
-"""From Mamba-2 weights to a Taipan that begins where they end: the first forward is theirs, bit by bit.
+"""Turns Mamba-2 weights into a Taipan whose first forward is the same, bit by bit.
 
 Each new block changes nothing at first. Its attention is added to the token (`refinement` = `add`) through an output
-projection of zeros, and so is its MLP; the gate decides and mixes as any other, over nothing. Gradients reach both
-projections in the first step, and through them the rest in the second (docs/decisions/0006-upcycling.md).
+projection of zeros, and so is its MLP; the gate decides as any other. Gradients reach both projections in the first
+step, and all other new weights in the second (docs/decisions/0006-upcycling.md).
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ def upcycled_config(config: TaipanConfig, *, every: int = 6, **overrides: Any) -
     Args:
         config: of Mamba-2 layers only.
         every: K of the hybrid ratio K:1.
-        overrides: fields of `TaipanConfig`, over what follows from the width: heads of 64 and an MLP of 8/3 of the
-            width, rounded up to a multiple of 256, as the presets have.
+        overrides: fields of `TaipanConfig`. By default heads have 64 dimensions, and the MLP 8/3 of the width, rounded
+            up to a multiple of 256, as in the presets.
 
     Raises:
         ConfigError: the model has other layers, is too shallow, or a field is impossible.

@@ -23,15 +23,15 @@ OFFLOAD = (
     "brings them back: put the whole model on one device (device_map='cpu' or 'cuda'), or load it narrower "
     "(dtype=torch.bfloat16)."
 )
-_READ_DIRECTLY = {"conv1d": nn.Conv1d, "norm": GatedNorm}  # parts of a mixer that ops read and nobody calls
+_READ_DIRECTLY = {"conv1d": nn.Conv1d, "norm": GatedNorm}  # modules of a mixer whose weights ops read directly
 
 
 @dataclass
 class TrainerLink:
-    """What a model learns of the Trainer that trains it, and what it notes for it (`prepare_trainer`).
+    """What a model knows of its Trainer, and what it records for it (`prepare_trainer`).
 
     Attributes:
-        share: what the budget of one call weighs in the loss of a step that is computed elsewhere; None outside of
+        share: weight of one call's budget in the loss of a step that is computed outside of the model; None outside of
             training.
         evaluated: rows, cross-entropy and budget of the last call with labels in eval mode.
     """
@@ -56,16 +56,16 @@ class BackboneOutput(DecoderOutput):
 class TaipanBackbone(TaipanDecoder):
     """`TaipanDecoder`, also called by keywords.
 
-    Whoever computes a loss from `last_hidden_state` (the trainers of TRL, label smoothing, a head of one's own) knows
-    nothing of Eq. 7. So in training the gradient of the budget rides on that tensor: a backward pass through it is one
-    through the budget as well. The value of the loss does not show it. Where gradients are accumulated, a step's budget
-    is the mean over its calls if the Trainer was prepared (`prepare_trainer`), else that of its last call: how many
-    there will be, nobody says.
+    Code that computes a loss from `last_hidden_state` (the trainers of TRL, label smoothing, a head of your own) does
+    not know Eq. 7. So in training this tensor carries the gradient of the budget: a backward pass through it also
+    passes through the budget. The value of the loss does not include it. Where gradients are accumulated, the budget of
+    a step is the mean over its calls if the Trainer was prepared (`prepare_trainer`), else that of its last call,
+    because the number of calls is not known.
 
     Attributes:
         link: to the Trainer; None where none was prepared.
         quantised: whether a quantiser of transformers packs the linears.
-        watch: where every call in training leaves what its gates decided (`decisions`); None: nowhere.
+        watch: list to which every training call appends what its gates decided (`decisions`); None: not recorded.
     """
 
     def __init__(self, config: Any, implementations: dict[str, str]) -> None:
@@ -155,7 +155,7 @@ class TaipanBackbone(TaipanDecoder):
         return cast(Tensor, _Carried.apply(hidden_BTD, budget, self._share()))
 
     def _share(self) -> float:
-        """What the budget of this call weighs in the loss of a step."""
+        """Weight of this call's budget in the loss of a step."""
         if self.link is not None and self.link.share is not None:
             return self.link.share
         if "accelerate" not in sys.modules:
@@ -172,7 +172,7 @@ class TaipanBackbone(TaipanDecoder):
         return 0.0 if gradients.in_dataloader and not gradients.sync_gradients else 1.0
 
     def _check_parts(self) -> None:
-        """Adapters around linear layers work; what the layers read past a wrapper or a hook would be left out."""
+        """Adapters around linear layers work. Around what ops read directly they would be ignored: refused."""
         if self.quantised and self.training and torch.is_grad_enabled():
             refuse_training(self)
         for number, layer in enumerate(self.layers):
@@ -200,7 +200,7 @@ def decisions(gates: tuple[GateOutput, ...]) -> Tensor:
 
 
 class _Carried(torch.autograd.Function):
-    """The tensor itself; a backward pass through it also goes through a weighted loss."""
+    """Returns the tensor; a backward pass through it also goes through a weighted loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor, weight: float) -> Tensor:

@@ -18,10 +18,10 @@ Reread = Callable[[DecoderState | None, int], DecoderState]
 class TaipanCache(Cache):
     """Holds one `DecoderState`, whatever the layers are.
 
-    transformers mutates caches, a `DecoderState` is a value: a forward puts the new state here and never writes into
-    the old one. `copy.deepcopy` forks a cached prefix. A recurrent state does not contain its past, so a cache
-    goes back only where it keeps the states from before (`activate_past_recording`, as assisted decoding asks for).
-    What it cannot do is refused: a fixed length, filling it with keys and values layer by layer.
+    transformers changes caches in place, a `DecoderState` is a value: a forward stores the new state here and never
+    writes into the old one. `copy.deepcopy` forks a cached prefix. A recurrent state does not contain its past, so a
+    cache can go back only if it keeps the states from before (`activate_past_recording`, as assisted decoding asks
+    for). What it cannot do is refused: a fixed length, keys and values set layer by layer.
 
     Attributes:
         state: after all tokens so far; None before the first.

@@ -14,11 +14,11 @@ from taipan.layers.selective_attention import SelectiveAttention
 class GateScheduleCallback(TrainerCallback):
     """Moves budget, temperature and noise of every gate along their schedules, step by step of a Trainer.
 
-    Where a threshold holds the budget (`budget_control` = `threshold`) it is moved after every step, as `taipan train`
-    does it: by what all calls of the step, on all processes, selected too much or too little.
+    Where a threshold holds the budget (`budget_control` = `threshold`), it is moved after every step, as in `taipan
+    train`: by how much all calls of the step, on all processes, selected too many or too few tokens.
 
-    Without it a model trains with what its schedules end in, and its thresholds stay, as fits the fine-tuning of a
-    trained model; with it, as fits one that starts from nothing. `Trainer(..., callbacks=[GateScheduleCallback()])`
+    Use it to train from random weights. Without it the schedules stand at their end and the thresholds stay as they
+    are, which is right for fine-tuning. `Trainer(..., callbacks=[GateScheduleCallback()])`
     """
 
     def on_train_begin(

@@ -1,6 +1,6 @@
 """Mamba-2 checkpoints of transformers and of state-spaces/mamba, to Taipan and back.
 
-Both spell the parameters as Taipan does, below other prefixes; weights are copied bit by bit. Layouts:
+Both name the parameters as Taipan does, under other prefixes; weights are copied bit by bit. Layouts:
 
 * `transformers`: `Mamba2ForCausalLM`: `backbone.embeddings.weight`, fields of `Mamba2Config`;
 * `state-spaces`: `MambaLMHeadModel`: `backbone.embedding.weight`, fields of `MambaConfig` (`d_model`, `n_layer`,
@@ -156,7 +156,7 @@ def _check_plain(source: Path, config: TaipanConfig) -> None:
 
 
 def _with_end_of_text(config: TaipanConfig, source: Path) -> TaipanConfig:
-    """The state-spaces layout leaves the end of a text to the tokenizer."""
+    """Take the end-of-text token from the tokenizer: a configuration in the state-spaces layout has none."""
     if config.eos_token_id is not None or not (source / "tokenizer.json").is_file():
         return config
     try:

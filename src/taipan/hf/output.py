@@ -1,4 +1,4 @@
-"""What the Hugging Face face returns."""
+"""Outputs of the Hugging Face models."""
 
 from dataclasses import dataclass
 from typing import Any, no_type_check

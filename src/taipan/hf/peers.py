@@ -1,4 +1,4 @@
-"""transformers' own models of the size of one of ours, with random weights, to measure against."""
+"""Models of transformers of the same size as one of ours, with random weights, for benchmarks."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _MULTIPLE = 64  # of the width of a Llama's MLP
 
 
 class Peer:
-    """A model of transformers, used as its users do.
+    """A model of transformers, called as its users call it.
 
     Attributes:
         model: in eval mode.
@@ -38,7 +38,7 @@ class Peer:
 
     @torch.inference_mode()
     def decode(self, token_B1: Tensor, cache: Any, steps: int) -> None:
-        """Choose so many tokens greedily after a cache, which is cut back to its length afterwards if it has one."""
+        """Decode `steps` tokens greedily after a cache, then cut a cache that grows back to its length."""
         name = "cache_params" if self._recurrent else "past_key_values"
         for _ in range(steps):
             output = self.model(token_B1, use_cache=True, logits_to_keep=1, **{name: cache})

@@ -1,8 +1,8 @@
-"""What the quantisers of transformers find in a model: its linears as they look for them, its gates kept whole.
+"""Prepares a model for the quantisers of transformers: linears of the type they look for, gates left as they are.
 
-A gate decides by the sign of a small difference, and its weight is 1/10,000 of all: rounding it moves what is selected
-and saves nothing. Quantisers by type (bitsandbytes) take only modules that are exactly `nn.Linear`; all leave out what
-`_keep_in_fp32_modules` names.
+A gate decides by the sign of a small difference, and its weight is 1/10,000 of all: rounding it changes what is
+selected and saves nothing. Quantisers by type (bitsandbytes) only take modules that are exactly `nn.Linear`; all leave
+out what `_keep_in_fp32_modules` names.
 """
 
 from torch import nn
@@ -11,11 +11,11 @@ from taipan.errors import InputError
 from taipan.layers.linear import Linear
 
 GATES = r".*\.gate"
-"""The modules to leave whole, as transformers matches them."""
+"""Pattern of the modules that are not quantised, as transformers matches it."""
 
 
 def prepare(model: nn.Module) -> None:
-    """Give a model that has no weights yet the linears that quantisers by type know; in place."""
+    """Replace the linears of a model without weights by plain `nn.Linear`, in place."""
     for name, module in list(model.named_modules()):
         if type(module) is Linear:
             plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -24,7 +24,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Refuse to train through products that have no gradient: adapters below them would stay as they are.
+    """Refuse to train through products without a gradient: adapters below them would not learn.
 
     Raises:
         InputError: torchao rounds the activations, too.

@@ -1,4 +1,4 @@
-"""What a Trainer and a Taipan model must tell each other: what is counted, what a step and what a loss is made of."""
+"""What a Trainer and a Taipan model must know of each other: which labels count, what a step is, what a loss holds."""
 
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, cast
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def prepare_trainer(trainer: "Trainer") -> "Trainer":
-    """Let a Trainer, of transformers or of TRL, and its Taipan model know what each other counts.
+    """Connect a Trainer, of transformers or of TRL, with its Taipan model.
 
     Call it before `trainer.train()`. Then
 
-    * labels that nothing is there to predict (first tokens behind left padding, or of documents in packed rows) are
-      −100 before the Trainer counts them, so that every layout and every accumulation takes the same step;
-    * a trainer that computes a loss of its own (TRL's, label smoothing) gives the budget of Eq. 7 its weight when it
-      accumulates gradients, or scales them (float16);
+    * labels that no token predicts (first tokens after left padding, or of documents in packed rows) are −100 before
+      the Trainer counts them, so that every layout and every accumulation takes the same step;
+    * a trainer that computes its own loss (TRL's, label smoothing) gives the budget of Eq. 7 the right weight when it
+      accumulates gradients or scales them (float16);
     * `evaluate()` reports `eval_cross_entropy` and `eval_budget` beside `eval_loss`, which holds both.
 
-    Without it, what is exact without it works, and the rest is refused.
+    Without this call, whatever is exact without it works; the rest is refused.
 
     Args:
         trainer: its model is Taipan's, wrapped or not (adapters).
@@ -36,7 +36,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
         The same trainer.
 
     Raises:
-        ConfigError: the model is another's.
+        ConfigError: the model is not a Taipan model.
     """
     backbones = [module for module in cast(Any, trainer.model).modules() if isinstance(module, TaipanBackbone)]
     if not backbones:
@@ -52,7 +52,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
 
 
 class PredictedLabels:
-    """A collator whose labels are −100 wherever Taipan predicts nothing, as its own loss has it.
+    """A collator that sets labels to −100 where Taipan predicts nothing, as in its own loss.
 
     Args:
         collate: makes a batch of features.
@@ -78,7 +78,7 @@ class PredictedLabels:
 
 
 class _Telling(TrainerCallback):
-    """Tells the model what its budget weighs, and the reader of an evaluation what the loss is made of."""
+    """Tells the model the weight of its budget, and adds the parts of the loss to the metrics of an evaluation."""
 
     def __init__(self, trainer: "Trainer", backbones: list[TaipanBackbone]) -> None:
         self._trainer = trainer
@@ -97,7 +97,7 @@ class _Telling(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What comes is no step of this Trainer."""
+        """Later calls are no steps of this Trainer."""
         for link in self._links:
             link.share = None
 

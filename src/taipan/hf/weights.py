@@ -1,4 +1,4 @@
-"""Reading the files of foreign checkpoints: whole or sharded, safetensors or .bin, with errors that name the file."""
+"""Reads checkpoints of other libraries: whole or sharded, safetensors or .bin; errors name the file."""
 
 import pickle
 import zipfile
