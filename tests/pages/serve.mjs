@@ -65,10 +65,12 @@ for (const width of WIDTHS)
     try {
       await page.goto(origin, { waitUntil: "networkidle0" });
       await until("the question for a key", () => !document.getElementById("key-form").hidden);
+      expect((await text("#status")) === "", "who has given no key yet is told of a mistake");
+      expect(!(await shown("#list-none")), "what the server has not told is said to be nothing");
       await look("key");
       await page.type("#key", "a wrong one");
       await page.keyboard.press("Enter");
-      await until("a refusal", () => /Incorrect API key/.test(document.getElementById("status").textContent));
+      await until("a refusal", () => /not one of the server's keys/.test(document.getElementById("status").textContent));
       await look("wrong-key");
       await page.$eval("#key", (field) => field.select());
       await page.type("#key", KEY);
@@ -114,6 +116,7 @@ for (const width of WIDTHS)
       await drag("dragOver", width / 2, 700, [own]);
       await drag("drop", width / 2, 700, [own]);
       await until("what the gates select", () => !document.getElementById("reading").hidden && document.querySelector("#reading-text b"));
+      expect((await text("#status")) === "", `while reading: ${await text("#status")}`);
       await look("reading");
       await until("the session", () => !document.getElementById("talk").hidden && !document.getElementById("fork").disabled);
       const seen = await page.evaluate(() => window.seen);

@@ -25,6 +25,7 @@
     const answer = await fetch(path, { ...options, headers });
     byId("key-form").hidden = answer.status !== 401;
     if (answer.ok) return answer;
+    if (answer.status === 401) throw new Error(key ? "This is not one of the server's keys." : "");
     let message = `The server answered ${answer.status}.`;
     try { message = (await answer.json()).error.message; } catch { /* not one of its own errors */ }
     throw new Error(message);
@@ -134,6 +135,7 @@
       const plain = name.replace(/\.[a-z0-9]{1,5}$/i, "").normalize("NFKD").replace(/[^A-Za-z0-9_-]+/g, "-").replace(/^[^A-Za-z0-9]+|-+$/g, "").slice(0, 50) || "text";
       let id = plain;
       for (let count = 2; known.has(id); count++) id = `${plain}-${count}`;
+      say("");
       byId("reading").hidden = false;
       byId("reading-name").textContent = `Reading ${name}`;
       byId("reading-tokens").textContent = "";
@@ -177,6 +179,7 @@
     });
     byId("reading-text").replaceChildren(...pieces);
     byId("reading-text").hidden = false;
+    byId("reading-text").scrollTop = byId("reading-text").scrollHeight; // the last ones are seen
     byId("reading-layers").textContent = layers.map(({ layer, percent }) => `layer ${layer} selected ${percent} %`).join(", ");
   }
   const readFile = (file) => read(file.name, { "Content-Type": "text/plain" }, file, `&file=${encodeURIComponent(file.name)}`);
