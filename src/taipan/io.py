@@ -282,8 +282,8 @@ def decode_utf8(data: bytes, source: str) -> str:
             what they are if that can be told.
     """
     head = data[:HEAD_BYTES]
-    if b"\0" in head and (name := encoding(head)):  # without a byte order mark it would pass for text with zero bytes
-        raise not_utf8(source, head, f"it looks like {name}")
+    if b"\0" in head and encoding(head):  # without a byte order mark it would pass for text with zero bytes
+        raise not_utf8(source, head)
     text = data.removeprefix(BYTE_ORDER_MARK)
     try:
         return text.decode("utf-8")
@@ -292,12 +292,17 @@ def decode_utf8(data: bytes, source: str) -> str:
         raise not_utf8(source, head, f"byte 0x{data[place]:02x} at offset {place} ({error.reason})") from error
 
 
-def not_utf8(source: str, head: bytes, reason: str) -> DataError:
-    """The error for a source that is not UTF-8 text for this reason; its first bytes say what to do."""
+def not_utf8(source: str, head: bytes, reason: str | None = None) -> DataError:
+    """The error for a source that is not UTF-8 text, for a reason or for what it looks like.
+
+    Its first bytes say what to do.
+    """
     what = not_text(head) or (
         "Convert it from its encoding, which only its author knows (`file --mime-encoding` guesses): "
         "iconv -f ENCODING -t UTF-8 FILE > NEW"
     )
+    if reason is None:
+        return DataError(f"{source} is not UTF-8 text: {what}")
     return DataError(f"{source} is not UTF-8 text: {reason}. {what[0].upper()}{what[1:]}")
 
 

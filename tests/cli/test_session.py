@@ -115,4 +115,10 @@ def test_mistakes_are_explained(
     assert "is not a session" in refused("generate", model_directory, "x", "--session", tmp_path)
     assert "name it with --model" in refused("session", "ask", session, "x", "--model", tmp_path / "none")
     assert "does not exist" in refused("session", "read", model_directory, tmp_path / "none", "-o", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    odd = tmp_path / "odd.txt"
+    odd.write_bytes("A book.".encode("utf-16"))
+    message = refused("session", "read", model_directory, odd, "-o", tmp_path / "new")
+    assert message.count("UTF-16") == 2  # what it is, and how to convert it
+    assert not (tmp_path / "new").exists()
     assert "there already" in refused("session", "fork", session, session)

@@ -364,6 +364,19 @@ def test_files_are_read_each_with_its_end(tmp_path: Path, model: TextModel) -> N
         session.read_files(texts, lambda name: texts[name])
 
 
+def test_a_reading_that_has_read_nothing_may_read_something_else(tmp_path: Path, model: TextModel) -> None:
+    session = Session.create(tmp_path / "s", model)
+
+    def stops(_: str) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.read_files(["book"], stops)
+    assert reopened(session).manifest.reading == ("book",)
+    reopened(session).read_files(["other"], lambda _: ["x"])
+    assert reopened(session).ids() == [ord("x"), 256]
+
+
 def test_a_stopped_reading_goes_on(tmp_path: Path, model: TextModel) -> None:
     text = "Some lines of text to be read.\n" * 10
     session = Session.create(tmp_path / "s", model, every=16)

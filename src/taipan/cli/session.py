@@ -46,6 +46,7 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.cli.console import note, size
         from taipan.cli.progress import progress_bar
         from taipan.cli.text import text_pieces
+        from taipan.errors import DataError
         from taipan.hardware import tune_allocator
         from taipan.sessions import Session
         from taipan.text import load
@@ -59,8 +60,13 @@ def register(app: typer.Typer, panel: str) -> None:
             note(f"Going on after {session.tokens:,} tokens.")
         else:
             session = Session.create(out, loaded, model_path=model, every=every, most=keep)
-        with progress_bar("Reading", "tokens") as show:
-            session.read_files(files, text_pieces, piece=chunk, progress=lambda tokens: show(tokens, 0))
+        try:
+            with progress_bar("Reading", "tokens") as show:
+                session.read_files(files, text_pieces, piece=chunk, progress=lambda tokens: show(tokens, 0))
+        except DataError:
+            if not session.tokens:  # of a file that is none of text nothing is left
+                session.delete()
+            raise
         note(f"{out}: {session.tokens:,} tokens, {size(session.nbytes)} on disk.")
 
     @verbs.command("append")

@@ -31,8 +31,8 @@ def text_pieces(source: str) -> Iterator[str]:
             while data := stream.read(max(_PIECE_BYTES, len(BYTE_ORDER_MARK))):
                 if not head:
                     head = data[:HEAD_BYTES]
-                    if kind := encoding(head):
-                        raise not_utf8(name, head, f"it looks like {kind}")
+                    if encoding(head):
+                        raise not_utf8(name, head)
                     if data.startswith(BYTE_ORDER_MARK):
                         data, offset = data[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
                 held = len(decoder.getstate()[0])

@@ -261,8 +261,8 @@ async def _ids(sessions: Sessions, body: _Text, *, required: bool) -> list[int]:
 def _decoded(data: bytes) -> str:
     """The text of an uploaded file, without its byte order mark."""
     head = data[:HEAD_BYTES]
-    if kind := encoding(head):
-        raise not_utf8("The file", head, f"it looks like {kind}")
+    if encoding(head):
+        raise not_utf8("The file", head)
     try:
         return data.removeprefix(BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:

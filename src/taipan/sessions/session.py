@@ -360,12 +360,12 @@ class Session:
         names = tuple(files)
         begun = self.tokens
         with self.changing():
-            if self.manifest.reading and self.manifest.reading != names:
+            if self.tokens and self.manifest.reading and self.manifest.reading != names:
                 raise StateError(
                     f"{self.directory} was reading {', '.join(self.manifest.reading)} when it was stopped: give the "
                     "same files to go on."
                 )
-            if not self.manifest.reading:
+            if self.manifest.reading != names:
                 if self.tokens:
                     raise StateError(f"{self.directory} has read {self.tokens:,} tokens already: append to it instead.")
                 self._commit(replace(self.manifest, reading=names))
