@@ -59,8 +59,11 @@ class Counts:
         self._own[_PLACES[name]] = value
 
     def total(self, name: str) -> int:
-        """Of all workers."""
-        return int(self._all[:, _PLACES[name]].sum())
+        """Of all workers; what is now, of those that live."""
+        values = self._all[:, _PLACES[name]]
+        if name in GAUGES:
+            values = values[[not pid or _lives(int(pid)) for pid in self._all[:, 0]]]
+        return int(values.sum())
 
 
 class Shared:
