@@ -143,13 +143,11 @@ def rounded(model: TaipanLM, weights: str) -> TaipanLM:
     copy.load_state_dict(model.state_dict())
     for name, module in copy.named_modules():
         if isinstance(module, nn.Linear) and ".gate." not in name.replace("mlp.gate_proj", ""):
-            packed = pack(module.weight, weights)
-            scale = 1.0 if packed.scale is None else packed.scale[:, None]
-            module.weight.data.copy_(packed.weight.double() * scale)
+            module.weight.data.copy_(pack(module.weight, weights).dense)
     return copy
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_narrow_weights_are_the_model_with_rounded_matrices(weights: Any, dtype: torch.dtype) -> None:
     model = small_model(EVERY_LAYER_TYPE, dtype=torch.float64, tie_word_embeddings=False)
@@ -157,7 +155,7 @@ def test_narrow_weights_are_the_model_with_rounded_matrices(weights: Any, dtype:
     state = ragged_state(model)
     native = start_decoding(model.to(dtype), state, weights=weights)
     plain = ModelDecoding(exact, state)
-    bound = 2e-6 if dtype == torch.float64 else 4e-4
+    bound = 2e-6 if dtype == torch.float64 else 8e-4 if weights == "int4" else 4e-4
     for t in range(20):
         token_B = random_tokens(3, 1, seed=t)[:, 0]
         assert relative_error(native.step(token_B), plain.step(token_B).double()) < bound
@@ -175,8 +173,8 @@ def test_int8_products_of_one_row_and_of_many(rows: int) -> None:
         assert relative_error(native.step(token_B), plain.step(token_B).double()) < 4e-4
 
 
-@pytest.mark.parametrize(("weights", "bound"), [("auto", 4e-6), ("bfloat16", 4e-6), ("int8", 4e-4)])
-@pytest.mark.parametrize("hidden", [64, 104])  # whole registers, and not
+@pytest.mark.parametrize(("weights", "bound"), [("auto", 4e-6), ("bfloat16", 4e-6), ("int8", 4e-4), ("int4", 8e-4)])
+@pytest.mark.parametrize("hidden", [64, 104, 200])  # whole registers, and not
 def test_products_of_any_number_of_rows(hidden: int, weights: Any, bound: float) -> None:
     sizes = {"hidden_size": hidden, "num_attention_heads": 4, "intermediate_size": 75, "tie_word_embeddings": False}
     model = small_model(("mamba2", "full_attention"), dtype=torch.float32, **sizes)
@@ -209,10 +207,15 @@ def test_it_does_not_matter_who_computes_what(threads: int) -> None:
 
 def test_narrow_weights_read_fewer_bytes_and_lose_little() -> None:
     model = small_model("mamba2", dtype=torch.float32, hidden_size=64)
-    sizes = {weights: program.nbytes for weights in ("auto", "bfloat16", "int8") if (program := packed(model, weights))}
+    sizes = {
+        weights: program.nbytes
+        for weights in ("auto", "bfloat16", "int8", "int4")
+        if (program := packed(model, weights))
+    }
     assert sizes["bfloat16"] * 2 == sizes["auto"]
     assert sizes["int8"] < 0.3 * sizes["auto"]
-    for weights, bound in (("bfloat16", 0.02), ("int8", 0.04)):
+    assert sizes["int4"] < sizes["int8"]  # groups of 128 columns are filled up
+    for weights, bound in (("bfloat16", 0.02), ("int8", 0.04), ("int4", 0.4)):
         assert 0 < compare(model, 12, weights)[0] < bound
 
 

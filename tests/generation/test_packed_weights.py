@@ -18,7 +18,13 @@ pytestmark = needs_kernels
 
 STACK = ("mamba2", "selective_attention", "full_attention")
 MIXED = {"gate": "mlp", "mamba_mlp": True, "tie_word_embeddings": False}
-FORMATS = [("auto", torch.float32), ("auto", torch.bfloat16), ("bfloat16", torch.float32), ("int8", torch.float32)]
+FORMATS = [
+    ("auto", torch.float32),
+    ("auto", torch.bfloat16),
+    ("bfloat16", torch.float32),
+    ("int8", torch.float32),
+    ("int4", torch.float32),
+]
 
 
 def new_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> TaipanLM:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from taipan.benchmark.timing import interleaved
+from taipan.generation.int4 import GROUP
+from taipan.generation.packing import packed_shape
 from taipan.layer_types import table_of
 from taipan.model import Block, TaipanLM
 from taipan.native.memory import Arena
@@ -75,8 +77,11 @@ def bytes_per_token(model: TaipanLM, state: DecoderState, weights: str = "auto")
 
 
 def _matrix_bytes(linear: nn.Linear, weights: str) -> int:
-    """Of a matrix as it is read: int8 has a scale for each row."""
+    """Of a matrix as it is read: int8 has a scale for each row, int4 for each 64 weights of a row."""
     weight = linear.weight
+    if weights == "int4":
+        (rows, columns), dtype = packed_shape(weight.shape, weights)
+        return rows * columns * dtype.itemsize + 4 * rows * columns // (GROUP // 2)
     if weights == "int8":
         return weight.numel() + 4 * weight.shape[0]
     return 2 * weight.numel() if weights == "bfloat16" else weight.nbytes

@@ -10,7 +10,7 @@ SERVING = ("serve-streams", "serve-prefix", "serve-gap", "serve-session")
 """What `serve` stands for; measured only when asked for, since it needs the extra."""
 PEERS = ("transformers", "transformers-mamba2", "transformers-llama")
 DTYPES = ("auto", "float32", "bfloat16")
-WEIGHTS = ("auto", "bfloat16", "int8")
+WEIGHTS = ("auto", "bfloat16", "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Settings:
         floor: whether to time the model's linear layers alone as well.
         context: tokens read before decoding begins.
         new_tokens: tokens decoded in one repetition.
-        weights: format of the matrices in decoding: `auto`, `bfloat16` or `int8`, as in generation.
+        weights: format of the matrices in decoding: `auto`, `bfloat16`, `int8` or `int4`, as in generation.
         directory: where sessions that are measured are kept; None keeps none.
         seed: of weights and tokens.
 

@@ -47,7 +47,7 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = None,
         new_tokens: Annotated[int, typer.Option(help="Tokens decoded in a repetition.")] = 32,
         weights: Annotated[
-            str, typer.Option(help="Weights that decoding reads: auto (as stored), bfloat16 or int8.")
+            str, typer.Option(help="Weights that decoding reads: auto (as stored), bfloat16, int8 or int4.")
         ] = "auto",
         directory: Annotated[
             Path | None,

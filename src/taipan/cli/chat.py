@@ -32,7 +32,7 @@ def register(app: typer.Typer, panel: str) -> None:
         seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal texts.")] = 0,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         weights: Annotated[
-            str, typer.Option(help="New tokens read bfloat16 or int8 copies of the weights: faster, less exact.")
+            str, typer.Option(help="New tokens read bfloat16, int8 or int4 copies of the weights: faster, less exact.")
         ] = "auto",
     ) -> None:
         """Talk with a model: by its chat template if it has one, else in plain turns. /help lists what can be typed.

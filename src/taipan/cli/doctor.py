@@ -95,7 +95,7 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         yield "compiled by", name, flags
         yield "bfloat16 products", kernels.products, "the best this processor and system offer inside an op"
     decoding = "the model's forward" if kernels.library is None else "native"
-    yield "decoding step", decoding, "one call a token; --weights bfloat16 or int8 is faster and less exact"
+    yield "decoding step", decoding, "one call a token; --weights bfloat16, int8 or int4 is faster and less exact"
 
 
 def _ops() -> Iterator[tuple[str, str, str, str]]:

@@ -47,7 +47,7 @@ def register(app: typer.Typer, panel: str) -> None:
         weights: Annotated[
             str,
             typer.Option(
-                help="Weights for new tokens: auto (as stored), or bfloat16 or int8 copies, faster and less exact."
+                help="Weights for new tokens: auto (as stored), or bfloat16, int8, int4: copies, faster, less exact."
             ),
         ] = "auto",
         draft: Annotated[

@@ -45,7 +45,7 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = None,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         weights: Annotated[
-            str, typer.Option(help="New tokens read bfloat16 or int8 copies of the weights: faster, less exact.")
+            str, typer.Option(help="New tokens read bfloat16, int8 or int4 copies of the weights: faster, less exact.")
         ] = "auto",
     ) -> None:
         """Serve a model to OpenAI's clients, keep sessions for them (/v1/sessions), and show a page at /.

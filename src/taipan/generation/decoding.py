@@ -75,8 +75,8 @@ def start_decoding(model: RecurrentLM, state: Any, *, weights: str = "auto") -> 
     Args:
         model: a `TaipanLM` or anything that is called like one.
         state: what came before, of `prefill` or of another `Decoding`.
-        weights: `auto` reads the weights as they are stored; `bfloat16` and `int8` (one symmetric scale for each
-            output) a narrower copy, which needs the native step.
+        weights: `auto` reads the weights as they are stored; `bfloat16`, `int8` (one symmetric scale for each output)
+            and `int4` (one for each 64 weights of an output) a narrower copy, which needs the native step.
 
     Raises:
         InputError: unknown `weights`.

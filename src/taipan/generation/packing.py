@@ -1,26 +1,45 @@
 """Weights as the decoding kernels read them: where they lie, or as a narrower copy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from taipan.generation import int4
 from taipan.native.interface import Matrix
 from taipan.native.memory import Arena
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix as the kernel reads it, one row after the other, with a scale for each row if it is int8."""
+    """A matrix as the kernel reads it, one row after the other.
+
+    Attributes:
+        weight: (rows, columns); of int4 the bytes of `taipan.generation.int4.pack`.
+        columns: of the matrix.
+        scale: of each row, if it is int8; of each group of each row, if it is int4.
+    """
 
     weight: Tensor
+    columns: int
     scale: Tensor | None = None
 
     def matrix(self, real: torch.dtype) -> Matrix:
         """The structure for the kernel; this object must outlive it."""
-        rows, columns = self.weight.shape
-        return Matrix.of(real, weight=self.weight, scale=self.scale, rows=rows, columns=columns)
+        return Matrix.of(real, weight=self.weight, scale=self.scale, rows=len(self.weight), columns=self.columns)
+
+    @property
+    def dense(self) -> Tensor:
+        """The matrix that this stands for, (rows, columns), fp32 where it is rounded to integers."""
+        if self.weight.dtype == torch.uint8 and self.scale is not None:
+            return int4.unpack(self.weight, self.scale, self.columns)
+        return self.weight if self.scale is None else self.weight.float() * self.scale[:, None]
+
+    @property
+    def format(self) -> str:
+        """The name of how its numbers are kept."""
+        return "int4" if self.weight.dtype == torch.uint8 else str(self.weight.dtype).removeprefix("torch.")
 
     @property
     def nbytes(self) -> int:
@@ -29,30 +48,46 @@ class Packed:
 
 
 def pack(weight: Tensor, weights: str, arena: Arena | None = None) -> Packed:
-    """A weight (rows, columns) as it is, rounded to bfloat16, or to int8 with one symmetric scale for each row.
+    """A weight (rows, columns) as it is, or rounded.
+
+    To bfloat16, to int8 with one symmetric scale for each row, or to int4 with a scale for each 64 columns of a row.
 
     Args:
         weight: the weight.
-        weights: `auto`, `bfloat16` or `int8`.
+        weights: `auto`, `bfloat16`, `int8` or `int4`.
         arena: where a copy goes.
     """
     weight = weight.detach()
     if weights == "auto" or (weights == "bfloat16" and weight.dtype == torch.bfloat16):
-        return Packed(weight.contiguous())
+        return Packed(weight.contiguous(), weight.shape[1])
+    if weights == "int4":
+        levels, scale = int4.quantise(weight)
+        return Packed(int4.pack(levels, _room(arena, *packed_shape(weight.shape, weights))), weight.shape[1], scale)
     dtype = torch.int8 if weights == "int8" else torch.bfloat16
-    packed = torch.empty(weight.shape, dtype=dtype) if arena is None else arena.take(weight.shape, dtype)
+    packed = _room(arena, weight.shape, dtype)
     if dtype == torch.bfloat16:
-        return Packed(packed.copy_(weight))
+        return Packed(packed.copy_(weight), weight.shape[1])
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    return Packed(packed.copy_((wide / scale[:, None]).round_()), scale.float())
+    return Packed(packed.copy_((wide / scale[:, None]).round_()), weight.shape[1], scale.float())
+
+
+def packed_shape(shape: Sequence[int], weights: str) -> tuple[Sequence[int], torch.dtype]:
+    """Shape and dtype of the copy of a matrix in `bfloat16`, `int8` or `int4`."""
+    if weights == "int4":
+        return (shape[0], -(-shape[1] // int4.BLOCK) * int4.GROUP), torch.uint8
+    return shape, torch.int8 if weights == "int8" else torch.bfloat16
+
+
+def _room(arena: Arena | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype) if arena is None else arena.take(shape, dtype)
 
 
 class Packer:
     """Packs the weights of one model, and keeps alive what the kernels are pointed at.
 
     Args:
-        weights: `auto`, `bfloat16` or `int8`.
+        weights: `auto`, `bfloat16`, `int8` or `int4`.
         dtype: of the model's matrices.
         linears: all that will be packed, in any order.
 
@@ -69,10 +104,9 @@ class Packer:
         self._weights = weights
         self._kept: list[Tensor] = []  # the kernels' addresses point into these
         self._arena: Arena | None = None
-        if weights == "int8" or (weights == "bfloat16" and dtype != torch.bfloat16):
-            narrow = torch.int8 if weights == "int8" else torch.bfloat16
+        if weights in ("int8", "int4") or (weights == "bfloat16" and dtype != torch.bfloat16):
             shapes = [linear.weight.shape for linear in linears if isinstance(linear, nn.Linear)]
-            self._arena = Arena([(shape, narrow) for shape in shapes])
+            self._arena = Arena([packed_shape(shape, weights) for shape in shapes])
 
     def packed(self, linear: nn.Linear) -> Packed:
         """The weight of a linear in the format of the model."""

@@ -24,8 +24,8 @@ from taipan.native import call, native_status
 from taipan.native.interface import DecodeSizes, Digest, Index, Layer, Matrix, Piece, array_of, fields_of
 from taipan.ops.dispatch import AUTO
 
-WEIGHTS: tuple[str, ...] = ("auto", "bfloat16", "int8")
-_FORMATS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.int8: 2}
+WEIGHTS: tuple[str, ...] = ("auto", "bfloat16", "int8", "int4")
+_FORMATS = {"float32": 0, "float64": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 _NONE = {
     name: 0 if kind is Index else Matrix() if kind is Matrix else None for name, kind in fields_of(Layer)
 }  # the fields that a layer does not use
@@ -83,7 +83,7 @@ class DecoderProgram:
 
     The kernel reads weights in place where it can, so it sees a change at once: in `auto` the matrices, and in a
     model of fp32 or fp64 the norms and gates. The rest is copied: the convolution's taps and A always, norms and
-    gates of a model in bfloat16, tensors that are not contiguous, and in `bfloat16` and `int8` every matrix of
+    gates of a model in bfloat16, tensors that are not contiguous, and in `bfloat16`, `int8` and `int4` every matrix of
     another format. A copy is stale once its source has changed. `is_current` finds out: it compares address, dtype
     and shape of every tensor of the model, and a digest of all bytes that were copied, so it sees every way to write
     a weight (PyTorch's version counters miss a fused optimizer, `.data`, and inference tensors). It reads those bytes
@@ -93,11 +93,11 @@ class DecoderProgram:
     Args:
         model: what the parts are of.
         parts: of the model.
-        weights: `auto`, `bfloat16` or `int8`.
+        weights: `auto`, `bfloat16`, `int8` or `int4`.
 
     Attributes:
         config: of the model.
-        weights: the format its matrices are read in: `float32`, `float64`, `bfloat16` or `int8`.
+        weights: the format its matrices are read in: `float32`, `float64`, `bfloat16`, `int8` or `int4`.
         real: dtype of sums, states and logits.
         nbytes: bytes of weights that reading one token takes.
         native_layers: the counterpart of every layer.
@@ -121,7 +121,7 @@ class DecoderProgram:
         self.layers = array_of(Layer, [self._layer(block, native) for block, native in blocks])
         packed = packer.packed(parts.head)
         self.head = packed.matrix(self.real)
-        self.weights = str(packed.weight.dtype).removeprefix("torch.")
+        self.weights = packed.format
         self.nbytes = packer.nbytes
         self.orders = packer.constant(torch.tensor(config.recall_orders)) if config.remembered_tokens else None
         sizes: dict[str, Any] = dict.fromkeys((name for name, _ in fields_of(DecodeSizes)), 0)
@@ -136,8 +136,8 @@ class DecoderProgram:
             "remembered": config.remembered_tokens,
             "window": config.sliding_window if config.remembered_tokens else 0,
             "rank": config.recall_rank if config.remembered_tokens else 0,
-            "format": _FORMATS[packed.weight.dtype],
-            "embedding_format": _FORMATS[self.embedding.dtype],
+            "format": _FORMATS[packed.format],
+            "embedding_format": _FORMATS[str(self.embedding.dtype).removeprefix("torch.")],
             "rounds": self.rounds,
             "eps": config.norm_eps,
         }
@@ -188,7 +188,7 @@ def program_of(model: object, weights: str = "auto") -> DecoderProgram | str:
 
     Args:
         model: a `TaipanLM`.
-        weights: `auto` reads the parameters as they are; `bfloat16` and `int8` a copy of their matrices.
+        weights: `auto` reads the parameters as they are; `bfloat16`, `int8` and `int4` a copy of their matrices.
 
     Returns:
         The program, or the reason why there is none: then the model itself reads the tokens.

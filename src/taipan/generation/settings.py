@@ -27,9 +27,9 @@ class GenerationSettings:
             end token, else 0.
         stop_strings: a row ends after the token that completes one of these in its generated text; needs a tokenizer.
         prefill_chunk: tokens of the prompt read per forward call; bounds the memory, never changes the result.
-        weights: what new tokens are read with: `auto` the weights as they are; `bfloat16` or `int8` a rounded copy of
-            the matrices, faster and less exact (docs/decisions/0009). The prompt is read with the weights as they
-            are, unless it is a single token after a state: that is a step like any other.
+        weights: what new tokens are read with: `auto` the weights as they are; `bfloat16`, `int8` or `int4` a rounded
+            copy of the matrices, faster and less exact (docs/decisions/0009). The prompt is read with the weights as
+            they are, unless it is a single token after a state: that is a step like any other.
 
     Raises:
         InputError: a value is impossible; the message names it and what was expected.

@@ -59,7 +59,7 @@ class ElementsOrNull(Elements):
 class Weights(Address):
     """A matrix of any format, or none."""
 
-    dtypes, or_null = (None, torch.bfloat16, torch.int8), True
+    dtypes, or_null = (None, torch.bfloat16, torch.int8, torch.uint8), True
 
 
 class Scales(Address):

@@ -21,7 +21,7 @@ struct DecodeCheck {
 
  private:
   bool sizes() const {
-    const bool formats = s.format >= kReal && s.format <= kInt8 && (s.embedding_format == kReal ||
+    const bool formats = s.format >= kReal && s.format <= kInt4 && (s.embedding_format == kReal ||
                                                                     s.embedding_format == kBfloat16);
     const bool there = call.embedding && call.norm && call.tokens && call.position &&
                        (call.count == 0 || (call.rows && call.logits));
@@ -39,7 +39,7 @@ struct DecodeCheck {
   }
 
   bool is(const Matrix& m, Index rows, Index columns) const {
-    return m.rows == rows && m.columns == columns && m.weight != nullptr && (m.scale != nullptr) == (s.format == kInt8);
+    return m.rows == rows && m.columns == columns && m.weight != nullptr && (m.scale != nullptr) == (s.format >= kInt8);
   }
 
   bool layer(const Layer& layer, const State& state) const {

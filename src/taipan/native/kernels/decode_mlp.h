@@ -17,8 +17,7 @@ struct SwigluLayer {
     T *gate = step.wide, *up = gate + step.count * size;
     step.normalise(layer.mlp_norm, own.x);
     const auto share = [&](const auto& rows) {
-      auto others = rows;  // of the same vectors
-      others.weight = static_cast<decltype(others.weight)>(layer.up.weight);
+      const auto others = of_matrix(rows, layer.up);
       step.team->share(own.me, size, step.grain_of(layer.gate, own), [&](Index begin, Index end) {
         product_of(rows, layer.gate, begin, end, step.count, Target<T>{gate, size, false});
         product_of(others, layer.up, begin, end, step.count, Target<T>{up, size, false});

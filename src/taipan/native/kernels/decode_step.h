@@ -116,14 +116,17 @@ struct Step {
       with_rows<T, T>(m, x, x_row, count, s.rounds, room, f);
     else if (s.format == kBfloat16)
       with_rows<T, std::uint16_t>(m, x, x_row, count, s.rounds, room, f);
-    else
+    else if (s.format == kInt8)
       with_rows<T, std::int8_t>(m, x, x_row, count, s.rounds, room, f);
+    else
+      with_halves(m, x, x_row, count, room, f);
   }
 
   // Rows per piece of a thread: long enough for sequential reading, short enough for an even split.
   Index grain_of(const Matrix& m, const Own<T>& own) const {
     const Index size = s.format == kReal ? sizeof(T) : s.format == kBfloat16 ? 2 : 1;
-    const Index rows = std::min(kPiece / std::max<Index>(1, m.columns * size), m.rows / (4 * own.me.part.count));
+    const Index bytes = s.format == kInt4 ? m.columns / 2 : m.columns * size;
+    const Index rows = std::min(kPiece / std::max<Index>(1, bytes), m.rows / (4 * own.me.part.count));
     return std::max<Index>(rows / kPanel, 1) * kPanel;
   }
 

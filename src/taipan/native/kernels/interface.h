@@ -172,9 +172,12 @@ struct CrossEntropy {
 
 // ------------------------------------------------------------------ decoding
 
-enum Format : Index { kReal = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Format : Index { kReal = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
-// (rows, columns), one row after the other; scale per row for int8, else null.
+// (rows, columns), one row after the other; scale per row for int8, per group of each row for int4, else null.
+//
+// int4: a row is blocks of two groups of 64 columns, the last filled up with columns whose scale is 0. Byte j of a block
+// has column j of the first group in its lower half and that of the second in its upper half, each 8 more than it counts.
 struct Matrix {
   const void* weight;
   const float* scale;
