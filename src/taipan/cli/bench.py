@@ -91,7 +91,7 @@ def register(app: typer.Typer, panel: str) -> None:
             directory=None if directory is None else str(directory),
         )
         tune_allocator()
-        with progress_bar("measuring", "runs") as bar:
+        with progress_bar("measuring", "tokens" if suites == ["serve-session"] else "runs") as bar:
             report = run(suites or [], settings, lambda suite, done, total: bar(done, total))
         _print(report)
         if json_file is not None:
