@@ -206,8 +206,8 @@ def configuration_page() -> str:
     rows = "\n".join(field_rows(TaipanConfig))
     return (
         "# Configuration of a model\n\nThe fields of `TaipanConfig`: of `config.json`, of `model` in a "
-        "[recipe](recipe.md), and of `TaipanConfig.preset(name, field=value)`. Defaults are those of the `recommended` "
-        f"setting.\n\n| field | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
+        "[recipe](recipe.md), and of `TaipanConfig.preset(name, field=value)`. Defaults are those of the setting "
+        f"`gumbel`; presets have the setting `recommended`.\n\n| field | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
     )
 
 

@@ -59,6 +59,9 @@ def test_flops_are_those_of_the_matrix_products(stack: str, length: int) -> None
     # a row's first chunk needs no state from before, which the formula leaves out of account
     assert flops_per_token(config, length) * length == pytest.approx(counted, rel=0.03)
     assert flops_per_token(config, length, training=True) == 3 * flops_per_token(config, length)
+    forecasts = config.replace(gate_objective="gain", budget_control="threshold", gain_rows=0.25)
+    passes = 3.5 if "selective_attention" in config.layer_types else 3  # two forwards of a quarter of the rows
+    assert flops_per_token(forecasts, length, training=True) == passes * flops_per_token(config, length)
 
 
 def test_selected_share_decides_what_attention_costs() -> None:
@@ -123,7 +126,7 @@ def test_unknown_names_get_a_suggestion() -> None:
         TaipanConfig.preset("taipan-190")
     with pytest.raises(ConfigError, match="'hiden_size' .did you mean 'hidden_size'"):
         TaipanConfig.preset("taipan-tiny", hiden_size=3)
-    with pytest.raises(ConfigError, match="Known: recommended, paper, recall"):
+    with pytest.raises(ConfigError, match="Known: recommended, gumbel, paper"):
         TaipanConfig.preset("taipan-tiny", setting="best")
     with pytest.raises(ConfigError, match="norm_eps is 'small', but must be a number"):
         TaipanConfig.preset("taipan-tiny", norm_eps="small")

@@ -18,14 +18,18 @@ def flops_per_token(config: TaipanConfig, context: int, *, training: bool = Fals
     """Floating-point operations of all matrix products per token, averaged over a context of `context` tokens.
 
     A multiply-add counts 2. A SAL counts its attention for the share C of the tokens it selects (its keys and values
-    for every token if `key_value_scope` is `all`). Elementwise work is left out; training counts 3 × the forward.
+    for every token if `key_value_scope` is `all`). Elementwise work is left out; training counts 3 × the forward, and
+    the two forwards over `gain_rows` of the rows with which gates that forecast gains measure them.
     """
     total = 2.0 * config.vocab_size * config.hidden_size
     for layer, kind in enumerate(config.layer_types):
         total += table_of(kind).flops(config, context)
         if config.has_mlp(layer):
             total += 6.0 * config.hidden_size * config.intermediate_size
-    return total * (3.0 if training else 1.0)
+    if not training:
+        return total
+    measured = 2.0 * config.gain_rows if config.measures_gains else 0.0
+    return total * (3.0 + measured)
 
 
 def state_bytes(config: TaipanConfig, context: int, *, batch: int = 1, bytes_per_value: int = 4) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,8 +109,9 @@ def interpolate(start: float, end: float, span: tuple[float, float], progress: f
 class TaipanConfig:
     """Architecture of a decoder and, for its Selective Attention Layers (SAL), how the gate is trained.
 
-    Every question that arXiv 2410.18572 leaves open is a field; the defaults are the `recommended` setting
-    (docs/decisions/0003), `TaipanConfig.preset(name, setting="paper")` takes the paper's own words.
+    Every question that arXiv 2410.18572 leaves open is a field. The defaults are the setting `gumbel`: the paper's layer, with
+    schedules that train (docs/decisions/0003). `TaipanConfig.preset(name)` takes `recommended`, which keeps most of
+    attention's lead on language (docs/decisions/0024), and `preset(name, setting="paper")` the paper's own words.
 
     Attributes:
         vocab_size: number of token ids.
@@ -292,6 +294,12 @@ class TaipanConfig:
     def remembered_scores(self) -> int:
         """R, the last scores that a gate needs to know to hold its share of them; 0 where none does."""
         return self.capacity_window if 0.0 < self.attention_capacity < 1.0 else 0
+
+    @property
+    def measures_gains(self) -> bool:
+        """Whether training reads rows twice more, with every gate closed and open, for gates to forecast what is gained."""
+        selective = "selective_attention" in self.layer_types and self.attention_capacity > 0
+        return selective and self.gate_objective == "gain"
 
     def has_mlp(self, layer: int) -> bool:
         """Whether layer number `layer` carries a SwiGLU MLP."""
@@ -498,8 +506,8 @@ class TaipanConfig:
 
         Args:
             name: one of `presets()`; `paper` is `taipan-1.3b` in the paper's own setting.
-            setting: `recommended` (docs/decisions/0003), `paper` (arXiv 2410.18572 as written), or `recall`, which
-                keeps most of attention's lead on language but has been tried with few seeds (docs/decisions/0018).
+            setting: `recommended` (docs/decisions/0024), `gumbel` (the fields' defaults: the paper's layer, with
+                schedules that train, docs/decisions/0003), or `paper` (arXiv 2410.18572 as written).
             **overrides: any field of the configuration.
 
         Raises:
@@ -515,14 +523,33 @@ class TaipanConfig:
             raise ConfigError(
                 f"Unknown setting {shown(setting)}{suggestion(setting, list(SETTINGS))}. Known: {', '.join(SETTINGS)}."
             )
-        return cls.from_dict({**PRESETS[name], **SETTINGS[setting], **overrides})
+        values = {**PRESETS[name], **SETTINGS[setting]}
+        if "selective_attention" in values["layer_types"]:
+            # 3 matrices of a SAL's MLP against 1 for every token looked ahead: parameters stay those of the baselines
+            given = values.get("lookahead", 0) * values["hidden_size"] / 3
+            values["intermediate_size"] -= 32 * math.ceil(given / 32)
+        return cls.from_dict({**values, **overrides})
 
 
+# gumbel: the paper's layer and gate, with schedules of budget and noise that train (docs/decisions/0003).
 # paper: what it says, and nothing else: constant budget, Gumbel noise throughout, no bias towards an open gate,
 # keys and values of all previous tokens (Eq. 4), a window in positions (§3.2).
-# recall: gates that forecast gains from what a token repeats, entries that look ahead (docs/decisions/0018, 0019).
+# recommended: gates that forecast gains from what a token repeats, entries that look ahead, a share of the tokens that
+# is the same in training and after it (docs/decisions/0018, 0019, 0024).
 SETTINGS: dict[str, dict[str, Any]] = {
-    "recommended": {},
+    "recommended": {
+        "gate": "mlp",
+        "gate_input": "recall",
+        "gate_objective": "gain",
+        "budget_control": "threshold",
+        "attention_weight": "one",
+        "refinement": "add",
+        "lookahead": 2,
+        "capacity_window": 2048,
+        "gumbel_noise": 0.0,
+        "budget_anneal": (0.1, 0.4),
+    },
+    "gumbel": {},
     "paper": {
         "gate_bias_init": 0.0,
         "budget_weight": 1.0,
@@ -531,18 +558,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "key_value_scope": "all",
         "window_unit": "positions",
         "gate_gradient": "gathered",
-    },
-    "recall": {
-        "gate": "mlp",
-        "gate_input": "recall",
-        "gate_objective": "gain",
-        "budget_control": "threshold",
-        "attention_weight": "one",
-        "refinement": "add",
-        "lookahead": 2,
-        "capacity_window": 8192,
-        "gumbel_noise": 0.0,
-        "budget_anneal": (0.1, 0.4),
     },
 }
 

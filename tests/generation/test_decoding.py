@@ -87,10 +87,10 @@ def test_gates_all_open_or_all_closed(reading: str, margin: float) -> None:
     assert state < 1e-13
 
 
-def test_the_setting_with_recall_decodes_natively_in_every_preset() -> None:
+def test_the_recommended_setting_decodes_natively_in_every_preset() -> None:
     for name in TaipanConfig.presets():
-        assert TaipanConfig.preset(name, setting="recall").remembered_tokens or not name.startswith("taipan")
-    config = TaipanConfig.preset("taipan-tiny", setting="recall", capacity_window=40, vocab_size=61, eos_token_id=None)
+        assert TaipanConfig.preset(name).remembered_tokens or not name.startswith("taipan")
+    config = TaipanConfig.preset("taipan-tiny", capacity_window=40, vocab_size=61, eos_token_id=None)
     model = TaipanLM(config, generator=torch.Generator().manual_seed(0)).double().eval()
     logits, state, _ = compare(model, 60)
     assert logits < 2e-7

@@ -116,7 +116,7 @@ def test_budget_pulls_the_rate_to_the_capacity() -> None:
 
 
 def test_schedules() -> None:
-    config = TaipanConfig.preset("taipan-tiny", gumbel_temperature=2.0, gumbel_temperature_end=1.0)
+    config = TaipanConfig.preset("taipan-tiny", setting="gumbel", gumbel_temperature=2.0, gumbel_temperature_end=1.0)
     assert [config.capacity_at(p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([1, 1, 0.575, 0.15, 0.15])
     assert [config.noise_at(p) for p in (0.0, 0.79, 0.8, 1.0)] == [1, 1, 0, 0]
     assert [config.temperature_at(p) for p in (0.0, 0.5, 1.0)] == [2.0, 1.5, 1.0]

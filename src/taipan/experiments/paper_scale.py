@@ -108,44 +108,43 @@ def _stack(every: int) -> list[str]:
     return (["mamba2"] * every + ["selective_attention"]) * (12 // every)
 
 
-_RECALL_GATE = {"setting": "recall"}
+_GUMBEL = {"setting": "gumbel", "refinement": "add"}
 _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "gate-settings": {name: {"setting": name} for name in SETTINGS}
-    | {"add": {"refinement": "add"}, "open": {"refinement": "add", "attention_capacity": 1.0}},
+    | {"add": _GUMBEL, "open": {**_GUMBEL, "attention_capacity": 1.0}},
     "learning-rates": {
         f"{architecture}-{rate:g}": {"architecture": architecture, "learning_rate": rate}
         for architecture in ARCHITECTURES
         for rate in (2.5e-4, 5e-4, 1e-3)
     },
     "capacity": {
-        f"{budget:.2f}": {**_RECALL_GATE, "attention_capacity": budget}
+        f"{budget:.2f}": {"attention_capacity": budget}
         for budget in (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 1.0)
     },
-    "positions": {"without": _RECALL_GATE, "rope": {**_RECALL_GATE, "selective_rope": True}},
-    "window": {f"{window}": {**_RECALL_GATE, "sliding_window": window} for window in (512, 1024, 2048)},
+    "positions": {"without": {}, "rope": {"selective_rope": True}},
+    "window": {f"{window}": {"sliding_window": window} for window in (512, 1024, 2048)},
     "scope": {
-        "all-positions": {**_RECALL_GATE, "lookahead": 0},
-        "selected-positions": {**_RECALL_GATE, "lookahead": 0, "key_value_scope": "selected"},
+        "all-positions": {"lookahead": 0},
+        "selected-positions": {"lookahead": 0, "key_value_scope": "selected"},
         "selected-selected": {
-            **_RECALL_GATE,
             "lookahead": 0,
             "key_value_scope": "selected",
             "window_unit": "selected",
         },
     },
-    "ratio": {f"{every}-to-1": {**_RECALL_GATE, "layer_types": _stack(every)} for every in (3, 6, 12)},
+    "ratio": {f"{every}-to-1": {"layer_types": _stack(every)} for every in (3, 6, 12)},
     "gap": {
         "paper": {"setting": "paper"},
-        "annealed-noisy": {"gumbel_noise_end": 1.0},
-        "recommended": {},
-        "threshold": {**_RECALL_GATE, "capacity_window": 0},
-        "bounded": _RECALL_GATE,
+        "annealed-noisy": {**_GUMBEL, "gumbel_noise_end": 1.0},
+        "annealed": _GUMBEL,
+        "threshold": {"capacity_window": 0},
+        "bounded": {},
     },
     "failures": {
-        "no-penalty": {"budget_weight": 0.0},
-        "starts-closed": {"gate_bias_init": -8.0, "budget_start": None},
-        "cold": {"gumbel_temperature": 0.01, "gumbel_temperature_end": 0.01},
-        "hot": {"gumbel_temperature": 100.0, "gumbel_temperature_end": 100.0},
+        "no-penalty": {**_GUMBEL, "budget_weight": 0.0},
+        "starts-closed": {**_GUMBEL, "gate_bias_init": -8.0, "budget_start": None},
+        "cold": {**_GUMBEL, "gumbel_temperature": 0.01, "gumbel_temperature_end": 0.01},
+        "hot": {**_GUMBEL, "gumbel_temperature": 100.0, "gumbel_temperature_end": 100.0},
     },
 }
 

@@ -77,8 +77,7 @@ def measure_gains(
     Raises:
         InputError: as `TaipanLM.forward`.
     """
-    selective = "selective_attention" in config.layer_types and config.attention_capacity > 0
-    if labels is None or not decoder.training or config.gate_objective != "gain" or not selective:
+    if labels is None or not decoder.training or not config.measures_gains:
         return None
     rows = _measured_rows(len(tokens_BT), decoder.schedule.part, config.gain_rows)
     if rows == 0:

@@ -27,7 +27,7 @@ class ModelSection:
         start: `from` in YAML: a model directory whose weights, and whose configuration where the recipe has no preset
             and no layer_types, training starts from.
         preset: a name of `TaipanConfig.presets()`, or None when the overrides are the whole configuration.
-        setting: `recommended`, `paper` or `recall`; only with a preset.
+        setting: `recommended`, `gumbel` or `paper`; only with a preset.
         overrides: fields of `TaipanConfig`. `vocab_size` and `eos_token_id` come from the data when not given.
     """
 
