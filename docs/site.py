@@ -207,7 +207,8 @@ def configuration_page() -> str:
     return (
         "# Configuration of a model\n\nThe fields of `TaipanConfig`: of `config.json`, of `model` in a "
         "[recipe](recipe.md), and of `TaipanConfig.preset(name, field=value)`. Defaults are those of the setting "
-        f"`gumbel`; presets have the setting `recommended`.\n\n| field | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
+        f"`gumbel`; presets have the setting `recommended`.\n\n"
+        f"| field | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
     )
 
 

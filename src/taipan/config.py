@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -109,8 +108,8 @@ def interpolate(start: float, end: float, span: tuple[float, float], progress: f
 class TaipanConfig:
     """Architecture of a decoder and, for its Selective Attention Layers (SAL), how the gate is trained.
 
-    Every question that arXiv 2410.18572 leaves open is a field. The defaults are the setting `gumbel`: the paper's layer, with
-    schedules that train (docs/decisions/0003). `TaipanConfig.preset(name)` takes `recommended`, which keeps most of
+    Every question that arXiv 2410.18572 leaves open is a field. The defaults are the setting `gumbel`: the paper's layer,
+    with schedules that train (docs/decisions/0003). `TaipanConfig.preset(name)` takes `recommended`, which keeps most of
     attention's lead on language (docs/decisions/0024), and `preset(name, setting="paper")` the paper's own words.
 
     Attributes:
@@ -297,7 +296,7 @@ class TaipanConfig:
 
     @property
     def measures_gains(self) -> bool:
-        """Whether training reads rows twice more, with every gate closed and open, for gates to forecast what is gained."""
+        """Whether training reads rows twice more, with all gates closed and open, for gates to forecast the gain."""
         selective = "selective_attention" in self.layer_types and self.attention_capacity > 0
         return selective and self.gate_objective == "gain"
 
