@@ -108,9 +108,9 @@ def interpolate(start: float, end: float, span: tuple[float, float], progress: f
 class TaipanConfig:
     """Architecture of a decoder and, for its Selective Attention Layers (SAL), how the gate is trained.
 
-    Every question that arXiv 2410.18572 leaves open is a field. The defaults are the setting `gumbel`: the paper's layer,
-    with schedules that train (docs/decisions/0003). `TaipanConfig.preset(name)` takes `recommended`, which keeps most of
-    attention's lead on language (docs/decisions/0024), and `preset(name, setting="paper")` the paper's own words.
+    Every question that arXiv 2410.18572 leaves open is a field. The defaults are the setting `gumbel`: the paper's
+    layer, with schedules that train (docs/decisions/0003). `TaipanConfig.preset(name)` takes `recommended`, which keeps
+    most of attention's lead on language (docs/decisions/0024), `preset(name, setting="paper")` the paper's own words.
 
     Attributes:
         vocab_size: number of token ids.

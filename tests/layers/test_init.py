@@ -91,7 +91,7 @@ def test_gate_starts_open_by_its_bias(model: TaipanLM) -> None:
 def test_the_generator_decides_everything() -> None:
     config = TaipanConfig.preset("taipan-tiny")
     first, again, other = (TaipanLM(config, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    constant = ("norm.weight", ".D", "proj.bias", "recall_query.bias", "recall_key.bias", "hidden.bias", "mlp_norm.weight")
+    constant = ("norm.weight", ".D", "proj.bias", "query.bias", "key.bias", "hidden.bias", "mlp_norm.weight")
     for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c) == (name.endswith(constant))
