@@ -118,8 +118,7 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         for rate in (2.5e-4, 5e-4, 1e-3)
     },
     "capacity": {
-        f"{budget:.2f}": {"attention_capacity": budget}
-        for budget in (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 1.0)
+        f"{budget:.2f}": {"attention_capacity": budget} for budget in (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 1.0)
     },
     "positions": {"without": {}, "rope": {"selective_rope": True}},
     "window": {f"{window}": {"sliding_window": window} for window in (512, 1024, 2048)},
