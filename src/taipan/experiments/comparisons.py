@@ -90,7 +90,7 @@ def positions(scale: Scale) -> Models:
 
 def window(scale: Scale) -> Models:
     """Windows of a quarter, a half and all of the training length, and beyond it."""
-    sizes = (1, 2, 4, 8) if scale.name != "tiny" else (2, 8)
+    sizes = (1, 2, 4, 8) if scale.name != "tiny" else (2, 4)
     return {
         f"W = {scale.context * size // 4}": taipan(scale, sliding_window=scale.context * size // 4) for size in sizes
     }
@@ -117,7 +117,7 @@ def ratio(scale: Scale) -> Models:
         "two SALs": ["mamba2", _SAL, "mamba2", _SAL, "mamba2"],
     }
     if scale.name == "tiny":
-        return {name: taipan(scale, stacks[name]) for name in ("one SAL, second", "two SALs")}
+        return {name: taipan(scale, stacks[name]) for name in ("one SAL, in the middle", "two SALs")}
     shallow = {name: taipan(scale, stack) for name, stack in stacks.items()}
     return {**shallow, **{f"12 layers, one SAL for {every}": deep(scale, every) for every in (3, 6, 12)}}
 
