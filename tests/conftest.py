@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 TESTS = Path(__file__).parent
 SEED = 20241024
 # Their tests run long through calls that the tests of the model and its parts check one by one.
-UNCHECKED = {"benchmark", "cli", "experiments", "fuzz", "hf", "serving", "training"}
+UNCHECKED = {"benchmark", "chat", "cli", "experiments", "fuzz", "hf", "serving", "sessions", "test_text.py", "training"}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 
@@ -43,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a test starts
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test has a quarter of an hour unless it says otherwise: what starts processes waits on a busy machine."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,6 @@ from taipan.sessions import Session
 from taipan.text import TextModel
 from tests.models import small_config
 
-pytestmark = pytest.mark.unchecked_shapes
-
 TEXT = "Read in pieces, committed step by step. " * 2
 MORE = "And then some more."
 CHANGES = ("append", "rollback", "fork")
