@@ -120,7 +120,8 @@ def check_arguments(
     Args:
         past_key_values: must be a `TaipanCache` or None.
         logits_to_keep: must be a number.
-        other: the keyword arguments that the signature of the forward does not name.
+        other: the keyword arguments that the signature of the forward does not name; `cache` is taken out of them,
+            which is what transformers calls `past_key_values` since 5.24.
 
     Returns:
         `past_key_values` and `logits_to_keep`, of the types they must have.
@@ -129,6 +130,10 @@ def check_arguments(
         InputError: naming the argument and what to do.
         StateError: the cache is of another kind.
     """
+    cache = other.pop("cache", None)
+    if cache is not None and past_key_values is not None:
+        raise InputError("cache and past_key_values are two names of one argument: pass one of them.")
+    past_key_values = cache if past_key_values is None else past_key_values
     for name, value in other.items():
         if name in _REFUSED and value is not None and value is not False:
             raise InputError(f"{name} is not supported by Taipan: {_REFUSED[name]}.")

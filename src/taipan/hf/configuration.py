@@ -35,7 +35,7 @@ class TaipanHFConfig(PreTrainedConfig):
 
     model_type = "taipan"
     # everything in a model output that is no prediction, so that Trainer does not gather it
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cross_entropy", "budget", "gates"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "cross_entropy", "budget", "gates"]
 
     def __init__(self, *, use_cache: bool = True, **kwargs: Any) -> None:
         native = TaipanConfig.from_dict({name: kwargs.pop(name) for name in _NATIVE if name in kwargs})

@@ -6,6 +6,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from taipan.errors import InputError, shown
@@ -19,6 +20,7 @@ from taipan.hf.quantisation import refuse_training
 from taipan.layers.linear import Linear
 from taipan.model import TaipanOutput, decode_with_loss
 
+_CACHE = ALL_CACHE_NAMES[0]  # past_key_values, and since transformers 5.24 cache
 _REFUSED_MODES = {
     "contrastive_search": "it reads the hidden states of many candidates at once, and Taipan returns none",
     "dola_generation": "it compares the logits of layers, whose hidden states Taipan does not return",
@@ -240,10 +242,10 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
                 "its own "
                 "and is neither padded to a length nor offloaded nor quantised: leave cache_implementation out."
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = TaipanCache()
-        if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"].activate_past_recording()
+        if model_kwargs.get(_CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[_CACHE] = TaipanCache()
+        if generation_config.is_assistant and model_kwargs.get(_CACHE) is not None:
+            model_kwargs[_CACHE].activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, and with it `generate_batch` and `cache_implementation="paged"`.

@@ -36,7 +36,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]  # noqa: RUF012
 
     def __init__(self, config: TaipanHFConfig, implementation: str = "auto") -> None:
