@@ -57,19 +57,21 @@ def pack(weight: Tensor, weights: str, arena: Arena | None = None) -> Packed:
         weights: `auto`, `bfloat16`, `int8` or `int4`.
         arena: where a copy goes.
     """
-    weight = weight.detach()
+    weight, columns = weight.detach(), weight.shape[1]
     if weights == "auto" or (weights == "bfloat16" and weight.dtype == torch.bfloat16):
-        return Packed(weight.contiguous(), weight.shape[1])
+        return Packed(weight=weight.contiguous(), columns=columns)
     if weights == "int4":
         levels, scale = int4.quantise(weight)
-        return Packed(int4.pack(levels, _room(arena, *packed_shape(weight.shape, weights))), weight.shape[1], scale)
+        packed = int4.pack(levels, _room(arena, *packed_shape(weight.shape, weights)))
+        return Packed(weight=packed, columns=columns, scale=scale)
     dtype = torch.int8 if weights == "int8" else torch.bfloat16
     packed = _room(arena, weight.shape, dtype)
     if dtype == torch.bfloat16:
-        return Packed(packed.copy_(weight), weight.shape[1])
+        return Packed(weight=packed.copy_(weight), columns=columns)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    return Packed(packed.copy_((wide / scale[:, None]).round_()), weight.shape[1], scale.float())
+    packed.copy_((wide / scale[:, None]).round_())
+    return Packed(weight=packed, columns=columns, scale=scale.float())
 
 
 def packed_shape(shape: Sequence[int], weights: str) -> tuple[Sequence[int], torch.dtype]:
