@@ -359,5 +359,5 @@ def test_wrong_use_is_named() -> None:
         native.step(torch.tensor([1, 61]))
     with pytest.raises(StateError, match="another configuration"):
         start_decoding(model, small_model("mamba2").empty_state(2))
-    with pytest.raises(InputError, match="weights is 'int4'.*bfloat16, int8"):
-        generate(model, torch.tensor([[1]]), weights="int4")
+    with pytest.raises(InputError, match="weights is 'int2'.*bfloat16, int8, int4"):
+        generate(model, torch.tensor([[1]]), weights="int2")

@@ -107,13 +107,13 @@ def load(directory: Path) -> dict[str, list[Kept]]:
             continue
         try:
             kept = Kept(
-                path.name,
-                values.get("text", ""),
-                values["scale"],
-                values["command"],
-                values["results"],
-                values["more"],
-                tuple(values["tables"]),
+                file=path.name,
+                text=values.get("text", ""),
+                scale=values["scale"],
+                command=values["command"],
+                results=values["results"],
+                more=values["more"],
+                tables=tuple(values["tables"]),
             )
         except KeyError as error:
             raise DataError(
@@ -129,7 +129,7 @@ def _associative_recall_of(path: Path) -> Kept:
     accuracy: dict[str, list[Result]] = {
         name: [{"accuracy": mean(seeds)} for seeds in zip(*rows, strict=True)] for name, rows in data.accuracy.items()
     }
-    return Kept(path.name, "", "full", data.command, accuracy, {}, ())
+    return Kept(file=path.name, text="", scale="full", command=data.command, results=accuracy, more={}, tables=())
 
 
 def _verdict(whole: bool, part: bool) -> Verdict:
@@ -386,44 +386,101 @@ def _associative_recall(kept: Kept) -> Finding:
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        "perplexity-by-context",
-        "Fig. 1a",
-        "Taipan has the lowest loss and stays flat to a million tokens; models of full attention break past their "
+        experiment="perplexity-by-context",
+        place="Fig. 1a",
+        words="Taipan has the lowest loss and stays flat to a million tokens; models of full attention break past their "
         "training length, Mamba-2 degrades slowly.",
-        _contexts,
+        judge=_contexts,
     ),
     Claim(
-        "latency-by-length",
-        "Fig. 1b",
-        "Taipan generates with the lowest latency, linear in length, in constant memory; 3 to 5 times below the "
+        experiment="latency-by-length",
+        place="Fig. 1b",
+        words="Taipan generates with the lowest latency, linear in length, in constant memory; 3 to 5 times below the "
         "Transformer at 32K tokens.",
-        _latency,
+        judge=_latency,
     ),
-    Claim("recall", "Fig. 4", "Recall: Transformer++ ≥ Taipan > Jamba > Mamba-2.", _recall),
-    Claim("mqar", "", "At equal recurrent state Taipan recalls more than Mamba-2; baselines reach zoology's.", _mqar),
     Claim(
-        "associative-recall",
-        "",
-        "C = 0.15 solves a memory task that C = 0 and a Mamba-2 of equal parameters and recurrent state do not.",
-        _associative_recall,
+        experiment="recall", place="Fig. 4", words="Recall: Transformer++ ≥ Taipan > Jamba > Mamba-2.", judge=_recall
     ),
-    Claim("zero-shot", "Table 1", "Taipan has the best average of nine zero-shot tasks at every size.", _zero_shot),
-    Claim("capacity", "Fig. 5", "C = 0.15 is the knee; learned selection beats chance.", _capacity),
     Claim(
-        "positions",
-        "Fig. 6",
-        "A SAL without rotary embedding is as good inside the training length and clearly better beyond.",
-        _positions,
+        experiment="mqar",
+        place="",
+        words="At equal recurrent state Taipan recalls more than Mamba-2; baselines reach zoology's.",
+        judge=_mqar,
     ),
-    Claim("copying", "", "Attention's lead lies on tokens that repeat what was read, and Taipan keeps it.", _copying),
-    Claim("gate-settings", "", "A gate at C = 0.15 keeps two thirds of attention's lead.", _settings),
-    Claim("gap", "", "The shares selected in training and at inference can be made one.", _gap),
-    Claim("gate", "", "The gate selects the tokens that recall needs.", _gate),
-    Claim("window", "", "The default window, as long as training contexts, is best.", _default("W = {context}")),
-    Claim("scope", "", "Keys of all tokens and a window of positions are best.", _default("all, positions")),
-    Claim("ratio", "", "One SAL in the middle of the stack is best.", _default("one SAL, in the middle")),
-    Claim("failures", "", "Every failure that was provoked is warned of in training.", _failures),
-    Claim("learning-rates", "", "Every architecture has its best learning rate, and none is an edge.", _rates),
+    Claim(
+        experiment="associative-recall",
+        place="",
+        words="C = 0.15 solves a memory task that C = 0 and a Mamba-2 of equal parameters and recurrent state do not.",
+        judge=_associative_recall,
+    ),
+    Claim(
+        experiment="zero-shot",
+        place="Table 1",
+        words="Taipan has the best average of nine zero-shot tasks at every size.",
+        judge=_zero_shot,
+    ),
+    Claim(
+        experiment="capacity",
+        place="Fig. 5",
+        words="C = 0.15 is the knee; learned selection beats chance.",
+        judge=_capacity,
+    ),
+    Claim(
+        experiment="positions",
+        place="Fig. 6",
+        words="A SAL without rotary embedding is as good inside the training length and clearly better beyond.",
+        judge=_positions,
+    ),
+    Claim(
+        experiment="copying",
+        place="",
+        words="Attention's lead lies on tokens that repeat what was read, and Taipan keeps it.",
+        judge=_copying,
+    ),
+    Claim(
+        experiment="gate-settings",
+        place="",
+        words="A gate at C = 0.15 keeps two thirds of attention's lead.",
+        judge=_settings,
+    ),
+    Claim(
+        experiment="gap",
+        place="",
+        words="The shares selected in training and at inference can be made one.",
+        judge=_gap,
+    ),
+    Claim(experiment="gate", place="", words="The gate selects the tokens that recall needs.", judge=_gate),
+    Claim(
+        experiment="window",
+        place="",
+        words="The default window, as long as training contexts, is best.",
+        judge=_default("W = {context}"),
+    ),
+    Claim(
+        experiment="scope",
+        place="",
+        words="Keys of all tokens and a window of positions are best.",
+        judge=_default("all, positions"),
+    ),
+    Claim(
+        experiment="ratio",
+        place="",
+        words="One SAL in the middle of the stack is best.",
+        judge=_default("one SAL, in the middle"),
+    ),
+    Claim(
+        experiment="failures",
+        place="",
+        words="Every failure that was provoked is warned of in training.",
+        judge=_failures,
+    ),
+    Claim(
+        experiment="learning-rates",
+        place="",
+        words="Every architecture has its best learning rate, and none is an edge.",
+        judge=_rates,
+    ),
 )
 
 
