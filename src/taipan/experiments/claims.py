@@ -388,8 +388,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         experiment="perplexity-by-context",
         place="Fig. 1a",
-        words="Taipan has the lowest loss and stays flat to a million tokens; models of full attention break past their "
-        "training length, Mamba-2 degrades slowly.",
+        words="Taipan has the lowest loss and stays flat to a million tokens; models of full attention break past "
+        "their training length, Mamba-2 degrades slowly.",
         judge=_contexts,
     ),
     Claim(

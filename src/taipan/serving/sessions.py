@@ -367,7 +367,8 @@ class Sessions:
             raise InputError(f"begin is {begin} and end is {end}, but the session has {session.tokens:,} tokens.")
         if end - begin > _MOST_SHOWN:
             raise InputError(f"{end - begin:,} tokens were asked for, but one answer has at most {_MOST_SHOWN:,}.")
-        return _Part(begin, end, session.ids(max(0, begin - CONTEXT), begin), session.ids(begin, end))
+        before = session.ids(max(0, begin - CONTEXT), begin)
+        return _Part(begin=begin, end=end, context=before, ids=session.ids(begin, end))
 
 
 @dataclass(frozen=True)
