@@ -96,7 +96,7 @@ def test_what_is_on_no_package_index_is_asked_of_none() -> None:
     """Until it is published `pip install taipan-lm` fails, or one day installs what a stranger put there."""
     for path in TEXTS:
         text = path.read_text(encoding="utf-8")
-        for match in re.finditer(r"install[^\n`]*taipan[-_]lm|taipan[-_]lm\[", text):
+        for match in re.finditer(r"\binstall[^\n`]*taipan[-_]lm|taipan[-_]lm\[", text):
             raise AssertionError(f"{path}: {match.group()}")
 
 

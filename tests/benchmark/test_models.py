@@ -53,7 +53,7 @@ def test_a_directory_has_its_own_weights(tmp_path: Path) -> None:
         ("tokens", (1,), "tokens is 1, but must be at least 2"),
         ("context", (0,), "context is 0"),
         ("dtype", "bfloat", r"Unknown dtype 'bfloat' \(did you mean 'bfloat16'\?\)"),
-        ("weights", "int4", "Unknown weights 'int4'"),
+        ("weights", "int2", "Unknown weights 'int2'"),
         ("against", "transformer", r"Unknown against 'transformer' \(did you mean 'transformers'\?\)"),
     ],
 )

@@ -204,7 +204,7 @@ def test_bad_input_is_refused(refused: Callable[..., str], model_directory: Path
     said = message(model_directory, "a", "--temperature", 0)
     assert "temperature is 0" in said
     assert "top_p is 1.5" in message(model_directory, "a", "--top-p", 1.5)
-    assert "weights is 'int4'" in message(model_directory, "a", "--weights", "int4")
+    assert "weights is 'int2'" in message(model_directory, "a", "--weights", "int2")
     said = message(model_directory, "a", "--dtype", "float31")
     assert "float31" in said
     assert "float32" in said

@@ -201,13 +201,9 @@ def questions(name: str, directory: Path) -> dict[str, Path]:
 KEYS = {"seed", "tokens", "machine", "commits", "parameters", "curve"}
 
 
-QUICK = ("latency-by-length",)  # with the four models that most experiments share
-
-
+@pytest.mark.slow
 @pytest.mark.unchecked_shapes
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ENTRIES]
-)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_every_experiment_at_tiny(name: str, lab: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lab, "files", questions(name, tmp_path))
     outcome = experiment(name)(lab)

@@ -41,6 +41,7 @@ def python(code: str, *arguments: object, modules: Path) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_a_program_that_trusts_the_directory_loads_the_model_and_saves_it_again(
     directory: Path, tmp_path: Path
 ) -> None:

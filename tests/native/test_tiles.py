@@ -113,6 +113,7 @@ def check_random_cases(written: str, count: int) -> None:
         assert float(ratio) <= 2, f"case {seed}: {name} is {ratio} times what is measured"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ssd_is_as_exact_as_the_reference(tmp_path: Path) -> None:
     """The same library does without tiles where the system does not grant them (see `Machine`)."""
