@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.metadata import parse_email
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import taipan
@@ -66,6 +67,13 @@ def test_pins_are_what_is_installed_and_what_is_asked_for(requirements: dict[str
         assert version(name).partition("+")[0] == pin
         for requirement in requirements.get(canonicalize_name(name), []):
             assert requirement.specifier.contains(pin), f"{requirement} does not admit the pin {pin}"
+
+
+def test_pins_are_for_the_oldest_python_that_is_promised(requirements: dict[str, list[Requirement]]) -> None:
+    """Debian's is 3.11.2: there a pin that wants 3.11.5 lets pip try every version of everything, then give up."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    wanted = {name: distribution(name).metadata["Requires-Python"] or "" for name in requirements}
+    assert {name: python for name, python in wanted.items() if oldest not in SpecifierSet(python)} == {}
 
 
 def test_the_version_is_said_once() -> None:
