@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 import taipan
 from taipan.errors import how_to_install
+from tests.archives import unpack
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -164,7 +165,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     in_python(BUILD, "build_sdist", place, cwd=clone)
     (archive,) = place.glob("*.tar.gz")
     with tarfile.open(archive) as stream:
-        stream.extractall(place, filter="data")
+        unpack(stream, place)
     (place / archive.name.removesuffix(".tar.gz")).rename(place / "source")
     in_python(BUILD, "build_wheel", place, cwd=place / "source")
     return place

@@ -414,7 +414,7 @@ class DecoderState:
                         "state again from the text."
                     )
                 tensors = _read(str(path), file, model)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's, when the file it is to map is gone
             raise StateError(f"{path} cannot be read as a saved state ({brief(error)}): save it again.") from error
         state = model.empty_state(0).with_tensors(tensors)
         _check(str(path), state, model)

@@ -26,6 +26,7 @@ from taipan.serving.engine import Engine
 from taipan.serving.sessions import SessionLimits, Sessions
 from taipan.sessions import ReadingCache, Session
 from taipan.text import TextModel
+from tests.archives import unpack
 from tests.models import small_model
 
 KEY = "a key of many letters"
@@ -410,7 +411,7 @@ def test_an_archive_is_a_session_elsewhere(server: Server, tmp_path: Path) -> No
     server.post("", {"id": "a", "text": TEXT})
     data = server.http.get("/v1/sessions/a/archive").content
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        tar.extractall(tmp_path, filter="data")
+        unpack(tar, tmp_path)
     session = Session.open(tmp_path / "a.session", MODEL)
     session.verify()
     assert_knows(session, MODEL.tokenizer.encode(TEXT))

@@ -4,11 +4,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from taipan.data.tokenizer import Tokenizer
+from taipan.errors import StateError
 from taipan.model import TaipanLM
 from taipan.sessions import Session, SessionBusyError
 from taipan.text import TextModel
@@ -89,3 +91,16 @@ def test_one_holds_it_while_the_other_waits(session: Session) -> None:
         in_processes(is_refused)
     in_processes(lambda: Session.open(session.directory, session.model).append("x"))
     assert Session.open(session.directory, session.model).tokens == len("Begin.x")
+
+
+def test_an_object_that_goes_while_it_is_opened_is_missing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch maps the file by its name once more: by then another process may have removed it."""
+    mapped = torch.UntypedStorage.from_file
+
+    def gone(name: str, *arguments: Any, **options: Any) -> Any:
+        Path(name).unlink()
+        return mapped(name, *arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(gone))
+    with pytest.raises(StateError, match="cannot be read as a saved state .unable to open file"):
+        Session.open(session.directory, session.model).state  # noqa: B018

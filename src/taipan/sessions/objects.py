@@ -75,7 +75,7 @@ class ObjectStore:
         try:
             with utf8_name(path) as name, safe_open(name, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's, when the file it is to map is gone
             raise StateError(f"{path} cannot be read ({brief(error)}). {RESTORE}") from error
 
     def check(self, digest: str) -> None:
