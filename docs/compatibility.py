@@ -127,7 +127,7 @@ def run_tests(python: Path) -> tuple[int, list[str]]:
 
 def table(found: dict[str, tuple[dict[str, str], int, list[str]]]) -> str:
     """The table as Markdown: a row for each library, then what passed."""
-    rows = [f"| | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    rows = [f"| library | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
     rows += [f"| {name} | {' | '.join(versions[name] for versions, _, _ in found.values())} |" for name in LIBRARIES]
     rows.append(f"| tests passed | {' | '.join(str(passed) for _, passed, _ in found.values())} |")
     rows.append(f"| tests failed | {' | '.join(str(len(failed)) for _, _, failed in found.values())} |")

@@ -152,7 +152,7 @@ def table() -> str:
     """The table as Markdown."""
     from taipan.errors import TaipanError
 
-    rows = ["| feature | version | |", "|---|---|---|"]
+    rows = ["| feature | version | result |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for feature, library, run in lines(Desk(Path(scratch))):

@@ -196,6 +196,14 @@ def test_images_are_there(site: Path) -> None:
     assert found >= 3
 
 
+def test_every_column_has_a_name(site: Path) -> None:
+    """Whoever hears a table needs it (axe: empty-table-header)."""
+    pages = list((site / "site").rglob("*.html"))
+    empty = [path.name for path in pages if re.search(r"<th[^>]*>\s*</th>", path.read_text(encoding="utf-8"))]
+    assert pages
+    assert empty == []
+
+
 def test_pages_show_no_path_of_this_machine(site: Path) -> None:
     for path in (site / "site").rglob("*.html"):
         assert str(ROOT) not in html.unescape(path.read_text(encoding="utf-8")), path
