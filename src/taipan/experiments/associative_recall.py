@@ -117,34 +117,29 @@ def train(run: Run, directory: Path | None = None) -> Result:
         run: what `declare` gave.
         directory: where an interrupted run left its checkpoints; None: none are written.
     """
-    from taipan.experiments.course import complete, seen
-    from taipan.model import TaipanLM
-    from taipan.seeding import seeded_generator
+    from taipan.experiments.course import from_scratch, seen
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.run.calibration import calibrate
     from taipan.training.step.batch import Batch
-    from taipan.training.step.stepper import Stepper
 
     settings = run.settings
     seed, steps = int(settings["seed"]), int(settings["steps"])
-    config = TaipanConfig.from_dict(settings["config"])
-    model = TaipanLM(config, generator=seeded_generator(seed, "mqar-init"))
-    stepper = Stepper.build(
-        model,
-        OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1),
-        ScheduleSection(kind="linear", warmup=0.05, final=0.02),
-        total_steps=steps,
-        dtype="float32",
-        seed=seed,
-    )
 
     def batch(step: int) -> Batch:
         tokens, labels = draw(seed, step)
         return {"tokens": tokens, "labels": labels}
 
-    course = complete(run, stepper, batch, steps, directory=directory)
+    model, course = from_scratch(
+        run,
+        batch,
+        OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1),
+        ScheduleSection(kind="linear", warmup=0.05, final=0.02),
+        init="mqar-init",
+        dtype="float32",
+        directory=directory,
+    )
     result = {"run": run.name, **settings, **seen(model, course), "tests": measure(model)}
-    if model.sals and config.attention_capacity > 0:
+    if model.sals and model.config.attention_capacity > 0:
         batches: list[Batch] = [{"tokens": draw(seed, steps + number)[0]} for number in range(2 * len(TASKS))]
         result["thresholds"] = [calibration.threshold for calibration in calibrate(model, batches)]
         result["calibrated_tests"] = measure(model)

@@ -13,6 +13,7 @@ from taipan.experiments.execution import Advance, Result, Run, tell
 if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
     from taipan.model import TaipanLM
+    from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.step.batch import Batch
     from taipan.training.step.stepper import Stepper
 
@@ -44,6 +45,44 @@ class Course:
     curve: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     recent: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     warnings: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def from_scratch(
+    run: Run,
+    batch: "Callable[[int], Batch]",
+    optimizer: "OptimizerSection",
+    schedule: "ScheduleSection",
+    *,
+    init: str,
+    dtype: str,
+    directory: Path | None,
+    tokenizer: "Tokenizer | None" = None,
+) -> "tuple[TaipanLM, Course]":
+    """Build the model of a run and train it, or go on from its last checkpoint; the model as it is at the end.
+
+    Args:
+        run: with `config`, `seed` and `steps` in its settings, and `choice` where tokens may be chosen blindly.
+        batch: of every step, a function of its number (from 0) alone.
+        optimizer, schedule: of the whole run.
+        init: names the stream of random numbers of the weights.
+        dtype: of training.
+        directory, tokenizer: as in `complete`.
+
+    Raises:
+        ConfigError, CheckpointError: as `complete`.
+    """
+    from taipan.config import TaipanConfig
+    from taipan.experiments.controls import choose_by
+    from taipan.model import TaipanLM
+    from taipan.seeding import seeded_generator
+    from taipan.training.step.stepper import Stepper
+
+    settings = run.settings
+    seed, steps = int(settings["seed"]), int(settings["steps"])
+    model = TaipanLM(TaipanConfig.from_dict(settings["config"]), generator=seeded_generator(seed, init))
+    choose_by(model, settings.get("choice", "gate"), seed)
+    stepper = Stepper.build(model, optimizer, schedule, total_steps=steps, dtype=dtype, seed=seed)
+    return model, complete(run, stepper, batch, steps, directory=directory, tokenizer=tokenizer)
 
 
 def complete(

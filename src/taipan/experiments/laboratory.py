@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from taipan.config import TaipanConfig
 from taipan.errors import DataError, InputError, shown
-from taipan.experiments.course import UNFINISHED, complete, forget, seen
+from taipan.experiments.course import UNFINISHED, forget, from_scratch, seen
 from taipan.experiments.execution import Listener, Progress, Result, Run, execute
 from taipan.io import atomic_write, parse_json
 
@@ -317,28 +317,13 @@ def _train(directory: Path, run: Run) -> Result:
     """Train one model from scratch, or from its last checkpoint on, and keep it; for worker processes."""
     from taipan.data.sampler import WindowSampler
     from taipan.data.shards import TokenDataset
-    from taipan.experiments.controls import choose_by
     from taipan.experiments.retrieval import with_tasks
     from taipan.hardware import training_dtype
-    from taipan.model import TaipanLM
-    from taipan.seeding import seeded_generator
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.step.batch import Batch
-    from taipan.training.step.stepper import Stepper
 
     values = run.settings
-    seed, steps, rate = int(values["seed"]), int(values["steps"]), values.get("learning_rate", LEARNING_RATE)
-    model = TaipanLM(TaipanConfig.from_dict(values["config"]), generator=seeded_generator(seed, "init"))
-    choose_by(model, values["choice"], seed)
-    dtype = training_dtype().dtype
-    stepper = Stepper.build(
-        model,
-        OptimizerSection(name="muon", learning_rate=rate, muon_learning_rate=rate, weight_decay=0.01),
-        ScheduleSection(kind="linear", warmup=0.02, final=0.02),
-        total_steps=steps,
-        dtype=dtype,
-        seed=seed,
-    )
+    seed, rate = int(values["seed"]), values.get("learning_rate", LEARNING_RATE)
     data = TokenDataset.open(directory / "texts" / values["data"] / "train")
     tokenizer, sampler = data.tokenizer(), WindowSampler(data, int(values["context"]), seed)
     share = values.get("tasks", 0.0)
@@ -349,7 +334,17 @@ def _train(directory: Path, run: Run) -> Result:
             windows = with_tasks(windows, tokenizer, share=share, step=step, seed=seed)
         return {"tokens": windows["tokens"], "segment_ids": windows["segment_ids"]}
 
-    course = complete(run, stepper, batch, steps, directory=directory / UNFINISHED, tokenizer=tokenizer)
+    dtype = training_dtype().dtype
+    model, course = from_scratch(
+        run,
+        batch,
+        OptimizerSection(name="muon", learning_rate=rate, muon_learning_rate=rate, weight_decay=0.01),
+        ScheduleSection(kind="linear", warmup=0.02, final=0.02),
+        init="init",
+        dtype=dtype,
+        directory=directory / UNFINISHED,
+        tokenizer=tokenizer,
+    )
     model.save_pretrained(directory / "models" / run.identity, tokenizer)
     return {"run": run.name, **values, "dtype": dtype, **seen(model, course)}
 

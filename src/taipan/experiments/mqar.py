@@ -135,31 +135,25 @@ def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, st
 
 def train(scale: Scale, directory: Path, run: Run) -> Result:
     """Train one model on fresh batches of the mixture and test it; a module-level function for worker processes."""
-    from taipan.experiments.course import UNFINISHED, complete, seen
-    from taipan.model import TaipanLM
-    from taipan.seeding import seeded_generator
+    from taipan.experiments.course import UNFINISHED, from_scratch, seen
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.step.batch import Batch
-    from taipan.training.step.stepper import Stepper
 
     settings = run.settings
-    seed, steps = int(settings["seed"]), int(settings["steps"])
-    config = TaipanConfig.from_dict(settings["config"])
-    model = TaipanLM(config, generator=seeded_generator(seed, "mqar-init"))
-    stepper = Stepper.build(
-        model,
-        OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1),
-        ScheduleSection(kind="cosine", warmup=0.05, final=0.0),
-        total_steps=steps,
-        dtype="float32",
-        seed=seed,
-    )
 
     def batch(step: int) -> Batch:
-        tokens, labels = scale.mixture.train_batch(step, scale.rows, seed)
+        tokens, labels = scale.mixture.train_batch(step, scale.rows, int(settings["seed"]))
         return {"tokens": tokens, "labels": labels}
 
-    course = complete(run, stepper, batch, steps, directory=directory / UNFINISHED)
+    model, course = from_scratch(
+        run,
+        batch,
+        OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1),
+        ScheduleSection(kind="cosine", warmup=0.05, final=0.0),
+        init="mqar-init",
+        dtype="float32",
+        directory=directory / UNFINISHED,
+    )
     return {"run": run.name, **settings, **seen(model, course), "tests": test(model, scale.mixture)}
 
 
