@@ -31,9 +31,9 @@ _GATE_ABLATION: dict[str, dict[str, Any]] = {
     "paper: constant C, noise throughout, weight 1": dict(SETTINGS["paper"]),
     "paper, but without noise": {**SETTINGS["paper"], "gumbel_noise": 0.0, "gumbel_noise_end": 0.0},
     "annealed C, noise throughout, weight 1": {"gumbel_noise_end": 1.0, "budget_weight": 1.0},
-    "recommended, but noise throughout": {"gumbel_noise_end": 1.0},
-    "recommended, but weight 30, C annealed from 10 to 40 %": {"budget_weight": 30.0, "budget_anneal": (0.1, 0.4)},
-    "recommended, but temperature 3": {"gumbel_temperature": 3.0, "gumbel_temperature_end": 3.0},
+    "gumbel, but noise throughout": {"gumbel_noise_end": 1.0},
+    "gumbel, but weight 30, C annealed from 10 to 40 %": {"budget_weight": 30.0, "budget_anneal": (0.1, 0.4)},
+    "gumbel, but temperature 3": {"gumbel_temperature": 3.0, "gumbel_temperature_end": 3.0},
 }
 
 

@@ -79,7 +79,7 @@ def schedule_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what each way to schedule the gate reaches, and the gap between the two rates."""
     header = ["gate", "accuracy", "rate noise-free", "rate with noise", "α", "queries selected", "selected are queries"]
     rows: list[list[str]] = []
-    for name, results in {"recommended": report.comparison["taipan"], **report.schedules}.items():
+    for name, results in {"gumbel": report.comparison["taipan"], **report.schedules}.items():
         row = [name, _spread([accuracy(result) for result in results]), *_gate_cells(results)]
         rows.append([*row, _spread(_column(results, "selected_queries"), 2)])
     return header, rows

@@ -165,7 +165,7 @@ _GAPS: dict[str, dict[str, Any]] = {
     "the paper: constant noise, weight 1": {**SETTINGS["paper"]},
     "constant budget, no noise": {**SETTINGS["paper"], "gumbel_noise": 0.0, "gumbel_noise_end": 0.0},
     "annealed budget, constant noise": {"gumbel_noise_end": 1.0},
-    "annealed budget, noise ends at 80 % (recommended)": {},
+    "annealed budget, noise ends at 80 % (gumbel)": {},
     "annealed budget, no noise": {"gumbel_noise": 0.0, "gumbel_noise_end": 0.0},
     "temperature falls to 0.1": {"gumbel_noise_end": 1.0, "gumbel_temperature_end": 0.1},
     "one threshold in training and after it": {**WINNER, "capacity_window": 0},
