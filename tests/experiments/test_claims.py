@@ -113,6 +113,22 @@ def test_budgets(learned: float, thirty: float, chance: float, verdict: Verdict)
         assert len(figures(results, "capacity")) == 2
 
 
+@pytest.mark.parametrize(
+    ("jamba", "own", "verdict", "because"),
+    [
+        (1.25, 1.30, "holds", "Of Jamba's lead over Mamba-2, recall, lookahead: 0.80."),
+        (1.25, 1.45, "does not hold", "Of Jamba's lead over Mamba-2, recall, lookahead: 0.20."),
+        (1.49, 1.40, "holds", "Jamba's lead over Mamba-2 is 0.7%, too little to keep."),
+        (1.49, 1.495, "holds in part", "too little to keep."),
+        (1.51, 1.52, "does not hold", "too little to keep."),
+    ],
+)
+def test_a_share_of_a_lead_wants_a_lead(jamba: float, own: float, verdict: Verdict, because: str) -> None:
+    finding = found("gate-settings", kept(bits(**{"mamba2": 1.5, "jamba": jamba, "recall, lookahead": own})))
+    assert finding.verdict == verdict
+    assert because in finding.because
+
+
 def test_copying_says_where_the_lead_is() -> None:
     def sums(no_hit: float, hit: float) -> dict[str, Any]:
         buckets = {"no hit": {"tokens": 60.0, "nats": no_hit}, "hit, 1–15 back": {"tokens": 40.0, "nats": hit}}
