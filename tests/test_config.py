@@ -22,6 +22,15 @@ def test_baselines_have_the_parameters_of_taipan(size: str) -> None:
         assert abs(count / target - 1) < 0.03, (family, size, count, target)
 
 
+def test_the_share_of_a_preset_is_bounded_over_one_window() -> None:
+    found = {name: TaipanConfig.preset(name) for name in TaipanConfig.presets() if name.startswith("taipan")}
+    assert {name: config.capacity_window for name, config in found.items()} == {
+        name: config.sliding_window for name, config in found.items()
+    }
+    assert found["taipan-tiny"].capacity_window == 256
+    assert TaipanConfig.preset("taipan-tiny", setting="gumbel").capacity_window == 0
+
+
 @pytest.mark.parametrize("name", TaipanConfig.presets())
 def test_parameter_count_is_that_of_the_built_model(name: str) -> None:
     config = TaipanConfig.preset(name)

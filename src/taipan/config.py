@@ -527,6 +527,8 @@ class TaipanConfig:
             # 3 matrices of a SAL's MLP against 1 for every token looked ahead: parameters stay those of the baselines
             given = values.get("lookahead", 0) * values["hidden_size"] / 3
             values["intermediate_size"] -= 32 * math.ceil(given / 32)
+            if "capacity_window" in values:  # bounded over one window, whatever its length
+                values["capacity_window"] = values.get("sliding_window", cls.sliding_window)
         return cls.from_dict({**values, **overrides})
 
 
