@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from taipan.data.corpus import Document
+from taipan.data.shards import TokenDataset, prepare
 from taipan.data.tokenizer import Tokenizer
-from taipan.experiments.retrieval import question, with_tasks
+from taipan.errors import DataError, InputError
+from taipan.experiments.retrieval import prepare_tasks, question, with_tasks
 from taipan.experiments.tasks import above_chance, hide
 from taipan.seeding import seeded_generator
 
@@ -47,6 +50,45 @@ def test_the_share_of_rows_holds_over_steps(share: float) -> None:
         changed += int((made["tokens"] != batch(rows)["tokens"]).any(1).sum())
         assert made["tokens"][-1].equal(batch(rows)["tokens"][-1])  # what is left of the text is the same rows
     assert changed == int(40 * rows * share)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[TokenDataset]:
+    told = (("prose", "It was a däрk night. "), ("code", "for x in list(y) "))
+    return [prepare([Document(name, text * 60)] * 3, TOKENIZER, tmp_path / name) for name, text in told]
+
+
+def test_a_data_set_of_tasks_asks_for_all_that_it_states(texts: list[TokenDataset], tmp_path: Path) -> None:
+    made = prepare_tasks(texts, tmp_path / "tasks", tokens=9000, shortest=200, longest=600, seed=1)
+    assert 9000 <= made.n_tokens < 9601
+    read = [made.document(number)[:-1].tolist() for number in range(made.n_documents)]
+    assert {200 <= len(tokens) <= 600 for tokens in read} == {True}
+    documents = [TOKENIZER.decode(tokens) for tokens in read]
+    assert sum(len(tokens) for tokens in read) == made.n_bytes  # one byte a token here
+    assert "night" in documents[0]
+    assert "for x" in documents[1]
+    for text in documents:
+        stated = [line for line in text.split("\n") if line.startswith("The pass key") or ": " in line]
+        assert stated
+        assert all(text.count(f"\n{line}\n") == 2 for line in stated)
+    again = prepare_tasks(texts, tmp_path / "again", tokens=9000, shortest=200, longest=600, seed=1)
+    other = prepare_tasks(texts, tmp_path / "other", tokens=9000, shortest=200, longest=600, seed=2)
+    assert again.manifest.shards == made.manifest.shards != other.manifest.shards
+
+
+def test_tasks_that_cannot_be_made_are_refused_by_name(texts: list[TokenDataset], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="shortest has to have 140"):
+        prepare_tasks(texts, tmp_path / "tasks", tokens=9, shortest=10, longest=100)
+    with pytest.raises(DataError, match=r"code has 3,\d+ tokens.*more text"):
+        prepare_tasks(texts, tmp_path / "tasks", tokens=9, shortest=200, longest=4096)
+    other = prepare([Document("other", "a" * 900)], Tokenizer.train_bpe(["a b"], 258), tmp_path / "foreign")
+    with pytest.raises(DataError, match=r"foreign was made with another tokenizer than .*prose"):
+        prepare_tasks([texts[0], other], tmp_path / "tasks", tokens=9, shortest=200, longest=300)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "letter.txt").write_text("mine")
+    with pytest.raises(DataError, match="would replace them all"):
+        prepare_tasks(texts, tmp_path / "tasks", tokens=9, shortest=200, longest=300)
+    assert (tmp_path / "tasks" / "letter.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])

@@ -133,6 +133,32 @@ def register(app: typer.Typer, panel: str) -> None:
         _print([made])
         note(f"Train on it: taipan train recipes/tiny.yaml -o data.train={path_text(out)}")
 
+    @group.command("tasks")
+    def tasks(
+        texts: Annotated[list[Path], typer.Argument(help="Prepared data sets of one tokenizer; tasks stand in these.")],
+        out: Annotated[Path, typer.Option(help="Data set to make.")],
+        tokens: Annotated[int, typer.Option(min=1, help="Tokens of all tasks together, at least.")] = 1_000_000,
+        shortest: Annotated[int, typer.Option(help="Tokens of the shortest task.")] = 128,
+        longest: Annotated[int, typer.Option(help="Tokens of the longest task.")] = 4096,
+        seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal tasks.")] = 0,
+    ) -> None:
+        """Make retrieval tasks of text: pass keys, and key-value pairs, stated in it and asked for at its end.
+
+        A small share of them in a mixture (`data.train` of a recipe) shows a small model what recall is.
+
+        Example:
+
+            taipan data tasks data/books data/code --tokens 5000000 --out data/tasks
+        """
+        from taipan.cli.console import note
+        from taipan.data.shards import TokenDataset
+        from taipan.experiments.retrieval import prepare_tasks
+        from taipan.io import path_text
+
+        opened = [TokenDataset.open(path) for path in texts]
+        _print([prepare_tasks(opened, out, tokens=tokens, shortest=shortest, longest=longest, seed=seed)])
+        note(f"Train on it too: data.train={{{path_text(texts[0])}: 0.95, {path_text(out)}: 0.05}}")
+
     @group.command("check")
     def check(directories: Annotated[list[Path], typer.Argument(help="Prepared data sets.")]) -> None:
         """Check every byte of prepared data sets against their manifests, and show what they hold.

@@ -6,16 +6,21 @@ A passkey stands somewhere in the text; key–value pairs stand together, before
 statements and ask for all of them; a question holds one that is asked for, at a depth, among others.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from taipan.errors import DataError, InputError
 from taipan.seeding import seeded_generator
 
 if TYPE_CHECKING:
+    from taipan.data.shards import TokenDataset
     from taipan.data.tokenizer import Tokenizer
 
 Kind = Literal["passkey", "pairs"]
@@ -50,12 +55,12 @@ def with_tasks(
     count = int((step + 1) * rows * share) - int(step * rows * share)
     for row in range(count):
         generator = seeded_generator(seed, "retrieval", step, row)
-        tokens_BT[row] = torch.tensor(_row(tokens_BT[row].tolist(), tokenizer, generator))
+        tokens_BT[row] = torch.tensor(practice(tokens_BT[row].tolist(), tokenizer, generator))
         segment_BT[row] = 0
     return {"tokens": tokens_BT, "segment_ids": segment_BT}
 
 
-def _row(text: list[int], tokenizer: "Tokenizer", generator: torch.Generator) -> list[int]:
+def practice(text: list[int], tokenizer: "Tokenizer", generator: torch.Generator) -> list[int]:
     """As many tokens as there were: text with statements, and all of them once more at the end, in another order."""
     length = len(text)
     kind: Kind = "passkey" if _draw(2, generator) else "pairs"
@@ -75,6 +80,63 @@ def _row(text: list[int], tokenizer: "Tokenizer", generator: torch.Generator) ->
     for before, cut, statement in zip([0, *cuts], cuts, stated, strict=False):
         row += [*rest[before:cut], *statement]
     return [*row, *rest[cuts[-1] if cuts else 0 :], *asked]
+
+
+def prepare_tasks(
+    texts: "Sequence[TokenDataset]", out: Path, *, tokens: int, shortest: int = 128, longest: int = 4096, seed: int = 0
+) -> "TokenDataset":
+    """A data set of tasks, each a document of its own, for a share of a mixture (`data.train` of a recipe).
+
+    Args:
+        texts: prepared data of one tokenizer; every task stands in a piece of one of them, in turn.
+        out: data set to make.
+        tokens: of all tasks together, at least; the last one may go beyond.
+        shortest, longest: of a task, in tokens; the logarithm of its length is drawn evenly between them.
+        seed: of places, lengths, names and keys.
+
+    Raises:
+        DataError: a text is not longer than the longest task, they have different tokenizers, or `out` holds something
+            else than a data set.
+        InputError: `shortest` is above `longest`, or too short for a statement and its question.
+    """
+    from taipan.data.shards import TokenDataset, require_replaceable
+    from taipan.data.writer import DatasetWriter
+    from taipan.io import atomic_directory
+
+    tokenizer = texts[0].tokenizer()
+    least = 4 * len(tokenizer.encode(_statement("strugum", "00000", "passkey")))  # half of a task stays text
+    if not least <= shortest <= longest:
+        raise InputError(
+            f"Tasks of {shortest} to {longest} tokens cannot be made: with this tokenizer the shortest has to have "
+            f"{least}, and the longest no fewer."
+        )
+    for data in texts:
+        if data.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"{data.path} was made with another tokenizer than {texts[0].path}: prepare both with one "
+                f"(--tokenizer {texts[0].path})."
+            )
+        if data.n_tokens <= longest:
+            raise DataError(
+                f"{data.path} has {data.n_tokens:,} tokens, but a task may have {longest:,}: prepare more text, or ask "
+                "for shorter tasks."
+            )
+    generator = seeded_generator(seed, "practice")  # the stream that made the data of taipan-small
+    lengths = tokenizer.byte_lengths
+    require_replaceable(out)
+    with atomic_directory(out) as directory, DatasetWriter(directory, tokenizer, 1 << 26) as writer:
+        while writer.n_tokens < tokens:
+            data = texts[writer.n_documents % len(texts)]
+            share = float(torch.rand((), generator=generator))
+            length = round(math.exp(math.log(shortest) + share * math.log(longest / shortest)))
+            start = _draw(data.n_tokens - length, generator)
+            piece = [token for token in data.read(start, start + length).tolist() if token != tokenizer.eos_id]
+            task = practice(piece, tokenizer, generator)
+            writer.write(np.array(task, writer.dtype), int(lengths[task].sum()))
+            writer.end_document()
+        licences = dict.fromkeys(data.manifest.licence for data in texts)
+        writer.finish(sources=[data.path.name for data in texts], licence="; ".join(licences))
+    return TokenDataset.open(out)
 
 
 def question(

@@ -24,7 +24,8 @@ def paper(name: str) -> Recipe:
 
 
 def config_of(recipe: Recipe) -> TaipanConfig:
-    assert recipe.model.preset is not None
+    if recipe.model.preset is None:
+        return recipe.model.config(recipe.model.overrides["vocab_size"], 0)
     config = TaipanConfig.preset(recipe.model.preset)
     return recipe.model.config(config.vocab_size, config.eos_token_id)
 
@@ -37,7 +38,8 @@ def test_every_recipe_builds_its_model_and_optimizer(path: Path) -> None:
         model = TaipanLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
     groups = build_optimizer(model, recipe.optimizer).param_groups
-    assert [group["weight_decay"] for group in groups] == [recipe.optimizer.weight_decay, 0.0]
+    muon = [recipe.optimizer.weight_decay] if recipe.optimizer.name == "muon" else []
+    assert [group["weight_decay"] for group in groups] == [*muon, recipe.optimizer.weight_decay, 0.0]
 
 
 def test_there_is_one_for_every_size_and_architecture() -> None:
@@ -78,3 +80,15 @@ def test_the_papers_numbers(name: str) -> None:
         taipan.training,
     )
     assert (recipe.model.setting, recipe.model.overrides) == (taipan.model.setting, taipan.model.overrides)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_the_small_baselines_differ_in_the_model_alone(architecture: str) -> None:
+    taipan, other = (Recipe.load(RECIPES / f"{name}-small.yaml") for name in ("taipan", architecture))
+    assert parameter_count(config_of(other)) == pytest.approx(parameter_count(config_of(taipan)), rel=0.02)
+    assert (other.data, other.optimizer, other.schedule, other.training) == (
+        taipan.data,
+        taipan.optimizer,
+        taipan.schedule,
+        taipan.training,
+    )

@@ -119,6 +119,7 @@ def test_overrides_win_over_the_file_and_may_make_sections(tmp_path: Path) -> No
         ({"schedule__kind": "cosin"}, ["'cosin'", "did you mean 'cosine'"]),
         ({"schedule__warmup": 200}, ["schedule.warmup", "200", "100 steps"]),
         ({"schedule__final": 2}, ["schedule.final", "2", "between 0 and 1"]),
+        ({"schedule__decay": 0}, ["schedule.decay", "0", "above 0 and at most 1"]),
         (
             {"training__steps": None, "training__seconds": 9, "schedule__warmup": 10},
             ["schedule.warmup is 10 steps", "fraction"],

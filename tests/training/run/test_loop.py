@@ -172,6 +172,21 @@ def test_a_length_in_seconds_ends_in_time_whatever_a_step_takes(make_recipe: Mak
     assert rates[-1] < 0.1
 
 
+def test_a_stable_run_falls_when_it_is_resumed_with_another_length(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Warm-up, stable, decay: from one checkpoint a finished model comes, and the run goes on too."""
+    stable = {"schedule.kind": "wsd", "schedule.warmup": 0.0, "schedule.decay": 0.5, "schedule.final": 0.0}
+    first, branch, trunk = Watcher(3, interrupt), Watcher(), Watcher()
+    result = train(make_recipe(**stable, **{"training.steps": 16}), listener=first)
+    shutil.copytree(result.run, tmp_path / "branch")
+    short = make_recipe(**stable, **{"training.steps": 6}, output=str(tmp_path / "branch"))
+    train(short, resume=tmp_path / "branch", listener=branch)
+    train(None, resume=result.run, listener=trunk)
+    rates = [[info.learning_rate_multiplier for info in watcher.steps] for watcher in (first, branch, trunk)]
+    assert rates[0] == [1.0] * 3
+    assert rates[1] == pytest.approx([5 / 6, 3 / 6, 1 / 6])  # a step counts in its middle
+    assert rates[2] == pytest.approx([1.0] * 5 + [number / 16 for number in range(15, 0, -2)])
+
+
 def test_time_adds_up_over_resumes(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(**{"training.steps": None, "training.seconds": 24.0, "training.evaluate_every": None})
     ticks = itertools.count()

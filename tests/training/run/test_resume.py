@@ -49,7 +49,7 @@ def cases(count: int, seed: int) -> list[Case]:
             "training.log_every": draw.choice([1, 3]),
             "training.seed": draw.randrange(1000),
             "data.packing": draw.choice(["documents", "concatenate"]),
-            "schedule.kind": draw.choice(["cosine", "linear", "constant"]),
+            "schedule.kind": draw.choice(["cosine", "linear", "constant", "wsd"]),
             "model.tie_word_embeddings": draw.choice([False, True]),
             "model.gate": draw.choice(["linear", "mlp"]),
             "model.gate_gradient": draw.choice(["dense", "gathered"]),

@@ -9,9 +9,10 @@ from taipan.training.step.schedule import learning_rate_multiplier, warmup_fract
 
 schedules = st.builds(
     ScheduleSection,
-    kind=st.sampled_from(["cosine", "linear", "constant"]),
+    kind=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     warmup=st.floats(0, 0.9),
     final=st.floats(0, 1),
+    decay=st.floats(0.01, 1),
 )
 
 
@@ -43,6 +44,12 @@ def test_half_way_down() -> None:
     assert learning_rate_multiplier(cosine, 0.6, 0.2) == pytest.approx(0.6)
     assert learning_rate_multiplier(cosine, 0.4, 0.2) == pytest.approx(0.2 + 0.8 * (0.5 + 0.5 * 2**-0.5))
     assert learning_rate_multiplier(ScheduleSection(kind="linear", final=0.2), 0.4, 0.2) == pytest.approx(0.8)
+
+
+def test_warmup_stable_decay_is_constant_until_its_last_part_and_then_linear() -> None:
+    schedule = ScheduleSection(kind="wsd", warmup=0.1, decay=0.2, final=0.5)
+    rates = [learning_rate_multiplier(schedule, progress, 0.1) for progress in (0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5])
 
 
 def test_a_warmup_in_steps_is_a_fraction_of_the_run() -> None:

@@ -156,14 +156,17 @@ class ScheduleSection:
     """How the learning rate moves over training.
 
     Attributes:
-        kind: shape after the warm-up.
+        kind: shape after the warm-up. `wsd` is constant, then linear to `final` over the last `decay` of training: a
+            run that is stopped before can be resumed with another length, to fall sooner or later.
         warmup: length of the linear warm-up: below 1 a fraction of training, else a number of steps.
         final: learning rate at the end as a share of the peak (`constant` ignores it).
+        decay: the last part of training in which `wsd` falls, as a fraction of it; no other kind reads it.
     """
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: float = 0.04
     final: float = 0.02
+    decay: float = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,6 +449,7 @@ def _check_values(recipe: Recipe) -> None:
     _require(optimizer.clip is None or optimizer.clip > 0, "optimizer.clip", optimizer.clip, "null or above 0")
     _require(0 <= schedule.final <= 1, "schedule.final", schedule.final, "a share of the peak between 0 and 1")
     _require(schedule.warmup >= 0, "schedule.warmup", schedule.warmup, "0 or more")
+    _require(0 < schedule.decay <= 1, "schedule.decay", schedule.decay, "a fraction of training, above 0 and at most 1")
     steps = recipe.total_steps
     if schedule.warmup >= 1 and steps is None:
         raise ConfigError(
