@@ -8,6 +8,7 @@ from taipan.layer_types import register_own
 if TYPE_CHECKING:
     from taipan.config import TaipanConfig
     from taipan.model import TaipanLM, TaipanOutput
+    from taipan.shipped import model_directory, shipped_models
     from taipan.state import DecoderState
     from taipan.text import TextModel, TextScore, TextState, TextStream, load
 
@@ -22,6 +23,8 @@ __all__ = [
     "TextState",
     "TextStream",
     "load",
+    "model_directory",
+    "shipped_models",
 ]
 
 # Lazy (PEP 562), so that `taipan.config` and `taipan --help` need no torch.
@@ -35,6 +38,8 @@ _HOMES = {
     "TextState": "taipan.text",
     "TextStream": "taipan.text",
     "load": "taipan.text",
+    "model_directory": "taipan.shipped",
+    "shipped_models": "taipan.shipped",
 }
 
 register_own()

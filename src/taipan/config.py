@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, cast, get_type_hints
 from taipan.errors import ConfigError, shown, suggestion
 from taipan.io import parse_json_object
 from taipan.schema import convert
+from taipan.shipped import shipped_models
 
 Gate = Literal["linear", "mlp"]
 GateInput = Literal["normed", "raw", "recall"]
@@ -579,7 +580,12 @@ def _no_model(path: Path) -> str:
             f"{directory} is a preset, an architecture without weights; expected a model directory with a {path.name}. "
             f"Train a model of it: {{model: {{preset: {directory}}}}} in a recipe."
         )
-    return f"{directory} does not exist; expected a model directory with a {path.name} (it is taken from {Path.cwd()})."
+    known = shipped_models()
+    names = f", or the name of a model that comes with Taipan: {', '.join(known)}" if known else ""
+    return (
+        f"{directory} does not exist{suggestion(str(directory), list(known))}; expected a model directory with a "
+        f"{path.name} (it is taken from {Path.cwd()}){names}."
+    )
 
 
 def _hybrid(mixer: str, groups: int, every: int = 6) -> list[str]:

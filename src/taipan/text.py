@@ -403,7 +403,8 @@ def load(directory: str | Path, *, dtype: str | None = None, implementation: str
     """Load a model directory with its tokenizer.
 
     Args:
-        directory: what training, `taipan convert` or `save_pretrained` wrote, with a tokenizer.json.
+        directory: what training, `taipan convert` or `save_pretrained` wrote, with a tokenizer.json; or the name of a
+            model that comes with the package (`taipan.shipped_models()`).
         dtype: of the weights, `float32` or `bfloat16`; None keeps the stored one.
         implementation: of the ops: `auto`, or the name of one to use throughout.
 

@@ -14,6 +14,7 @@ from taipan.model import TaipanLM
 from taipan.model.directory import PRECISE
 from taipan.native.memory import in_large_pages
 from taipan.seeding import seeded_generator
+from taipan.shipped import model_directory, shipped_models
 
 _GROUP = ["mamba2"] * 6 + ["selective_attention"]
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -52,11 +53,13 @@ def configuration(model: str) -> TaipanConfig:
         return section.config(section.overrides["vocab_size"], None)
     if model in CONFIGURATIONS:
         return TaipanConfig.from_dict(CONFIGURATIONS[model])
-    if Path(model).is_dir():
-        return TaipanConfig.from_json_file(Path(model) / "config.json")
+    directory = model_directory(model)
+    if directory.is_dir():
+        return TaipanConfig.from_json_file(directory / "config.json")
     if "/" in model:
-        raise ConfigError(f"{model} is no directory: expected a model directory, or one of {', '.join(names())}.")
-    require_known("model", model, names())
+        known = ", ".join((*names(), *shipped_models()))
+        raise ConfigError(f"{model} is no directory: expected a model directory, or one of {known}.")
+    require_known("model", model, (*names(), *shipped_models()))
     return TaipanConfig.preset(model)
 
 

@@ -18,6 +18,7 @@ from taipan.chat.format import ChatFormat, PlainFormat, Said, Turn
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import DataError, InputError, brief
 from taipan.io import parse_json_object, read_text
+from taipan.shipped import model_directory
 
 FILE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
@@ -216,5 +217,5 @@ def load_format(directory: str | Path, tokenizer: Tokenizer) -> ChatFormat:
     Raises:
         DataError: the template or the configuration that holds it cannot be read.
     """
-    found = find_template(Path(directory))
+    found = find_template(model_directory(directory))
     return PlainFormat(tokenizer) if found is None else TemplateFormat(*found, tokenizer)

@@ -35,10 +35,17 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.data.sampler import WindowSampler
         from taipan.errors import ConfigError
         from taipan.hardware import tune_allocator
+        from taipan.shipped import model_directory
         from taipan.text import load
         from taipan.training.run.calibration import calibrate as run
         from taipan.training.step.batch import Batch
 
+        own = model_directory(model)
+        if own != model:
+            raise ConfigError(
+                f"{model} comes with Taipan, and its thresholds stay as they are: copy its directory ({own}) and "
+                "calibrate the copy."
+            )
         tune_allocator()
         loaded = load(model)
         if not loaded.model.sals:

@@ -15,6 +15,7 @@ from taipan.config import TaipanConfig
 from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from taipan.errors import CheckpointError, ConfigError, shown
 from taipan.model import Block, TaipanLM
+from taipan.shipped import model_directory
 
 _HEAD_DIM = 64
 _MLP_MULTIPLE = 256
@@ -126,7 +127,7 @@ def upcycle_directory(
     """
     if not 0 <= seed < 2**64:
         raise ConfigError(f"seed is {shown(seed)}, but must be a whole number that fits into 64 bits.")
-    source, target = Path(source), Path(target)
+    source, target = model_directory(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty directory: name a new one, or remove it first.")
     model = upcycle(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from taipan.config import READABLE
 from taipan.errors import ConfigError, DataError, InputError, brief, shown
 from taipan.io import atomic_write, parse_json_object, read_text
+from taipan.shipped import model_directory, shipped_models
 
 if TYPE_CHECKING:
     import tokenizers
@@ -176,7 +177,7 @@ class Tokenizer:
 
     @classmethod
     def from_spec(cls, spec: str, corpus: Iterable[str] | None = None) -> "Tokenizer":
-        """Make the tokenizer that a user named: ``bytes``, ``bpe:4096`` (trained on ``corpus``), or a path.
+        """Make the tokenizer that a user named: ``bytes``, ``bpe:4096`` (trained on ``corpus``), a path, or a model.
 
         Raises:
             ConfigError: the specification is none of these, or ``bpe`` was named without a corpus.
@@ -193,12 +194,15 @@ class Tokenizer:
             if corpus is None:
                 raise ConfigError(f"tokenizer {shown(spec)} is trained on a corpus, and none was given.")
             return cls.train_bpe(corpus, int(size))
-        if not Path(spec).exists():
+        path = model_directory(spec)
+        if not path.exists():
+            known = shipped_models()
+            names = f", or a model that comes with Taipan ({', '.join(known)})" if known else ""
             raise ConfigError(
                 f"tokenizer {shown(spec)} is not known; expected bytes, bpe:SIZE (for example bpe:4096), "
-                "or the path of a tokenizer.json or of a directory that holds one."
+                f"or the path of a tokenizer.json or of a directory that holds one{names}."
             )
-        return cls.load(spec)
+        return cls.load(path)
 
     def to_json(self) -> str:
         """Return the text of a ``tokenizer.json``."""

@@ -25,6 +25,7 @@ from taipan.io import atomic_directory
 from taipan.model import TaipanLM, weights_of
 from taipan.model.directory import check_fit, write_generation_config, write_model
 from taipan.model.weights import check_numbers
+from taipan.shipped import model_directory
 
 LAYOUTS = ("transformers", "state-spaces")
 
@@ -90,7 +91,7 @@ def to_mamba2(source: str | Path, target: str | Path, layout: str = "transformer
             MLPs, or (state-spaces) another `norm_eps` than 1e-5.
         ConfigError: the layout is unknown.
     """
-    source, target = Path(source), Path(target)
+    source, target = model_directory(source), Path(target)
     if layout not in LAYOUTS:
         hint = suggestion(layout, list(LAYOUTS))
         raise ConfigError(f"layout is {shown(layout)}, but must be one of {', '.join(LAYOUTS)}{hint}.")

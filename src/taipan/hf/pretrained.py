@@ -19,6 +19,7 @@ from taipan.hf.quantisation import GATES, prepare
 from taipan.layers.gating import GateSchedule
 from taipan.model import resolve_implementations
 from taipan.model.decoder import init_decoder
+from taipan.shipped import model_directory
 
 _Output = TypeVar("_Output", bound=ModelOutput)
 _HEADS = ("score",)  # what a language model's checkpoint does not have, and a head of another kind begins with
@@ -110,7 +111,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does it.
+        """As transformers does it; the name of a model that comes with Taipan is one of its directory.
 
         Raises:
             CheckpointError: the weights are damaged, or some of the model's are not among them.
@@ -119,6 +120,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
             InputError: the device map offloads layers, or an untied head is asked of a checkpoint that has none.
         """
         if isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            pretrained_model_name_or_path = str(model_directory(os.fspath(pretrained_model_name_or_path)))
             file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
             if file.is_file():
                 TaipanConfig.from_json_file(file)

@@ -19,6 +19,7 @@ from taipan.io import atomic_directory, parse_json_object
 from taipan.model.hub import REMOTE_CODE, hub_config, write_remote_code
 from taipan.model.weights import PRECISE, WEIGHTS, check_numbers, read_weights, shards
 from taipan.native.memory import in_large_pages
+from taipan.shipped import model_directory
 
 if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
@@ -89,14 +90,14 @@ def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tu
     saving; in large pages, which decoding reads a few percent faster.
 
     Args:
-        directory: what `save_model` wrote.
+        directory: what `save_model` wrote, or the name of a model that comes with the package.
         dtype: of the tensors; None keeps the stored one. Those of `PRECISE` stay as stored.
 
     Raises:
         ConfigError: config.json is missing, damaged or of another kind.
         CheckpointError: the weights are missing, truncated or corrupt, of a wrong type, or not finite.
     """
-    directory = Path(directory)
+    directory = model_directory(directory)
     config = TaipanConfig.from_json_file(directory / CONFIG)
     _refuse_quantised(directory)
     path, tensors = read_weights(directory)
@@ -163,7 +164,8 @@ def load_tokenizer(directory: str | Path, config: TaipanConfig | None = None) ->
     """
     from taipan.data.tokenizer import Tokenizer  # here, for its library takes long to import
 
-    tokenizer = Tokenizer.load(Path(directory))
+    directory = model_directory(directory)
+    tokenizer = Tokenizer.load(directory)
     if tokenizer.added_tokens:
         where = shown(str(directory))
         raise DataError(

@@ -24,6 +24,7 @@ from taipan.model.output import TaipanOutput
 from taipan.model.sharding import whole
 from taipan.model.weights import weights_file
 from taipan.shapes import IntBT
+from taipan.shipped import model_directory
 from taipan.state import DecoderState, StateRules, architecture_fingerprint
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ class TaipanLM(nn.Module):
         """Build the model of a directory and load its weights; it comes back in eval mode.
 
         Args:
-            directory: what `save_pretrained` wrote.
+            directory: what `save_pretrained` wrote, or the name of a model that comes with the package
+                (`taipan.shipped_models()`).
             dtype: of the parameters; None keeps the stored one. Mamba-2's `A_log`, `D` and `dt_bias` stay as stored.
             implementation: `auto`, or the name of an op implementation to use throughout.
 
@@ -211,7 +213,7 @@ class TaipanLM(nn.Module):
         config, tensors = read_model(directory, dtype=dtype)
         with torch.device("meta"):
             model = cls(config, implementation=implementation)
-        check_fit(weights_file(Path(directory)), tensors, weights_of(model))
+        check_fit(weights_file(model_directory(directory)), tensors, weights_of(model))
         model.load_state_dict(tensors, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight

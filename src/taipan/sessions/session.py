@@ -22,6 +22,7 @@ from taipan.sessions.manifest import Manifest, Segment, Snapshot, check_mark
 from taipan.sessions.objects import RESTORE, ObjectStore
 from taipan.sessions.readings import ReadingCache
 from taipan.shapes import IntBT
+from taipan.shipped import model_directory
 from taipan.state import DecoderState
 from taipan.text import DEFAULTS, TextModel, TextState
 
@@ -127,7 +128,7 @@ class Session:
                 raise InputError(f"{name} is {shown(value)}, but must be a whole number of at least 1.")
         manifest = Manifest(
             model=model.model.fingerprint,
-            model_path=None if model_path is None else str(Path(model_path).resolve()),
+            model_path=None if model_path is None else str(model_directory(model_path).resolve()),
             tokenizer=model.tokenizer.fingerprint,
             every=every,
             most=most,

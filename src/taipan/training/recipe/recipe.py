@@ -12,6 +12,7 @@ from taipan.config import SETTINGS, TaipanConfig, typed_field
 from taipan.errors import ConfigError, DataError, shown, suggestion
 from taipan.io import decode_utf8
 from taipan.schema import check_keys, check_mapping, convert
+from taipan.shipped import model_directory
 from taipan.training.recipe.yaml_text import parse_yaml
 
 _Section = TypeVar("_Section")
@@ -24,8 +25,8 @@ class ModelSection:
     In YAML the overrides stand beside the other keys: `model: {preset: taipan-tiny, hidden_size: 256}`.
 
     Attributes:
-        start: `from` in YAML: a model directory whose weights, and whose configuration where the recipe has no preset
-            and no layer_types, training starts from.
+        start: `from` in YAML: a model directory, or the name of a model that comes with the package, whose weights, and
+            whose configuration where the recipe has no preset and no layer_types, training starts from.
         preset: a name of `TaipanConfig.presets()`, or None when the overrides are the whole configuration.
         setting: `recommended`, `gumbel` or `paper`; only with a preset.
         overrides: fields of `TaipanConfig`. `vocab_size` and `eos_token_id` come from the data when not given.
@@ -85,7 +86,7 @@ class ModelSection:
                 the model to start from has no readable configuration.
         """
         if self.start is not None and self.preset is None and "layer_types" not in self.overrides:
-            base = TaipanConfig.from_json_file(Path(self.start) / "config.json").to_dict()
+            base = TaipanConfig.from_json_file(model_directory(self.start) / "config.json").to_dict()
             inherited = {key: value for key, value in base.items() if key != "eos_token_id"}
             return dataclasses.replace(self, overrides={**inherited, **self.overrides}).config(vocab_size, eos_token_id)
         given = self.overrides.get("vocab_size")

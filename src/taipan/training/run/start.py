@@ -1,7 +1,5 @@
 """What a run starts from: random weights, or those of a model directory."""
 
-from pathlib import Path
-
 import torch
 
 from taipan.config import TaipanConfig
@@ -9,6 +7,7 @@ from taipan.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from taipan.errors import ConfigError, shown
 from taipan.model import TaipanLM
 from taipan.seeding import seeded_generator
+from taipan.shipped import model_directory
 from taipan.training.recipe import Recipe
 
 
@@ -32,7 +31,7 @@ def initial_model(recipe: Recipe, config: TaipanConfig, tokenizer: Tokenizer) ->
         )
     if recipe.model.start is None:
         return model
-    source = Path(recipe.model.start)
+    source = model_directory(recipe.model.start)
     tensors = TaipanLM.from_pretrained(source, implementation=settings.implementation).state_dict()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     odd = sorted(name for name in {*tensors, *shapes} if name not in tensors or tensors[name].shape != shapes.get(name))
