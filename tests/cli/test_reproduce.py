@@ -16,6 +16,19 @@ def test_the_published_figure_is_redrawn_without_training(cli: Cli, tmp_path: Pa
         assert path.read_bytes() == (RESULTS / path.name).read_bytes()
 
 
+def test_a_trained_model_is_measured_on_named_texts(
+    refused: Callable[..., str], model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "out")
+    assert "for example enwik8=enwik8.gz" in refused("reproduce", "model", model_directory, "--text", text_file, *out)
+    assert "for example squad=dev-v2.0.json" in refused(
+        "reproduce", "model", model_directory, "--text", f"a={text_file}", "--task", "squad", *out
+    )
+    odd = refused("reproduce", "model", model_directory, "--text", f"enwik8={text_file}", *out)
+    assert "the standard enwik8 has 100,000,000" in odd
+    assert "nowhere does not exist" in refused("reproduce", "model", "nowhere", "--text", f"a={text_file}", *out)
+
+
 def test_numbers_of_something_else_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("{}")

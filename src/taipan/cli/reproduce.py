@@ -104,6 +104,64 @@ def register(app: typer.Typer, panel: str) -> None:
         for path in write(results, out):
             note(f"Written: {path}")
 
+    @reproduce.command("model")
+    def model(
+        model: Annotated[Path, typer.Argument(help="Model directory, or the name of one that comes with Taipan.")],
+        text: Annotated[
+            list[str],
+            typer.Option(
+                help="NAME=FILE: a text that the model never saw, repeatable. Of the standard enwik8, under this name, "
+                "the standard test part is read."
+            ),
+        ],
+        task: Annotated[
+            list[str] | None, typer.Option(help="NAME=FILE: a file of questions: swde, fda, squad; repeatable.")
+        ] = None,
+        longest: Annotated[
+            int, typer.Option(min=1, help="Longest context, in tokens, at which the beginning of a text is read.")
+        ] = 262_144,
+        out: Annotated[Path, typer.Option(help="What was measured there is not again.")] = Path("runs/measured"),
+        workers: _Workers = None,
+    ) -> None:
+        """What a trained model can do: bits per byte by position and context, copying, recall, its gates, its speed.
+
+        Interrupted, it goes on when run again: every finished measurement is kept.
+
+        Example:
+
+            taipan reproduce model taipan-small --text enwik8=enwik8.gz --text novel=novel.txt --task squad=dev.json
+        """
+        from taipan.cli.console import duration, note, print_table
+        from taipan.cli.progress import runs_progress
+        from taipan.experiments.execution import Result, Run
+        from taipan.experiments.laboratory import write
+        from taipan.experiments.trained import Amounts, measure_trained
+
+        def finished(run: Run, result: Result, done: int, of: int) -> None:
+            note(f"[{done}/{of}] {run.name} ({duration(result['seconds'])})")
+
+        texts, files = dict(map(_named_text, text)), dict(map(_named, task or []))
+        amounts = Amounts(contexts=(*(context for context in Amounts().contexts if context < longest), longest))
+        directory = out / model.name
+        with runs_progress() as progress:
+            outcome = measure_trained(
+                model, texts, directory, finished, files=files, amounts=amounts, workers=workers, progress=progress
+            )
+        for table in outcome.tables:
+            print_table(table.title, table.header, table.rows)
+        words = " ".join(
+            [
+                f"taipan reproduce model {model.name}",
+                *(f"--text {name}={path.name}" for name, path in texts.items()),
+                *(f"--task {name}={path.name}" for name, path in files.items()),
+                *([f"--longest {longest}"] if amounts != Amounts() else []),
+            ]
+        )
+        about = {"scale": "trained", "text": ", ".join(texts)}
+        claim = f"What {model.name} can do"
+        for path in write(model.name, claim, outcome, directory / "reports", words, about):
+            note(f"Written: {path}")
+
     for name, entry in ENTRIES.items():
         reproduce.command(name, help=f"{entry.claim}.{_HELP}")(_command(name, entry))
 
@@ -210,7 +268,7 @@ def _reproduce(
         note(f"Written: {path}")
 
 
-def _named(task: str) -> tuple[str, Path]:
+def _named(task: str, option: str = "--task", example: str = "squad=dev-v2.0.json") -> tuple[str, Path]:
     """Name and file of NAME=FILE.
 
     Raises:
@@ -220,8 +278,12 @@ def _named(task: str) -> tuple[str, Path]:
 
     name, equals, file = task.partition("=")
     if not equals or not name or not file:
-        raise InputError(f"--task is {shown(task)}, but must be NAME=FILE, for example squad=dev-v2.0.json.")
+        raise InputError(f"{option} is {shown(task)}, but must be NAME=FILE, for example {example}.")
     return name, Path(file)
+
+
+def _named_text(text: str) -> tuple[str, Path]:
+    return _named(text, "--text", "enwik8=enwik8.gz")
 
 
 _HELP = """

@@ -6,11 +6,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taipan.experiments.execution import Result, Run
 from taipan.experiments.gate_settings import architectures
 from taipan.experiments.laboratory import Laboratory, Outcome, Table, Training
+
+if TYPE_CHECKING:
+    from taipan.data.shards import TokenDataset
+    from taipan.model import TaipanLM
 
 PROMPT = 32
 """Tokens before generation; of the prompt's reading nothing is timed then."""
@@ -29,31 +33,57 @@ def measure(directory: Path, run: Run) -> Result:
 
     Generation goes on to the greatest length, and what it took so far is noted at each on the way.
     """
-    import torch
-
     from taipan.data.shards import TokenDataset
-    from taipan.generation import inference, prefill, start_decoding
-    from taipan.generation.sampling import greedy
-    from taipan.hardware import describe, peak_rss_bytes
+    from taipan.hardware import describe
     from taipan.model import TaipanLM
     from taipan.training.watch.record import commits
 
     values = run.settings
     model = TaipanLM.from_pretrained(directory / "models" / values["model"]).eval()
     valid = TokenDataset.open(directory / "texts" / values["data"] / "valid")
-    wanted = [int(length) for length in values["lengths"]]
-    count = PROMPT if values["job"] == "generate" else wanted[-1]
+    load = os.getloadavg()[0]
+    points = timed(model, valid, values["job"], [int(length) for length in values["lengths"]])
+    hardware = describe()
+    return {
+        "run": run.name,
+        "architecture": values["architecture"],
+        "seed": values["seed"],
+        "job": values["job"],
+        "repeat": values["repeat"],
+        "points": points,
+        "load": load,
+        "machine": {"cpu": hardware.cpu, "simd": list(hardware.simd), "torch": hardware.torch_version},
+        "commits": commits(),
+    }
+
+
+def timed(model: "TaipanLM", valid: "TokenDataset", job: str, wanted: list[int]) -> list[dict[str, float]]:
+    """Generate (`generate`) or read (`prefill`) so many tokens; seconds and bytes of memory at each length.
+
+    Args:
+        model: in eval mode.
+        valid: text that is read.
+        job: `generate` or `prefill`; the second reads the last length alone.
+        wanted: lengths in tokens, ascending.
+    """
+    import torch
+
+    from taipan.generation import inference, prefill, start_decoding
+    from taipan.generation.sampling import greedy
+    from taipan.hardware import peak_rss_bytes
+
+    count = PROMPT if job == "generate" else wanted[-1]
     ids = [int(valid.read(at, at + 1)[0]) for at in (place % valid.n_tokens for place in range(count))]
     tokens_BT = torch.tensor([ids])
     _forget_peak()
-    before, load = peak_rss_bytes(), os.getloadavg()[0]
+    before = peak_rss_bytes()
     points: list[dict[str, float]] = []
 
     def note(length: int, began: float) -> None:
         memory = peak_rss_bytes() - before
         points.append({"length": length, "seconds": time.perf_counter() - began, "memory": memory})
 
-    if values["job"] == "prefill":
+    if job == "prefill":
         began = time.perf_counter()
         prefill(model, tokens_BT, chunk=PIECE)
         note(wanted[-1], began)
@@ -67,18 +97,7 @@ def measure(directory: Path, run: Run) -> Result:
                 token_B = greedy(decoding.step(token_B))
                 if number in wanted:
                     note(number, began)
-    hardware = describe()
-    return {
-        "run": run.name,
-        "architecture": values["architecture"],
-        "seed": values["seed"],
-        "job": values["job"],
-        "repeat": values["repeat"],
-        "points": points,
-        "load": load,
-        "machine": {"cpu": hardware.cpu, "simd": list(hardware.simd), "torch": hardware.torch_version},
-        "commits": commits(),
-    }
+    return points
 
 
 def _forget_peak() -> None:

@@ -22,7 +22,9 @@ from taipan.experiments.laboratory import (
 )
 
 if TYPE_CHECKING:
-    from taipan.evaluation import ReadTokens
+    from taipan.data.shards import TokenDataset
+    from taipan.data.tokenizer import Tokenizer
+    from taipan.evaluation import Documents, ReadTokens
     from taipan.model import TaipanLM
 
 _DISTANCES = (16, 64, 256)  # and the window, and beyond it
@@ -78,13 +80,16 @@ class LongDocuments:
     Args:
         documents: of which.
         at_least: how many; fewer where there are not so many.
+        longest: tokens of each, at most; None for no such bound.
     """
 
-    def __init__(self, documents: Any, at_least: int = 4) -> None:
+    def __init__(self, documents: Any, at_least: int = 4, longest: int | None = None) -> None:
         import numpy as np
 
         order = np.argsort(-documents.lengths, kind="stable")[:at_least]
         self.length = int(documents.lengths[order].min())
+        if longest is not None:
+            self.length = min(self.length, longest)
         self._documents, self._order = documents, order
         self.lengths = np.full(len(order), self.length, np.int64)
         self.vocab_size, self.start_token = documents.vocab_size, documents.start_token
@@ -139,13 +144,18 @@ def measure_copying(model: "TaipanLM", data: Path, training: int) -> Result:
         training: the training length; contexts are that, and 8 times that.
     """
     from taipan.data.shards import TokenDataset
+
+    return copying_of(model, TokenDataset.open(data / "valid"), training)
+
+
+def copying_of(model: "TaipanLM", documents: "TokenDataset | Documents", training: int) -> Result:
+    """As `measure_copying`, of any documents."""
     from taipan.evaluation import read_tokens
 
-    valid = TokenDataset.open(data / "valid")
     found: Result = {}
     for name, context in (("inside", training), ("beyond", 8 * training)):
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for tokens in read_tokens(model, valid, context=context):
+        for tokens in read_tokens(model, documents, context=context):
             distance_T = bigram_distance(tokens)
             for bucket, low, high in _distance_buckets(training):
                 mask_T = (distance_T >= low) & (distance_T < high)
@@ -203,15 +213,20 @@ def measure_gate(model: "TaipanLM", data: Path, training: int) -> Result:
         data: prepared text.
         training: the training length, and the context.
     """
-    import torch
-
     from taipan.data.shards import TokenDataset
-    from taipan.evaluation import read_tokens
 
     valid = TokenDataset.open(data / "valid")
-    tokenizer = valid.tokenizer()
+    return gate_of(model, valid, valid.tokenizer(), training)
+
+
+def gate_of(model: "TaipanLM", documents: "TokenDataset | Documents", tokenizer: "Tokenizer", training: int) -> Result:
+    """As `measure_gate`, of any documents."""
+    import torch
+
+    from taipan.evaluation import read_tokens
+
     counts = torch.zeros(model.config.vocab_size)
-    spans = list(read_tokens(model, valid, context=training))
+    spans = list(read_tokens(model, documents, context=training))
     for span in spans:
         counts += torch.bincount(span.before_T, minlength=len(counts))
     frequent = counts >= counts.sort(descending=True).values[min(len(counts) - 1, 64)]
