@@ -93,3 +93,11 @@ def test_the_table_has_jambas_lead_only_between_its_anchors() -> None:
         found = table({name: [{**result, "bits_per_byte": len(name)}] for name in names}, 64, "Title")
         assert len(found.header) == 8 + more
         assert [len(row) for row in found.rows] == [len(found.header)] * len(names)
+
+
+@pytest.mark.parametrize(("jamba", "shares"), [(1.2, ["0.00", "1.00", "0.33"]), (1.49, ["–", "–", "–"])])
+def test_the_table_tells_no_share_of_a_lead_that_is_noise(jamba: float, shares: list[str]) -> None:
+    result = {"parameters": 1, "rate": None, "rate_beyond": None, "by_position": []}
+    bits = {MAMBA2: 1.5, JAMBA: jamba, "own": 1.4}
+    found = table({name: [{**result, "bits_per_byte": own}] for name, own in bits.items()}, 64, "Title")
+    assert [row[found.header.index("of Jamba's lead")] for row in found.rows] == shares

@@ -21,8 +21,6 @@ SEEDS = 3
 _WITHOUT_SEEDS = ("latency-by-length", "learning-rates")  # repeated, or one seed by design
 _FLAT = 1.02
 """Loss at the longest context over that at the training length: at most this is flat."""
-_LEAD = 0.02
-"""Of Mamba-2's bits per byte: a smaller lead of Jamba's is not asked for shares of."""
 _LINEAR = 2.3
 """Time for twice as many tokens over time for so many: at most this is linear."""
 
@@ -371,11 +369,12 @@ def _rates(kept: Kept) -> Finding:
 
 
 def _settings(kept: Kept) -> Finding:
+    from taipan.experiments.gate_settings import LEAST_LEAD
     from taipan.experiments.gate_settings import kept as share
 
     bits = {name: kept.mean(name, lambda own: own["bits_per_byte"]) for name in kept.results}
     lead, own = 1 - bits["jamba"] / bits["mamba2"], bits["recall, lookahead"]
-    if lead < _LEAD:  # a share of it would be a share of noise
+    if lead < LEAST_LEAD:  # a share of it would be a share of noise
         because = f"Jamba's lead over Mamba-2 is {lead:.1%}, too little to keep. Bits per byte: {_list(bits)}."
         return Finding(_verdict(own <= bits["jamba"], own <= bits["mamba2"]), because)
     shares = {name: mean(share(kept.results, name)) for name in kept.results if name not in ("mamba2", "jamba")}
