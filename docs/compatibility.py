@@ -7,7 +7,8 @@
 
 Each set has an environment of its own under build/compatibility. The oldest are the lower bounds of pyproject.toml,
 the newest what pip finds; what only the tests need stays as constraints.txt has it. TORCH_INDEX_URL is an index with
-the CPU build of PyTorch.
+the CPU build of PyTorch. Printed are the releases that differ from the pins, the tests that pass and fail in each file,
+and what the libraries say they will change (their deprecation warnings).
 """
 
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from xml.etree import ElementTree
@@ -60,19 +62,20 @@ def lower_bounds() -> dict[str, str]:
     return {name: bounds[name] for name in LIBRARIES}
 
 
+def pins() -> dict[str, str]:
+    """The release of each package that the project is tested with."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    parts = [line.partition("==") for line in lines if not line.startswith("#")]
+    return {normal(name): version for name, _, version in parts}
+
+
 def requirements(which: str, named: list[str]) -> list[str]:
     """What is installed besides Taipan: one line for each library and for each tool of the tests."""
-    pins = dict(
-        (normal(name), version)
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if not line.startswith("#")
-        for name, _, version in [line.partition("==")]
-    )
     chosen = {normal(re.split(r"[=<>!~]", entry)[0]): entry for entry in named}
     bounds = lower_bounds()
     return [
         *(chosen.get(name, f"{name}=={bounds[name]}" if which == "oldest" else name) for name in LIBRARIES),
-        *(f"{name}=={pins[name]}" for name in OF_TESTS),
+        *(f"{name}=={pins()[name]}" for name in OF_TESTS),
     ]
 
 
@@ -97,10 +100,14 @@ def installed(python: Path) -> dict[str, str]:
     return {name: found[name] for name in LIBRARIES}
 
 
-def run_tests(python: Path) -> tuple[int, list[str]]:
-    """Run each file of tests in a process of its own; how many tests passed, and a line for each that did not."""
+def run_tests(python: Path) -> tuple[int, list[str], set[str]]:
+    """Run each file of tests in a process of its own.
+
+    Returns:
+        How many tests passed, a line for each that did not, and the deprecation warnings.
+    """
     results = ENVIRONMENTS / "results.xml"
-    passed, failed = 0, list[str]()
+    passed, failed, warned = 0, list[str](), set[str]()
     files = [file for name in TESTS for file in (sorted((ROOT / name).glob("test_*.py")) or [ROOT / name])]
     for file in files:
         results.unlink(missing_ok=True)
@@ -109,6 +116,7 @@ def run_tests(python: Path) -> tuple[int, list[str]]:
         ended = subprocess.run(
             command, cwd=ROOT, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        warned |= set(re.findall(r"\w*(?:Deprecation|Future)Warning: .*", ended.stdout))
         name, here, before = str(file.relative_to(ROOT)), 0, len(failed)
         if results.exists():
             for case in ElementTree.parse(results).iter("testcase"):
@@ -122,15 +130,28 @@ def run_tests(python: Path) -> tuple[int, list[str]]:
             failed.append(f"{name}: {ended.stdout[-300:]}")
         passed += here
         print(f"  {name}: {here} passed, {len(failed) - before} failed", flush=True)
-    return passed, failed
+    return passed, failed, warned
 
 
-def table(found: dict[str, tuple[dict[str, str], int, list[str]]]) -> str:
+@dataclass(frozen=True)
+class Found:
+    """What a set of releases gave: see `run_tests`."""
+
+    versions: dict[str, str]
+    passed: int
+    failed: list[str]
+    warned: set[str]
+
+
+def table(found: dict[str, Found]) -> str:
     """The table as Markdown: a row for each library, then what passed."""
-    rows = [f"| library | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
-    rows += [f"| {name} | {' | '.join(versions[name] for versions, _, _ in found.values())} |" for name in LIBRARIES]
-    rows.append(f"| tests passed | {' | '.join(str(passed) for _, passed, _ in found.values())} |")
-    rows.append(f"| tests failed | {' | '.join(str(len(failed)) for _, _, failed in found.values())} |")
+    rows = [f"| library | pinned | {' | '.join(found)} |", f"|---|---|{'---|' * len(found)}"]
+    rows += [
+        f"| {name} | {pins()[name]} | {' | '.join(each.versions[name] for each in found.values())} |"
+        for name in LIBRARIES
+    ]
+    rows.append(f"| tests passed | | {' | '.join(str(each.passed) for each in found.values())} |")
+    rows.append(f"| tests failed | | {' | '.join(str(len(each.failed)) for each in found.values())} |")
     return "\n".join(rows) + "\n"
 
 
@@ -142,22 +163,25 @@ def main(arguments: list[str]) -> int:
         raise SystemExit(
             f"{', '.join(sorted(unknown))} is none of oldest, newest, --write, or a release like torch==2.14.1."
         )
-    found: dict[str, tuple[dict[str, str], int, list[str]]] = {}
+    found: dict[str, Found] = {}
     for which in sets:
         print(f"{which}: making {ENVIRONMENTS / which}", flush=True)
         python = environment(which, named)
         versions = installed(python)
-        print(f"{which}: {', '.join(f'{name} {version}' for name, version in versions.items())}", flush=True)
-        found[which] = versions, *run_tests(python)
+        changed = [
+            f"{name} {pins()[name]} -> {version}" for name, version in versions.items() if pins()[name] != version
+        ]
+        print(f"{which}: other than the pins: {', '.join(changed) or 'none'}", flush=True)
+        found[which] = Found(versions, *run_tests(python))
     text = table(found)
     print(f"\n{text}")
-    for which, (_, _, failed) in found.items():
-        print("".join(f"{which}: {line}\n" for line in failed), end="")
+    for which, each in found.items():
+        print("".join(f"{which}: {line}\n" for line in [*each.failed, *sorted(each.warned)]), end="")
     if "--write" in arguments:
         page = PAGE.read_text(encoding="utf-8")
         before, rest = page.split(BEGIN)
         PAGE.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
-    return int(any(failed for _, _, failed in found.values()))
+    return int(any(each.failed for each in found.values()))
 
 
 if __name__ == "__main__":

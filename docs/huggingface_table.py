@@ -60,6 +60,17 @@ class Desk:
     def generate(self, **options: Any) -> Any:
         return self.load().generate(self.tokens, max_new_tokens=4, do_sample=False, **options)
 
+    def training(self) -> dict[str, Any]:
+        return {
+            "output_dir": str(self.directory / "training"),
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        }
+
     def quantised(self, settings: Any) -> Any:
         return self.load(quantization_config=settings)(self.tokens, labels=self.tokens).loss
 
@@ -86,6 +97,36 @@ def tasks(desk: Desk) -> object:
 
     lm = HFLM(pretrained=desk.load(), tokenizer=desk.tokenizer(), batch_size=1)
     return lm.loglikelihood([Instance("loglikelihood", {}, ("a " * 1500, "b"), 0)])
+
+
+def trained(desk: Desk, **options: Any) -> object:
+    """One step of transformers' Trainer."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": desk.tokens[0], "labels": desk.tokens[0]}] * 4
+    settings = {**desk.training(), **options}
+    return Trainer(model=desk.load(), args=TrainingArguments(**settings), train_dataset=rows).train()
+
+
+def tuned(desk: Desk, kind: str, rows: dict[str, Any], *, adapter: bool = False, **options: Any) -> object:
+    """One step of a trainer of TRL, of the name and with the configuration that begin with `kind`."""
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForSequenceClassification
+
+    more: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if adapter else {}
+    if kind in {"GRPO", "RLOO"}:
+        more["reward_funcs"] = lambda completions, **_: [float(len(each)) for each in completions]
+    load = AutoModelForSequenceClassification.from_pretrained
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=load(desk.directory, num_labels=1) if kind == "Reward" else desk.load(),
+        args=getattr(trl, f"{kind}Config")(**desk.training(), bf16=False, **options),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=desk.tokenizer(),
+        **more,
+    )
+    return trainer.train()
 
 
 def lines(desk: Desk) -> Any:
@@ -126,6 +167,21 @@ def lines(desk: Desk) -> Any:
         "transformers",
         lambda: desk.load().save_pretrained(**shards),
     )
+    yield "Trainer", "transformers", lambda: trained(desk)
+    yield "Trainer, label smoothing", "transformers", lambda: trained(desk, label_smoothing_factor=0.1)
+    yield "Trainer, `torch_compile=True`", "transformers", lambda: trained(desk, torch_compile_backend="aot_eager")
+    texts = {"text": ["one two three", "another one"]}
+    pairs = {"prompt": ["hello "] * 2, "chosen": ["world"] * 2, "rejected": ["w"] * 2}
+    answers = {"prompt": ["hello "] * 2, "completion": ["world", "w"], "label": [True, False]}
+    sampled = {"num_generations": 2, "max_completion_length": 4}
+    yield "SFT", "trl", lambda: tuned(desk, "SFT", texts)
+    yield "SFT with LoRA", "trl", lambda: tuned(desk, "SFT", texts, adapter=True)
+    yield "SFT, packed", "trl", lambda: tuned(desk, "SFT", texts, packing=True, max_length=64)
+    yield "DPO", "trl", lambda: tuned(desk, "DPO", pairs)
+    yield "KTO", "trl", lambda: tuned(desk, "KTO", answers)
+    yield "GRPO", "trl", lambda: tuned(desk, "GRPO", {"prompt": pairs["prompt"]}, **sampled)
+    yield "RLOO", "trl", lambda: tuned(desk, "RLOO", {"prompt": pairs["prompt"]}, **sampled)
+    yield "reward models", "trl", lambda: tuned(desk, "Reward", pairs)
     yield "offloading", "accelerate", lambda: offloaded(desk)
     yield "LoRA on all linears", "peft", lambda: desk.adapted(LoraConfig(target_modules="all-linear", **lora))
     yield "IA³", "peft", lambda: desk.adapted(IA3Config(target_modules=["in_proj", "out_proj"], feedforward_modules=[]))
@@ -141,9 +197,11 @@ def lines(desk: Desk) -> Any:
     yield "int8 weights, with labels", "torchao", lambda: desk.quantised(TorchAoConfig(Int8WeightOnlyConfig()))
     dynamic = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     yield "int8 weights and activations", "torchao", lambda: desk.quantised(copy.deepcopy(dynamic))
-    trained = lambda: desk.load(quantization_config=copy.deepcopy(dynamic)).train()(desk.tokens)  # noqa: E731
-    yield "training through int8 activations", "torchao", trained
+    through = lambda: desk.load(quantization_config=copy.deepcopy(dynamic)).train()(desk.tokens)  # noqa: E731
+    yield "training through int8 activations", "torchao", through
     yield "prompts of 3,000 tokens", "lm_eval", lambda: tasks(desk)
+    compiled = lambda: torch.compile(desk.load(), backend="aot_eager")(desk.tokens)  # noqa: E731
+    yield "`torch.compile`", "torch", compiled
     yield "torch.export", "torch", lambda: torch.export.export(Logits(desk.load()), (desk.tokens,))
     yield "torch.jit.trace", "torch", lambda: torch.jit.trace(Logits(desk.load()), (desk.tokens,))
 

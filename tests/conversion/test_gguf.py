@@ -1,5 +1,6 @@
 """GGUF files: what llama.cpp has an architecture for, tensor by tensor; all else is refused by its reason."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,11 @@ def test_dtypes_and_paths_are_checked_first(tmp_path: Path) -> None:
         to_gguf(tmp_path / "odd", tmp_path / "odd.gguf", "q8_0")
     with pytest.raises(CheckpointError, match="exists: name a new file"):
         to_gguf(tmp_path / "model", tmp_path / "model.gguf")
+
+
+def test_without_gguf_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_model("mamba2", dtype=torch.float32, hidden_size=32).save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"needs gguf, which is not installed: pip install '\.\[gguf\]'"):
+        to_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()

@@ -1,5 +1,6 @@
 """lm-eval on the native model: what it gives alone, in batches, and with shared beginnings read once."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_generated_text_ends_at_its_stop_and_is_that_of_the_model(batch_size: in
         harness.generate_until([request("generate_until", "a", {"num_beams": 4})])
 
 
+def test_what_the_harness_cannot_do_is_refused(text: TextModel) -> None:
+    with pytest.raises(ConfigError, match="batch_size is 0, but must be at least 1"):
+        Harness(text, batch_size=0)
+    with pytest.raises(ConfigError, match="Chat templates are not applied here"):
+        Harness(text).apply_chat_template([{"role": "user", "content": "hello"}])
+    with pytest.raises(InputError, match="A context has no tokens"):
+        Harness(text)._loglikelihood_tokens([(("", "a"), [], [97])])
+
+
 LINES: dict[str, list[dict[str, Any]]] = {
     "choice": [{"query": "Is it?", "choices": ["it is", "never"], "gold": gold} for gold in (0, 1, 0)],
     "digits": [{"query": "12", "choices": ["[3]", "4"], "gold": 0}] * 2,  # what templates would evaluate
@@ -140,6 +150,16 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
 def test_an_unknown_name_is_asked_about(text: TextModel) -> None:
     with pytest.raises(ConfigError, match="knows no task 'arc_esay'"):
         evaluate_tasks(text, ["arc_esay"])
+
+
+def test_without_lm_eval_the_command_line_says_what_to_install(
+    text: TextModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text.model.save_pretrained(tmp_path, text.tokenizer)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    finished = run("evaluate", tmp_path, "--tasks", "arc_easy")
+    assert finished.code == 2
+    assert "--tasks needs lm-eval, which is not installed: pip install '.[evaluate]'" in finished.err
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """The decoder as transformers and TRL call a base model; the budget in losses that others compute."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate.state
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from taipan.errors import InputError
 from taipan.hf import TaipanForCausalLM, TaipanForSequenceClassification, TaipanModel
+from taipan.hf.backbone import TrainerLink
 from tests.hf.models import pair, saved
 from tests.models import random_tokens
 
@@ -89,6 +92,19 @@ def test_accumulating_takes_the_budget_of_the_last_call_where_nobody_says_how_ma
         (face.base_model(input_ids=tokens).last_hidden_state * 0).sum().backward()
         found.append(any(bool(gradient.any()) for gradient in gradients(face).values()))
     assert found == [False, True]
+
+
+def test_a_loss_that_others_scale_is_refused_unless_its_trainer_says_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 in Accelerate, which it refuses itself on a CPU."""
+    monkeypatch.setattr(accelerate.state, "is_initialized", lambda: True)
+    monkeypatch.setattr(accelerate.state, "AcceleratorState", lambda: SimpleNamespace(mixed_precision="fp16"))
+    _, face = pair(budget_weight=30.0)
+    tokens = random_tokens(1, 9)
+    with pytest.raises(InputError, match=r"in float16, whose scale is unknown here.*prepare_trainer\(trainer\)"):
+        _ = face.train().model(input_ids=tokens).last_hidden_state
+    face.model.link = TrainerLink(share=1024.0)
+    face.model(input_ids=tokens).last_hidden_state.sum().backward()
+    assert gradients(face)["model.layers.1.mixer.gate.proj.weight"].abs().sum() > 0
 
 
 def test_checkpointed_activations_give_the_same_gradients_to_the_bit() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError, StateError
 from taipan.hf import TaipanCache, TaipanForCausalLM
+from taipan.text import load
 from tests.hf.models import pair, saved
 from tests.models import STACKS, random_tokens, small_model
 
@@ -208,6 +209,23 @@ def test_stop_strings_end_a_text_in_generate_and_in_the_pipeline(text_model: Pat
     run: Any = pipeline("text-generation", model=str(text_model))
     (answer,) = run("def f(x):", stop_sequence=stop, return_full_text=False, **options)
     assert answer["generated_text"] == tokenizer.decode(stopped)
+
+
+def test_a_stop_string_may_begin_in_the_prompt_for_transformers_and_not_in_the_native_face(text_model: Path) -> None:
+    """What docs/fine_tuning.md says: the same prompt and stop string, 1 token there and 12 here."""
+    face: Any = AutoModelForCausalLM.from_pretrained(text_model)
+    tokenizer, native = AutoTokenizer.from_pretrained(text_model), load(text_model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    for prompt in map(chr, range(97, 123)):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        new = tokenizer.decode(face.generate(**inputs, **options)[0, 1:])
+        stop = prompt + new[0]
+        if new[0].isascii() and new[0].isprintable() and stop not in new:
+            break
+    stopped = face.generate(**inputs, stop_strings=[stop], tokenizer=tokenizer, **options)
+    ours = native.generate(prompt, stream=True, stop_strings=[stop], **options)
+    assert "".join(ours) == new
+    assert (stopped.shape[1] - 1, ours.tokens_written, ours.finish_reason) == (1, 12, "length")
 
 
 @pytest.mark.parametrize(

@@ -49,14 +49,48 @@ for model in pair():
 """
 
 
+def in_a_process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script by itself: the live shape checks of the tests cannot be compiled."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3500, check=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_both_faces_are_compiled_and_compute_the_same(backend: str) -> None:
-    """In a process of its own: the live shape checks of the tests cannot be compiled."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, backend]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3500, check=False)
+    done = in_a_process(SCRIPT, backend)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+TRAINER = """
+import sys
+
+import torch
+
+from tests.hf.trainers import new_model, trainer
+
+found = []
+for compiled in ({}, {"torch_compile": True, "torch_compile_backend": sys.argv[1]}):
+    model = new_model()
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": 4, **compiled}
+    run = trainer(model, sys.argv[2], **options)
+    run.train()
+    found.append((model.state_dict(), run.evaluate()["eval_loss"]))
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, torch._dynamo.utils.counters
+(expected, loss), (weights, compiled_loss) = found
+assert abs(compiled_loss - loss) < 1e-3, (compiled_loss, loss)
+for name, tensor in expected.items():
+    torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_trainer_compiles_a_model_and_trains_the_same(backend: str, tmp_path: Path) -> None:
+    done = in_a_process(TRAINER, backend, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

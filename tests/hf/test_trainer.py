@@ -1,5 +1,8 @@
 """transformers' Trainer on Taipan."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +15,8 @@ from taipan.hf import GateScheduleCallback
 from tests.hf.models import pair
 from tests.hf.trainers import Counting, new_model, padded, trainer
 from tests.models import VOCAB, random_tokens
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_loss_falls_and_the_result_is_a_native_model(tmp_path: Path) -> None:
@@ -150,3 +155,40 @@ def test_fine_tuning_leaves_a_threshold_where_it_is(tmp_path: Path) -> None:
     model = new_model(budget_control="threshold")
     trainer(model, tmp_path, max_steps=2).train()
     assert float(model.model.layers[1].mixer.gate.threshold) == 0.0
+
+
+PROCESSES = """
+import sys
+
+import torch
+
+from taipan.hf import prepare_trainer
+from tests.hf.trainers import new_model, trainer
+
+model = new_model(budget_weight=0.0)
+options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 3}
+run = trainer(model, sys.argv[1], per_device_train_batch_size=int(sys.argv[2]), **options)
+prepare_trainer(run).train()
+if run.is_world_process_zero():
+    torch.save((run.args.world_size, model.state_dict()), sys.argv[1] + "/weights.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_on_a_cpu_is_one_run_of_all_its_processes(tmp_path: Path) -> None:
+    """With `use_cpu=True`, as docs/fine_tuning.md says: two processes train as one does on rows twice as many."""
+    (tmp_path / "script.py").write_text(PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    found: list[tuple[int, dict[str, torch.Tensor]]] = []
+    for processes, rows in ((1, 8), (2, 4)):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        command = [*launch, str(processes), str(tmp_path / "script.py"), str(out), str(rows)]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(out / "weights.pt"))
+    assert [world for world, _ in found] == [1, 2]
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)

@@ -1,4 +1,4 @@
-"""What callers in the Hugging Face world pass to a forward: translated where we can, refused where we cannot."""
+"""Arguments that transformers, Trainers and TRL pass to a forward: translated where we can, refused where we cannot."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from taipan.model import next_tokens
 from taipan.state import DecoderState
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "position_ids")
-# What collators and trainers send along and what says nothing that the other arguments do not say.
+# Sent along by collators and trainers; the other arguments say the same.
 _SAID_ELSEWHERE = ("token_type_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "skip_logits", "tokenizer")
 HOW_TO_COUNT = (
     "Call taipan.hf.prepare_trainer(trainer) before trainer.train(), or give those labels -100, or pad on the right "
@@ -90,9 +90,9 @@ def read_call(
 def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
     """The number of targets to divide a sum of losses by: the Trainer's, if it counts predicted tokens.
 
-    A Trainer counts the labels behind the first of every row. Ours has no loss at the first token behind padding, nor
-    of a document in a packed row: nothing is there to predict it. Where a call is the whole of what was counted, the
-    number is put right; where it is a part, nobody here knows what was counted elsewhere.
+    A Trainer counts all labels after the first of every row. Our loss leaves out the first token after padding and the
+    first of a document in a packed row: no token predicts them. If this call is all that was counted, the number is
+    corrected; if it is a part, the counts of the other calls are not known here.
 
     Raises:
         InputError: labels were counted that are not predicted, by a Trainer that accumulates or that has company.
@@ -115,7 +115,7 @@ def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int |
 def check_arguments(
     past_key_values: object, logits_to_keep: object, other: dict[str, Any]
 ) -> tuple[TaipanCache | None, int]:
-    """Refuse what a forward of Taipan cannot honour; nothing that was asked for is silently left out.
+    """Refuse what Taipan's forward cannot do, so that nothing is silently ignored.
 
     Args:
         past_key_values: must be a `TaipanCache` or None.
@@ -161,7 +161,7 @@ def packed_segments(input_ids: Tensor, packing: dict[str, Tensor | None], *, fre
     Args:
         input_ids: (B, T) token ids.
         packing: any of `seq_idx` (B, T), document numbers; `cu_seq_lens_q` (documents + 1), where the documents of one
-            row begin and end; `position_ids` (B or 1, T), which begin again at 0 with every document.
+            row begin and end; `position_ids` (B or 1, T), which restart at 0 with every document.
         fresh: no state comes before; else `position_ids` say nothing about documents.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`TaipanConfig` as transformers wants a configuration: the same fields, the same `config.json`."""
+"""`TaipanConfig` as a configuration of transformers: the same fields, the same `config.json`."""
 
 import dataclasses
 import os
@@ -25,8 +25,8 @@ class TaipanHFConfig(PreTrainedConfig):
     by either of the two is read by both.
 
     Attributes:
-        max_position_embeddings: what programs take for the longest context and cut texts to; Taipan has none, and a
-            smaller number binds those programs only.
+        max_position_embeddings: longest context, to which programs cut texts. Taipan has no limit; a smaller number
+            affects those programs only.
         use_cache: return the state (`past_key_values`) from a forward outside training.
 
     Raises:
@@ -49,7 +49,7 @@ class TaipanHFConfig(PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """Read as every JSON file is here: a name that stands twice is refused, not decided."""
+        """Read as every JSON file is here: a name that stands twice is refused."""
         values = parse_json_object(Path(json_file).read_bytes(), str(json_file), refused=ConfigError)
         return cls._decode_special_floats(values)
 
@@ -59,7 +59,7 @@ class TaipanHFConfig(PreTrainedConfig):
         return cls(**config.to_dict(), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers does it; a number of key-value heads only where there is one, as its readers expect."""
+        """As in transformers; without `num_key_value_heads` if it is None, as readers of the dictionary expect."""
         values = super().to_dict()
         if values.get("num_key_value_heads") is None:
             values.pop("num_key_value_heads", None)
@@ -74,7 +74,7 @@ class TaipanHFConfig(PreTrainedConfig):
         return TaipanConfig.from_dict({name: getattr(self, name) for name in _NATIVE})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As transformers does it, with the module that leads programs to this package (`taipan.model.hub`)."""
+        """As in transformers, and with the module through which programs find this package (`taipan.model.hub`)."""
         if not Path(save_directory).is_file():  # which transformers refuses
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_remote_code(Path(save_directory))
@@ -82,7 +82,7 @@ class TaipanHFConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
-        """Nothing: transformers would put a copy of this source, without the package around it, beside the weights."""
+        """Does nothing: transformers would copy this source file, without its package, beside the weights."""
 
     @property
     def num_hidden_layers(self) -> int:

@@ -1,4 +1,4 @@
-"""What all faces of a Taipan decoder are for transformers: how they are built, loaded, saved and trained."""
+"""Base class of all faces of a Taipan decoder for transformers: built, loaded, saved and trained in one way."""
 
 import os
 from pathlib import Path
@@ -22,11 +22,11 @@ from taipan.model.decoder import init_decoder
 from taipan.shipped import model_directory
 
 _Output = TypeVar("_Output", bound=ModelOutput)
-_HEADS = ("score",)  # what a language model's checkpoint does not have, and a head of another kind begins with
+_HEADS = ("score",)  # heads that a language model's checkpoint lacks: drawn at random
 
 
 class TaipanPreTrainedModel(PreTrainedModel):
-    """A decoder, under the names that a native model directory has, and what a subclass puts on it.
+    """A decoder, with parameters named as in a native model directory, and the head of a subclass.
 
     Args:
         config: the configuration.
@@ -65,14 +65,14 @@ class TaipanPreTrainedModel(PreTrainedModel):
             self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), GATES}
 
     def set_progress(self, fraction: float) -> None:
-        """Put budget, temperature and noise where their schedules are at this fraction of training, 0 to 1.
+        """Set budget, temperature and noise to their schedules at this fraction of training, 0 to 1.
 
-        `GateScheduleCallback` calls it at every step of a Trainer; a new or loaded model stands at 1.
+        `GateScheduleCallback` calls it at every step of a Trainer; a new or loaded model is at 1.
         """
         self.model.schedule = GateSchedule.at(self.model.config, fraction)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers does it, and the decoder then knows the new ids."""
+        """As in transformers; the decoder then accepts the new ids."""
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.model.config = self.config.to_native()
         return embedding
@@ -107,7 +107,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
-        """Nothing, as in `TaipanHFConfig`."""
+        """Does nothing, as in `TaipanHFConfig`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,8 +115,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointError: the weights are damaged, or some of the model's are not among them.
-            ConfigError: the directory's config.json says something twice, or has a misspelt setting, which transformers
-                decides in silence.
+            ConfigError: config.json has a name twice, or a misspelt setting; transformers accepts both silently.
             InputError: the device map offloads layers, or an untied head is asked of a checkpoint that has none.
         """
         if isinstance(pretrained_model_name_or_path, str | os.PathLike):
@@ -132,7 +131,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
                 "or go back to an earlier checkpoint."
             ) from error
         model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
-        for parameter in model.parameters():  # as `TaipanLM.from_pretrained`: aligned memory, the same bits
+        for parameter in model.parameters():  # aligned memory, as in `TaipanLM.from_pretrained`; the same bits
             if parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
         return loaded
@@ -149,7 +148,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """What transformers did not find in a checkpoint; a model built without one has been drawn by `TaipanLM`."""
+        """Draw what a checkpoint lacks; a model built without a checkpoint was drawn by `_complete`."""
         name = next((name for name, own in self.named_modules() if own is module), None)
         if name is None or name in _HEADS:  # None: rows that resize_token_embeddings is about to add
             init.normal_(cast(Tensor, module.weight), std=self.model.config.initializer_range)
@@ -170,7 +169,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
         """Whether a forward is to return the state.
 
         Raises:
-            InputError: it is to, and the activations that the state is made of are not kept.
+            InputError: a state is asked for, but the activations it is built from are not kept.
         """
         if self.training and self.model.gradient_checkpointing and use_cache:
             raise InputError(
