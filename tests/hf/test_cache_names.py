@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.utils import generic
 
 from taipan.errors import InputError
+from taipan.hf import TaipanCache, TaipanForSequenceClassification, TaipanModel
 from tests.hf.models import pair
 from tests.models import random_tokens
 
@@ -17,3 +20,13 @@ def test_a_forward_takes_what_came_before_under_both_names() -> None:
         torch.testing.assert_close(model(tokens[:, 5:], **{name: before}).logits, whole)
     with pytest.raises(InputError, match="two names of one argument"):
         model(tokens, cache=before, past_key_values=before)
+
+
+def test_outputs_are_built_with_the_name_of_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the old one transformers 5.24 warns at the first forward, whatever the user wrote."""
+    said: list[tuple[object, ...]] = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda *words: said.append(words))
+    _, model = pair()
+    for face in (model, TaipanModel(model.config), TaipanForSequenceClassification(model.config)):
+        assert isinstance(face.eval()(random_tokens(1, 5), use_cache=True)[ALL_CACHE_NAMES[0]], TaipanCache)
+    assert not said

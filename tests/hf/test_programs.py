@@ -150,8 +150,8 @@ def test_transformers_serve_and_chat_answer_from_a_directory(directory: Path, tm
         assert reply["choices"][0]["message"]["content"] == answer(ids)
         done = subprocess.run(
             ["transformers", "chat", str(tmp_path / "model"), address, f"max_new_tokens={NEW_TOKENS}"],
-            input="hello\n!exit\n",
-            env={**programs(tmp_path), "COLUMNS": "200"},
+            input="hello\nn\n!exit\n",
+            env={**programs(tmp_path), "HF_HUB_OFFLINE": "0", "COLUMNS": "200"},  # it would not even ask this machine
             capture_output=True,
             text=True,
             check=False,

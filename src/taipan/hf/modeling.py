@@ -120,7 +120,8 @@ class TaipanForSequenceClassification(TaipanPreTrainedModel):
         loss = None
         if labels is not None:
             loss = cast(Any, self.loss_function)(labels=labels, pooled_logits=logits, config=self.config)
-        result = SequenceClassifierOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        cache_as_named: Any = {_CACHE: output.past_key_values}
+        result = SequenceClassifierOutputWithPast(loss=loss, logits=logits, **cache_as_named)
         return self._returned(result, return_dict)
 
     def _last(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -221,10 +222,11 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
             decoder = replace(decoder, hidden_BTD=cast(BackboneOutput, decoder).last_hidden_state)
         output = TaipanOutput(decoder, self.lm_head, loss, logits_to_keep=keep)
         deferred = self.training and labels is not None
+        cache_as_named: Any = {_CACHE: self.model.cached(call, output.state) if wants_cache else None}
         result = TaipanCausalLMOutput(
             loss=output.loss,
             logits=output if deferred else output.logits,
-            past_key_values=self.model.cached(call, output.state) if wants_cache else None,
+            **cache_as_named,
             cross_entropy=output.cross_entropy,
             budget=output.budget,
             gates=output.gates,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2ForCausalLM
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from taipan.accounting import parameter_count
 from taipan.config import TaipanConfig
@@ -24,6 +25,8 @@ class Peer:
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self.model = model.to(dtype).eval()
         self._recurrent = isinstance(model, Mamba2ForCausalLM)
+        name = ALL_CACHE_NAMES[0]  # past_key_values; of all models cache, since transformers 5.24
+        self._cache = "cache_params" if self._recurrent and name != "cache" else name
 
     @property
     def parameters(self) -> int:
@@ -34,14 +37,13 @@ class Peer:
     def prefill(self, tokens_BT: Tensor) -> Any:
         """Read a prompt in one call; returns the cache."""
         output = self.model(tokens_BT, use_cache=True, logits_to_keep=1)
-        return output.cache_params if self._recurrent else output.past_key_values
+        return output[self._cache]
 
     @torch.inference_mode()
     def decode(self, token_B1: Tensor, cache: Any, steps: int) -> None:
         """Decode `steps` tokens greedily after a cache, then cut a cache that grows back to its length."""
-        name = "cache_params" if self._recurrent else "past_key_values"
         for _ in range(steps):
-            output = self.model(token_B1, use_cache=True, logits_to_keep=1, **{name: cache})
+            output = self.model(token_B1, use_cache=True, logits_to_keep=1, **{self._cache: cache})
             token_B1 = output.logits[:, -1].argmax(-1, keepdim=True)
         if not self._recurrent:
             cache.crop(-steps)
