@@ -101,6 +101,11 @@ class TaipanCache(Cache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        """That it knows its length: since transformers 5.24 `generate` reads a prompt again whose cache does not."""
+        return [False]
+
+    @property
     def is_croppable(self) -> bool:
         """Whether it can go back if the past was recorded: yes."""
         return True
