@@ -122,8 +122,12 @@ def test_ops_are_measured_both_ways_against_portable(directory: str) -> None:
             assert comparison.other == "portable"
             assert comparison.ratios == (rows["portable", work].values[0] / row.values[0],)
             assert ("GB/s" in row.details) == work.endswith(", forward")
-    share, every = (row for row in found if row.work.startswith("selective attention layer"))
-    assert share.comparisons[0].ratios == (share.values[0] / every.values[0],)
+    for way in (", forward", ", forward and backward"):
+        layer = [row for row in found if row.work.startswith("selective attention layer") and row.work.endswith(way)]
+        every, *shares = layer
+        assert not every.comparisons
+        assert sum("keys of selected tokens" in row.work for row in shares) == len(shares) - 1 == 1
+        assert all(row.comparisons[0].ratios == (row.values[0] / every.values[0],) for row in shares)
 
 
 def test_memory_compares_processes(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:

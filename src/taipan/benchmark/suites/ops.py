@@ -1,7 +1,7 @@
 """Every op of a model by itself, at the model's shapes: forward, and forward with backward."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from taipan.benchmark.timing import Progress, Run, interleaved
 from taipan.config import TaipanConfig
 from taipan.layer_types import table_of
 from taipan.layers.gating import GateSchedule
+from taipan.layers.selective_attention import SelectiveAttention
 from taipan.layout import Layout
 from taipan.ops.attention import api as attention
 from taipan.ops.causal_conv1d import api as causal_conv1d
@@ -265,37 +266,67 @@ class _Inputs:
 
 
 def _layer(settings: Settings, progress: Progress | None) -> list[Measurement]:
-    """The attention part of a SAL that selects the share C of the tokens, and the same with every token selected."""
+    """The attention part of a SAL that selects the share C of the tokens, and the same with every token selected.
+
+    Where its keys are of all tokens, also with keys of the selected tokens only. The backward is that of `gathered`
+    gate gradients: of what was selected.
+    """
     model = build(settings, dtype_of(settings))
     if not model.sals:
         return []
     sal, config = model.sals[0], model.config
-    tokens = settings.tokens[0]
-    h_BTD = torch.randn(settings.batch, tokens, config.hidden_size, generator=seeded_generator(settings.seed, "layer"))
+    batch, tokens = settings.batch, settings.tokens[0]
+    generator = seeded_generator(settings.seed, "layer")
+    h_BTD, direction_BTD = (torch.randn(batch, tokens, config.hidden_size, generator=generator) for _ in range(2))
     x_BTD = F.rms_norm(h_BTD, (config.hidden_size,)).to(sal.q_proj.weight.dtype)
-    layout = Layout(torch.arange(tokens).expand(settings.batch, -1))
+    layout = Layout(torch.arange(tokens).expand(batch, -1))
     schedule = GateSchedule.at(config, 1.0)
     scores = sal.gate.scores(x_BTD if config.gate_input == "normed" else h_BTD).detach()
     margin = (scores[..., 1] - scores[..., 0]).flatten()
     capacity = config.attention_capacity
     thresholds = {capacity: float(margin.quantile(1 - capacity)), 1.0: float("-inf")}
 
-    def run(threshold: float) -> None:
-        sal.gate.threshold.fill_(threshold)
-        with torch.inference_mode():
-            sal(h_BTD, x_BTD, None, layout, schedule)
+    def forward(layer: SelectiveAttention, threshold: float, h_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        layer.gate.threshold.fill_(threshold)
+        return layer(h_BTD, x_BTD, None, layout, schedule).h_BTD
 
-    runs: dict[float, Run] = {share: partial(run, threshold) for share, threshold in thresholds.items()}
+    def forward_alone(layer: SelectiveAttention, threshold: float) -> None:
+        with torch.inference_mode():
+            forward(layer, threshold, h_BTD, x_BTD)
+
+    def both(layer: SelectiveAttention, threshold: float) -> None:
+        leaves = tuple(tensor.detach().requires_grad_() for tensor in (h_BTD, x_BTD))
+        out_BTD = forward(layer, threshold, *leaves)
+        torch.autograd.grad(out_BTD, (*leaves, *layer.parameters()), direction_BTD, allow_unused=True)
+
+    layers = {"": sal}
+    if config.key_value_scope == "all" and config.lookahead == 0:
+        layers[", keys of selected tokens"] = _with_keys_of_selected(sal)
+    # with every token selected the two are one
+    shares = [("", 1.0), *((name, capacity) for name in layers)]
+    runs: dict[tuple[str, str, float], Run] = {
+        (way, name, share): partial(run, layers[name], thresholds[share])
+        for way, run in ((FORWARD, forward_alone), (BOTH, both))
+        for name, share in shares
+    }
     seconds = interleaved(runs, settings.repeats, progress)
     found: list[Measurement] = []
-    for share, values in seconds.items():
+    for (way, name, share), values in seconds.items():
         comparisons: tuple[Comparison, ...] = ()
         if share < 1.0:
-            comparisons = (time_ratio(values, seconds[1.0], "every token selected"),)
-        work = f"{SAL}, {tokens:,} tokens, {100 * share:.0f} % selected, forward"
-        name = model.implementations["attention"]
-        name = chosen("attention", attention.IMPLEMENTATIONS, h_BTD) if name == AUTO else name
+            comparisons = (time_ratio(values, seconds[way, "", 1.0], "every token selected"),)
+        work = f"{SAL}, {tokens:,} tokens, {100 * share:.0f} % selected{name}, {way}"
+        subject = model.implementations["attention"]
+        subject = chosen("attention", attention.IMPLEMENTATIONS, h_BTD) if subject == AUTO else subject
         found.append(
-            Measurement(suite="ops", work=work, subject=name, unit="seconds", values=values, comparisons=comparisons)
+            Measurement(suite="ops", work=work, subject=subject, unit="seconds", values=values, comparisons=comparisons)
         )
     return found
+
+
+def _with_keys_of_selected(sal: SelectiveAttention) -> SelectiveAttention:
+    """The same layer, but keys and values are of the selected tokens only."""
+    config = replace(sal.config, key_value_scope="selected")
+    other = SelectiveAttention(config, {"attention": sal.attention.implementation}, sal.gate.layer)
+    other.load_state_dict(sal.state_dict(), assign=True)
+    return other.eval()

@@ -12,9 +12,8 @@
 #include <limits>
 #include <utility>
 
-#include "gemm.h"
 #include "interface.h"
-#include "narrow.h"
+#include "operands.h"
 
 namespace taipan {
 namespace {
@@ -129,13 +128,6 @@ void make_plan(const Shape& s, const std::int64_t* low, const std::int64_t* high
   plan.counts[3 * b + 2] = parts;
 }
 
-// A row in T, filled up with zeros.
-template <class T, class W>
-inline void widen_padded(Index width, Index pitch, const W* from, T* to) {
-  widen_row(width, from, to);
-  std::fill(to + width, to + pitch, T(0));
-}
-
 template <class T, class W>
 inline void narrow_row(Index width, const T* from, W* to) {
   Index e = 0;
@@ -144,11 +136,11 @@ inline void narrow_row(Index width, const T* from, W* to) {
 }
 
 // A contiguous copy of rows of keys or values: in place they may share few sets of the cache.
-template <class T, class W>
+template <class Matrix, class W>
 void gather(const Shape& s, const Index* stride, const W* from, const std::int32_t* place, Index b, Index g, Index count,
-            T* to) {
+            const Matrix& to) {
   for (Index j = 0; j < count; ++j)
-    widen_padded(s.width, s.pitch(), from + b * stride[0] + place[j] * stride[1] + g * stride[2], to + j * s.pitch());
+    to.set(j, s.width, from + b * stride[0] + place[j] * stride[1] + g * stride[2], 1);
 }
 
 // One block of queries.
@@ -175,16 +167,11 @@ struct Columns {
   }
 
   // The columns as rows (columns, pitch), times a factor; and transposed (width, columns).
-  template <class W>
-  void read(const Index* stride, const W* tensor, T factor, T* rows, T* transposed) const {
-    each(stride, tensor, [&](Index column, const W* row) {
-      T* to = rows + column * s.pitch();
-      widen_padded(s.width, s.pitch(), row, to);
-      for (Index e = 0; e < s.pitch(); e += kLanes<T>) store(to + e, factor * load(to + e));
-    });
-    const Index used = queries * s.shared();
-    std::fill(rows + used * s.pitch(), rows + s.columns() * s.pitch(), T(0));
-    transpose(s.columns(), s.width, rows, s.pitch(), transposed, s.columns());
+  template <class W, class Matrix>
+  void read(const Index* stride, const W* tensor, T factor, const Matrix& rows, const Matrix& transposed) const {
+    each(stride, tensor, [&](Index column, const W* row) { rows.set(column, s.width, row, factor); });
+    rows.clear(queries * s.shared(), s.columns());
+    transposed.set_transposed(rows, s.columns(), s.width);
   }
 
   // Ranges of the columns; empty for columns without a query.
@@ -237,27 +224,50 @@ inline T* statistics_of(const Shape& s, T* all, Index b, Index g, Index block) {
   return all + s.panel(b, g, block) * 2 * s.columns();
 }
 
+// 1/√E goes into the queries, or where those would be rounded, into the scores.
+template <class T, class Matrix>
+struct Scale {
+  T of_queries = 1, of_scores = 1;
+  explicit Scale(const Shape& s) {
+    (Matrix::kRounds ? of_scores : of_queries) = static_cast<T>(1 / std::sqrt(static_cast<double>(s.width)));
+  }
+  template <class Tile>
+  void finish(Tile& scores) const {
+    if constexpr (Matrix::kRounds) scores.scale(of_scores);
+  }
+};
+
+template <class T, class Matrix>
+struct ForwardRoom {
+  using Number = typename Columns<T>::Number;
+  Matrix rows, query, key, value, weights;
+  T *scores, *sums, *out, *highest, *before, *total, *kept;
+  Number *first, *stop;
+  ForwardRoom(Scratch& scratch, const Shape& s) : ForwardRoom(scratch, s.columns(), s.width, s.pitch()) {}
+
+ private:
+  ForwardRoom(Scratch& scratch, Index N, Index E, Index pitch)
+      : rows(scratch, N, pitch), query(scratch, pitch, N), key(scratch, kForwardKeys, pitch),
+        value(scratch, kForwardKeys, pitch), weights(scratch, kForwardKeys, N), scores(weights.wide(scratch, kForwardKeys)),
+        sums(scratch.take<T>(E * N)), out(scratch.take<T>(N * pitch)), highest(scratch.take<T>(N)),
+        before(scratch.take<T>(N)), total(scratch.take<T>(N)), kept(scratch.take<T>(N)), first(scratch.take<Number>(N)),
+        stop(scratch.take<Number>(N)) {}
+};
+
 template <class T, class W>
 int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* out, T* statistics, Index b, Index g,
                   Index block) {
-  using Number = typename Columns<T>::Number;
+  using Matrix = MatrixFor<T, W>;
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   const Index N = s.columns(), E = s.width, pitch = s.pitch();
-  const auto sizes = {N * pitch, E * N, E * N, kForwardKeys * N, kForwardKeys * pitch, kForwardKeys * pitch, N, N, N, N};
-  std::size_t bytes = 2 * Scratch::bytes<Number>(N);
-  for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
-  Scratch& scratch = thread_scratch();
-  if (!scratch.reserve(bytes)) return kNoMemory;
-  T *rows = scratch.take<T>(N * pitch), *query = scratch.take<T>(E * N), *sums = scratch.take<T>(E * N);
-  T* scores = scratch.take<T>(kForwardKeys * N);
-  T *key = scratch.take<T>(kForwardKeys * pitch), *value = scratch.take<T>(kForwardKeys * pitch);
-  T *highest = scratch.take<T>(N), *before = scratch.take<T>(N), *total = scratch.take<T>(N);
-  T* kept = scratch.take<T>(N);
-  Number *first = scratch.take<Number>(N), *stop = scratch.take<Number>(N);
+  const auto room = thread_scratch().lay_out<ForwardRoom<T, Matrix>>(s);
+  if (!room) return kNoMemory;
+  const auto& [rows, query, key, value, weights, scores, sums, result, highest, before, total, kept, first, stop] = *room;
+  const Scale<T, Matrix> scale(s);
 
   const Columns<T> columns(s, plan, b, g, block);
   const Index used = columns.used();
-  columns.read(s.q, in.q, static_cast<T>(1 / std::sqrt(static_cast<double>(E))), rows, query);
+  columns.read(s.q, in.q, scale.of_queries, rows, query);
   columns.read_runs(first, stop);
   std::fill(sums, sums + E * N, T(0));
   std::fill(highest, highest + N, kNone);
@@ -267,13 +277,15 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
     const std::int32_t* place = plan.key + b * s.keys + begin;
     gather(s, s.k, in.k, place, b, g, count, key);
     gather(s, s.v, in.v, place, b, g, count, value);
+    value.pair_up(0, count, 0, pitch);
     std::copy(highest, highest + N, before);
     const auto [left, right] = columns.seeing(begin, begin + count, first, stop);
     for_tiles<T>(count, right - left, [&, left = left]<int R, int V>(Index j, Index column) {
       const Index c = left + column;
       Tile<T, R, V> tile;
       tile.clear();
-      tile.multiply(E, key + j * pitch, pitch, 1, query + c, N);
+      Matrix::multiply_rows(tile, 0, E, key, j, query, c);
+      scale.finish(tile);
       if (!columns.bounds.all_see(begin + j, begin + j + R))
         for (int r = 0; r < R; ++r)
           for (int w = 0; w < V; ++w) {
@@ -291,10 +303,12 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
       const Vector<T> high = load(highest + c);
       const Vector<T> base = high == splat(kNone) ? Vector<T>{} : high;  // no key yet
       Vector<T> summed{};
-      for (Index j = 0; j < count; ++j) {
+      for (Index j = 0; j < count; j += 2) {
         const Vector<T> p = exponential(load(scores + j * N + c) - base);
+        const Vector<T> next = j + 1 < count ? exponential(load(scores + (j + 1) * N + c) - base) : Vector<T>{};
         summed += p;
-        store(scores + j * N + c, p);
+        summed += next;
+        weights.put_two(j, c, p, next);
       }
       const Vector<T> factor = exponential(load(before + c) - base);
       store(kept + c, factor);
@@ -304,7 +318,7 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
       const Index c = left + column;
       Tile<T, R, V> tile;
       tile.clear();
-      tile.multiply(count, value + e, 1, pitch, scores + c, N);
+      Matrix::multiply_columns(tile, 0, count, value, e, weights, c);
       for (int w = 0; w < V; ++w) {
         const Vector<T> factor = load(kept + c + w * kLanes<T>);
         for (int r = 0; r < R; ++r) {
@@ -319,9 +333,9 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
     own[c] = total[c] > 0 ? highest[c] : T(0);
     own[N + c] = total[c] > 0 ? 1 / total[c] : T(0);
   }
-  transpose(E, used, sums, N, rows, pitch);
-  columns.each(s.out, out, [&](Index column, W* row) {
-    T* from = rows + column * pitch;
+  transpose(E, used, sums, N, result, pitch);
+  columns.each(s.out, out, [&, result = result](Index column, W* row) {
+    T* from = result + column * pitch;
     for (Index e = 0; e < E; ++e) from[e] *= own[N + column];
     narrow_row(E, from, row);
   });
@@ -376,24 +390,32 @@ void make_delta(const Shape& s, const Gradients<T, W>& out, const Plan& plan, T*
   });
 }
 
+template <class T, class Matrix>
+struct BackwardRoom {
+  using Number = typename Columns<T>::Number;
+  Matrix query, dout, query_transposed, dout_transposed, key, value, weights, dscores;
+  T *wide_weights, *dkey, *dvalue;
+  Number *first, *stop;
+  BackwardRoom(Scratch& scratch, const Shape& s) : BackwardRoom(scratch, s.columns(), s.pitch(), kBackwardKeys) {}
+
+ private:
+  BackwardRoom(Scratch& scratch, Index N, Index pitch, Index K)
+      : query(scratch, N, pitch), dout(scratch, N, pitch), query_transposed(scratch, pitch, N),
+        dout_transposed(scratch, pitch, N), key(scratch, K, pitch), value(scratch, K, pitch), weights(scratch, K, N),
+        dscores(scratch, K, N), wide_weights(weights.wide(scratch, K)), dkey(scratch.take<T>(K * pitch)),
+        dvalue(scratch.take<T>(K * pitch)), first(scratch.take<Number>(N)), stop(scratch.take<Number>(N)) {}
+};
+
 template <class T, class W>
 int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>& out, const Plan& plan,
                    const Shared<T>& shared, Index b, Index g, Index slice) {
-  using Number = typename Columns<T>::Number;
+  using Matrix = MatrixFor<T, W>;
   const Index N = s.columns(), E = s.width, pitch = s.pitch(), K = kBackwardKeys;
-  const auto sizes = {N * pitch, N * pitch, E * N, E * N, K * N, K * N, K * pitch, K * pitch, K * pitch, K * pitch};
-  std::size_t bytes = 2 * Scratch::bytes<Number>(N);
-  for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
-  Scratch& scratch = thread_scratch();
-  if (!scratch.reserve(bytes)) return kNoMemory;
-  T *query = scratch.take<T>(N * pitch), *dout = scratch.take<T>(N * pitch);
-  T *query_transposed = scratch.take<T>(E * N), *dout_transposed = scratch.take<T>(E * N);
-  T *weights = scratch.take<T>(K * N), *dscores = scratch.take<T>(K * N);
-  T *key = scratch.take<T>(K * pitch), *value = scratch.take<T>(K * pitch);
-  T *dkey = scratch.take<T>(K * pitch), *dvalue = scratch.take<T>(K * pitch);
-  Number *first = scratch.take<Number>(N), *stop = scratch.take<Number>(N);
-
-  const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(E)));
+  const auto room = thread_scratch().lay_out<BackwardRoom<T, Matrix>>(s);
+  if (!room) return kNoMemory;
+  const auto& [query, dout, query_transposed, dout_transposed, key, value, weights, dscores, wide_weights, dkey, dvalue,
+               first, stop] = *room;
+  const Scale<T, Matrix> scale(s);
   const Index slice_begin = plan.slice(s, b, slice), slice_end = plan.slice(s, b, slice + 1);
   for (Index block = 0; block < plan.blocks(s, b); ++block)
     if (plan.meets(s, b, block, slice))
@@ -403,25 +425,30 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
     const std::int32_t* place = plan.key + b * s.keys + begin;
     gather(s, s.k, in.k, place, b, g, end - begin, key);
     gather(s, s.v, in.v, place, b, g, end - begin, value);
+    key.pair_up(0, end - begin, 0, pitch);
     std::fill(dkey, dkey + (end - begin) * pitch, T(0));
     std::fill(dvalue, dvalue + (end - begin) * pitch, T(0));
     for (Index block = 0; block < plan.blocks(s, b); ++block) {
       const Columns<T> columns(s, plan, b, g, block);
       const Bounds& bounds = columns.bounds;
       if (!bounds.meets(begin, end)) continue;
-      columns.read(s.q, in.q, scale, query, query_transposed);
+      columns.read(s.q, in.q, scale.of_queries, query, query_transposed);
       columns.read(s.dout, out.dout, T(1), dout, dout_transposed);
+      query.pair_up(0, N, 0, pitch);
+      dout.pair_up(0, N, 0, pitch);
       columns.read_runs(first, stop);
       const T *highest = statistics_of(s, shared.statistics, b, g, block), *share = highest + N;
       const T* delta = shared.delta + s.panel(b, g, block) * N;
       // Only the keys that some query sees.
-      const Index from = std::max<Index>(begin, bounds.lowest) - begin, to = std::min<Index>(end, bounds.highest) - begin;
+      const Index lowest = std::max<Index>(begin, bounds.lowest) - begin, to = std::min<Index>(end, bounds.highest) - begin;
+      const Index from = lowest - lowest % Matrix::kTogether;
       const auto [left, right] = columns.seeing(begin, end, first, stop);
       for_tiles<T>(to - from, right - left, [&, left = left]<int R, int V>(Index row, Index column) {
         const Index j = from + row, c = left + column;
         Tile<T, R, V> tile;
         tile.clear();
-        tile.multiply(E, key + j * pitch, pitch, 1, query_transposed + c, N);
+        Matrix::multiply_rows(tile, 0, E, key, j, query_transposed, c);
+        scale.finish(tile);
         const bool all = bounds.all_see(begin + j, begin + j + R);
         for (int w = 0; w < V; ++w) {
           const Index at = c + w * kLanes<T>;
@@ -431,26 +458,28 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
             if (!all) tile.v[r][w] = Columns<T>::see(begin + j + r, first + at, stop + at) ? p : Vector<T>{};
           }
         }
-        tile.put(weights + j * N + c, N);
+        weights.put(tile, j, c);
+        if constexpr (Matrix::kRounds) tile.put(wide_weights + j * N + c, N);
       });
       for_tiles<T>(to - from, right - left, [&, left = left]<int R, int V>(Index row, Index column) {
         const Index j = from + row, c = left + column;
         Tile<T, R, V> tile;
         tile.clear();
-        tile.multiply(E, value + j * pitch, pitch, 1, dout_transposed + c, N);
+        Matrix::multiply_rows(tile, 0, E, value, j, dout_transposed, c);
         for (int w = 0; w < V; ++w) {
           const Vector<T> mean = load(delta + c + w * kLanes<T>);
           for (int r = 0; r < R; ++r)
-            tile.v[r][w] = load(weights + (j + r) * N + c + w * kLanes<T>) * (tile.v[r][w] - mean);
+            tile.v[r][w] = load(wide_weights + (j + r) * N + c + w * kLanes<T>) * (tile.v[r][w] - mean);
         }
-        tile.put(dscores + j * N + c, N);
+        dscores.put(tile, j, c);
       });
-      const auto add = [&, left = left, right = right](const T* factors, const T* rows, T* target) {
+      dscores.pair_up(from, to, left, right);
+      const auto add = [&, left = left, right = right](const Matrix& factors, const Matrix& rows, T* target) {
         for_tiles<T>(to - from, pitch, [&]<int R, int V>(Index row, Index e) {
           const Index j = from + row;
           Tile<T, R, V> tile;
           tile.clear();
-          tile.multiply(right - left, factors + j * N + left, N, 1, rows + left * pitch + e, pitch);
+          Matrix::multiply_rows(tile, left, right, factors, j, rows, e);
           tile.add_to(target + j * pitch + e, pitch);
         });
       };
@@ -461,10 +490,12 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
         const Index c = left + column;
         Tile<T, R, V> tile;
         tile.clear();
-        tile.multiply(to - from, key + from * pitch + e, 1, pitch, dscores + from * N + c, N);
+        Matrix::multiply_columns(tile, from, to, key, e, dscores, c);
         tile.add_to(dq + e * N + c, N);
       });
     }
+    if constexpr (Matrix::kRounds)
+      for (Index i = 0; i < (end - begin) * pitch; i += kLanes<T>) store(dkey + i, scale.of_scores * load(dkey + i));
     for (Index j = 0; j < end - begin; ++j) {
       const Index at = ((b * s.keys + place[j]) * s.groups + g) * E;
       narrow_row(E, dkey + j * pitch, out.dk + at);

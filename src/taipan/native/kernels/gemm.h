@@ -33,7 +33,7 @@ struct Tile {
 #if defined(__AVX512BF16__)
   // The same for bfloat16 with sums in fp32, two k at once: a(r, 2k) and a(r, 2k + 1) lie beside each other, and so do
   // b(2k, ·) and b(2k + 1, ·), lane by lane. Numbers below the smallest normal one count as 0.
-  void multiply_pairs(Index pairs, const Bfloat16* a, Index a_row, const Bfloat16* b, Index b_pair) {
+  void multiply_pairs(Index pairs, const Bfloat16* a, Index a_row, Index a_pair, const Bfloat16* b, Index b_pair) {
     static_assert(std::is_same_v<T, float>);
     Vector<T> sum[R][W];  // of its own, or each step would go through memory
     std::memcpy(&sum, &v, sizeof v);
@@ -46,7 +46,7 @@ struct Tile {
         const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
         for (int w = 0; w < W; ++w) sum[r][w] = _mm512_dpbf16_ps(sum[r][w], left, right[w]);
       }
-      a += 2;
+      a += a_pair;
       b += b_pair;
     }
     std::memcpy(&v, &sum, sizeof v);
@@ -62,6 +62,11 @@ struct Tile {
   void take(const T* c, Index c_row, T factor) {
     for (int r = 0; r < R; ++r)
       for (int w = 0; w < W; ++w) v[r][w] = factor * load(c + r * c_row + w * kLanes<T>);
+  }
+
+  void scale(T factor) {
+    for (int r = 0; r < R; ++r)
+      for (int w = 0; w < W; ++w) v[r][w] *= factor;
   }
 
   void scale_rows(const T* factor) {

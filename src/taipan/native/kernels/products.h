@@ -226,7 +226,7 @@ struct PairProduct {
         tile.clear();
       else
         tile.take(add.at + i * add.row + j, add.row, add.factor);
-      tile.multiply_pairs(end - first, left.part(0) + i * left.row + 2 * first, left.row,
+      tile.multiply_pairs(end - first, left.part(0) + i * left.row + 2 * first, left.row, 2,
                           right.part(0) + first * right.pair + 2 * j, right.pair);
       tile.put(out + i * out_row + j, out_row);
     });
