@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from taipan.ops import attention, causal_conv1d, gated_rms_norm, ssd
+from taipan.ops import attention, gated_rms_norm, ssd
+from taipan.ops import causal_conv1d as convolution
 from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.attention.reference import windowed_attention
 from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
-from taipan.ops.cuda import ATTENTION, CONVOLUTION, NORM, SCAN, Kernel
+from taipan.ops.cuda import ATTENTION, CONVOLUTION, NORM, SCAN, TRITON_CONVOLUTION, Kernel
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.reference import ssd_recurrent
@@ -150,6 +152,43 @@ def causal_conv1d_fn(
     return _LikeIt.apply(y.transpose(1, 2))
 
 
+def causal_conv1d(
+    x,
+    weight=None,
+    bias=None,
+    residual=None,
+    initial_state=None,
+    output_final_state=False,
+    activation=None,
+    backend="triton",
+    cu_seqlens=None,
+    cu_seqlens_cpu=None,
+    chunk_indices=None,
+    cp_context=None,
+) -> tuple[Tensor, Tensor | None]:
+    """fla's: sequences one after the other in one row, a state of K columns each."""
+    assert (residual, output_final_state, backend) == (None, False, "triton")
+    assert x.dtype in WIDTHS
+    assert weight.dtype == bias.dtype == torch.float32
+    if initial_state is not None:
+        sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        assert initial_state.shape == (sequences, x.shape[2], weight.shape[1])
+    starts = [0, x.shape[1]]
+    if cu_seqlens is not None:
+        assert len(x) == 1
+        assert cu_seqlens.dtype == torch.int64
+        assert (cu_seqlens.diff() > 0).all()
+        starts = cu_seqlens.tolist()
+        assert (starts[0], starts[-1]) == (0, x.shape[1])
+    parts: list[Tensor] = []
+    for number, (begin, end) in enumerate(pairwise(starts)):
+        own = slice(None) if cu_seqlens is None else slice(number, number + 1)
+        columns = None if initial_state is None else initial_state[own, :, 1:].mT
+        inputs = ConvolutionInputs(x[:, begin:end], weight, bias, columns, activation=activation)
+        parts.append(causal_conv1d_reference(inputs)[0])
+    return torch.cat(parts, 1), None
+
+
 def varlen_attn(*arguments: Any, **options: Any) -> Tensor:
     """PyTorch's signature; query i of m sees keys [i + n - m - left, i + n - m] of n."""
     bound = inspect.signature(SIGNATURE).bind(*arguments, **options)
@@ -180,8 +219,14 @@ def varlen_attn(*arguments: Any, **options: Any) -> Tensor:
 
 
 SIGNATURE = varlen.varlen_attn
-STAND_INS = {SCAN: mamba_chunk_scan_combined, NORM: rmsnorm_fn, CONVOLUTION: causal_conv1d_fn, ATTENTION: varlen_attn}
-_APIS = (ssd.api, causal_conv1d.api, gated_rms_norm.api, attention.api)
+STAND_INS = {
+    SCAN: mamba_chunk_scan_combined,
+    NORM: rmsnorm_fn,
+    CONVOLUTION: causal_conv1d_fn,
+    TRITON_CONVOLUTION: causal_conv1d,
+    ATTENTION: varlen_attn,
+}
+_APIS = (ssd.api, convolution.api, gated_rms_norm.api, attention.api)
 
 
 @contextmanager

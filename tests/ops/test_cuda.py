@@ -5,20 +5,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taipan import TaipanLM
 from taipan.errors import ConfigError
+from taipan.model import decoder
 from taipan.ops import attention, cuda
+from taipan.ops.causal_conv1d import cuda as convolution
 from taipan.ops.causal_conv1d.api import causal_conv1d
-from taipan.ops.cuda import ATTENTION, can_index, cuda_status
+from taipan.ops.cuda import ATTENTION, SCAN, TRITON_CONVOLUTION, CudaStatus, Kernel, can_index, cuda_status
 from taipan.ops.dispatch import chosen, select
 from taipan.ops.gated_rms_norm.api import rms_norm
 from taipan.ops.ssd.api import ssd
-from tests.models import random_tokens, small_config
+from tests.models import random_tokens, small_config, small_model
 from tests.ops.cuda_stand_ins import SIGNATURE, newer_mamba_chunk_scan_combined, stand_ins, varlen_attn
 from tests.ops.fuzz import OPS, Draw, describe, results
 
@@ -58,6 +62,19 @@ def test_a_call_site_gives_what_the_reference_gives(op: str) -> None:
         called += 1
         assert_near(actual, results(case, case.reference, case.inputs), f"case {seed}: {describe(case)}")
     assert called >= least
+
+
+def test_the_convolution_by_triton_gives_what_the_reference_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents, numbers that come again, and states, of several rows, become sequences."""
+    monkeypatch.setattr(convolution, "cuda_status", lambda op: CudaStatus(True, "", TRITON_CONVOLUTION))
+    called = 0
+    for seed in range(2 * CASES):
+        case = OPS["causal_conv1d"][0](Draw(seed))
+        with stand_ins() as calls:
+            actual = results(case, lambda tensors, case=case: case.run(tensors, "cuda"), case.inputs)
+        called += calls["causal_conv1d"]
+        assert_near(actual, results(case, case.reference, case.inputs), f"case {seed}: {describe(case)}")
+    assert called >= CASES // 2
 
 
 class Tokens:
@@ -340,11 +357,70 @@ def test_a_package_that_does_not_import_is_named_and_portable_runs(
     assert "cannot be imported: OSError: undefined symbol: c10" in cuda_status("ssd").reason
 
 
+def test_the_second_kernel_is_taken_where_the_first_is_not_there(gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "find_spec", lambda name: ModuleSpec(name, None) if name == "fla" else None)
+    assert cuda_status("causal_conv1d").kernel is TRITON_CONVOLUTION
+    assert cuda_status("causal_conv1d").reason == "causal_conv1d of fla"
+    assert "mamba_ssm is not installed" in cuda_status("ssd").reason
+
+
+def test_triton_files_are_imported_without_the_compiled_ones_of_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SCAN.files_alone
+    package = tmp_path / "half_a_package"
+    (package / "kernels").mkdir(parents=True)
+    (package / "__init__.py").write_text("import half_a_package_compiled\n")
+    (package / "kernels" / "good.py").write_text("import half_a_package.kernels.other\ndef run(): return 'ran'\n")
+    (package / "kernels" / "other.py").write_text("")
+    (package / "kernels" / "bad.py").write_text("import half_a_package_compiled\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("half_a_package", "half_a_package.kernels.{}", "run")
+
+    def kernel(module: str, files_alone: bool) -> Kernel:
+        return Kernel(names[0], names[1].format(module), names[2], files_alone)
+
+    for module, files_alone in (("good", False), ("bad", True)):
+        with pytest.raises(ModuleNotFoundError, match="half_a_package_compiled"):
+            kernel(module, files_alone).load()
+        assert "half_a_package" not in sys.modules
+    assert kernel("good", True).load()() == "ran"
+    for name in [name for name in sys.modules if name.startswith("half_a_package")]:
+        del sys.modules[name]
+
+
 def test_without_a_device_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_spec", lambda name: ModuleSpec(name, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda_status("ssd").reason == "mamba_chunk_scan_combined of mamba_ssm is there, but no CUDA device"
     assert "no kernel of another package" in cuda_status("linear_cross_entropy").reason
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recorded", "reads"), [(False, 2), (True, 0)])
+def test_a_step_of_mamba2_reads_nothing_but_the_range_of_its_ids(
+    recorded: bool, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a CUDA graph can be made of it, while which nothing can be read."""
+    monkeypatch.setattr(decoder, "_recorded", lambda tokens: recorded)
+    model = small_model(("mamba2", "mamba2"), dtype=torch.float32)
+    tokens = random_tokens(2, 1)
+    with torch.no_grad():
+        state = model(tokens).state
+        with Reads() as mode:
+            model(tokens, state=state).state.tensors()
+    assert mode.count == reads
 
 
 def test_importing_taipan_imports_no_kernel() -> None:

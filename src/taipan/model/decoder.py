@@ -141,12 +141,19 @@ class TaipanDecoder(nn.Module):
                 f"The tokens have shape {tuple(tokens_BT.shape)}, but must be (batch, length) with at least one row "
                 "and one token: start an empty prompt with the end-of-text token."
             )
+        if _recorded(tokens_BT):
+            return  # there are no ids yet
         low, high = torch.stack(tokens_BT.aminmax()).tolist()
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(
                 f"Token id {low if low < 0 else high} is out of range: this model knows ids 0 to "
                 f"{self.config.vocab_size - 1}. Was the text encoded with another tokenizer?"
             )
+
+
+def _recorded(tokens_BT: Tensor) -> bool:
+    """Whether a CUDA graph is made of the call: then nothing can be read from the device."""
+    return tokens_BT.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def restore_gate(gate: GateOutput, restore: Callable[[Tensor], Tensor], attention_mask: Tensor | None) -> GateOutput:

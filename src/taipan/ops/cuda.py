@@ -4,11 +4,13 @@ They are imported only when a CUDA tensor needs them. How the call sites were ch
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -26,15 +28,31 @@ class Kernel:
         package: the name it is imported by.
         module: where the function is.
         function: its name.
+        files_alone: its module can be imported without the package's `__init__`, where that needs compiled files.
     """
 
     package: str
     module: str
     function: str
+    files_alone: bool = False
 
     def load(self) -> Callable[..., Any]:
         """Import it (once per process)."""
-        return cast(Callable[..., Any], getattr(import_module(self.module), self.function))
+        return cast(Callable[..., Any], getattr(self._module(), self.function))
+
+    def _module(self) -> ModuleType:
+        try:
+            return import_module(self.module)
+        except ModuleNotFoundError as error:
+            spec = find_spec(self.package)
+            if not self.files_alone or spec is None or error.name == self.package:
+                raise
+            sys.modules[self.package] = module_from_spec(spec)  # with its path, not yet run
+            try:
+                return import_module(self.module)
+            except BaseException:
+                del sys.modules[self.package]
+                raise
 
     def __call__(self, *arguments: object, **options: object) -> Any:
         """Call it; products keep the dtype they are given."""
@@ -42,18 +60,19 @@ class Kernel:
             return self.load()(*arguments, **options)
 
 
-SCAN = Kernel("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
-NORM = Kernel("mamba_ssm", "mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn")
+SCAN = Kernel("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", files_alone=True)
+NORM = Kernel("mamba_ssm", "mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn", files_alone=True)
 CONVOLUTION = Kernel("causal_conv1d", "causal_conv1d", "causal_conv1d_fn")
 ATTENTION = Kernel("torch", "torch.nn.attention.varlen", "varlen_attn")
+TRITON_CONVOLUTION = Kernel("fla", "fla.modules.causal_conv1d", "causal_conv1d")
 KERNELS = {
-    "ssd": SCAN,
-    "causal_conv1d": CONVOLUTION,
-    "gated_rms_norm": NORM,
-    "rms_norm": NORM,
-    "attention": ATTENTION,
+    "ssd": (SCAN,),
+    "causal_conv1d": (CONVOLUTION, TRITON_CONVOLUTION),
+    "gated_rms_norm": (NORM,),
+    "rms_norm": (NORM,),
+    "attention": (ATTENTION,),
 }
-"""What the `cuda` implementation of an op calls."""
+"""What the `cuda` implementation of an op calls: the first that is there."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class CudaStatus:
 
     available: bool
     reason: str
+    kernel: Kernel | None = None
 
 
 @cache
@@ -69,7 +89,11 @@ def cuda_status(op: str) -> CudaStatus:
     """Find the kernel of an op. Imports it only if there is a CUDA device. Never raises."""
     if op not in KERNELS:
         return CudaStatus(False, "no kernel of another package is used for it")
-    kernel = KERNELS[op]
+    found = [_status(kernel) for kernel in KERNELS[op]]
+    return next((status for status in found if status.available), found[0])
+
+
+def _status(kernel: Kernel) -> CudaStatus:
     if find_spec(kernel.package) is None:
         return CudaStatus(False, f"{kernel.package} is not installed: {how_to_install('gpu')} (docs/gpu.md)")
     if not torch.cuda.is_available():
@@ -80,7 +104,7 @@ def cuda_status(op: str) -> CudaStatus:
         kernel.load()
     except Exception as error:  # of other people's compiled code: whatever it is, the portable implementation runs
         return CudaStatus(False, f"{kernel.module} cannot be imported: {type(error).__name__}: {error}")
-    return CudaStatus(True, f"{kernel.function} of {kernel.package}")
+    return CudaStatus(True, f"{kernel.function} of {kernel.package}", kernel)
 
 
 _WIDTHS = (torch.float16, torch.bfloat16, torch.float32)
