@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from taipan import TaipanConfig, TaipanLM
 from taipan.accounting import flops_per_token, parameter_count
@@ -466,25 +466,22 @@ def captured(step: Callable[[], None]) -> Callable[[], object]:
     return graph.replay
 
 
-class Reads(TorchDispatchMode):
-    """Counts operations that bring numbers to the host: there each of them waits for the device."""
+class Reads(TorchFunctionMode):
+    """Counts the calls that bring numbers to the host; on a GPU each of them waits for it."""
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+    NAMES = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero", "equal")
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in args if isinstance(leaf, Tensor)]
-        moved = isinstance(result, Tensor) and not result.is_cuda and any(leaf.is_cuda for leaf in given)
-        self.count += moved or func.overloadpacket.__name__ in self.NAMES
-        return result
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
 
 
 def synchronisations(bench: Bench) -> None:
-    """How often a step waits for the device: operations that read from it, and what CUDA itself warns of."""
+    """How often a step waits for the device: calls that read from it, and what CUDA itself warns of."""
     for name in ("taipan-190m", "mamba2-130m"):
         config = preset(bench, name)
         ids = random_tokens(config, bench, 2, bench.size(1024, 32))
@@ -543,11 +540,12 @@ def selected(bench: Bench) -> None:
     precise = {name: tensor.detach().double() for name, tensor in given.items()}
     truth = _attention(at[None], everything[None], (None, None), window, precise, "reference")
     backward = bench.device.type == "cuda"  # PyTorch has none of FlexAttention on a CPU
+    plain = {name: tensor.detach() for name, tensor in given.items()}
     for name, way in ways.items():
         for gradients in (False, True) if backward or name == "auto" else (False,):
-            with torch.set_grad_enabled(gradients):
-                seconds = bench.seconds({name: partial(_once, way, given, gradients)})[name]
-                error = _error(way(given).detach(), truth)
+            used = given if gradients else plain
+            seconds = bench.seconds({name: partial(_once, way, used, gradients)})[name]
+            error = _error(way(used).detach(), truth)
             bench.write(way=name, backward=gradients, milliseconds=1e3 * seconds, error=error)
 
 

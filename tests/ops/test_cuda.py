@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from taipan import TaipanLM
 from taipan.errors import ConfigError
@@ -68,13 +68,13 @@ def test_the_convolution_by_triton_gives_what_the_reference_gives(monkeypatch: p
     """Documents, numbers that come again, and states, of several rows, become sequences."""
     monkeypatch.setattr(convolution, "cuda_status", lambda op: CudaStatus(True, "", TRITON_CONVOLUTION))
     called = 0
-    for seed in range(2 * CASES):
+    for seed in range(CASES):
         case = OPS["causal_conv1d"][0](Draw(seed))
         with stand_ins() as calls:
             actual = results(case, lambda tensors, case=case: case.run(tensors, "cuda"), case.inputs)
         called += calls["causal_conv1d"]
         assert_near(actual, results(case, case.reference, case.inputs), f"case {seed}: {describe(case)}")
-    assert called >= CASES // 2
+    assert called >= CASES // 4
 
 
 class Tokens:
@@ -372,6 +372,7 @@ def test_triton_files_are_imported_without_the_compiled_ones_of_their_package(
     (package / "kernels").mkdir(parents=True)
     (package / "__init__.py").write_text("import half_a_package_compiled\n")
     (package / "kernels" / "good.py").write_text("import half_a_package.kernels.other\ndef run(): return 'ran'\n")
+    (package / "kernels" / "__init__.py").write_text("")
     (package / "kernels" / "other.py").write_text("")
     (package / "kernels" / "bad.py").write_text("import half_a_package_compiled\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -396,19 +397,20 @@ def test_without_a_device_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -
     assert "no kernel of another package" in cuda_status("linear_cross_entropy").reason
 
 
-class Reads(TorchDispatchMode):
-    """Counts the numbers that are read from the device."""
+class Reads(TorchFunctionMode):
+    """Counts the calls that bring numbers to the host."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal")
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        self.count += name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero", "equal")
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("recorded", "reads"), [(False, 2), (True, 0)])
+@pytest.mark.parametrize(("recorded", "reads"), [(False, 1), (True, 0)])
 def test_a_step_of_mamba2_reads_nothing_but_the_range_of_its_ids(
     recorded: bool, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

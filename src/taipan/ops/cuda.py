@@ -93,8 +93,15 @@ def cuda_status(op: str) -> CudaStatus:
     return next((status for status in found if status.available), found[0])
 
 
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # imported already, not from a file
+        return True
+
+
 def _status(kernel: Kernel) -> CudaStatus:
-    if find_spec(kernel.package) is None:
+    if not _is_there(kernel.package):
         return CudaStatus(False, f"{kernel.package} is not installed: {how_to_install('gpu')} (docs/gpu.md)")
     if not torch.cuda.is_available():
         return CudaStatus(False, f"{kernel.function} of {kernel.package} is there, but no CUDA device")
