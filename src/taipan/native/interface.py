@@ -6,7 +6,8 @@ tensor device and dtype.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -131,6 +132,16 @@ class Structure(ctypes.Structure):
             TypeError: a field is missing, unknown, or of another type than it is declared.
             InputError: a tensor is not on the CPU.
         """
+        steps = _steps(cls, real)
+        if len(steps) == len(values):
+            try:
+                return cls(*[values[name] if step is None else step(values[name]) for name, step in steps])
+            except (KeyError, TypeError):
+                pass  # said below what is wrong
+        return cls._one_by_one(real, values)
+
+    @classmethod
+    def _one_by_one(cls, real: torch.dtype, values: dict[str, Value]) -> Self:
         made = cls()
         for name, kind in fields_of(cls):
             try:
@@ -162,6 +173,34 @@ def fields_of(structure: type[ctypes.Structure]) -> Sequence[tuple[str, Any]]:
 
 
 _PLAIN = (Index, ctypes.c_double)  # ctypes takes nothing but a number for these
+
+
+@cache
+def _steps(structure: type[ctypes.Structure], real: torch.dtype) -> tuple[tuple[str, Callable[[Any], Any] | None], ...]:
+    """Every field with what its value goes through; a step of training makes a hundred structures and more."""
+    return tuple(
+        (
+            name,
+            None
+            if kind in _PLAIN
+            else _step(kind, real)
+            if issubclass(kind, Address)
+            else partial(_converted, kind, real=real),
+        )
+        for name, kind in fields_of(structure)
+    )
+
+
+def _step(kind: type[Address], real: torch.dtype) -> Callable[[Any], int | None]:
+    """As `_address`, which it leaves whatever is no tensor of the right dtype to."""
+    known = {real if dtype is None else dtype for dtype in kind.dtypes}
+
+    def address(value: Any) -> int | None:
+        if isinstance(value, Tensor) and value.is_cpu and value.dtype in known:
+            return value.data_ptr()
+        return _address(kind, value, real)
+
+    return address
 
 
 def _converted(kind: Any, value: Value, real: torch.dtype) -> Any:
