@@ -316,7 +316,9 @@ class TextModel:
         with inference(self.model):
             output = self.model(tokens_1T, state=before.state, logits_to_keep=1)
             first = -before.logits_BV[0].double().log_softmax(0)[tokens_1T[0, 0]]
-            later = token_nats(self.model.lm_head, output.hidden_BTD[0, :-1], tokens_1T[0, 1:])
+            names = self.model.implementations
+            hidden_MD, head = output.hidden_BTD[0, :-1], self.model.lm_head
+            later = token_nats(head, hidden_MD, tokens_1T[0, 1:], names["linear_cross_entropy"])
             after = Reading(output.logits[:, -1].float(), output.state)
             return torch.cat([first[None].cpu(), later.cpu().double()]).clone(), after
 

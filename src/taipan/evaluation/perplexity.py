@@ -260,7 +260,9 @@ def _predict(
         output = model(tokens_BT.to(device), state=state, attention_mask=mask)
         target_M = target_BT[real_BT]
         hidden_MD = output.hidden_BTD[real_BT.to(device)]
-        nats_M = token_nats(model.lm_head, hidden_MD, target_M.to(device))
+        nats_M = token_nats(
+            model.lm_head, hidden_MD, target_M.to(device), model.implementations["linear_cross_entropy"]
+        )
         if not bool(nats_M.isfinite().all()):
             raise CheckpointError(f"What the model says of these texts is not finite. {OVERFLOW}")
         position_BT = (begin + torch.arange(target_BT.shape[1])).expand_as(target_BT)

@@ -16,7 +16,7 @@ from taipan.layers.norm import RMSNorm
 from taipan.layout import Arrangement, Layout, Recalled, arrange
 from taipan.model.block import Block, normed_and_sum
 from taipan.ops.recall import recall, remember
-from taipan.shapes import IntBT
+from taipan.shapes import FloatBTD, IntBT
 from taipan.state import NO_SEGMENT, DecoderState, StateBuilder, architecture_fingerprint, nothing_recent
 
 _SMALLEST_SQUARE = 1e-6  # of an embedding, for its norm
@@ -63,16 +63,7 @@ class TaipanDecoder(nn.Module):
         segment_ids: Tensor | None = None,
     ) -> DecoderOutput:
         """Run the layers; arguments as in `TaipanLM.forward`."""
-        self._check(tokens_BT)
-        batch = tokens_BT.shape[0]
-        if state is not None:
-            state.require(self.config, batch)
-        before = state or no_layers_state(self.config, batch, tokens_BT.device)
-        call = arrange(tokens_BT, before, attention_mask, segment_ids)
-        layout, remember_tokens = self._recall(call, before)
-        h_BTD = self.embed_tokens(call.tokens_BT)
-        if self.config.residual_in_fp32:
-            h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
+        call, layout, remember_tokens, h_BTD = self._enter(tokens_BT, state, attention_mask, segment_ids)
         builders: list[StateBuilder] = []
         gates: list[GateOutput] = []
         branch_BTD: Tensor | None = None
@@ -104,6 +95,45 @@ class TaipanDecoder(nn.Module):
         restored = tuple(restore_gate(gate, call.restore, attention_mask) for gate in gates)
         hidden_BTD = call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0])
         return DecoderOutput(hidden_BTD=hidden_BTD, build_state=build_state, gates=restored)
+
+    def closed_and_open(
+        self, tokens_BT: IntBT, state: DecoderState | None, attention_mask: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[FloatBTD, FloatBTD]:
+        """The normed hidden states with every gate closed, and with every gate open; arguments as in `forward`.
+
+        What lies before the first gate is computed once, and nothing is kept of a state.
+        """
+        call, layout, _, h_BTD = self._enter(tokens_BT, state, attention_mask, segment_ids)
+        start: tuple[int, Tensor, Tensor | None] | None = None
+        ends: list[Tensor] = []
+        for forced in ("closed", "open"):
+            first, h_BTD, branch_BTD = start or (0, h_BTD, None)
+            for number in range(first, len(self.layers)):
+                layer_state = None if state is None else state.layers[number]
+                schedule = replace(self.schedule, forced=forced)
+                mixed: Mixed = self.layers[number](h_BTD, branch_BTD, layer_state, layout, schedule)
+                if mixed.gate is not None and start is None:
+                    start = number, h_BTD, branch_BTD
+                h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
+            ends.append(call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0]))
+        closed_BTD, open_BTD = ends
+        return closed_BTD, open_BTD
+
+    def _enter(
+        self, tokens_BT: IntBT, state: DecoderState | None, attention_mask: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[Arrangement, Layout, Callable[[], Tensor | None], FloatBTD]:
+        """Arrangement and layout of a call, how to build what is remembered of its tokens, and their embeddings."""
+        self._check(tokens_BT)
+        batch = tokens_BT.shape[0]
+        if state is not None:
+            state.require(self.config, batch)
+        before = state or no_layers_state(self.config, batch, tokens_BT.device)
+        call = arrange(tokens_BT, before, attention_mask, segment_ids)
+        layout, remember_tokens = self._recall(call, before)
+        h_BTD = self.embed_tokens(call.tokens_BT)
+        if self.config.residual_in_fp32:
+            h_BTD = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32))
+        return call, layout, remember_tokens, h_BTD
 
     def _recall(self, call: Arrangement, state: DecoderState) -> tuple[Layout, Callable[[], Tensor | None]]:
         """The layout with what the tokens repeat, if a gate reads it, and how to build what is remembered of them."""

@@ -1,9 +1,6 @@
 """Measures what attention gains at each token, on the current model: the target of gates that forecast it."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +58,7 @@ def measure_gains(
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
     labels: Tensor | None,
+    implementation: str = "auto",
 ) -> Gains | None:
     """Read the first `gain_rows` of the batch twice more, with all gates closed and with all open.
 
@@ -69,6 +67,7 @@ def measure_gains(
         head: from hidden states to logits.
         config: of the model.
         tokens_BT: what is read; state, mask, documents and labels as in `TaipanLM.forward`.
+        implementation: of `linear_cross_entropy_per_token`.
 
     Returns:
         The gains; None where no gate is to forecast them, outside of training, or if none of the rows is measured (a
@@ -88,13 +87,12 @@ def measure_gains(
         state = state.select(torch.arange(rows, device=tokens_BT.device))
     target = next_tokens(labels[:rows], tokens_BT[:rows].shape, mask, documents)
 
-    def losses(forced: Literal["open", "closed"]) -> Tensor:
-        with _forced(decoder, forced):
-            hidden_BTD = decoder(tokens_BT[:rows], state, mask, documents).hidden_BTD
+    def losses(hidden_BTD: Tensor) -> Tensor:
         hidden_MD = hidden_BTD[:, :-1].flatten(0, 1)
-        return token_nats(head, hidden_MD, target.flatten()).float().view(target.shape)
+        return token_nats(head, hidden_MD, target.flatten(), implementation).float().view(target.shape)
 
-    gain_BT = (losses("closed") - losses("open")).clamp(-config.gain_clip, config.gain_clip)
+    closed_BTD, open_BTD = decoder.closed_and_open(tokens_BT[:rows], state, mask, documents)
+    gain_BT = (losses(closed_BTD) - losses(open_BTD)).clamp(-config.gain_clip, config.gain_clip)
     return Gains(F.pad(gain_BT, (0, 1)), F.pad(target != -100, (0, 1)))
 
 
@@ -103,13 +101,3 @@ def _measured_rows(rows: int, part: tuple[int, int], share: float) -> int:
     number, count = part
     measured = max(1, round(share * rows * count))
     return min(rows, max(0, measured - number * rows))
-
-
-@contextmanager
-def _forced(decoder: TaipanDecoder, how: Literal["open", "closed"]) -> Generator[None]:
-    schedule = decoder.schedule
-    decoder.schedule = replace(schedule, forced=how)
-    try:
-        yield
-    finally:
-        decoder.schedule = schedule

@@ -68,6 +68,7 @@ def decode_with_loss(
         attention_mask=attention_mask,
         segment_ids=segment_ids,
         labels=labels,
+        implementation=implementation,
     )
     output: DecoderOutput = decoder(tokens_BT, state, attention_mask, segment_ids)
     if labels is None:

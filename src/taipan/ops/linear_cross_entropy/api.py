@@ -14,6 +14,11 @@ IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM], Float0]] = {
     "native": native.linear_cross_entropy,
     "portable": portable.linear_cross_entropy,
 }
+PER_TOKEN_IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM, int], FloatM]] = {
+    "reference": reference.linear_cross_entropy_per_token,
+    "native": native.linear_cross_entropy_per_token,
+    "portable": portable.linear_cross_entropy_per_token,
+}
 
 
 def linear_cross_entropy(
@@ -48,23 +53,39 @@ def linear_cross_entropy(
     if kept_N.numel() < target_M.numel():
         hidden_MD, target_M = hidden_MD.index_select(0, kept_N), target_M.index_select(0, kept_N)
     device = hidden_MD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
+    hidden_MD, weight_VD = _in_dtype_of_products(hidden_MD, weight_VD)
     with torch.autocast(device, enabled=False):
         return loss_sum(hidden_MD, weight_VD, target_M), kept_N.numel()
 
 
 @torch.no_grad()
 def linear_cross_entropy_per_token(
-    hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, *, ignore_index: int = -100
+    hidden_MD: FloatMD,
+    weight_VD: FloatVD,
+    target_M: IntM,
+    *,
+    ignore_index: int = -100,
+    implementation: str = "auto",
 ) -> FloatM:
     """``−log softmax(hidden · weightᵀ)[target]`` of each token, in nats, for evaluation: no gradient.
 
     Arguments, errors and dtype as in `linear_cross_entropy`; a token with target ``ignore_index`` gets 0.
+    `implementation` is a name in ``PER_TOKEN_IMPLEMENTATIONS``.
     """
+    per_token = select("linear_cross_entropy", PER_TOKEN_IMPLEMENTATIONS, implementation, hidden_MD)
     _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
-    return portable.linear_cross_entropy_per_token(hidden_MD, weight_VD, target_M, ignore_index)
+    hidden_MD, weight_VD = _in_dtype_of_products(hidden_MD, weight_VD)
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        return per_token(hidden_MD, weight_VD, target_M, ignore_index)
+
+
+def _in_dtype_of_products(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as autocast takes them, if it is on."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def _validated_kept_rows(

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from taipan.native import call
 from taipan.native.interface import CrossEntropy
-from taipan.ops.linear_cross_entropy.portable import chunked_linear_cross_entropy
+from taipan.ops.linear_cross_entropy.portable import chunked_linear_cross_entropy, chunked_per_token
 from taipan.ops.precision import accumulation_dtype, kernel_dtype
-from taipan.shapes import Float0, FloatMD, FloatVD, IntM
+from taipan.shapes import Float0, FloatM, FloatMD, FloatVD, IntM
 
 
 def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> Float0:
@@ -16,11 +16,34 @@ def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM)
 
 
 def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
-    wide = accumulation_dtype(logits_RV.dtype)
+    loss_R, gradient_RV = _losses(logits_RV, target_R)
+    return loss_R.sum().to(accumulation_dtype(logits_RV.dtype)), gradient_RV
+
+
+def linear_cross_entropy_per_token(
+    hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, ignore_index: int = -100
+) -> FloatM:
+    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
+    kept_M = target_M != ignore_index
+    target_M = target_M.where(kept_M, 0)
+    loss_M = chunked_per_token(hidden_MD, weight_VD, target_M, lambda logits, target: _losses(logits, target)[0])
+    return loss_M * kept_M
+
+
+def _losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each row, fp64, and the gradient of their sum."""
     logits_RV = logits_RV.to(kernel_dtype(logits_RV.dtype))
     loss_R = torch.empty(len(logits_RV), dtype=torch.float64)
     narrow = int(logits_RV.dtype == torch.bfloat16)
     rows, columns = logits_RV.shape
-    target_R = target_R.contiguous()
-    call(wide, CrossEntropy, rows=rows, columns=columns, narrow=narrow, logits=logits_RV, target=target_R, loss=loss_R)
-    return loss_R.sum().to(wide), logits_RV
+    call(
+        accumulation_dtype(logits_RV.dtype),
+        CrossEntropy,
+        rows=rows,
+        columns=columns,
+        narrow=narrow,
+        logits=logits_RV,
+        target=target_R.contiguous(),
+        loss=loss_R,
+    )
+    return loss_R, logits_RV

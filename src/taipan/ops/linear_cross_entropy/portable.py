@@ -55,12 +55,23 @@ def linear_cross_entropy_per_token(
     hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, ignore_index: int = -100
 ) -> FloatM:
     """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
-    dtype = accumulation_dtype(hidden_MD.dtype)
-    loss_M = torch.empty(target_M.shape, dtype=dtype, device=hidden_MD.device)
+
+    def loss(logits_RV: Tensor, target_R: Tensor) -> Tensor:
+        wide_RV = logits_RV.to(accumulation_dtype(logits_RV.dtype))
+        return F.cross_entropy(wide_RV, target_R, reduction="none", ignore_index=ignore_index)
+
+    return chunked_per_token(hidden_MD, weight_VD, target_M, loss)
+
+
+def chunked_per_token(
+    hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The loss of each token, with a given function for each chunk of logits, which it may overwrite."""
+    loss_M = torch.empty(target_M.shape, dtype=accumulation_dtype(hidden_MD.dtype), device=hidden_MD.device)
     factor_VD = multipliable(weight_VD)
     for rows in _chunks(hidden_MD, weight_VD):
-        logits_RV = (multipliable(hidden_MD[rows]) @ factor_VD.T).to(hidden_MD.dtype).to(dtype)
-        loss_M[rows] = F.cross_entropy(logits_RV, target_M[rows], reduction="none", ignore_index=ignore_index)
+        logits_RV = (multipliable(hidden_MD[rows]) @ factor_VD.T).to(hidden_MD.dtype)
+        loss_M[rows] = loss(logits_RV, target_M[rows]).to(loss_M.dtype)
     return loss_M
 
 
