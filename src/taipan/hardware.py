@@ -52,6 +52,13 @@ class DtypeChoice(NamedTuple):
     reason: str
 
 
+class Float32Products(NamedTuple):
+    """A library and why it was taken."""
+
+    library: Literal["oneDNN", "PyTorch's own"]
+    reason: str
+
+
 def describe() -> Hardware:
     """Look at the machine this process runs on."""
     import torch
@@ -104,6 +111,20 @@ def emulates_bfloat16() -> bool:
 
     capabilities = torch.cpu.get_capabilities()
     return capabilities.get("architecture") == "x86_64" and not capabilities.get("avx512_f")
+
+
+def float32_products() -> Float32Products:
+    """Which library multiplies float32 matrices quickest here.
+
+    PyTorch's own choice is MKL, which on an AMD processor runs what it has for AVX2, whatever the processor offers.
+    """
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    amd = "AMD" in str(capabilities.get("cpu_name", ""))
+    if amd and capabilities.get("avx512_f") and torch.backends.mkldnn.is_available():
+        return Float32Products("oneDNN", "on AMD PyTorch's own, MKL, does without AVX-512")
+    return Float32Products("PyTorch's own", "nothing quicker is known for this processor")
 
 
 def usable_cores() -> int:

@@ -1,5 +1,6 @@
 """Linear maps where bfloat16 is emulated: one rounding from the exact product, whatever the processor."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from taipan import hardware
 from taipan.ops import attention, linear_cross_entropy, precision
 from taipan.ops.linear import linear
 from taipan.ops.linear.linear import MIN_ROWS
 
+MODULE = sys.modules[linear.__module__]  # the package gives the function under its name
 ROUNDING = 2.0**-8  # half a unit in the last place of bfloat16, relative
 
 
@@ -150,3 +153,37 @@ def test_attention_is_rounded_once() -> None:
     wanted = torch.autograd.grad(truth, (q, k, v), direction.double())
     for found, expected in zip(torch.autograd.grad(out, (q, k, v), direction), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=2 * ROUNDING, atol=1e-6)
+
+
+def test_float32_by_onednn_is_within_rounding_of_fp64_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.backends.mkldnn.is_available():
+        return  # never taken then
+    monkeypatch.setattr(MODULE, "_ONEDNN", True)
+    monkeypatch.setattr(MODULE, "MIN_PRODUCTS", 2 * 30 * 40 * 24)
+    given = operands(30, torch.float32)
+    out = linear(*given)
+    assert kind(out) == "_OneDNNBackward"
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    truth, direction = F.linear(*exact), torch.randn(out.shape)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-6, atol=1e-5)
+    found = torch.autograd.grad(out, given, direction, retain_graph=True)
+    wanted = torch.autograd.grad(truth, exact, direction.double())
+    for gradient, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-5)
+    (alone,) = torch.autograd.grad(out, given[1], direction)
+    assert alone.equal(found[1])
+    assert kind(linear(*operands(29, torch.float32))) != "_OneDNNBackward"  # a small one is torch's
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kind(linear(*given)) != "_OneDNNBackward"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "avx512", "library"),
+    [("AMD EPYC", True, "oneDNN"), ("AMD EPYC", False, "PyTorch's own"), ("Intel Xeon", True, "PyTorch's own")],
+)
+def test_which_library_multiplies_float32_is_the_processors(
+    cpu: str, avx512: bool, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu, "avx512_f": avx512})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert hardware.float32_products().library == library

@@ -2,6 +2,9 @@
 
 There PyTorch emulates the product value by value, eight times slower than float32 (2,048 rows on AVX2). Widened to
 float32, which loses nothing, it is the same product with the same accumulation, rounded once at the end.
+
+In float32 large products go through oneDNN where PyTorch's own way is slower (`taipan.hardware.float32_products`); the
+gradient of the weight does not, whose operands oneDNN would transpose first.
 """
 
 from typing import Any
@@ -11,10 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from taipan.hardware import float32_products
 from taipan.ops.precision import emulates, no_autocast
 
 MIN_ROWS = 12
 """Fewer rows are quicker emulated than the weight is widened."""
+MIN_PRODUCTS = 2**23
+"""Multiplications of a float32 product below which the call decides, not the library."""
+
+_ONEDNN = float32_products().library == "oneDNN"
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -27,7 +35,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (…, N) in the dtype in which ``F.linear`` gives it. Where bfloat16 is emulated (see
         ``taipan.ops.precision.emulates``) each output, and each gradient in its own dtype, is rounded once from
-        float32 sums of bfloat16 products.
+        float32 sums of bfloat16 products. Large products in float32 may be summed in another order than ``F.linear``'s.
 
     Raises:
         RuntimeError: shapes or dtypes that ``F.linear`` refuses.
@@ -39,7 +47,46 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     fits = {x.dtype, weight.dtype} <= ({torch.float32, torch.float16, torch.bfloat16} if autocast else {dtype})
     if plain and fits and emulates(dtype, device) and x.shape[:-1].numel() >= MIN_ROWS:
         return _Widened.apply(x, weight, dtype)
+    if dtype == torch.float32 and _ONEDNN and not autocast and plain and _is_worth_it(x, weight):
+        return _OneDNN.apply(x, weight)
     return F.linear(x, weight)
+
+
+def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is a large product of plain float32 matrices on a CPU, outside of a compiler."""
+    return (
+        x.dtype == torch.float32
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.numel() * weight.shape[0] >= MIN_PRODUCTS
+        and x.shape[-1] == weight.shape[-1]
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x Wᵀ by oneDNN; a transposed weight is read as it lies."""
+    return torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, None, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x_MK = x.flatten(0, -2)
+        ctx.save_for_backward(x_MK, weight)
+        ctx.shape = x.shape
+        return _product(x_MK, weight).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x_MK, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        grad_MN = grad.flatten(0, -2)
+        dx = _product(grad_MN, weight.T).view(ctx.shape) if needs_x else None
+        return dx, grad_MN.T @ x_MK if needs_weight else None
 
 
 class _Widened(torch.autograd.Function):
