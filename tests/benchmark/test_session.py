@@ -4,16 +4,20 @@ import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from taipan.accounting import parameter_count
 from taipan.benchmark import SUITES, Measurement, Session, Settings, run
 from taipan.benchmark import session as module
 from taipan.benchmark.bandwidth import StreamingRead
+from taipan.benchmark.gpt import CompiledGPT
 from taipan.benchmark.job import main as job
-from taipan.benchmark.suites import memory
+from taipan.benchmark.models import configuration
+from taipan.benchmark.suites import loop, memory
 from taipan.errors import ConfigError
 from taipan.model import IMPLEMENTATIONS
 from tests.models import small_model
@@ -190,3 +194,54 @@ def test_an_unknown_suite_is_refused_with_a_suggestion(directory: str) -> None:
 def test_an_unknown_implementation_is_refused(directory: str) -> None:
     with pytest.raises(ConfigError, match="implementation is 'fast'"):
         run(["ops"], Settings(model=directory, implementation="fast"))
+
+
+def test_the_whole_loop_is_compared_with_the_floor_and_says_where_its_time_goes(directory: str) -> None:
+    found = measured(directory, ["train"], repeats=2, floor=True, loop=True).measurements
+    ours, floor = (row for row in found if row.work == "training loop, 8 tokens")
+    assert (ours.subject, floor.subject, ours.tokens) == ("taipan", "linear floor", 8)
+    (comparison,) = ours.comparisons
+    assert (comparison.quantity, comparison.other) == ("time", "linear floor")
+    pairs = zip(ours.values, floor.values, strict=True)
+    assert comparison.ratios == pytest.approx(tuple(one / two for one, two in pairs))
+    parts = {name.removeprefix("ms per step: "): value for name, value in ours.details.items()}
+    assert list(parts) == ["data", "forward", "backward", "gates", "clipping", "optimizer", "the rest"]
+    assert min(parts.values()) > 0
+
+
+def test_the_loop_is_that_of_the_models_recipe(tmp_path: Path) -> None:
+    made = loop.recipe(Settings(dtype="float32"), 16, 40, tmp_path)
+    assert (made.optimizer.name, made.data.packing, made.training.steps) == (
+        "muon",
+        "documents",
+        40,
+    )  # the quickstart's
+    made = loop.recipe(Settings(model="mamba2-6m", dtype="float32", batch=3), 16, 20, tmp_path / "other")
+    assert (made.optimizer.name, made.training.batch_size, made.data.context_length) == ("adamw", 3, 16)
+    assert made.model.overrides["layer_types"] == ["mamba2"] * 6
+
+
+def test_whole_steps_are_compared_with_those_of_a_plain_gpt_of_equal_size(
+    directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # takes a minute
+    found = measured(directory, ["train"], repeats=1, against="pytorch").measurements
+    ours, theirs = (row for row in found if row.work == "training step, 8 tokens")
+    assert (ours.subject, theirs.subject) == ("taipan", "PyTorch GPT, compiled")
+    (comparison,) = ours.comparisons
+    assert (comparison.quantity, comparison.ratios) == ("speed", (theirs.values[0] / ours.values[0],))
+    with pytest.raises(ConfigError, match="name the suite train"):
+        run([], Settings(model=directory, against="pytorch"))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "mamba2-6m", "taipan-30m"])
+def test_the_gpt_has_as_many_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    config = configuration(name)
+    peer = CompiledGPT(config, 512)
+    before = [parameter.clone() for parameter in peer.model.parameters()]
+    count = sum(parameter.numel() for parameter in before)
+    assert count == pytest.approx(parameter_count(config), rel=0.12)
+    if name == "quickstart":
+        peer.step(torch.randint(config.vocab_size, (2, 512)), "float32")
+        assert all(not one.equal(two) for one, two in zip(before, peer.model.parameters(), strict=True))

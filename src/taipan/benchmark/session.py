@@ -11,10 +11,11 @@ import torch
 from taipan import accounting, hardware
 from taipan.benchmark.models import configuration, dtype_of
 from taipan.benchmark.results import Measurement
-from taipan.benchmark.settings import SERVING, SUITES, Settings, require_known
+from taipan.benchmark.settings import COMPILED, SERVING, SUITES, Settings, require_known
 from taipan.benchmark.suites import decode, memory, ops, prefill, serve, train
 from taipan.benchmark.timing import Progress
 from taipan.config import TaipanConfig
+from taipan.errors import ConfigError
 from taipan.model import IMPLEMENTATIONS, resolve_implementations
 from taipan.ops.dispatch import AUTO, chosen
 from taipan.ops.gated_rms_norm import api as gated_rms_norm
@@ -98,6 +99,8 @@ def run(
     for suite in suites:
         require_known("suite", suite, (*SUITES, *SERVING, "serve"))
     suites = [name for suite in suites for name in (SERVING if suite == "serve" else (suite,))]
+    if settings.against == COMPILED and set(suites) != {"train"}:
+        raise ConfigError(f"--against {COMPILED} is a model that only trains: name the suite train, and no other.")
     config = configuration(settings.model)
     dtype = dtype_of(settings)
     used = implementations(settings.implementation, dtype)

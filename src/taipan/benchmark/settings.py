@@ -8,7 +8,8 @@ from taipan.errors import ConfigError, shown, suggestion
 SUITES = ("prefill", "train", "decode", "memory", "ops")
 SERVING = ("serve-streams", "serve-prefix", "serve-gap", "serve-session")
 """What `serve` stands for; measured only when asked for, since it needs the extra."""
-PEERS = ("transformers", "transformers-mamba2", "transformers-llama")
+COMPILED = "pytorch"
+PEERS = ("transformers", "transformers-mamba2", "transformers-llama", COMPILED)
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("auto", "bfloat16", "int8", "int4")
 
@@ -28,6 +29,7 @@ class Settings:
         repeats: timed repetitions, after a warm-up.
         against: the other implementations to run, a name in `PEERS`, or None.
         floor: whether to time the model's linear layers alone as well.
+        loop: whether `train` also runs the loop of `taipan train`, whole.
         context: tokens read before decoding begins.
         new_tokens: tokens decoded in one repetition.
         weights: format of the matrices in decoding: `auto`, `bfloat16`, `int8` or `int4`, as in generation.
@@ -47,6 +49,7 @@ class Settings:
     repeats: int = 5
     against: str | None = None
     floor: bool = False
+    loop: bool = False
     context: tuple[int, ...] = (1024,)
     new_tokens: int = 32
     weights: str = "auto"

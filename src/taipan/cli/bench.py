@@ -37,10 +37,16 @@ def register(app: typer.Typer, panel: str) -> None:
         repeats: Annotated[int, typer.Option(help="Repetitions after a warm-up.")] = 5,
         against: Annotated[
             str | None,
-            typer.Option(help="Also measure transformers, transformers-mamba2 or transformers-llama, in the same run."),
+            typer.Option(
+                help="Also measure transformers, transformers-mamba2 or transformers-llama, in the same run; train: or "
+                "pytorch, a plain GPT through torch.compile (whole steps)."
+            ),
         ] = None,
         floor: Annotated[
             bool, typer.Option("--floor", help="Also run the linear layers alone (decode: only read the memory).")
+        ] = False,
+        loop: Annotated[
+            bool, typer.Option("--loop", help="train: also the whole loop, from the data to a line of metrics.")
         ] = False,
         context: Annotated[
             list[int] | None, typer.Option(help="Tokens read before decoding; repeatable. [default: 1024]")
@@ -68,6 +74,8 @@ def register(app: typer.Typer, panel: str) -> None:
 
             taipan bench prefill train --model mamba2-115m --floor --against transformers --json bench.json
 
+            taipan bench train --loop --floor --model quickstart --tokens 512 --batch 4
+
             taipan bench decode --model taipan-tiny --context 1024 --context 1000000 --floor
         """
         from taipan.benchmark import Settings, run
@@ -85,6 +93,7 @@ def register(app: typer.Typer, panel: str) -> None:
             repeats=repeats,
             against=against,
             floor=floor,
+            loop=loop,
             context=tuple(context or (1024,)),
             new_tokens=new_tokens,
             weights=weights,

@@ -139,6 +139,23 @@ def test_a_run_leaves_a_model_its_recipe_and_its_curve(make_recipe: MakeRecipe) 
     assert watcher.info.parameters == sum(parameter.numel() for parameter in loaded.parameters())
 
 
+def test_a_listener_is_told_when_each_part_of_a_step_ends(make_recipe: MakeRecipe) -> None:
+    class Parts(TrainingListener):
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def part(self, name: str) -> None:
+            self.told.append(name)
+
+        def stepped(self, info: StepInfo) -> None:
+            self.told.append("stepped")
+
+    listener = Parts()
+    train(make_recipe(**{"training.steps": 2, "training.accumulation": 2}), listener=listener)
+    forwards = ["forward", "backward", "gates"] * 2
+    assert listener.told == ["data", *forwards, "clipping", "optimizer", "stepped"] * 2
+
+
 def test_it_learns(make_recipe: MakeRecipe) -> None:
     changes = {
         "training.steps": 40,

@@ -160,9 +160,10 @@ class _Loop:
         run, pace, count = self.run, self.pace, self.settings.accumulation
         with run.world.together():
             batches = [run.feed.batch(pace.step * count + number) for number in range(count)]
+        self.listener.part("data")
         try:
             states = None if run.carry is None else run.carry.before(pace.step)
-            result = run.stepper.step(pace.step + 1, progress, batches, states)
+            result = run.stepper.step(pace.step + 1, progress, batches, states, self.listener.part)
         except TrainingError as error:
             kept = "No checkpoint had been written yet."
             if run.world.leads and checkpoints(run.path):

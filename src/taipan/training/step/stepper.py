@@ -1,6 +1,6 @@
 """Steps in order: set the schedules, seed the random numbers, take the step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from taipan.training.recipe import OptimizerSection, ScheduleSection
 from taipan.training.step.batch import Batch
 from taipan.training.step.optimizer import OptimizerSet, build_optimizer
 from taipan.training.step.schedule import learning_rate_multiplier, warmup_fraction
-from taipan.training.step.train_step import StepResult, train_step
+from taipan.training.step.train_step import StepResult, nobody, train_step
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Stepper:
         progress: float,
         micro_batches: Sequence[Batch],
         states: list[DecoderState | None] | None = None,
+        told: Callable[[str], object] = nobody,
     ) -> StepResult:
         """Take step `number` with all schedules at `progress` ∈ [0, 1].
 
@@ -81,6 +82,7 @@ class Stepper:
             progress: fraction of training.
             micro_batches: of this process: its parts of the batches.
             states: what comes before each of them; replaced by what comes after, see `train_step`.
+            told: of the parts of the step, see `train_step`.
 
         Raises:
             TrainingError: the loss or the gradient is not finite; weights and optimizer are as they were.
@@ -100,6 +102,7 @@ class Stepper:
                 step=number,
                 states=states,
                 parallel=self.parallel,
+                told=told,
             )
 
     def multiplier(self, progress: float) -> float:

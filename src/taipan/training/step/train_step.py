@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward over its micro-batches, checks, clipping, update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -17,6 +17,13 @@ from taipan.training.processes.world import World
 from taipan.training.step.batch import Batch, forward_of, precision, predicted_tokens
 from taipan.training.step.optimizer import OptimizerSet
 from taipan.training.step.statistics import GateMeaning, GateStatistics, gathered, statistics
+
+PARTS = ("data", "forward", "backward", "gates", "clipping", "optimizer")
+"""What a step consists of, in this order; with several micro-batches the second to fourth come several times."""
+
+
+def nobody(part: str) -> None:
+    """Is told, and does nothing."""
 
 
 class StepResult:
@@ -89,6 +96,7 @@ def train_step(
     step: int = 0,
     states: list[DecoderState | None] | None = None,
     parallel: Parallel | None = None,
+    told: Callable[[str], object] = nobody,
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches and update the weights once.
 
@@ -107,6 +115,7 @@ def train_step(
             no gradient flows from one step into another).
         parallel: the model spread over processes; then the micro-batches are this process's parts, and all processes
             take the step together. None: there is only this one.
+        told: called with the name of each of `PARTS` but the data when it has ended.
 
     Returns:
         What was measured, over all processes; the gates' statistics are means over the micro-batches.
@@ -137,11 +146,15 @@ def train_step(
             forecast_loss = output.forecast / (len(micro_batches) * world.size)
             loss = token_loss + budget_loss + forecast_loss
             losses.append(torch.stack([loss, token_loss, budget_loss, forecast_loss]).detach().double())
+            told("forward")
             # the engines take the mean over the processes, and the shares want to be added up
             (loss if world.size == 1 else loss * world.size).backward()
+        told("backward")
         gates.append(gathered(model, output.gates))
         meaning = meaning or GateMeaning.of(model, output.gates)
+        told("gates")
     norm = _clip(optimizer.parameters(), clip).double() / world.size
+    told("clipping")
     parts = [torch.stack(losses), norm[None], torch.stack(gates)]
     sums = world.add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
     losses_M4, norm_1, gates_MSW = (own.view(part.shape) for own, part in zip(sums, parts, strict=True))
@@ -167,6 +180,7 @@ def train_step(
     if model.config.budget_control == "threshold":  # then the gates' numbers are read in every step
         for sal, gate in zip(model.sals, result.gates, strict=True):
             sal.gate.hold_budget(gate.rate, gate.margin_std, model.model.schedule.capacity)
+    told("optimizer")
     return result
 
 

@@ -77,6 +77,9 @@ class TrainingListener:
     def stepped(self, info: StepInfo) -> None:
         """A step was taken."""
 
+    def part(self, name: str) -> None:
+        """A part of a step has ended, in its order one of `taipan.training.step.train_step.PARTS`."""
+
     def recorded(self, record: Record) -> None:
         """A line was written to metrics.jsonl."""
 

@@ -172,6 +172,10 @@ class TrackedListener(TrainingListener):
         """Passed on."""
         self._listener.stepped(info)
 
+    def part(self, name: str) -> None:
+        """Passed on."""
+        self._listener.part(name)
+
     def recorded(self, record: Record) -> None:
         """Passed on, and the numbers to every tracker."""
         self._listener.recorded(record)
