@@ -163,3 +163,18 @@ def test_labels_that_do_not_fit_are_refused() -> None:
 def test_settings_that_cannot_be_are_named(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         TaipanConfig.from_dict({**small_config("taipan").to_dict(), **wrong})
+
+
+def test_what_lies_before_the_first_gate_is_computed_once_for_both_readings() -> None:
+    model, tokens = forecasting(), random_tokens(2, 12)
+    calls = [0] * len(model.model.layers)
+    for number, layer in enumerate(model.model.layers):
+
+        def count(*_: Any, number: int = number) -> None:
+            calls[number] += 1
+
+        layer.register_forward_hook(count)
+    assert measured(model, tokens) is not None
+    first = model.config.layer_types.index("selective_attention")
+    assert first > 0
+    assert calls == [1] * first + [2] * (len(calls) - first)

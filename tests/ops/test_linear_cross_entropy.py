@@ -177,3 +177,17 @@ def test_mixed_dtypes_and_unknown_implementations_are_refused() -> None:
         linear_cross_entropy(hidden, weight.double(), target)
     with pytest.raises(ConfigError, match="portable"):
         linear_cross_entropy(hidden, weight, target, implementation="fast")
+
+
+@pytest.mark.parametrize("implementation", [NATIVE, "portable", "reference"])
+def test_nats_of_single_tokens_under_autocast_are_those_of_rounded_operands(implementation: str) -> None:
+    hidden, weight, target = problem(40, 8, 30, torch.float32)
+    target[3] = -100
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nats = linear_cross_entropy_per_token(hidden, weight, target, implementation=implementation)
+    logits = hidden.detach().bfloat16().double() @ weight.detach().bfloat16().double().T
+    expected = F.cross_entropy(logits, target, reduction="none")
+    assert nats.dtype == torch.float32
+    assert nats[3] == 0
+    bound = 2 * 2.0**-9 * logits.abs().max()  # a rounding of the logit and one of the largest
+    torch.testing.assert_close(nats.double(), expected, rtol=0, atol=float(bound))

@@ -62,7 +62,7 @@ class CompiledGPT:
         layers = max(1, round((parameter_count(config) - config.vocab_size * width) / (12 * width * width)))
         self.model = _GPT(config.vocab_size, length, width, layers)
         self._clip = clip
-        self._compiled: Any = torch.compile(self.model)  # pyright: ignore[reportUnknownMemberType]
+        self._compiled: Any = torch.compile(self.model)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-7, fused=True)
 
     def step(self, tokens_BT: Tensor, dtype: str) -> None:

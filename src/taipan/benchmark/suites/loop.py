@@ -77,7 +77,7 @@ def recipe(settings: Settings, length: int, steps: int, place: Path) -> Recipe:
 
         values = quickstart_recipe(place).to_dict()
     else:
-        config = configuration(settings.model).to_dict() | {"eos_token_id": None}
+        config: dict[str, Any] = configuration(settings.model).to_dict() | {"eos_token_id": None}
         config["vocab_size"] = max(config["vocab_size"], tokenizer.vocab_size)
         values: dict[str, Any] = {"model": config, "data": {}, "training": {}}
     values["data"] |= {"train": str(place / "data"), "valid": None, "context_length": length}
