@@ -87,7 +87,8 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         "keeps large blocks" if tuned else "as it is",
         "glibc: freed tensors are reused without page faults" if tuned else "not glibc's: no settings to change",
     )
-    yield "float32 products", *hardware.float32_products()
+    products = hardware.float32_products()
+    yield "float32 products", products.library, products.reason
     kernels = native_status()
     made = "compiled" if kernels.seconds is None else f"compiled in {kernels.seconds:.0f} s"
     yield "native kernels", "none" if kernels.library is None else made, kernels.reason
