@@ -211,14 +211,11 @@ def test_the_whole_loop_is_compared_with_the_floor_and_says_where_its_time_goes(
 
 def test_the_loop_is_that_of_the_models_recipe(tmp_path: Path) -> None:
     made = loop.recipe(Settings(dtype="float32"), 16, 40, tmp_path)
-    assert (made.optimizer.name, made.data.packing, made.training.steps) == (
-        "muon",
-        "documents",
-        40,
-    )  # the quickstart's
+    assert (made.optimizer.name, made.data.packing) == ("muon", "documents")  # the quickstart's
+    assert made.training.steps == 40
     made = loop.recipe(Settings(model="mamba2-6m", dtype="float32", batch=3), 16, 20, tmp_path / "other")
     assert (made.optimizer.name, made.training.batch_size, made.data.context_length) == ("adamw", 3, 16)
-    assert made.model.overrides["layer_types"] == ["mamba2"] * 6
+    assert list(made.model.overrides["layer_types"]) == ["mamba2"] * 6
 
 
 def test_whole_steps_are_compared_with_those_of_a_plain_gpt_of_equal_size(
