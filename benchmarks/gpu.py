@@ -135,7 +135,7 @@ def exactness(bench: Bench) -> None:
     """Every op forward and backward against fp64, at odd lengths, packed, with states.
 
     `ratio` is the largest error, relative to the largest value, over what the reference loses in the same dtype and a
-    rounding (of a gradient, a sum over n tokens: √n roundings). 2 is allowed, as in the project's tests.
+    rounding of that dtype (of a gradient, a sum over n tokens: √n roundings). 2 is allowed, as in the project's tests.
     """
     torch.set_float32_matmul_precision("highest")
     for dtype in (torch.bfloat16, torch.float32):
@@ -153,7 +153,7 @@ def exactness(bench: Bench) -> None:
                 ratios = {}
                 for name, value in actual.items():
                     terms = rows**0.5 if name.startswith("d") else 1.0
-                    allowed = _error(reference[name], truth[name]) + torch.finfo(reference[name].dtype).eps * terms
+                    allowed = _error(reference[name], truth[name]) + torch.finfo(dtype).eps * terms
                     ratios[name] = _error(value, truth[name]) / allowed
                 if ratios:
                     names = {"op": case.op, "case": case.about, "dtype": str(dtype), "implementation": implementation}
