@@ -143,7 +143,7 @@ def rounded(model: TaipanLM, weights: str) -> TaipanLM:
     copy.load_state_dict(model.state_dict())
     for name, module in copy.named_modules():
         if isinstance(module, nn.Linear) and ".gate." not in name.replace("mlp.gate_proj", ""):
-            module.weight.data.copy_(pack(module.weight, weights).dense)
+            module.weight.data.copy_(pack(module.weight, weights).dense())
     return copy
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from taipan.benchmark.timing import interleaved
-from taipan.generation.int4 import GROUP
-from taipan.generation.packing import packed_shape
+from taipan.generation.packing import packed_bytes
 from taipan.layer_types import table_of
+from taipan.layers.int4 import Int4Linear
 from taipan.model import Block, TaipanLM
 from taipan.native.memory import Arena
 from taipan.state import DecoderState
@@ -64,24 +64,22 @@ def bytes_per_token(model: TaipanLM, state: DecoderState, weights: str = "auto")
         total += table.state_share(config) * layer.bytes_per_token
         for matrix in table.matrices(config):
             linear = cast(Block, block).mixer.get_submodule(matrix.name)
-            if matrix.hidden and isinstance(linear, nn.Linear):
+            if matrix.hidden and isinstance(linear, nn.Linear | Int4Linear):
                 total -= (1 - matrix.share) * _matrix_bytes(linear, weights)
             else:
                 precise.add(id(linear))
     for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module) not in precise:
+        if isinstance(module, Int4Linear):
+            total += module.packed.nbytes
+        elif isinstance(module, nn.Linear) and id(module) not in precise:
             total += _matrix_bytes(module, weights) - module.weight.nbytes
-    if not config.tie_word_embeddings:
+    if not (config.tie_word_embeddings or model.in_int4):
         total -= model.model.embed_tokens.weight.nbytes
     return round(total)
 
 
-def _matrix_bytes(linear: nn.Linear, weights: str) -> int:
-    """Of a matrix as it is read: int8 has a scale for each row, int4 for each 64 weights of a row."""
-    weight = linear.weight
-    if weights == "int4":
-        (rows, columns), dtype = packed_shape(weight.shape, weights)
-        return rows * columns * dtype.itemsize + 4 * rows * columns // (GROUP // 2)
-    if weights == "int8":
-        return weight.numel() + 4 * weight.shape[0]
-    return 2 * weight.numel() if weights == "bfloat16" else weight.nbytes
+def _matrix_bytes(linear: nn.Linear | Int4Linear, weights: str) -> int:
+    """Of a matrix as it is read, scales included."""
+    if isinstance(linear, Int4Linear):
+        return linear.packed.nbytes
+    return linear.weight.nbytes if weights == "auto" else packed_bytes(linear.weight.shape, weights)

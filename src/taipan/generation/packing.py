@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from taipan.generation import int4
+from taipan.layers.int4 import Int4, Int4Embedding, Int4Linear, quantise, shapes_of
 from taipan.native.interface import Matrix
 from taipan.native.memory import Arena
 
@@ -16,69 +17,77 @@ class Packed:
     """A matrix as the kernel reads it, one row after the other.
 
     Attributes:
-        weight: (rows, columns); of int4 the bytes of `taipan.generation.int4.pack`.
-        columns: of the matrix.
-        scale: of each row, if it is int8; of each group of each row, if it is int4.
+        weight: (rows, columns).
+        scale: of each row, if it is int8.
     """
 
     weight: Tensor
-    columns: int
     scale: Tensor | None = None
 
     def matrix(self, real: torch.dtype) -> Matrix:
         """The structure for the kernel; this object must outlive it."""
-        return Matrix.of(real, weight=self.weight, scale=self.scale, rows=len(self.weight), columns=self.columns)
+        rows, columns = self.weight.shape
+        return Matrix.of(real, weight=self.weight, scale=self.scale, rows=rows, columns=columns)
 
-    @property
     def dense(self) -> Tensor:
-        """The matrix that this stands for, (rows, columns), fp32 where it is rounded to integers."""
-        if self.weight.dtype == torch.uint8 and self.scale is not None:
-            return int4.unpack(self.weight, self.scale, self.columns)
+        """The matrix that this stands for, fp32 where it is rounded to integers."""
         return self.weight if self.scale is None else self.weight.float() * self.scale[:, None]
-
-    @property
-    def format(self) -> str:
-        """The name of how its numbers are kept."""
-        return "int4" if self.weight.dtype == torch.uint8 else str(self.weight.dtype).removeprefix("torch.")
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
         return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
+    @property
+    def format(self) -> str:
+        """The name of how its numbers are kept."""
+        return str(self.weight.dtype).removeprefix("torch.")
 
-def pack(weight: Tensor, weights: str, arena: Arena | None = None) -> Packed:
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the structure points at."""
+        return [self.weight] if self.scale is None else [self.weight, self.scale]
+
+
+def pack(weight: Tensor, weights: str, arena: Arena | None = None) -> Packed | Int4:
     """A weight (rows, columns) as it is, or rounded.
 
-    To bfloat16, to int8 with one symmetric scale for each row, or to int4 with a scale for each 64 columns of a row.
+    To bfloat16, to int8 with one symmetric scale for each row, or to int4 with a scale for each 32 columns of a row.
 
     Args:
         weight: the weight.
         weights: `auto`, `bfloat16`, `int8` or `int4`.
         arena: where a copy goes.
     """
-    weight, columns = weight.detach(), weight.shape[1]
+    weight = weight.detach()
     if weights == "auto" or (weights == "bfloat16" and weight.dtype == torch.bfloat16):
-        return Packed(weight=weight.contiguous(), columns=columns)
+        return Packed(weight.contiguous())
     if weights == "int4":
-        levels, scale = int4.quantise(weight)
-        packed = int4.pack(levels, _room(arena, *packed_shape(weight.shape, weights)))
-        return Packed(weight=packed, columns=columns, scale=scale)
+        made = quantise(weight)
+        levels, scale = (_room(arena, part.shape, part.dtype).copy_(part) for part in (made.levels, made.scale))
+        return Int4(levels, scale, *weight.shape)
     dtype = torch.int8 if weights == "int8" else torch.bfloat16
     packed = _room(arena, weight.shape, dtype)
     if dtype == torch.bfloat16:
-        return Packed(weight=packed.copy_(weight), columns=columns)
+        return Packed(packed.copy_(weight))
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     packed.copy_((wide / scale[:, None]).round_())
-    return Packed(weight=packed, columns=columns, scale=scale.float())
+    return Packed(packed, scale.float())
 
 
-def packed_shape(shape: Sequence[int], weights: str) -> tuple[Sequence[int], torch.dtype]:
-    """Shape and dtype of the copy of a matrix in `bfloat16`, `int8` or `int4`."""
+def packed_bytes(shape: Sequence[int], weights: str) -> int:
+    """Bytes of the copy of a matrix in `bfloat16`, `int8` or `int4`, scales included."""
+    if weights == "int8":
+        return prod(shape) + 4 * shape[0]
+    return sum(prod(part) * dtype.itemsize for part, dtype in _copies(shape, weights))
+
+
+def _copies(shape: Sequence[int], weights: str) -> list[tuple[Sequence[int], torch.dtype]]:
+    """Shapes and dtypes of what goes into the arena of such a copy."""
     if weights == "int4":
-        return (shape[0], -(-shape[1] // int4.BLOCK) * int4.GROUP), torch.uint8
-    return shape, torch.int8 if weights == "int8" else torch.bfloat16
+        return list(shapes_of(*shape))
+    return [(shape, torch.int8 if weights == "int8" else torch.bfloat16)]
 
 
 def _room(arena: Arena | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -108,19 +117,32 @@ class Packer:
         self._arena: Arena | None = None
         if weights in ("int8", "int4") or (weights == "bfloat16" and dtype != torch.bfloat16):
             shapes = [linear.weight.shape for linear in linears if isinstance(linear, nn.Linear)]
-            self._arena = Arena([packed_shape(shape, weights) for shape in shapes])
+            self._arena = Arena([copy for shape in shapes for copy in _copies(shape, weights)])
 
-    def packed(self, linear: nn.Linear) -> Packed:
+    def packed(self, linear: nn.Linear | Int4Linear) -> Packed | Int4:
         """The weight of a linear in the format of the model."""
-        packed = pack(linear.weight, self._weights, self._arena)
-        self.note(linear.weight, packed.weight)
-        self._kept += [packed.weight] if packed.scale is None else [packed.weight, packed.scale]
+        if isinstance(linear, Int4Linear):
+            packed = linear.packed
+        else:
+            packed = pack(linear.weight, self._weights, self._arena)
+            self.note(linear.weight, packed.tensors[0])
+        self._kept += packed.tensors
         self.nbytes += packed.nbytes
         return packed
 
-    def matrix(self, linear: nn.Linear) -> Matrix:
+    def matrix(self, linear: nn.Linear | Int4Linear) -> Matrix:
         """The same, as the structure for the kernel."""
         return self.packed(linear).matrix(self.real)
+
+    def embedding(self, embedding: nn.Embedding | Int4Embedding) -> Packed | Int4:
+        """The rows of an embedding, as they are; a token reads one of them."""
+        if isinstance(embedding, Int4Embedding):
+            packed = embedding.packed
+        else:
+            packed = Packed(embedding.weight.detach().contiguous())
+            self.note(embedding.weight, packed.weight)
+        self._kept += packed.tensors
+        return packed
 
     def vector(self, source: Tensor, value: Tensor | None = None) -> Tensor:
         """A parameter as the kernel reads it, or a value that is made of one."""

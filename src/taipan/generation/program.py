@@ -16,7 +16,8 @@ from taipan.config import TaipanConfig
 from taipan.errors import InputError, shown, suggestion
 from taipan.generation.native_layers import NativeLayer, native_layer
 from taipan.generation.packing import Packer
-from taipan.layers.linear import is_plain
+from taipan.layers.int4 import Int4Embedding, Int4Linear
+from taipan.layers.linear import Linear, is_plain
 from taipan.layers.mixer import AnyMixer
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
@@ -47,10 +48,10 @@ class DecoderParts:
 
     config: TaipanConfig
     implementations: Sequence[str]
-    embedding: nn.Embedding
+    embedding: nn.Embedding | Int4Embedding
     blocks: Sequence[DecoderBlock]
     norm: RMSNorm
-    head: nn.Linear
+    head: nn.Linear | Int4Linear
 
 
 @runtime_checkable
@@ -59,6 +60,10 @@ class Decodable(Protocol):
 
     def decoder_parts(self) -> DecoderParts | None:
         """Its parts; None where its forward is not the plain sequence of them."""
+        ...
+
+    def empty_state(self, batch_size: int) -> Any:
+        """What it remembers of nothing."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:
@@ -107,12 +112,12 @@ class DecoderProgram:
 
     def __init__(self, model: "Decodable", parts: DecoderParts, weights: str) -> None:
         config = self.config = parts.config
-        dtype = parts.head.weight.dtype
+        dtype = _dtype(parts.head, parts)
         self._packer = packer = Packer(weights, dtype, _linears(parts))
         self.real = packer.real
         self.rounds = dtype == torch.bfloat16
-        self.embedding = parts.embedding.weight.detach().contiguous()
-        packer.note(parts.embedding.weight, self.embedding)
+        embedding = packer.embedding(parts.embedding)
+        self.embedding = embedding.matrix(self.real)
         self.norm = packer.vector(parts.norm.weight)
         mixers = [block.mixer for block in parts.blocks]
         self.native_layers = [native for mixer in mixers if (native := native_layer(mixer)) is not None]
@@ -137,7 +142,7 @@ class DecoderProgram:
             "window": config.sliding_window if config.remembered_tokens else 0,
             "rank": config.recall_rank if config.remembered_tokens else 0,
             "format": _FORMATS[packed.format],
-            "embedding_format": _FORMATS[str(self.embedding.dtype).removeprefix("torch.")],
+            "embedding_format": _FORMATS[embedding.format],
             "rounds": self.rounds,
             "eps": config.norm_eps,
         }
@@ -193,7 +198,7 @@ def program_of(model: object, weights: str = "auto") -> DecoderProgram | str:
     Returns:
         The program, or the reason why there is none: then the model itself reads the tokens.
     """
-    parts = _parts(model)
+    parts = _parts(model, weights)
     if isinstance(parts, str):
         return parts
     model = cast(Decodable, model)
@@ -203,9 +208,9 @@ def program_of(model: object, weights: str = "auto") -> DecoderProgram | str:
     return program
 
 
-def why_no_program(model: object) -> str | None:
+def why_no_program(model: object, weights: str = "auto") -> str | None:
     """The reason why `program_of` would give none, without packing anything."""
-    parts = _parts(model)
+    parts = _parts(model, weights)
     return parts if isinstance(parts, str) else None
 
 
@@ -219,7 +224,7 @@ def _places(model: Decodable) -> tuple[object, ...]:
     return tuple((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
 
 
-def _parts(model: object) -> DecoderParts | str:
+def _parts(model: object, weights: str) -> DecoderParts | str:
     """The parts of a model if the native step computes what the model does, else the reason why it does not."""
     # asked of the type, because a wrapper (compiled, with adapters) answers for what it wraps
     if not hasattr(type(model), "decoder_parts"):
@@ -234,11 +239,17 @@ def _parts(model: object) -> DecoderParts | str:
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
             return f"a {type(module).__name__} has a hook or a forward of its own"
     dtypes: set[torch.dtype] = set()
+    kinds = {isinstance(linear, Int4Linear) for linear in _matrices(parts)}
+    if len(kinds) > 1:
+        return "some of the matrices are in int4, and others are not"
+    if True in kinds and weights not in (AUTO, "int4"):
+        return "the model is kept in int4"
     for linear in _linears(parts):
-        if not is_plain(linear):
+        if not (is_plain(linear) or isinstance(linear, Int4Linear)):
             return f"a linear is a {type(linear).__name__}"
-        dtypes.add(linear.weight.dtype)
-    dtypes.add(parts.embedding.weight.dtype)
+        dtypes.add(_dtype(linear, parts))
+    if not isinstance(parts.embedding, Int4Embedding):
+        dtypes.add(parts.embedding.weight.dtype)
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64, torch.bfloat16}:
         return f"the weights are {' and '.join(sorted(str(dtype) for dtype in dtypes))}"
     for tensor in cast(Decodable, model).parameters():
@@ -246,6 +257,16 @@ def _parts(model: object) -> DecoderParts | str:
             return f"a weight is a {type(tensor).__name__} on {tensor.device}"
     status = native_status(torch.promote_types(dtypes.pop(), torch.float32))
     return parts if status.library is not None else f"no native kernels: {status.reason}"
+
+
+def _matrices(parts: DecoderParts) -> Iterator[nn.Module]:
+    """Of these, the ones that can be kept in 4 bits: all but those of gates."""
+    return (linear for linear in _linears(parts) if type(linear) in (nn.Linear, Linear, Int4Linear))
+
+
+def _dtype(linear: nn.Linear | Int4Linear, parts: DecoderParts) -> torch.dtype:
+    """What a linear computes in."""
+    return parts.norm.weight.dtype if isinstance(linear, Int4Linear) else linear.weight.dtype
 
 
 def _linears(parts: DecoderParts) -> Iterator[nn.Module]:

@@ -64,9 +64,9 @@ class Weights(Address):
 
 
 class Scales(Address):
-    """fp32, or none."""
+    """fp32 or bfloat16, as the matrix is, or none."""
 
-    name, dtypes, or_null = "float", (torch.float32,), True
+    dtypes, or_null = (torch.float32, torch.bfloat16), True
 
 
 class Bytes(Address):
@@ -539,7 +539,7 @@ class Decode(Arguments):
         ("layers", ctypes.POINTER(Layer)),
         ("states", ctypes.POINTER(State)),
         ("head", Matrix),
-        ("embedding", Elements),
+        ("embedding", Matrix),
         ("norm", Reals),
         ("batch", Index),
         ("count", Index),
@@ -611,6 +611,13 @@ class Digest(Arguments):
     _fields_ = [("pieces", ctypes.POINTER(Piece)), ("count", Index), ("result", Int64)]
 
 
+class Unpack(Arguments):
+    """The weights of a matrix in 4 bits."""
+
+    function = "unpack"
+    _fields_ = [("matrix", Matrix), ("narrow", Index), ("out", Elements)]
+
+
 STRUCTURES: tuple[type[Structure], ...] = (
     SsdSizes,
     SsdInputs,
@@ -642,6 +649,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     Write,
     Piece,
     Digest,
+    Unpack,
 )
 FUNCTIONS: dict[str, type[Arguments]] = {
     structure.function: structure for structure in STRUCTURES if issubclass(structure, Arguments)

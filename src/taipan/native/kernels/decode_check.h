@@ -21,9 +21,9 @@ struct DecodeCheck {
 
  private:
   bool sizes() const {
-    const bool formats = s.format >= kReal && s.format <= kInt4 && (s.embedding_format == kReal ||
-                                                                    s.embedding_format == kBfloat16);
-    const bool there = call.embedding && call.norm && call.tokens && call.position &&
+    const bool formats = s.format >= kReal && s.format <= kInt4 && s.embedding_format >= kReal &&
+                         s.embedding_format <= kInt4 && s.embedding_format != kInt8;
+    const bool there = is(call.embedding, s.vocabulary, s.hidden, s.embedding_format) && call.norm && call.tokens && call.position &&
                        (call.count == 0 || (call.rows && call.logits));
     return formats && there && s.layers >= 0 && s.hidden > 0 && s.vocabulary > 0 && s.intermediate >= 0 &&
            s.gate_hidden >= 0 && s.lookahead >= 0 && s.scores >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden) && recall();
@@ -38,8 +38,10 @@ struct DecodeCheck {
     return s.remembered == s.window + call.orders[s.orders - 1] - 2;
   }
 
-  bool is(const Matrix& m, Index rows, Index columns) const {
-    return m.rows == rows && m.columns == columns && m.weight != nullptr && (m.scale != nullptr) == (s.format >= kInt8);
+  bool is(const Matrix& m, Index rows, Index columns) const { return is(m, rows, columns, s.format); }
+
+  static bool is(const Matrix& m, Index rows, Index columns, Index format) {
+    return m.rows == rows && m.columns == columns && m.weight != nullptr && (m.scale != nullptr) == (format >= kInt8);
   }
 
   bool layer(const Layer& layer, const State& state) const {

@@ -79,16 +79,18 @@ struct Step {
     return true;
   }
 
-  void embed(const void* embedding, const std::int64_t* tokens) {
+  void embed(const Matrix& embedding, const std::int64_t* tokens) {
     for (Index i = 0; i < count; ++i) embed(embedding, tokens[rows[i]], h + i * s.hidden);
   }
 
-  void embed(const void* embedding, std::int64_t token, T* to) const {
+  void embed(const Matrix& embedding, std::int64_t token, T* to) const {
     const Index at = token * s.hidden;
-    if (s.embedding_format == kBfloat16)
-      widen_row(s.hidden, static_cast<const std::uint16_t*>(embedding) + at, to);
+    if (s.embedding_format == kInt4)
+      unpack_row(Tiles(embedding), token, to);
+    else if (s.embedding_format == kBfloat16)
+      widen_row(s.hidden, static_cast<const std::uint16_t*>(embedding.weight) + at, to);
     else
-      widen_row(s.hidden, static_cast<const T*>(embedding) + at, to);
+      widen_row(s.hidden, static_cast<const T*>(embedding.weight) + at, to);
   }
 
   static constexpr Index kPiece = 32768;  // bytes of a matrix
@@ -119,7 +121,7 @@ struct Step {
     else if (s.format == kInt8)
       with_rows<T, std::int8_t>(m, x, x_row, count, s.rounds, room, f);
     else
-      with_halves(m, x, x_row, count, room, f);
+      with_tiles(m, x, x_row, count, room, f);
   }
 
   // Rows per piece of a thread: long enough for sequential reading, short enough for an even split.

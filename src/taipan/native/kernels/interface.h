@@ -174,13 +174,11 @@ struct CrossEntropy {
 
 enum Format : Index { kReal = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
-// (rows, columns), one row after the other; scale per row for int8, per group of each row for int4, else null.
-//
-// int4: a row is blocks of two groups of 64 columns, the last filled up with columns whose scale is 0. Byte j of a block
-// has column j of the first group in its lower half and that of the second in its upper half, each 8 more than it counts.
+// (rows, columns), one row after the other; of int4 in tiles, as int4.h has them. Scales are fp32, one for each row, of
+// int8, and bfloat16, one for each group of each row, of int4; else null.
 struct Matrix {
   const void* weight;
-  const float* scale;
+  const void* scale;
   Index rows, columns;
 };
 
@@ -232,8 +230,7 @@ struct Decode {
   DecodeSizes sizes;
   const Layer* layers;
   const State* states;
-  Matrix head;
-  const void* embedding;
+  Matrix head, embedding;
   const Real* norm;
   Index batch, count;
   const std::int64_t *rows, *tokens;
@@ -288,6 +285,12 @@ struct Digest {
   std::int64_t* result;
 };
 
+struct Unpack {
+  Matrix matrix;
+  Index narrow;  // to bfloat16
+  void* out;     // (rows, columns)
+};
+
 // ------------------------------------------------------------------ as they are described
 
 TAIPAN_STRUCT(SsdSizes, batch, tokens, heads, head_dim, groups, state, chunk, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t,
@@ -329,6 +332,7 @@ TAIPAN_STRUCT(Choose, how, rows, columns, logits, seen, uniform, tokens)
 TAIPAN_STRUCT(Write, decode, how, steps, unread, token, ends, end_count, seen, uniform, tokens, written)
 TAIPAN_STRUCT(Piece, address, bytes)
 TAIPAN_STRUCT(Digest, pieces, count, result)
+TAIPAN_STRUCT(Unpack, matrix, narrow, out)
 
 }  // namespace taipan
 
@@ -350,7 +354,8 @@ TAIPAN_STRUCT(Digest, pieces, count, result)
   F(decode, Decode)                          \
   F(choose, Choose)                          \
   F(write, Write)                            \
-  F(digest, Digest)
+  F(digest, Digest)                          \
+  F(unpack, Unpack)
 
 #define TAIPAN_DECLARE(name, Arguments) TAIPAN_FUNCTION(name, Arguments);
 TAIPAN_FUNCTIONS(TAIPAN_DECLARE)

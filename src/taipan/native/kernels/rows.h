@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "int4.h"
 #include "interface.h"
 #include "narrow.h"
 
@@ -366,162 +367,16 @@ struct Short : Stepped<Short, std::int8_t, std::int16_t> {
 };
 #endif
 
-// Rows of int4, whose groups have scales of their own.
-struct Halves {
-  static constexpr Index kGroup = 64, kBlock = 2 * kGroup;
-  const std::uint8_t* weight;
-  const float* scale;
-  Index blocks;
-
-  explicit Halves(const Matrix& m)
-      : weight(static_cast<const std::uint8_t*>(m.weight)), scale(m.scale), blocks((m.columns + kBlock - 1) / kBlock) {}
-
-  const std::uint8_t* bytes(Index row) const { return weight + row * blocks * kGroup; }
-  const float* scales(Index row) const { return scale + row * blocks * 2; }
-};
-
-// The same times vectors of T, each weight widened when used.
-template <class T>
-struct PlainHalves : Halves {
-  Index columns;
-  const T* x;
-  Index x_row;
-
-  PlainHalves(const Matrix& m, const T* x, Index x_row) : Halves(m), columns(m.columns), x(x), x_row(x_row) {}
-
-  T product(Index row, const T* of) const {
-    T total = 0;
-    for (Index begin = 0; begin < columns; begin += kGroup) {
-      const std::uint8_t* packed = bytes(row) + begin / kBlock * kGroup;
-      const int shift = begin % kBlock == 0 ? 0 : 4;
-      T sum = 0;
-      for (Index j = 0; j < std::min(kGroup, columns - begin); ++j)
-        sum += static_cast<T>((packed[j] >> shift & 15) - 8) * of[begin + j];
-      total += static_cast<T>(scales(row)[begin / kGroup]) * sum;
-    }
-    return total;
-  }
-
-  T one(Index row) const { return product(row, x); }
-
-  template <int R, int C>
-  void dots(Index row, Index column, T (&out)[R][C], const Ahead&) const {
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] = product(row + r, x + (column + c) * x_row);
-  }
-};
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// The same times vectors rounded to 15 bits (1 / 32512 of their largest value), in two parts of 8 bits: x = 128 h + l.
-// Sums within a group are exact integers. The 8 that every weight counts too much is taken off before: `less` is -8 times
-// the sum of the four x of each lane. The weights of second groups are not moved down, but count 16 times.
-struct ShortHalves : Halves {
-  const std::int8_t* parts;  // of each vector: h, l
-  const std::int32_t* less;
-  const float* unit;
-  Index padded;
-  static constexpr Index kFetched = 2048;  // bytes ahead: rows are shorter than what the processor needs to foresee them
-
-  ShortHalves(const Matrix& m, const float* from, Index from_row, Index count, float* room)
-      : Halves(m), padded(blocks * kBlock) {
-    float* units = room;
-    auto* to = reinterpret_cast<std::int8_t*>(room + round_up(count, 16));
-    auto* off = reinterpret_cast<std::int32_t*>(to + 2 * padded * count);
-    for (Index c = 0; c < count; ++c)
-      units[c] = round(m.columns, padded, from + c * from_row, to + 2 * c * padded, off + c * padded / 4);
-    parts = to;
-    less = off;
-    unit = units;
-  }
-
-  // Returns the unit.
-  static float round(Index columns, Index padded, const float* x, std::int8_t* parts, std::int32_t* less) {
-    float largest = 0;
-    for (Index k = 0; k < columns; ++k) largest = std::max(largest, std::abs(x[k]));
-    const float unit = largest > 0 ? largest / 16256 : 1, per_unit = 1 / unit;
-    for (Index k = 0; k < padded; k += 16) {
-      const __mmask16 there = static_cast<__mmask16>(columns - k >= 16 ? 0xffff : columns > k ? (1 << (columns - k)) - 1 : 0);
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + k), _mm512_set1_ps(per_unit)));
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
-      const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 7));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(parts + k), _mm512_cvtepi32_epi8(high));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(parts + padded + k), _mm512_cvtepi32_epi8(low));
-      alignas(64) std::int32_t each[16];
-      _mm512_store_si512(each, whole);
-      const std::int32_t factor = k / kGroup % 2 == 0 ? -8 : -8 * 16;
-      for (Index lane = 0; lane < 4; ++lane)
-        less[k / 4 + lane] = factor * (each[4 * lane] + each[4 * lane + 1] + each[4 * lane + 2] + each[4 * lane + 3]);
-    }
-    return unit;
-  }
-
-  static __m512i read(const void* p) { return _mm512_loadu_si512(p); }
-
-  // One group: weights of 8 bits times x.
-  static __m512 group(__m512i weights, const std::int8_t* high, const std::int8_t* low, const std::int32_t* less) {
-    const __m512i of_low = _mm512_dpbusd_epi32(read(less), weights, read(low));
-    const __m512i of_high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, read(high));
-    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(of_high, 7), of_low));
-  }
-
-  // R rows times a vector: they share what is read of it.
-  template <int R>
-  void products(Index row, Index column, float (&out)[R]) const {
-    const std::int8_t *high = parts + 2 * column * padded, *low = high + padded;
-    const std::int32_t* off = less + column * padded / 4;
-    const __m512i lower = _mm512_set1_epi8(15), upper = _mm512_set1_epi8(static_cast<char>(0xf0));
-    __m512 first[R], second[R];
-    for (int r = 0; r < R; ++r) first[r] = second[r] = _mm512_setzero_ps();
-    for (Index b = 0; b < blocks; ++b) {
-      const Index at = b * kBlock, next = at + kGroup;
-      for (int r = 0; r < R; ++r) {
-        const std::uint8_t* w = bytes(row + r) + b * kGroup;
-        _mm_prefetch(reinterpret_cast<const char*>(w) + kFetched, _MM_HINT_T0);
-        const __m512i both = read(w);
-        const float* s = scales(row + r) + 2 * b;
-        first[r] = _mm512_fmadd_ps(group(_mm512_and_si512(both, lower), high + at, low + at, off + at / 4),
-                                   _mm512_set1_ps(s[0]), first[r]);
-        // 16 times too much, and so are `less` and the sum
-        second[r] = _mm512_fmadd_ps(group(_mm512_and_si512(both, upper), high + next, low + next, off + next / 4),
-                                    _mm512_set1_ps(s[1]), second[r]);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      const __m512 total = _mm512_fmadd_ps(second[r], _mm512_set1_ps(1.0f / 16), first[r]);
-      out[r] = unit[column] * sum<float>(reinterpret_cast<Vector<float>>(total));
-    }
-  }
-
-  float one(Index row) const {
-    float out[1];
-    products(row, 0, out);
-    return out[0];
-  }
-
-  template <int R, int C>
-  void dots(Index row, Index column, float (&out)[R][C], const Ahead&) const {
-    for (int c = 0; c < C; ++c) {
-      float of[R];
-      products(row, column + c, of);
-      for (int r = 0; r < R; ++r) out[r][c] = of[r];
-    }
-  }
-};
-#endif
-
 // The same vectors with the rows of another matrix of their shape and format.
 template <class Rows>
 Rows of_matrix(Rows rows, const Matrix& m) {
   rows.weight = static_cast<decltype(rows.weight)>(m.weight);
-  if constexpr (std::is_base_of_v<Halves, Rows>) rows.scale = m.scale;
+  if constexpr (std::is_base_of_v<Tiles, Rows>) rows.scale = static_cast<const Bfloat16*>(m.scale);
   return rows;
 }
 
-// Scales that a result is still to be multiplied with.
-template <class Rows>
-const float* row_scales(const Matrix& m) {
-  return std::is_base_of_v<Halves, Rows> ? nullptr : m.scale;
-}
+// Of int8: what a row's result is still to be multiplied with.
+inline const float* row_scales(const Matrix& m) { return static_cast<const float*>(m.scale); }
 
 // Rows [row, end) of the product with C vectors.
 template <int C, class T, class Rows>
@@ -530,12 +385,41 @@ inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, I
   for (; row + kRows <= end; row += kRows) {
     T value[kRows][C];
     rows.dots(row, column, value, ahead);
-    target.put(row_scales<Rows>(m), row, column, value);
+    target.put(row_scales(m), row, column, value);
   }
   for (; row < end; ++row) {
     T value[1][C];
     rows.dots(row, column, value, Ahead{});
-    target.put(row_scales<Rows>(m), row, column, value);
+    target.put(row_scales(m), row, column, value);
+  }
+}
+
+// A tile of int4 times C vectors, of whose results those of `rows` rows count.
+template <int C, class T, class Rows>
+inline void tile_with(const Rows& tiles, Index row, Index rows, Index column, const Target<T>& target) {
+  T value[C][kTile];
+  tiles.products(row / kTile, column, value);
+  for (int c = 0; c < C; ++c)
+    for (Index r = 0; r < rows; ++r) {
+      T* place = target.out + (column + c) * target.out_row + row + r;
+      *place = target.add ? *place + value[c][r] : value[c][r];
+    }
+}
+
+// Rows [row, end) of the product of a matrix of int4 with `count` vectors; `row` begins a tile.
+template <class T, class Rows>
+  requires std::is_base_of_v<Tiles, Rows>
+void product_of(const Rows& tiles, const Matrix&, Index row, Index end, Index count, const Target<T>& target) {
+  for (; row < end; row += kTile) {
+    const Index rows = std::min(kTile, end - row);
+    for (Index column = 0; column < count; column += kMany) {
+      switch (count - column) {
+        case 1: tile_with<1>(tiles, row, rows, column, target); break;
+        case 2: tile_with<2>(tiles, row, rows, column, target); break;
+        case 3: tile_with<3>(tiles, row, rows, column, target); break;
+        default: tile_with<kMany>(tiles, row, rows, column, target); break;
+      }
+    }
   }
 }
 
@@ -546,7 +430,7 @@ void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index c
   if (count == 1) {
     for (; row < end; ++row) {
       const T value[1][1] = {{rows.one(row)}};
-      target.put(row_scales<Rows>(m), row, 0, value);
+      target.put(row_scales(m), row, 0, value);
     }
     return;
   }
@@ -569,7 +453,7 @@ void product_of(const Rows& rows, const Matrix& m, Index row, Index end, Index c
 
 // Floats needed for a copy of a product's vectors in the layout of its rows.
 inline Index room_of(Index count, Index columns) {
-  return count * round_up(columns, Halves::kBlock) + round_up(count, 16);
+  return count * round_up(columns, kGroup) + round_up(count, 16);
 }
 
 // Calls f(rows) with the rows of a matrix for `count` vectors x(c, ·), which may be rounded to bfloat16 if `rounds`;
@@ -591,11 +475,13 @@ void with_rows(const Matrix& m, const T* x, Index x_row, Index count, [[maybe_un
 
 // The same of a matrix of int4.
 template <class T, class F>
-void with_halves(const Matrix& m, const T* x, Index x_row, [[maybe_unused]] Index count, [[maybe_unused]] T* room, F&& f) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  if constexpr (std::is_same_v<T, float>) return f(ShortHalves(m, x, x_row, count, room));
+void with_tiles(const Matrix& m, const T* x, Index x_row, [[maybe_unused]] Index count, [[maybe_unused]] T* room, F&& f) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    f(ShortTiles(m, x, x_row, count, room));
+  else
 #endif
-  f(PlainHalves<T>(m, x, x_row));
+    f(PlainTiles<T>(m, x, x_row));
 }
 
 }  // namespace taipan

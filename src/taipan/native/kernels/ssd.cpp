@@ -18,6 +18,7 @@
 
 #include "interface.h"
 #include "products.h"
+#include "sharing.h"
 
 namespace taipan {
 namespace {
@@ -223,24 +224,6 @@ void from_state_and_chunk(const Shape& s, Index size, const typename Product::Le
 // Heads of a group that take a chunk one after the other, while the data they share is in the second cache.
 constexpr Index kTogether = 4;
 
-// The number of them, up to 6, with which the thread that gets most has least to do. A head alone takes 1.18 of the time
-// that it takes beside others, two take 1.03.
-inline Index heads_together(const Shape& s, int threads) {
-  const Index heads = s.heads / s.groups;
-  Index best = 1;
-  double least = 0;
-  for (Index together = 1; together <= std::min<Index>(6, heads); ++together) {
-    const Index tasks = s.batch * s.groups * ((heads + together - 1) / together), rounds = (tasks + threads - 1) / threads;
-    const double alone = together == 1 ? 1.18 : together == 2 ? 1.03 : 1.0;
-    const double time = alone * static_cast<double>(rounds * together);
-    if (together == 1 || time < least) {
-      best = together;
-      least = time;
-    }
-  }
-  return best;
-}
-
 // The forward of a few heads of a group.
 template <class W, class T, class X>
 class Forward {
@@ -308,7 +291,8 @@ template <class W, class T, class X>
 int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* y, T* final, int threads) {
   int status = make_common<W>(s, in, common, threads);
   if (status != kOk) return status;
-  const Index heads = s.heads / s.groups, together = heads_together(s, threads), parts = (heads + together - 1) / together;
+  const Index heads = s.heads / s.groups, together = heads_together(s.batch * s.groups, heads, threads);
+  const Index parts = (heads + together - 1) / together;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
   for (Index task = 0; task < s.batch * s.groups * parts; ++task) {
     [[maybe_unused]] const typename W::Session session;

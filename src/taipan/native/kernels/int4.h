@@ -1,0 +1,269 @@
+// Weights in 4 bits, 16 rows together, and their products with one vector or several.
+//
+// A tile is 16 rows, the last one of a matrix filled up. Of a group of 32 columns it has a scale (bfloat16) for each row
+// and 4 blocks of 64 bytes, four bytes for each row. Byte i of a row in block b has column 8 b + i in its lower half and
+// 8 b + 4 + i in its upper half: the number of a level. A weight is its level times the scale of its group.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "interface.h"
+#include "narrow.h"
+
+namespace taipan {
+
+constexpr Index kTile = 16;
+constexpr Index kGroup = 32;
+constexpr Index kBlock = 64;              // bytes
+constexpr Index kBlockColumns = 8;
+constexpr Index kGroupBytes = kGroup / kBlockColumns * kBlock;
+
+// Closer together where a normal distribution has more weights; those of llama.cpp's iq4_nl.
+constexpr std::int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct Tiles {
+  const std::uint8_t* weight;
+  const Bfloat16* scale;
+  Index columns, groups;
+
+  explicit Tiles(const Matrix& m)
+      : weight(static_cast<const std::uint8_t*>(m.weight)),
+        scale(static_cast<const Bfloat16*>(m.scale)),
+        columns(m.columns),
+        groups((m.columns + kGroup - 1) / kGroup) {}
+
+  const std::uint8_t* bytes(Index tile, Index group) const { return weight + (tile * groups + group) * kGroupBytes; }
+  const Bfloat16* scales(Index tile, Index group) const { return scale + (tile * groups + group) * kTile; }
+  Index columns_of(Index group) const { return std::min(kGroup, columns - group * kGroup); }
+
+  // The level of a row in a group's column k.
+  static std::int8_t level(const std::uint8_t* bytes, Index row, Index k) {
+    const std::uint8_t both = bytes[k / kBlockColumns * kBlock + 4 * row + k % 4];
+    return kLevels[k % kBlockColumns < 4 ? both & 15 : both >> 4];
+  }
+};
+
+// The weights of a row.
+template <class T>
+void unpack_row(const Tiles& tiles, Index row, T* to) {
+  for (Index g = 0; g < tiles.groups; ++g) {
+    const std::uint8_t* bytes = tiles.bytes(row / kTile, g);
+    const T scale = widen_one<T>(tiles.scales(row / kTile, g)[row % kTile]);
+    for (Index k = 0; k < tiles.columns_of(g); ++k)
+      to[g * kGroup + k] = static_cast<T>(Tiles::level(bytes, row % kTile, k)) * scale;
+  }
+}
+
+// Times vectors of T, each weight widened when used.
+template <class T>
+struct PlainTiles : Tiles {
+  const T* x;
+  Index x_row;
+
+  PlainTiles(const Matrix& m, const T* x, Index x_row) : Tiles(m), x(x), x_row(x_row) {}
+
+  // A tile times C vectors.
+  template <int C>
+  void products(Index tile, Index column, T (&out)[C][kTile]) const {
+    for (auto& of : out) std::fill(of, of + kTile, T(0));
+    for (Index g = 0; g < groups; ++g) {
+      const std::uint8_t* packed = bytes(tile, g);
+      T total[C][kTile] = {};
+      for (Index k = 0; k < columns_of(g); ++k) {
+        T level[kTile];
+        for (Index r = 0; r < kTile; ++r) level[r] = static_cast<T>(Tiles::level(packed, r, k));
+        for (int c = 0; c < C; ++c) {
+          const T value = x[(column + c) * x_row + g * kGroup + k];
+          for (Index r = 0; r < kTile; ++r) total[c][r] += level[r] * value;
+        }
+      }
+      for (int c = 0; c < C; ++c)
+        for (Index r = 0; r < kTile; ++r) out[c][r] += widen_one<T>(scales(tile, g)[r]) * total[c][r];
+    }
+  }
+};
+
+#if defined(__AVX2__)
+// Sums of 4 products of 8 bits in each of 16 lanes.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+struct Lanes {
+  using Integers = __m512i;
+  // Levels are counted from -128 on, as the instruction wants one side without a sign.
+  static constexpr int kBelow = 128;
+
+  struct Table {
+    __m512i levels;
+    Table() {
+      alignas(16) std::uint8_t each[16];
+      for (int n = 0; n < 16; ++n) each[n] = static_cast<std::uint8_t>(kLevels[n] + kBelow);
+      levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(each)));
+    }
+    // Of the lower and the upper halves of 64 bytes.
+    void read(const std::uint8_t* from, Integers& lower, Integers& upper) const {
+      const __m512i both = _mm512_loadu_si512(from), mask = _mm512_set1_epi8(15);
+      lower = _mm512_shuffle_epi8(levels, _mm512_and_si512(both, mask));
+      upper = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
+    }
+  };
+
+  static Integers all(std::int32_t value) { return _mm512_set1_epi32(value); }
+  static Integers plus(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
+  static Integers times_128(Integers a) { return _mm512_slli_epi32(a, 7); }
+
+  // Four numbers of x with the levels of every row.
+  static Integers add(Integers total, Integers levels, const std::int8_t* x) {
+    std::int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm512_dpbusd_epi32(total, levels, _mm512_set1_epi32(four));
+  }
+
+  struct Sums {
+    __m512 of = _mm512_setzero_ps();
+    void add(Integers sums, const Bfloat16* scale) {
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale)));
+      of = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), of);
+    }
+    void store(float unit, float* to) const { _mm512_storeu_ps(to, _mm512_mul_ps(of, _mm512_set1_ps(unit))); }
+  };
+};
+#else
+struct Lanes {
+  struct Integers {
+    __m256i of[2];
+  };
+  static constexpr int kBelow = 0;
+
+  struct Table {
+    __m256i levels;
+    Table() {
+      alignas(16) std::int8_t each[16];
+      std::copy(kLevels, kLevels + 16, each);
+      levels = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(each)));
+    }
+    void read(const std::uint8_t* from, Integers& lower, Integers& upper) const {
+      const __m256i mask = _mm256_set1_epi8(15);
+      for (int n = 0; n < 2; ++n) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * n));
+        lower.of[n] = _mm256_shuffle_epi8(levels, _mm256_and_si256(both, mask));
+        upper.of[n] = _mm256_shuffle_epi8(levels, _mm256_and_si256(_mm256_srli_epi16(both, 4), mask));
+      }
+    }
+  };
+
+  static Integers all(std::int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+  static Integers plus(Integers a, Integers b) {
+    return {_mm256_add_epi32(a.of[0], b.of[0]), _mm256_add_epi32(a.of[1], b.of[1])};
+  }
+  static Integers times_128(Integers a) { return {_mm256_slli_epi32(a.of[0], 7), _mm256_slli_epi32(a.of[1], 7)}; }
+
+  // One side of the instruction has no sign: that of x is given to the levels. 2 · 127 · 127 fits 16 bits.
+  static Integers add(Integers total, Integers levels, const std::int8_t* x) {
+    std::int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    const __m256i value = _mm256_set1_epi32(four), size = _mm256_abs_epi8(value);
+    for (int n = 0; n < 2; ++n) {
+      const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(levels.of[n], value));
+      total.of[n] = _mm256_add_epi32(total.of[n], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    return total;
+  }
+
+  struct Sums {
+    __m256 of[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    void add(Integers sums, const Bfloat16* scale) {
+      for (int n = 0; n < 2; ++n) {
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + 8 * n)));
+        const __m256 factor = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+        of[n] = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums.of[n]), factor), of[n]);
+      }
+    }
+    void store(float unit, float* to) const {
+      for (int n = 0; n < 2; ++n) _mm256_storeu_ps(to + 8 * n, _mm256_mul_ps(of[n], _mm256_set1_ps(unit)));
+    }
+  };
+};
+#endif
+
+// Times vectors rounded to 15 bits (1 / 32512 of their largest value), in two parts of 8 bits: x = 128 h + l. Sums within
+// a group are exact integers. What the levels count too much is taken off beforehand: `less`.
+struct ShortTiles : Tiles {
+  const std::int8_t* parts;  // of each vector: h, l
+  const std::int32_t* less;  // of each group of it
+  const float* unit;
+  Index padded;
+  static constexpr Index kFetched = 2048;  // bytes ahead: tiles are shorter than what the processor needs to foresee them
+
+  ShortTiles(const Matrix& m, const float* from, Index from_row, Index count, float* room)
+      : Tiles(m), padded(groups * kGroup) {
+    float* units = room;
+    auto* to = reinterpret_cast<std::int8_t*>(room + round_up(count, 16));
+    auto* off = reinterpret_cast<std::int32_t*>(to + 2 * padded * count);
+    for (Index c = 0; c < count; ++c)
+      units[c] = round(from + c * from_row, to + 2 * c * padded, off + c * groups);
+    parts = to;
+    less = off;
+    unit = units;
+  }
+
+  // Returns the unit.
+  float round(const float* x, std::int8_t* to, std::int32_t* off) const {
+    float largest = 0;
+    for (Index k = 0; k < columns; ++k) largest = std::max(largest, std::abs(x[k]));
+    const float size = largest > 0 ? largest / 16256 : 1, per_unit = 1 / size;
+    for (Index g = 0; g < groups; ++g) {
+      std::int32_t whole[kGroup] = {}, sum = 0;
+      for (Index k = 0; k < columns_of(g); ++k) {
+        const float value = x[g * kGroup + k] * per_unit;
+        whole[k] = static_cast<std::int32_t>(value + (value < 0 ? -0.5f : 0.5f));
+      }
+      for (Index k = 0; k < kGroup; ++k) {
+        const std::int32_t high = (whole[k] + 64) >> 7;
+        to[g * kGroup + k] = static_cast<std::int8_t>(high);
+        to[padded + g * kGroup + k] = static_cast<std::int8_t>(whole[k] - high * 128);
+        sum += whole[k];
+      }
+      off[g] = -Lanes::kBelow * sum;
+    }
+    return size;
+  }
+
+  template <int C>
+  void products(Index tile, Index column, float (&out)[C][kTile]) const {
+    const Lanes::Table table;
+    const std::int8_t* high = parts + 2 * column * padded;
+    const std::int32_t* off = less + column * groups;
+    Lanes::Sums sums[C];
+    for (Index g = 0; g < groups; ++g) {
+      const std::uint8_t* packed = bytes(tile, g);
+      const Bfloat16* scale = scales(tile, g);
+      __builtin_prefetch(scale + kFetched / kGroupBytes * kTile);
+      // two sums each, which do not wait for each other
+      Lanes::Integers of_high[C][2], of_low[C][2];
+      for (int c = 0; c < C; ++c) {
+        of_low[c][0] = Lanes::all(off[c * groups + g]);
+        of_low[c][1] = of_high[c][0] = of_high[c][1] = Lanes::all(0);
+      }
+      for (Index b = 0; b < kGroup / kBlockColumns; ++b) {
+        __builtin_prefetch(packed + b * kBlock + kFetched);
+        Lanes::Integers lower, upper;
+        table.read(packed + b * kBlock, lower, upper);
+        for (int c = 0; c < C; ++c) {
+          const std::int8_t* h = high + 2 * c * padded + g * kGroup + b * kBlockColumns;
+          of_high[c][0] = Lanes::add(of_high[c][0], lower, h);
+          of_low[c][0] = Lanes::add(of_low[c][0], lower, h + padded);
+          of_high[c][1] = Lanes::add(of_high[c][1], upper, h + 4);
+          of_low[c][1] = Lanes::add(of_low[c][1], upper, h + padded + 4);
+        }
+      }
+      for (int c = 0; c < C; ++c) {
+        const Lanes::Integers whole = Lanes::times_128(Lanes::plus(of_high[c][0], of_high[c][1]));
+        sums[c].add(Lanes::plus(whole, Lanes::plus(of_low[c][0], of_low[c][1])), scale);
+      }
+    }
+    for (int c = 0; c < C; ++c) sums[c].store(unit[column + c], out[c]);
+  }
+};
+#endif
+
+}  // namespace taipan

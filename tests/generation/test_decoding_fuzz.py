@@ -1,0 +1,76 @@
+"""Random decoders, formats and numbers of rows: the native step against the model with the same matrices in fp64."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from taipan import TaipanLM
+from taipan.generation import start_decoding
+from taipan.generation.decoding import ModelDecoding
+from taipan.generation.packing import pack
+from tests.compilers import needs_kernels
+from tests.models import VOCAB, small_model
+from tests.tolerance import relative_error
+
+pytestmark = needs_kernels
+
+# Without gates: one near its threshold decides otherwise in another precision, and nothing is equal from there on.
+LAYERS = ("mamba2", "full_attention", "sliding_attention")
+BOUNDS = {"auto": 4e-6, "bfloat16": 4e-6, "int8": 4e-4, "int4": 8e-4}
+
+
+def check(seed: int) -> None:
+    draw = random.Random(seed)
+    heads, groups, head_dim = draw.choice([1, 2, 4]), draw.choice([1, 2]), 8 * draw.randint(1, 3)
+    hidden = 8 * heads * draw.randint(1, 12 // heads)
+    while (2 * hidden) % (head_dim * groups):
+        head_dim = 8
+        groups = 1
+    stack = tuple(draw.choice(LAYERS) for _ in range(draw.randint(1, 3)))
+    model = small_model(
+        stack,
+        dtype=torch.float32,
+        seed=seed,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        mamba_head_dim=head_dim,
+        n_groups=groups,
+        state_size=draw.choice([3, 8, 16, 33]),
+        intermediate_size=draw.randint(1, 150),
+        mamba_mlp=draw.random() < 0.5,
+        tie_word_embeddings=draw.random() < 0.5,
+    )
+    weights = draw.choice([*BOUNDS, "int4", "int8"])
+    exact = TaipanLM(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    embedding = exact.model.embed_tokens.weight.detach().clone()
+    exact.model.embed_tokens.weight = nn.Parameter(embedding)  # the step reads its rows as they are
+    for module in exact.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(pack(module.weight, weights).dense().double())
+    rows, threads = draw.choice([1, 1, 2, 3, 5, 9]), torch.get_num_threads()
+    state = model.empty_state(rows)
+    try:
+        torch.set_num_threads(draw.randint(1, 3))
+        native, plain = start_decoding(model, state, weights=weights), ModelDecoding(exact, state)
+        for _ in range(3):
+            token_B = torch.tensor([draw.randrange(VOCAB) for _ in range(rows)])
+            active_B = torch.tensor([draw.random() < 0.8 for _ in range(rows)])
+            active_B[draw.randrange(rows)] = True
+            found, expected = native.step_active(token_B, active_B), plain.step_active(token_B, active_B)
+            assert relative_error(found, expected.double()) < BOUNDS[weights], (seed, weights, rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_decoding_is_the_model() -> None:
+    for seed in range(8):
+        check(seed)
+
+
+@pytest.mark.slow
+def test_decoding_is_the_model_in_every_shape() -> None:
+    for seed in range(8, 500):
+        check(seed)
