@@ -50,6 +50,7 @@ RUNS = {
     "mamba2-115m-bf16-ops": f"ops --model mamba2-115m {BF16} --repeats 5",
     "mamba2-115m-bf16-decode-8": f"decode --model mamba2-115m {BF16} --floor --batch 8",
     "mamba2-115m-int8-decode": f"decode --model mamba2-115m {BF16} --weights int8 --floor",
+    "mamba2-115m-int4-decode": f"decode --model mamba2-115m {BF16} --weights int4 --floor",
     "mamba2-115m-bf16-memory": f"memory --model mamba2-115m {BF16}",
     "taipan-190m-fp32-prefill": f"prefill --model taipan-190m {FP32} --floor --repeats 3",
     "taipan-190m-fp32-train": f"train --model taipan-190m {FP32} --floor --repeats 2",
@@ -79,6 +80,10 @@ RUNS = {
     "serve-gap": f"serve-gap --model mamba2-115m {BF16} --tokens 100000",
     # with a directory a first run of --context 500000 reads the first half
     "serve-session": f"serve-session --model taipan-30m {BF16} --context 1000000 --directory build/sessions",
+    "start": f"start --model mamba2-115m {BF16}",
+    "evaluate-30m": f"evaluate --model taipan-30m {BF16} --tokens 16384 --tokens 262144 --repeats 1",
+    "evaluate-tiny": f"evaluate --model taipan-tiny {FP32} --tokens 16384 --tokens 10000000 --repeats 1",
+    "mixed": f"mixed --model mamba2-6m {BF16} --tokens 512 --repeats 3",
     "selective-layer-bf16": f"ops --model taipan-30m {BF16} --tokens 8192 --repeats 5",
 }
 
@@ -118,6 +123,8 @@ def rows() -> Iterator[Row]:
         yield Row(f"{model}-bf16-decode", f"{model}, bf16", decode, "speed", READ, "≥ 0.85")
     yield Row("mamba2-115m-bf16-decode-8", "mamba2-115m, bf16", decode, "speed", "one row", "≥ 4")
     yield Row("mamba2-115m-int8-decode", "mamba2-115m, int8", decode, "speed", READ, "≥ 0.75")
+    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", READ)
+    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", "weights int8", "≥ 1.6")
     for tokens, run, target in (("8,192", "8k", "≥ 2.8"), ("32,768", "32k", "≥ 7")):
         yield Row(f"mamba2-115m-bf16-{run}", "mamba2-115m, bf16", f"prefill {tokens} ", "speed", LLAMA, target)
         yield Row(f"mamba2-115m-fp32-{run}", "mamba2-115m", f"prefill {tokens} ", "speed", LLAMA)
@@ -156,6 +163,18 @@ def rows() -> Iterator[Row]:
     for name in ("median", "99th percentile"):
         work = f"gap while a prompt of 100,000 tokens is read, {name}"
         yield Row("serve-gap", model, work, "time", f"undisturbed, {name}", "≤ 3")
+    reading = "importing torch and reading the file"
+    yield Row("start", model, "to the first token", "time", reading, "≤ 1.2")
+    yield Row("start", model, "importing the model", "time", "importing torch", "≤ 1.15")
+    token = "a token of one text of 16,384 tokens"
+    for run, name, tokens in (
+        ("evaluate-30m", "taipan-30m, bf16", "262,144"),
+        ("evaluate-tiny", "taipan-tiny", "10,000,000"),
+    ):
+        yield Row(run, name, f"one text of {tokens} tokens", "time", token, "≤ 1.05")
+        yield Row(run, name, "1,000 texts", "time", token, "≤ 1.25")
+    for job in ("training", "writing"):
+        yield Row("mixed", "mamba2-6m, bf16", f"{job} on one core", "speed", "alone", "≥ 0.9")
     yield Row("serve-session", "taipan-30m, bf16", "open a session of 1,000,000 ", "speed", "reading", "≥ 1000")
 
 

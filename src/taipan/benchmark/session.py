@@ -11,8 +11,8 @@ import torch
 from taipan import accounting, hardware
 from taipan.benchmark.models import configuration, dtype_of
 from taipan.benchmark.results import Measurement
-from taipan.benchmark.settings import COMPILED, SERVING, SUITES, Settings, require_known
-from taipan.benchmark.suites import decode, memory, ops, prefill, serve, train
+from taipan.benchmark.settings import COMPILED, ON_REQUEST, SERVING, SUITES, Settings, require_known
+from taipan.benchmark.suites import decode, evaluate, memory, mixed, ops, prefill, serve, start, train
 from taipan.benchmark.timing import Progress
 from taipan.config import TaipanConfig
 from taipan.errors import ConfigError
@@ -28,6 +28,9 @@ _MEASURE: dict[str, Callable[[Settings, Progress | None], list[Measurement]]] = 
     "decode": decode.measure,
     "memory": memory.measure,
     "ops": ops.measure,
+    "start": start.measure,
+    "evaluate": evaluate.measure,
+    "mixed": mixed.measure,
     "serve-streams": serve.streams,
     "serve-prefix": serve.prefix,
     "serve-gap": serve.gap,
@@ -89,7 +92,8 @@ def run(
     """Measure suite by suite.
 
     Args:
-        suites: names in `SUITES` and `SERVING`, or `serve` for all of the latter; none means all of the former.
+        suites: names in `SUITES`, `ON_REQUEST` and `SERVING`, or `serve` for all of the last; none means all of the
+            first.
         settings: what to measure.
         progress: called with a suite, the number of its runs done, and of all.
 
@@ -97,7 +101,7 @@ def run(
         ConfigError: a suite, model, dtype, implementation or peer is unknown or cannot be had here.
     """
     for suite in suites:
-        require_known("suite", suite, (*SUITES, *SERVING, "serve"))
+        require_known("suite", suite, (*SUITES, *ON_REQUEST, *SERVING, "serve"))
     suites = [name for suite in suites for name in (SERVING if suite == "serve" else (suite,))]
     if settings.against == COMPILED and set(suites) != {"train"}:
         raise ConfigError(f"--against {COMPILED} is a model that only trains: name the suite train, and no other.")

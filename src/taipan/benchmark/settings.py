@@ -9,6 +9,8 @@ SUITES = ("prefill", "train", "decode", "memory", "ops")
 SERVING = ("serve-streams", "serve-prefix", "serve-gap", "serve-session")
 """What `serve` stands for; measured only when asked for, since it needs the extra."""
 COMPILED = "pytorch"
+ON_REQUEST = ("start", "evaluate", "mixed")
+"""Suites that are measured only when asked for, since each has processes or texts of its own."""
 PEERS = ("transformers", "transformers-mamba2", "transformers-llama", COMPILED)
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("auto", "bfloat16", "int8", "int4")
@@ -20,7 +22,7 @@ class Settings:
 
     Attributes:
         model: a name in `taipan.benchmark.models.names()`, or a model directory.
-        tokens: lengths to prefill and to train on; `memory` and `ops` use the first.
+        tokens: lengths to prefill, to train on and to evaluate; `memory`, `mixed` and `ops` use the first.
         batch: rows.
         dtype: `float32`, `bfloat16` (of the weights; in training of the products, over fp32 weights), or `auto` for
             the dtype of training on this machine.

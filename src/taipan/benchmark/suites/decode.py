@@ -19,6 +19,8 @@ from taipan.state import DecoderState
 FLOOR = "memory floor"
 ALONE = "one row"
 """One row alone: several rows are compared with it, by tokens per second."""
+INT8 = "weights int8"
+"""The same model with weights in 8 bits: those in 4 bits are compared with it."""
 _READ = ("streaming read", 0)
 
 
@@ -26,7 +28,8 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
     """Time of `new_tokens` after every length of context, which is really read; each repetition continues the last.
 
     The floor is the time to read weights and states once a token (and to write the states, at the same rate) at the
-    bandwidth of a streaming read in the same repetition. Several rows are also compared with one row alone.
+    bandwidth of a streaming read in the same repetition. Several rows are also compared with one row alone, and weights
+    in 4 bits with those in 8.
     """
     dtype = dtype_of(settings)
     model = build(settings, dtype)
@@ -46,6 +49,8 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         if settings.batch > 1:
             alone = prefill(model, ids_BT[:1], chunk=PIECE).state
             runs[ALONE, context] = _Writing(model, first_B1[:1], alone, steps, settings.weights)
+        if settings.weights == "int4":
+            runs[INT8, context] = _Writing(model, first_B1, state, steps, "int8")
         for name, peer in peers.items():
             runs[name, context] = partial(peer.decode, first_B1, peer.prefill(ids_BT), steps)
     seconds = interleaved(runs, settings.repeats, progress)
@@ -55,7 +60,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
             seconds[FLOOR, context] = tuple(value * per_byte for value in seconds[_READ])
     found: list[Measurement] = []
     for (subject, context), values in seconds.items():
-        if (subject, context) == _READ or subject == ALONE:
+        if (subject, context) == _READ or subject in (ALONE, INT8):
             continue
         comparisons: list[Comparison] = []
         if subject == TAIPAN:
@@ -63,6 +68,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
                 by_tokens = tuple(settings.batch * value for value in seconds[ALONE, context])
                 comparisons.append(speed_ratio(values, by_tokens, ALONE))
             others = [FLOOR] if reader is not None else []
+            others += [INT8] if (INT8, context) in seconds else []
             others += list(peers)
             comparisons += [speed_ratio(values, seconds[other, context], other) for other in others]
         if subject != FLOOR and context > contexts[0]:
