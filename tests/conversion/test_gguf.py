@@ -72,8 +72,8 @@ def test_what_llama_cpp_does_not_know_is_refused(
 
 def test_dtypes_and_paths_are_checked_first(tmp_path: Path) -> None:
     small_model("mamba2", dtype=torch.float32, hidden_size=32).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="dtype is 'q4_0', but must be one of f32, bf16, q8_0"):
-        to_gguf(tmp_path / "model", tmp_path / "model.gguf", "q4_0")
+    with pytest.raises(ConfigError, match="dtype is 'q5_0', but must be one of f32, bf16, q8_0, q4_0"):
+        to_gguf(tmp_path / "model", tmp_path / "model.gguf", "q5_0")
     assert run("convert", "to-gguf", tmp_path / "model", tmp_path / "model.gguf", "--dtype", "bf16").code == 0
     with pytest.raises(CheckpointError, match="nowhere.* cannot be written: No such file"):
         to_gguf(tmp_path / "model", tmp_path / "nowhere" / "model.gguf")

@@ -20,8 +20,8 @@ from taipan.layers.attention import Attention
 from taipan.layers.mamba2 import Mamba2
 from taipan.model import Block, TaipanLM
 
-DTYPES = ("f32", "bf16", "q8_0")
-_BLOCK = 32  # numbers that share a scale in q8_0
+DTYPES = ("f32", "bf16", "q8_0", "q4_0")
+_BLOCK = 32  # numbers that share a scale in q8_0 and q4_0
 Architecture = Literal["mamba2", "llama", "granitehybrid"]
 
 
@@ -33,7 +33,7 @@ def to_gguf(source: str | Path, target: str | Path, dtype: str = "bf16") -> Arch
     Args:
         source: a Taipan model directory.
         target: the file, new.
-        dtype: of the matrices, f32, bf16 or q8_0 (8 bits with a scale for every 32); all else is f32.
+        dtype: of the matrices, f32, bf16, q8_0 or q4_0 (8 or 4 bits with a scale for every 32); all else is f32.
 
     Returns:
         The architecture's name in llama.cpp.
@@ -51,12 +51,13 @@ def to_gguf(source: str | Path, target: str | Path, dtype: str = "bf16") -> Arch
     if target.exists():
         raise CheckpointError(f"{target} exists: name a new file, or remove it first.")
     model = TaipanLM.from_pretrained(source)
+    model.require_plain("for other programs")
     architecture = architecture_of(model.config, str(source))
-    if dtype == "q8_0":
+    if dtype in ("q8_0", "q4_0"):
         odd = next((name for name, value, matrix in _tensors(model) if matrix and value.shape[1] % _BLOCK), None)
         if odd is not None:
             raise CheckpointError(
-                f"{odd} of {source} has rows that are no multiple of {_BLOCK} numbers, as q8_0 needs: use bf16."
+                f"{odd} of {source} has rows that are no multiple of {_BLOCK} numbers, as {dtype} needs: use bf16."
             )
     try:
         write_gguf(model, target, architecture, dtype)
