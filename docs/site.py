@@ -232,12 +232,12 @@ def errors_page() -> str:
 
 def command_line_page() -> str:
     """Every verb with its options."""
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(app())
     parts = ["# Command line\n\n`taipan VERB --help` shows the same."]
     for panel, verbs in PANELS.items():
         parts.append(f"## {panel}")
         for verb in verbs:
-            parts += list(_command("taipan", root.commands[verb.__name__.rpartition(".")[2]]))
+            parts += list(_command("taipan", root.commands[verb]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -130,7 +130,7 @@ def test_marked_blocks_call_no_make(document: Path) -> None:
 
 def problem_with(words: list[str]) -> str | None:
     """Why this command line of ours cannot work, as far as its verb and option names tell; None if it can."""
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app())
     known = {"--help", "-h"}
     while words and hasattr(command, "commands"):
         known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}

@@ -149,7 +149,7 @@ def test_the_reference_has_every_verb_and_option(site: Path) -> None:
     from taipan.cli.main import app
 
     text = (site / "docs/reference/command_line.md").read_text(encoding="utf-8")
-    waiting: list[tuple[str, Any]] = [("taipan", typer.main.get_command(app))]
+    waiting: list[tuple[str, Any]] = [("taipan", typer.main.get_command(app()))]
     for name, command in waiting:
         children = getattr(command, "commands", None)
         if children is None:

@@ -203,7 +203,7 @@ def test_the_command_line_writes_with_the_same_settings() -> None:
 
     from taipan.cli.main import app
 
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(app())
     parameters = {parameter.name: parameter.default for parameter in command.commands["generate"].params}
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "weights"):
         assert parameters[name] == getattr(DEFAULTS, name), name

@@ -130,15 +130,15 @@ def _run(
 
     from taipan.cli.console import note, size
     from taipan.cli.text import text_pieces
-    from taipan.generation import LookupDraft
     from taipan.hardware import tune_allocator
-    from taipan.sessions import Session
     from taipan.text import load
 
     tune_allocator()
     model = load(directory, dtype=dtype)
     state = None if load_state is None else model.load_state(load_state)
     if session is not None:
+        from taipan.sessions import Session
+
         state = Session.open(session, model).state
     source = str(prompt_file) if prompt_file is not None else "-" if prompt == "-" else None
     text = prompt or "" if source is None else text_pieces(source)
@@ -153,6 +153,8 @@ def _run(
         begin = first = time.perf_counter()
         guesses = None
         if draft is not None:
+            from taipan.generation import LookupDraft
+
             guesses = LookupDraft() if draft == "lookup" else model.draft_of(load(draft, dtype=dtype))
         stream = model.generate(
             text, state=state, new_document=new_document, stream=True, draft=guesses, settings=settings

@@ -5,31 +5,14 @@ import io
 import logging
 import os
 import sys
-from types import ModuleType
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from taipan.cli import (
-    bench,
-    calibrate,
-    chat,
-    convert,
-    data,
-    doctor,
-    evaluate,
-    generate,
-    inspect,
-    plan,
-    presets,
-    quickstart,
-    reproduce,
-    runs,
-    serve,
-    session,
-    train,
-)
 from taipan.cli.console import Notes
 from taipan.errors import TaipanError, brief
 
@@ -39,12 +22,13 @@ _LONGEST = 4000  # characters of a message: some name a path, and who calls may 
 
 # The panels of `taipan --help`, in its order.
 PANELS = {
-    "Start": (quickstart, doctor),
-    "Data": (data,),
-    "Train": (train, runs, presets, plan, calibrate),
-    "Use": (generate, chat, session, serve, inspect, convert),
-    "Measure": (evaluate, bench, reproduce),
+    "Start": ("quickstart", "doctor"),
+    "Data": ("data",),
+    "Train": ("train", "runs", "presets", "plan", "calibrate"),
+    "Use": ("generate", "chat", "session", "serve", "inspect", "convert"),
+    "Measure": ("evaluate", "bench", "reproduce"),
 }
+_VERBS = tuple(verb for verbs in PANELS.values() for verb in verbs)
 _HELP = ["-h", "--help"]
 
 
@@ -53,23 +37,7 @@ class _Verbs(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Every verb."""
-        return [_name(verb) for verbs in PANELS.values() for verb in verbs]
-
-
-def _name(verb: ModuleType) -> str:
-    return verb.__name__.rpartition(".")[2]
-
-
-app = typer.Typer(
-    name="taipan",
-    cls=_Verbs,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": _HELP},
-    help="Taipan: Mamba-2 with selective attention. Trains, evaluates and generates in constant memory.\n\n"
-    "Start with `taipan quickstart`: it trains a small model on the Python standard library and writes a report.",
-)
+        return [verb for verb in _VERBS if verb in self.commands]
 
 
 def _print_version(wanted: bool) -> bool:
@@ -81,20 +49,40 @@ def _print_version(wanted: bool) -> bool:
     return wanted
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None: ...
 
 
-for panel, verbs in PANELS.items():
-    for verb in verbs:
-        verb.register(app, panel)
+@cache
+def app(only: str | None = None) -> typer.Typer:
+    """The command line with all verbs, or with one of them: the others take a tenth of a second."""
+    made = typer.Typer(
+        name="taipan",
+        cls=_Verbs,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": _HELP},
+        help="Taipan: Mamba-2 with selective attention. Trains, evaluates and generates in constant memory.\n\n"
+        "Start with `taipan quickstart`: it trains a small model on the Python standard library and writes a report.",
+    )
+    made.callback()(_options)
+    for panel, verbs in PANELS.items():
+        for verb in verbs:
+            if only in (None, verb):
+                import_module(f"taipan.cli.{verb}").register(made, panel)
+    return made
 
 
-def _command_line() -> TyperGroup:
+def _asked(arguments: Sequence[str]) -> str | None:
+    """The verb that arguments begin with, if they begin with one."""
+    return arguments[0] if arguments and arguments[0] in _VERBS else None
+
+
+def _command_line(only: str | None = None) -> TyperGroup:
     """The verbs as one command. Its flags show no type: typer would write `--greedy <bool>`, which takes no value."""
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(app(only))
     context = typer.Context(root, help_option_names=_HELP)
     commands = [root]
     for command in commands:
@@ -118,7 +106,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     _print_anything()
     _tell_of_compiling()
     try:
-        _command_line()(arguments)
+        _command_line(_asked(sys.argv[1:] if arguments is None else arguments))(arguments)
     except SystemExit as end:
         # typer makes a bare exit of a KeyboardInterrupt
         if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):

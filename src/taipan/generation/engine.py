@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from taipan.errors import InputError, shown
 from taipan.generation.choosing import Chooser
 from taipan.generation.decoding import Continuation, require_native
 from taipan.generation.prefill import Reading, check_prompt, read_prompt
-from taipan.generation.program import why_no_program
+from taipan.generation.program import Decodable, why_no_program
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.settings import GenerationSettings
 from taipan.generation.speculation import Draft, ModelDraft, Speculation
@@ -116,7 +116,7 @@ def stream(
         raise InputError("A Reading holds its own state: pass no state and no attention_mask beside it.")
     if isinstance(tokens, Tensor):
         check_prompt(tokens, attention_mask, vocabulary)
-    if chosen.weights != "auto" and (reason := why_no_program(model)) is not None:
+    if chosen.weights != "auto" and (reason := why_no_program(model, chosen.weights)) is not None:
         require_native(reason, chosen.weights)
     if draft is not None:
         _check_draft(draft, vocabulary, chosen, tokens)
@@ -160,9 +160,10 @@ def _steps(
             draft.hear(tokens_BT, real_BT)
 
     text: Continuation | Speculation
-    token_B = None if attention_mask is not None or state is None else _single(tokens)
+    token_B = None if attention_mask is not None else _single(tokens)
     if token_B is not None and draft is None and why_no_program(model) is None:
         # an ordinary decoding step: the model's own forward would take ten times as long
+        state = cast(Decodable, model).empty_state(len(token_B)) if state is None else state
         listen(token_B[:, None], None)
         text = Continuation(model, state, settings.weights)
         text.append(token_B)
