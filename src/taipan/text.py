@@ -342,7 +342,7 @@ class TextModel:
 
     def _tokens(self, text: str | Iterable[str], state: TextState | None, new_document: bool) -> "_Tokens":
         last = () if state is None else state.last
-        return _Tokens(self.tokenizer, _pieces(text), last, new_document, self.model.lm_head.weight.device)
+        return _Tokens(self.tokenizer, _pieces(text), last, new_document, self.model.device)
 
 
 class _Tokens:
@@ -415,10 +415,18 @@ def load(directory: str | Path, *, dtype: str | None = None, implementation: str
         CheckpointError: the weights or the tokenizer do not fit it.
         DataError: there is no tokenizer.
     """
+    model = TaipanLM.from_pretrained(directory, dtype=dtype_named(dtype), implementation=implementation)
+    return TextModel(model, load_tokenizer(directory, model.config))
+
+
+def dtype_named(dtype: str | None) -> torch.dtype | None:
+    """The dtype of weights by its name; None for None.
+
+    Raises:
+        ConfigError: it is none of `DTYPES`.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
             f"dtype is {shown(dtype)}{suggestion(str(dtype), list(DTYPES))}, but must be one of {', '.join(DTYPES)}."
         )
-    own = None if dtype is None else getattr(torch, dtype)
-    model = TaipanLM.from_pretrained(directory, dtype=own, implementation=implementation)
-    return TextModel(model, load_tokenizer(directory, model.config))
+    return None if dtype is None else getattr(torch, dtype)

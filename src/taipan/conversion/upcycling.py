@@ -130,9 +130,9 @@ def upcycle_directory(
     source, target = model_directory(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty directory: name a new one, or remove it first.")
-    model = upcycle(
-        TaipanLM.from_pretrained(source), every=every, generator=torch.Generator().manual_seed(seed), **overrides
-    )
+    start = TaipanLM.from_pretrained(source)
+    start.require_plain("to be upcycled")
+    model = upcycle(start, every=every, generator=torch.Generator().manual_seed(seed), **overrides)
     tokenizer = Tokenizer.load(source) if (source / TOKENIZER_FILE).is_file() else None
     model.save_pretrained(target, tokenizer)
     return model.config

@@ -61,7 +61,7 @@ def evaluate_mqar(model: TaipanLM, mixture: MQARMixture, *, seed: int, batch_tok
             "build the model with the vocabulary of the mixture."
         )
     results: list[MQARResult] = []
-    device = model.lm_head.weight.device
+    device = model.device
     for task in mixture.test:
         tokens_BT, labels_BT = mixture.test_batch(task, seed)
         rows = max(1, batch_tokens // task.length)

@@ -249,7 +249,7 @@ def _predict(
     `note` is called with targets, tokens read, nats and gates of every piece.
     """
     state: DecoderState | None = None
-    device = model.lm_head.weight.device
+    device = model.device
     for begin in range(0, spans[0].length, piece):
         rows = [span for span in spans if span.length > begin]
         if state is not None and len(rows) < state.batch_size:

@@ -82,7 +82,7 @@ def trace(
 def _traced_pieces(
     model: TaipanLM, tokens_1T: Tensor, piece: int, state: DecoderState | None
 ) -> Iterator[list[LayerTrace]]:
-    device = model.lm_head.weight.device
+    device = model.device
     for part in tokens_1T.split(piece, 1):
         with inference(model):
             output = model(part.to(device), state=state)

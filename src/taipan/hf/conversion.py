@@ -98,6 +98,7 @@ def to_mamba2(source: str | Path, target: str | Path, layout: str = "transformer
     _check_paths(source, target)
     try:
         model = TaipanLM.from_pretrained(source)
+        model.require_plain("for other programs")
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     config = model.config

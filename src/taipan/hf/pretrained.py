@@ -15,7 +15,7 @@ from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError, InputError
 from taipan.hf.backbone import OFFLOAD, TaipanBackbone
 from taipan.hf.configuration import TaipanHFConfig
-from taipan.hf.quantisation import GATES, prepare
+from taipan.hf.quantisation import GATES, prepare, refuse_int4
 from taipan.layers.gating import GateSchedule
 from taipan.model import resolve_implementations
 from taipan.model.decoder import init_decoder
@@ -114,7 +114,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
         """As transformers does it; the name of a model that comes with Taipan is one of its directory.
 
         Raises:
-            CheckpointError: the weights are damaged, or some of the model's are not among them.
+            CheckpointError: the weights are damaged or in our own 4 bits, or some of the model's are not among them.
             ConfigError: config.json has a name twice, or a misspelt setting; transformers accepts both silently.
             InputError: the device map offloads layers, or an untied head is asked of a checkpoint that has none.
         """
@@ -123,6 +123,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
             file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
             if file.is_file():
                 TaipanConfig.from_json_file(file)
+                refuse_int4(file)
         try:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:

@@ -5,10 +5,15 @@ selected and saves nothing. Quantisers by type (bitsandbytes) only take modules 
 out what `_keep_in_fp32_modules` names.
 """
 
+import json
+from pathlib import Path
+from typing import Any, cast
+
 from torch import nn
 
-from taipan.errors import InputError
+from taipan.errors import CheckpointError, InputError
 from taipan.layers.linear import Linear
+from taipan.model.int4 import METHOD
 
 GATES = r".*\.gate"
 """Pattern of the modules that are not quantised, as transformers matches it."""
@@ -21,6 +26,20 @@ def prepare(model: nn.Module) -> None:
             plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             plain.weight = module.weight  # the head's may be the embedding's
             model.set_submodule(name, plain)
+
+
+def refuse_int4(config: Path) -> None:
+    """Refuse a directory whose weights are in our own 4 bits, by its config.json.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    values: Any = json.loads(config.read_bytes()).get("quantization_config")
+    if isinstance(values, dict) and cast("dict[str, Any]", values).get("quant_method") == METHOD:
+        raise CheckpointError(
+            f"The weights in {config.parent} are in Taipan's 4 bits, which transformers does not read: load them with "
+            "taipan.load, or quantise the model they were made from with transformers (quantization_config=)."
+        )
 
 
 def refuse_training(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taipan.layers.int4 import Int4Linear
 from taipan.layers.linear import is_plain
 from taipan.ops.linear_cross_entropy import linear_cross_entropy_per_token
 
@@ -11,7 +12,7 @@ def token_nats(head: nn.Module, hidden_MD: Tensor, target_M: Tensor, implementat
     """Negative log-likelihood of single tokens.
 
     Args:
-        head: from hidden states to logits; one that is no plain linear (an adapter, quantised) is called.
+        head: from hidden states to logits; one that is no linear of plain or 4-bit weights (an adapter) is called.
         hidden_MD: normed hidden states.
         target_M: int64 ids that they predict; −100 counts as 0.
         implementation: of `linear_cross_entropy_per_token`.
@@ -19,6 +20,9 @@ def token_nats(head: nn.Module, hidden_MD: Tensor, target_M: Tensor, implementat
     Returns:
         (M,) nats, at least float32.
     """
-    if is_plain(head):
-        return linear_cross_entropy_per_token(hidden_MD, head.weight, target_M, implementation=implementation)
+    weight_VD = head.weight if is_plain(head) else None
+    if isinstance(head, Int4Linear):
+        weight_VD = head.packed.dense(hidden_MD.dtype)
+    if weight_VD is not None:
+        return linear_cross_entropy_per_token(hidden_MD, weight_VD, target_M, implementation=implementation)
     return F.cross_entropy(head(hidden_MD).float(), target_M, ignore_index=-100, reduction="none")

@@ -49,7 +49,7 @@ class TaipanDecoder(nn.Module):
 
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""
-        weight = self.embed_tokens.weight
+        weight = self.norm.weight
         before = no_layers_state(self.config, batch_size, weight.device)
         mixers = (cast(Block, layer).mixer for layer in self.layers)
         layers = tuple(mixer.empty_state(batch_size, dtype=weight.dtype, device=weight.device) for mixer in mixers)

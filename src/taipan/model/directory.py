@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError, DataError, brief, shown
 from taipan.io import atomic_directory, parse_json_object
 from taipan.model.hub import REMOTE_CODE, hub_config, write_remote_code
-from taipan.model.weights import PRECISE, WEIGHTS, check_numbers, read_weights, shards
+from taipan.model.int4 import METHOD, PARTS, check_int4, description, is_in_int4
+from taipan.model.weights import (
+    PRECISE,
+    WEIGHTS,
+    check_numbers,
+    read_in_large_pages,
+    read_weights,
+    shards,
+    write_weights,
+)
 from taipan.native.memory import in_large_pages
 from taipan.shipped import model_directory
 
@@ -26,15 +34,19 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+QUANTISATION = "quantization_config"
 
 
 def write_model(
     config: TaipanConfig, weights: dict[str, Tensor], directory: Path, tokenizer: "Tokenizer | None" = None
 ) -> None:
     """Write the files of a model into an existing directory, without any care for what stands there."""
-    (directory / CONFIG).write_text(json.dumps(hub_config(config), indent=2) + "\n", encoding="utf-8")
+    values = hub_config(config)
+    if is_in_int4(weights):
+        values[QUANTISATION] = description()
+    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_remote_code(directory)
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    write_weights(weights, directory / WEIGHTS)
     if tokenizer is not None:
         tokenizer.save(directory)
         write_generation_config(config, tokenizer, directory)
@@ -86,8 +98,9 @@ def save_model(
 def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tuple[TaipanConfig, dict[str, Tensor]]:
     """Configuration and tensors of a model directory.
 
-    The tensors are copied out of the mapped file into aligned memory, where products give the bits they gave before
-    saving; in large pages, which decoding reads a few percent faster.
+    The tensors are read into aligned memory, where products give the bits they gave before
+    saving; in large pages, which decoding reads a few percent faster. Weights in 4 bits stay in the file, which the
+    system reads when they are needed, and once for all processes.
 
     Args:
         directory: what `save_model` wrote, or the name of a model that comes with the package.
@@ -99,8 +112,12 @@ def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tu
     """
     directory = model_directory(directory)
     config = TaipanConfig.from_json_file(directory / CONFIG)
-    _refuse_quantised(directory)
-    path, tensors = read_weights(directory)
+    quantisation = _quantisation(directory)
+    path, tensors = read_weights(directory, read=read_in_large_pages)
+    packed: dict[str, Tensor] = {}
+    if quantisation is not None:
+        check_int4(path, quantisation, tensors)
+        packed = {name: tensors.pop(name) for name in list(tensors) if name.endswith(PARTS)}
     if config.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
         embedding = tensors.get("model.embed_tokens.weight")
         if embedding is not None and not torch.equal(head, embedding):
@@ -109,15 +126,21 @@ def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tu
                 "tie_word_embeddings to false there to use it."
             )
     check_numbers(path, tensors, one_dtype=dtype is None)
-    if dtype is not None:
-        tensors = {name: t if name.endswith(PRECISE) else t.to(dtype) for name, t in tensors.items()}
-    return config, dict(zip(tensors, in_large_pages(list(tensors.values())), strict=True))
+    read = {name: t if dtype is None or name.endswith(PRECISE) else t.to(dtype) for name, t in tensors.items()}
+    if any(read[name] is not tensor for name, tensor in tensors.items()):
+        read = dict(zip(read, in_large_pages(list(read.values())), strict=True))
+    return config, {**read, **packed}
 
 
-def _refuse_quantised(directory: Path) -> None:
-    """Weights that another library packed: its classes unpack them, which the native model does not have."""
+def _quantisation(directory: Path) -> dict[str, Any] | None:
+    """How the weights are packed in 4 bits; None where they are plain.
+
+    What another library packed, its classes unpack, which the native model does not have.
+    """
     values = parse_json_object((directory / CONFIG).read_bytes(), str(directory / CONFIG), refused=CheckpointError)
-    quantisation: Any = values.get("quantization_config")
+    quantisation: Any = values.get(QUANTISATION)
+    if isinstance(quantisation, dict) and cast("dict[str, Any]", quantisation).get("quant_method") == METHOD:
+        return cast("dict[str, Any]", quantisation)
     if quantisation:
         method = cast("dict[str, Any]", quantisation).get("quant_method") if isinstance(quantisation, dict) else None
         raise CheckpointError(
@@ -125,6 +148,7 @@ def _refuse_quantised(directory: Path) -> None:
             "with `import taipan.hf` and AutoModelForCausalLM, or load the model from before it was quantised here; "
             "decoding has its own 8 bits (weights='int8', on the command line --weights int8)."
         )
+    return None
 
 
 def check_fit(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -9,16 +9,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from taipan.config import TaipanConfig
-from taipan.errors import ConfigError
+from taipan.errors import CheckpointError, ConfigError
 from taipan.generation.engine import generate
 from taipan.generation.program import DecoderParts
 from taipan.layers.gating import GateSchedule
+from taipan.layers.int4 import Int4Linear
 from taipan.layers.linear import Linear
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.model.block import Block
 from taipan.model.decoder import TaipanDecoder, init_decoder
 from taipan.model.directory import check_fit, read_model, save_model
 from taipan.model.implementations import resolve_implementations
+from taipan.model.int4 import FINAL_NORM, is_in_int4, keep_in_int4
 from taipan.model.loss import decode_with_loss
 from taipan.model.output import TaipanOutput
 from taipan.model.sharding import whole
@@ -127,6 +129,28 @@ class TaipanLM(nn.Module):
         return self.model.empty_state(batch_size)
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.model.norm.weight.device
+
+    @property
+    def in_int4(self) -> bool:
+        """Whether its matrices are kept in 4 bits, for reading only (`taipan convert quantise`)."""
+        return isinstance(self.lm_head, Int4Linear)
+
+    def require_plain(self, purpose: str) -> None:
+        """Refuse a model in 4 bits.
+
+        Raises:
+            CheckpointError: it is one; `purpose` completes "cannot be used …".
+        """
+        if self.in_int4:
+            raise CheckpointError(
+                f"This model's matrices are kept in 4 bits, for reading only, and cannot be used {purpose}: take the "
+                "model that it was quantised from."
+            )
+
+    @property
     def state_rules(self) -> Sequence[StateRules]:
         """What a file with a state of this model must obey, layer by layer."""
         return [cast(Block, layer).mixer for layer in self.model.layers]
@@ -203,7 +227,8 @@ class TaipanLM(nn.Module):
         Args:
             directory: what `save_pretrained` wrote, or the name of a model that comes with the package
                 (`taipan.shipped_models()`).
-            dtype: of the parameters; None keeps the stored one. Mamba-2's `A_log`, `D` and `dt_bias` stay as stored.
+            dtype: of the parameters; None keeps the stored one. Mamba-2's `A_log`, `D` and `dt_bias` stay as stored; so
+                do matrices in 4 bits, whose products are then in this dtype.
             implementation: `auto`, or the name of an op implementation to use throughout.
 
         Raises:
@@ -213,13 +238,22 @@ class TaipanLM(nn.Module):
         config, tensors = read_model(directory, dtype=dtype)
         with torch.device("meta"):
             model = cls(config, implementation=implementation)
+            if is_in_int4(tensors):
+                keep_in_int4(model, {}, tensors[FINAL_NORM].dtype)
         check_fit(weights_file(model_directory(directory)), tensors, weights_of(model))
         model.load_state_dict(tensors, strict=False, assign=True)
         if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
+            tie(model)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         return model.eval()
+
+
+def tie(model: TaipanLM) -> None:
+    """Let the head of a model that was loaded be its embedding."""
+    head, embedding = model.lm_head, model.model.embed_tokens
+    for name in ("levels", "scale") if model.in_int4 else ("weight",):
+        setattr(head, name, getattr(embedding, name))
 
 
 def weights_of(model: TaipanLM) -> dict[str, Tensor]:
@@ -230,7 +264,7 @@ def weights_of(model: TaipanLM) -> dict[str, Tensor]:
     return {
         name: whole(tensor.detach()).contiguous()
         for name, tensor in model.state_dict().items()
-        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
+        if not (model.config.tie_word_embeddings and name.startswith("lm_head."))
     }
 
 

@@ -32,7 +32,9 @@ def initial_model(recipe: Recipe, config: TaipanConfig, tokenizer: Tokenizer) ->
     if recipe.model.start is None:
         return model
     source = model_directory(recipe.model.start)
-    tensors = TaipanLM.from_pretrained(source, implementation=settings.implementation).state_dict()
+    loaded = TaipanLM.from_pretrained(source, implementation=settings.implementation)
+    loaded.require_plain("to train from")
+    tensors = loaded.state_dict()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     odd = sorted(name for name in {*tensors, *shapes} if name not in tensors or tensors[name].shape != shapes.get(name))
     if odd:
