@@ -19,6 +19,7 @@ NATIVE = pytest.param("native", marks=needs_kernels)
 SOURCE = """
 extern "C" const char* taipan_flags() {{ return TAIPAN_FLAGS; }}
 extern "C" const char* taipan_products() {{ return "none"; }}
+extern "C" const char* taipan_int4() {{ return "none"; }}
 extern "C" const char* taipan_interface() {{ return sizeof(TAIPAN_REAL) == 4 ? R"~({float})~" : R"~({double})~"; }}
 {functions}
 extern "C" int taipan_answer() {{ return {answer}; }}

@@ -15,8 +15,8 @@ from tests.compilers import needs_kernels
 def test_bytes_stand_for_levels_times_scales(rows: int, columns: int, size: float, seed: int) -> None:
     weight = size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     packed = quantise(weight)
-    tiles, groups = -(-rows // 16), -(-columns // 32)
-    assert packed.levels.shape == (tiles, groups, 256)
+    tiles, groups = -(-rows // 16), -(-columns // 64)
+    assert packed.levels.shape == (tiles, groups, 512)
     assert packed.scale.shape == (tiles, groups, 16)
     dense = packed.rows_at(torch.arange(rows))
     whole = torch.nn.functional.pad(weight, (0, -columns % GROUP)).unflatten(1, (-1, GROUP))
@@ -62,5 +62,5 @@ def test_every_level_is_the_nearest_to_itself() -> None:
     scale = torch.ones(1)
     numbers = nearest(LEVELS[None], scale)
     assert numbers[0].tolist() == list(range(16))
-    packed = pack(torch.nn.functional.pad(numbers, (0, 16)), scale[None], 16)
+    packed = pack(torch.nn.functional.pad(numbers, (0, 48)), scale[None], 16)
     assert packed.dense()[0].equal(LEVELS)

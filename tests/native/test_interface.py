@@ -335,7 +335,8 @@ def test_what_does_not_fit_the_sizes_is_refused(layer: int) -> None:
         (arguments.sizes, "heads", 5),
         (arguments.sizes, "groups", 0),
         (arguments.sizes, "hidden", 48),
-        (arguments, "embedding", None),
+        (arguments.embedding, "weight", None),
+        (arguments.embedding, "rows", 60),
     ):
         field = getattr(structure, name)
         right = getattr(field, "value", field)  # a field is a view of its structure

@@ -96,6 +96,7 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         name, _, flags = kernels.flags.partition(" ")
         yield "compiled by", name, flags
         yield "bfloat16 products", kernels.products, "the best this processor and system offer inside an op"
+        yield "4-bit products", kernels.int4, "of decoding: AVX512-VNNI, else AVX2, else numbers one by one"
     decoding = "the model's forward" if kernels.library is None else "native"
     yield "decoding step", decoding, "one call a token; --weights bfloat16, int8 or int4 is faster and less exact"
 

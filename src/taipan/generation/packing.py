@@ -52,7 +52,7 @@ class Packed:
 def pack(weight: Tensor, weights: str, arena: Arena | None = None) -> Packed | Int4:
     """A weight (rows, columns) as it is, or rounded.
 
-    To bfloat16, to int8 with one symmetric scale for each row, or to int4 with a scale for each 32 columns of a row.
+    To bfloat16, to int8 with one symmetric scale for each row, or to int4 with a scale for each 64 columns of a row.
 
     Args:
         weight: the weight.

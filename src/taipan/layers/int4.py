@@ -1,4 +1,4 @@
-"""Weights in 4 bits: groups of 32 columns of a row with a scale each, 16 rows together, as native/kernels/int4.h reads.
+"""Weights in 4 bits: groups of 64 columns of a row with a scale each, 16 rows together, as native/kernels/int4.h reads.
 
 A weight is level × scale. There are 16 levels, closer together where a normal distribution has more weights (those of
 llama.cpp's iq4_nl). Of a group the scale is taken that loses least: several are tried, and each is fitted to the levels
@@ -16,7 +16,7 @@ from taipan.native import call, native_status
 from taipan.native.interface import Matrix, Unpack
 from taipan.ops.linear import linear
 
-GROUP = 32
+GROUP = 64
 TILE = 16
 LEVELS = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32)
 _BLOCK = 8  # columns whose levels lie together
@@ -30,8 +30,8 @@ class Int4:
     """A matrix (N, K) in 4 bits.
 
     Attributes:
-        levels: uint8 (N / 16, K / 32, 256), both counts rounded up: the numbers of two levels in a byte.
-        scale: bfloat16 (N / 16, K / 32, 16): of each group of each row of a tile.
+        levels: uint8 (N / 16, K / 64, 512), both counts rounded up: the numbers of two levels in a byte.
+        scale: bfloat16 (N / 16, K / 64, 16): of each group of each row of a tile.
         rows, columns: N and K.
     """
 
@@ -127,7 +127,7 @@ def values(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack(numbers: Tensor, scale: Tensor, columns: int) -> Int4:
-    """Numbers of levels, uint8 (N, K'), K' a multiple of 32, with scales (N, K' / 32), of a matrix of `columns`."""
+    """Numbers of levels, uint8 (N, K'), K' a multiple of 64, with scales (N, K' / 64), of a matrix of `columns`."""
     rows = len(numbers)
     more = -rows % TILE
     tiles = F.pad(numbers, (0, 0, 0, more)).unflatten(1, (-1, GROUP // _BLOCK, 2, 4)).unflatten(0, (-1, TILE))

@@ -1,6 +1,7 @@
 """The tensors of a model directory: one file, or shards and the index that names them; read, and judged."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PRECISE = ("A_log", "D", "dt_bias", "gate.threshold")
 """Tensors that keep their dtype where a model is cast, by the end of their names."""
+_READERS = 4  # threads: the first touch of a page takes longer than its copy
 _READ = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,23 +43,31 @@ def read_in_large_pages(path: Path) -> dict[str, Tensor]:
     """
     try:
         with utf8_name(path) as name, safe_open(name, framework="pt") as file:  # which checks the header
-            with path.open("rb", buffering=0) as raw:
+            with path.open("rb") as raw:
                 header = parse_json(raw.read(int.from_bytes(raw.read(8), "little")), str(path), refused=CheckpointError)
                 begin = raw.tell()
-                kept = {key: value for key, value in header.items() if value.get("dtype") in _READ}
-                arena = Arena([(value["shape"], _READ[value["dtype"]]) for value in kept.values()])
-                tensors = {key: arena.take(value["shape"], _READ[value["dtype"]]) for key, value in kept.items()}
-                for key, tensor in tensors.items():
-                    raw.seek(begin + kept[key]["data_offsets"][0])
-                    left = memoryview(tensor.flatten().view(torch.uint8).numpy())
-                    while left:
-                        count = raw.readinto(left)
-                        if not count:
-                            raise OSError("it is shorter than its header says")
-                        left = left[count:]
+            kept = {key: value for key, value in header.items() if value.get("dtype") in _READ}
+            arena = Arena([(value["shape"], _READ[value["dtype"]]) for value in kept.values()])
+            tensors = {key: arena.take(value["shape"], _READ[value["dtype"]]) for key, value in kept.items()}
+            places = [(begin + kept[key]["data_offsets"][0], tensor) for key, tensor in tensors.items()]
+            with ThreadPoolExecutor(_READERS) as pool:
+                list(pool.map(lambda number: _read(path, places[number::_READERS]), range(_READERS)))
             return {key: tensors[key] if key in tensors else file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
+
+
+def _read(path: Path, places: Sequence[tuple[int, Tensor]]) -> None:
+    """Fill tensors from places of a file."""
+    with path.open("rb", buffering=0) as file:
+        for place, tensor in places:
+            file.seek(place)
+            left = memoryview(cast("Any", tensor.flatten().view(torch.uint8).numpy()))
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise OSError("it is shorter than its header says")
+                left = left[count:]
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

@@ -30,6 +30,7 @@ class NativeStatus:
         reason: where it is, or why there is none.
         flags: compiler and flags it was compiled with.
         products: what the products inside the ops of bfloat16 tensors are made with.
+        int4: what those of decoding with weights in 4 bits are made with.
         seconds: what compiling took, if this process did it.
     """
 
@@ -37,6 +38,7 @@ class NativeStatus:
     reason: str
     flags: str = ""
     products: str = ""
+    int4: str = ""
     seconds: float | None = None
 
 
@@ -68,9 +70,15 @@ def _load(real: str, rejected: frozenset[Path] = frozenset()) -> NativeStatus:
             return _load(real)  # another process has just removed it, as unused for long
         problem = _declare(library, real)
         if problem is None:
-            flags, products = library.taipan_flags().decode(), library.taipan_products().decode()
+            told = [getattr(library, f"taipan_{name}")().decode() for name in ("flags", "products", "int4")]
+            flags, products, int4 = told
             return NativeStatus(
-                library=library, reason=str(built.path), flags=flags, products=products, seconds=built.seconds
+                library=library,
+                reason=str(built.path),
+                flags=flags,
+                products=products,
+                int4=int4,
+                seconds=built.seconds,
             )
         if built.seconds is not None:
             raise BuildError(
@@ -84,7 +92,7 @@ def _load(real: str, rejected: frozenset[Path] = frozenset()) -> NativeStatus:
 def _declare(library: ctypes.CDLL, real: str) -> str | None:
     """Say what every function takes; returns what does not fit, if anything."""
     try:
-        for name in ("flags", "products", "interface"):
+        for name in ("flags", "products", "int4", "interface"):
             text = getattr(library, f"taipan_{name}")
             text.restype, text.argtypes = ctypes.c_char_p, ()
         problem = mismatch(library.taipan_interface().decode(), real)

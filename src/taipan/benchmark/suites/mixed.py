@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -137,8 +138,8 @@ def _work(settings: Settings, job: str) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Read settings (JSON), job and core; work."""
-    given = json.loads(arguments[0])
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given: dict[str, Any] = json.loads(arguments[0])
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     os.sched_setaffinity(0, {int(arguments[2])})
     torch.set_num_threads(1)
     _work(Settings(**values), arguments[1])

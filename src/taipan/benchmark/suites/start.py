@@ -37,7 +37,6 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
             TORCH: partial(_run, [sys.executable, "-c", "import torch"]),
         }
         seconds = interleaved(runs, settings.repeats, progress)
-    made = {"suite": "start", "unit": "seconds"}
     works = [
         ("to the first token", TAIPAN, "generate", FLOOR),
         ("to the first token", FLOOR, FLOOR, None),
@@ -46,11 +45,12 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
     ]
     return [
         Measurement(
+            suite="start",
             work=work,
             subject=subject,
+            unit="seconds",
             values=seconds[name],
             comparisons=() if other is None else (time_ratio(seconds[name], seconds[other], other),),
-            **made,
         )
         for work, subject, name, other in works
     ]

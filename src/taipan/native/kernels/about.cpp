@@ -1,5 +1,6 @@
 // Describes the library: for `taipan doctor`, its compiler flags and how it multiplies bfloat16 inside its ops; for
 // loading, the arguments of its functions.
+#include "int4.h"
 #include "interface.h"
 #include "products.h"
 
@@ -35,6 +36,8 @@ extern "C" const char* taipan_products() {
   });
   return name;
 }
+
+extern "C" const char* taipan_int4() { return taipan::kInt4Products; }
 
 // One structure or function in a line.
 extern "C" const char* taipan_interface() {

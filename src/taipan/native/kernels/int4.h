@@ -1,7 +1,7 @@
 // Weights in 4 bits, 16 rows together, and their products with one vector or several.
 //
-// A tile is 16 rows, the last one of a matrix filled up. Of a group of 32 columns it has a scale (bfloat16) for each row
-// and 4 blocks of 64 bytes, four bytes for each row. Byte i of a row in block b has column 8 b + i in its lower half and
+// A tile is 16 rows, the last one of a matrix filled up. Of a group of 64 columns it has a scale (bfloat16) for each row
+// and 8 blocks of 64 bytes, four bytes for each row. Byte i of a row in block b has column 8 b + i in its lower half and
 // 8 b + 4 + i in its upper half: the number of a level. A weight is its level times the scale of its group.
 #pragma once
 
@@ -14,7 +14,7 @@
 namespace taipan {
 
 constexpr Index kTile = 16;
-constexpr Index kGroup = 32;
+constexpr Index kGroup = 64;
 constexpr Index kBlock = 64;              // bytes
 constexpr Index kBlockColumns = 8;
 constexpr Index kGroupBytes = kGroup / kBlockColumns * kBlock;
@@ -88,6 +88,7 @@ struct PlainTiles : Tiles {
 // Sums of 4 products of 8 bits in each of 16 lanes.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Lanes {
+  static constexpr const char* kName = "AVX512-VNNI";
   using Integers = __m512i;
   // Levels are counted from -128 on, as the instruction wants one side without a sign.
   static constexpr int kBelow = 128;
@@ -129,6 +130,7 @@ struct Lanes {
 };
 #else
 struct Lanes {
+  static constexpr const char* kName = "AVX2";
   struct Integers {
     __m256i of[2];
   };
@@ -192,7 +194,8 @@ struct ShortTiles : Tiles {
   const std::int32_t* less;  // of each group of it
   const float* unit;
   Index padded;
-  static constexpr Index kFetched = 2048;  // bytes ahead: tiles are shorter than what the processor needs to foresee them
+  // Bytes ahead. Past the outer caches: weights do not fit there, but states may, if nothing else drives them out.
+  static constexpr Index kFetched = 4096;
 
   ShortTiles(const Matrix& m, const float* from, Index from_row, Index count, float* room)
       : Tiles(m), padded(groups * kGroup) {
@@ -208,24 +211,53 @@ struct ShortTiles : Tiles {
 
   // Returns the unit.
   float round(const float* x, std::int8_t* to, std::int32_t* off) const {
+    Vector<float> most{};
+    for (Index k = 0; k < columns; k += kLanes<float>) {
+      const Vector<float> value = load_part(x + k, columns - k), size = value < Vector<float>{} ? -value : value;
+      most = size > most ? size : most;
+    }
     float largest = 0;
-    for (Index k = 0; k < columns; ++k) largest = std::max(largest, std::abs(x[k]));
+    for (int lane = 0; lane < kLanes<float>; ++lane) largest = std::max(largest, most[lane]);
     const float size = largest > 0 ? largest / 16256 : 1, per_unit = 1 / size;
     for (Index g = 0; g < groups; ++g) {
-      std::int32_t whole[kGroup] = {}, sum = 0;
-      for (Index k = 0; k < columns_of(g); ++k) {
-        const float value = x[g * kGroup + k] * per_unit;
-        whole[k] = static_cast<std::int32_t>(value + (value < 0 ? -0.5f : 0.5f));
-      }
-      for (Index k = 0; k < kGroup; ++k) {
-        const std::int32_t high = (whole[k] + 64) >> 7;
-        to[g * kGroup + k] = static_cast<std::int8_t>(high);
-        to[padded + g * kGroup + k] = static_cast<std::int8_t>(whole[k] - high * 128);
-        sum += whole[k];
+      std::int32_t sum = 0;
+      for (Index k = g * kGroup; k < (g + 1) * kGroup; k += 8) {
+        const __m256 value = _mm256_mul_ps(eight(x + k, columns - k), _mm256_set1_ps(per_unit));
+        const __m256i whole = _mm256_cvtps_epi32(value);
+        const __m256i high = _mm256_srai_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(64)), 7);
+        narrow_eight(to + k, high);
+        narrow_eight(to + padded + k, _mm256_sub_epi32(whole, _mm256_slli_epi32(high, 7)));
+        sum += sum_of(whole);
       }
       off[g] = -Lanes::kBelow * sum;
     }
     return size;
+  }
+
+  static Vector<float> load_part(const float* x, Index there) {
+    if (there >= kLanes<float>) return load(x);
+    Vector<float> v{};
+    std::memcpy(&v, x, there * sizeof(float));
+    return v;
+  }
+
+  static __m256 eight(const float* x, Index there) {
+    if (there >= 8) return _mm256_loadu_ps(x);
+    __m256 v = _mm256_setzero_ps();
+    if (there > 0) std::memcpy(&v, x, there * sizeof(float));
+    return v;
+  }
+
+  // Whole numbers of 8 bits.
+  static void narrow_eight(std::int8_t* to, __m256i v) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+  }
+
+  static std::int32_t sum_of(__m256i v) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
   }
 
   template <int C>
@@ -237,7 +269,7 @@ struct ShortTiles : Tiles {
     for (Index g = 0; g < groups; ++g) {
       const std::uint8_t* packed = bytes(tile, g);
       const Bfloat16* scale = scales(tile, g);
-      __builtin_prefetch(scale + kFetched / kGroupBytes * kTile);
+      __builtin_prefetch(scale + kFetched / kGroupBytes * kTile, 0, 0);
       // two sums each, which do not wait for each other
       Lanes::Integers of_high[C][2], of_low[C][2];
       for (int c = 0; c < C; ++c) {
@@ -245,7 +277,7 @@ struct ShortTiles : Tiles {
         of_low[c][1] = of_high[c][0] = of_high[c][1] = Lanes::all(0);
       }
       for (Index b = 0; b < kGroup / kBlockColumns; ++b) {
-        __builtin_prefetch(packed + b * kBlock + kFetched);
+        __builtin_prefetch(packed + b * kBlock + kFetched, 0, 0);
         Lanes::Integers lower, upper;
         table.read(packed + b * kBlock, lower, upper);
         for (int c = 0; c < C; ++c) {
@@ -264,6 +296,13 @@ struct ShortTiles : Tiles {
     for (int c = 0; c < C; ++c) sums[c].store(unit[column + c], out[c]);
   }
 };
+#endif
+
+// What multiplies them, for vectors of float.
+#if defined(__AVX2__)
+constexpr const char* kInt4Products = Lanes::kName;
+#else
+constexpr const char* kInt4Products = "one by one";
 #endif
 
 }  // namespace taipan
