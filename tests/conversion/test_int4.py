@@ -1,6 +1,7 @@
 """Rounding to 4 bits by what products lose, and what is done with such a model."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from taipan.evaluation.documents import TextDocuments
 from taipan.generation import start_decoding
 from taipan.generation.decoding import ModelDecoding
 from taipan.layers.int4 import Int4Linear, quantise
+from taipan.native import library
 from tests.compilers import needs_kernels
 from tests.models import EVERY_LAYER_TYPE, random_tokens, small_model
 from tests.tolerance import relative_error
@@ -96,6 +98,17 @@ def test_it_is_saved_and_opened_by_memory_map(directories: tuple[Path, Path], tm
     assert again.fingerprint == model.fingerprint
 
 
+@pytest.fixture(params=["with kernels", "without"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "without":
+        monkeypatch.setenv(library.SWITCH, "0")
+    library._status.cache_clear()
+    yield
+    monkeypatch.undo()
+    library._status.cache_clear()
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_verb_reads_it(directories: tuple[Path, Path], dtype: str) -> None:
     whole, packed = (taipan.load(directory, dtype=dtype) for directory in directories)
