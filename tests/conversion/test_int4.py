@@ -125,6 +125,24 @@ def test_every_verb_reads_it(directories: tuple[Path, Path], dtype: str) -> None
     assert result.nats == pytest.approx(packed.score(text).nats, rel=1e-5 if dtype == "float32" else 1e-2)
 
 
+def test_a_cast_changes_what_is_not_in_4_bits(directories: tuple[Path, Path]) -> None:
+    model = TaipanLM.from_pretrained(directories[1])
+    ids = random_tokens(1, 9)
+    before = model(ids).logits
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith((".levels", ".scale"))}
+    model.double()
+    assert model.model.norm.weight.dtype == torch.float64
+    assert all(model.state_dict()[name].equal(tensor) for name, tensor in kept.items())
+    assert model(ids).logits.dtype == torch.float64
+    torch.testing.assert_close(model(ids).logits.float(), before, rtol=1e-4, atol=1e-4)
+    for dtype in (torch.float64, torch.bfloat16):
+        model.to(dtype)
+        token_B = ids[0, :1]
+        native, plain = (start(model, model.empty_state(1)) for start in (start_decoding, ModelDecoding))
+        bound = 8e-4 if dtype == torch.float64 else 0.05
+        assert relative_error(native.step(token_B), plain.step(token_B).double()) < bound
+
+
 def test_what_cannot_be_done_with_it_is_said(directories: tuple[Path, Path], tmp_path: Path) -> None:
     _, packed = directories
     for refused in (

@@ -5,8 +5,9 @@ llama.cpp's iq4_nl). Of a group the scale is taken that loses least: several are
 it gives (least squares). Its sign is free.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,30 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-class Int4Linear(nn.Module):
+class _Kept(nn.Module):
+    """A module whose matrix (N, K) is kept in 4 bits."""
+
+    levels: Tensor
+    scale: Tensor
+
+    def __init__(self, rows: int, columns: int, weight: Int4 | None) -> None:
+        super().__init__()
+        self._sizes = (rows, columns)
+        for name, (shape, dtype) in zip(("levels", "scale"), shapes_of(rows, columns), strict=True):
+            self.register_buffer(name, torch.zeros(*shape, dtype=dtype) if weight is None else getattr(weight, name))
+
+    @property
+    def packed(self) -> Int4:
+        """The matrix as it is kept."""
+        return Int4(self.levels, self.scale, *self._sizes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.scale = self.scale.bfloat16()  # a model that is cast casts its buffers, too
+        return self
+
+
+class Int4Linear(_Kept):
     """A linear without a bias whose weight is kept in 4 bits; for reading only.
 
     Several tokens at once are multiplied with the weights unpacked, one token with them as they are (the native step).
@@ -150,48 +174,32 @@ class Int4Linear(nn.Module):
         weight: its matrix; None for one that is loaded later.
     """
 
-    levels: Tensor
-    scale: Tensor
-
     def __init__(self, in_features: int, out_features: int, weight: Int4 | None = None) -> None:
-        super().__init__()
+        super().__init__(out_features, in_features, weight)
         self.in_features, self.out_features = in_features, out_features
-        for name, (shape, dtype) in zip(("levels", "scale"), shapes_of(out_features, in_features), strict=True):
-            self.register_buffer(name, torch.zeros(*shape, dtype=dtype) if weight is None else getattr(weight, name))
-
-    @property
-    def packed(self) -> Int4:
-        """The matrix as it is kept."""
-        return Int4(self.levels, self.scale, self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (…, K) to (…, N)."""
         return linear(input, self.packed.dense(input.dtype))
 
 
-class Int4Embedding(nn.Module):
+class Int4Embedding(_Kept):
     """An embedding whose rows are kept in 4 bits; for reading only.
 
     Args:
         num_embeddings, embedding_dim: V and D.
-        weight: its matrix; None for one that is loaded later.
         dtype: of what it gives.
+        weight: its matrix; None for one that is loaded later.
     """
 
-    levels: Tensor
-    scale: Tensor
-
     def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, weight: Int4 | None = None) -> None:
-        super().__init__()
+        super().__init__(num_embeddings, embedding_dim, weight)
         self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
-        for name, (shape, kind) in zip(("levels", "scale"), shapes_of(num_embeddings, embedding_dim), strict=True):
-            self.register_buffer(name, torch.zeros(*shape, dtype=kind) if weight is None else getattr(weight, name))
-
-    @property
-    def packed(self) -> Int4:
-        """The matrix as it is kept."""
-        return Int4(self.levels, self.scale, self.num_embeddings, self.embedding_dim)
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows (…, D) of ids (…)."""
         return self.packed.rows_at(input).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        return super()._apply(fn, recurse)
