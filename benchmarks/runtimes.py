@@ -12,6 +12,7 @@ have a scale for each output, as ours have.
 import argparse
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -94,9 +95,13 @@ class Step(PlainMamba2):
 class Prompt(PlainMamba2):
     """Tokens (T,), T a multiple of the chunk → logits (1, V) of the last."""
 
+    def __init__(self, model: TaipanLM, tokens: int) -> None:
+        super().__init__(model)
+        self.tokens = tokens
+
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.embedding(tokens)
-        chunks, heads = len(tokens) // CHUNK, self.config.num_mamba_heads
+        chunks = self.tokens // CHUNK
         below = torch.ones(CHUNK, CHUNK).tril()
         earlier = torch.ones(chunks, chunks).tril(-1)
         for block in self.blocks:
@@ -122,7 +127,7 @@ class Prompt(PlainMamba2):
             entering = entering.unflatten(2, made.shape[2:]).transpose(0, 1)  # (c, H, P, N)
             y = y + torch.matmul(C[:, None], entering.transpose(2, 3)) * torch.exp(fallen)[..., None]
             y = y + mixer.D[:, None, None] * x.transpose(1, 2)
-            h = self.out(h, y.transpose(1, 2).reshape(len(tokens), heads * self.config.mamba_head_dim), z, mixer)
+            h = self.out(h, y.transpose(1, 2).reshape(self.tokens, self.config.inner_size), z, mixer)
         return F.linear(self.normed(h[-1:], self.norm), self.head)
 
 
@@ -150,8 +155,7 @@ def named(model: Any, inputs: list[str], outputs: list[str]) -> Any:
 
 def openvino_runs(model: TaipanLM, ids: Tensor, steps: int, threads: int) -> dict[str, Callable[[], Any]]:
     core, runs = openvino.Core(), {}
-    config = model.config
-    step, prompt = Step(model).eval(), Prompt(model).eval()
+    step, prompt = Step(model).eval(), Prompt(model, len(ids)).eval()
     token, conv, ssm = examples(model)
     converted = {
         "decode": openvino.convert_model(step, example_input=(token, conv, ssm), input=[[1], conv.shape, ssm.shape]),
@@ -174,7 +178,6 @@ def openvino_runs(model: TaipanLM, ids: Tensor, steps: int, threads: int) -> dic
                 runs[f"prefill, OpenVINO, {label}"] = partial(request.infer, [ids.numpy()])
             else:
                 runs[f"decode, OpenVINO, {label}"] = partial(write, lambda t, r=request: r.infer([t])[0], steps)
-    assert config.vocab_size > 1
     return runs
 
 
@@ -214,9 +217,13 @@ class OnnxStep:
 def onnx_runs(model: TaipanLM, scratch: Path, steps: int, threads: int) -> dict[str, Callable[[], Any]]:
     path, small = scratch / "step.onnx", scratch / "step-int8.onnx"
     names = ["token", *STATES], ["logits", *STATES.values()]
-    torch.onnx.export(
-        Step(model).eval(), examples(model), str(path), input_names=names[0], output_names=names[1], dynamo=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # the newer export needs another package and names nodes anew
+        torch.onnx.export(
+            Step(model).eval(), examples(model), str(path), input_names=names[0], output_names=names[1], dynamo=False
+        )
     quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=True)
     return {
         f"decode, ONNX Runtime, {label}": partial(write, OnnxStep(file, model, threads), steps)

@@ -54,6 +54,29 @@ def test_help_answers_at_once() -> None:
     assert min(times) < 0.5, times
 
 
+def test_a_verb_is_built_without_the_others(tmp_path: Path) -> None:
+    """Counted in modules, not in time: what a start costs is what it imports."""
+    code = f"""
+import sys
+from taipan.cli.main import main
+try:
+    main(["generate", {str(tmp_path / "nowhere")!r}, "x"])
+except SystemExit:
+    pass
+verbs = {{name.rpartition(".")[2] for name in sys.modules if name.startswith("taipan.cli.")}}
+print(*sorted(verbs))
+print(*sorted(name for name in sys.modules if name.count(".") == 1 and name.startswith("taipan.")))
+print(sum(name.startswith("taipan") for name in sys.modules))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    verbs, rooms, count = finished.stdout.splitlines()[-3:]
+    assert verbs.split() == ["console", "generate", "main", "text"]
+    unneeded = {"taipan.evaluation", "taipan.sessions", "taipan.serving", "taipan.training", "taipan.hf", "taipan.chat"}
+    assert not unneeded & set(rooms.split())
+    assert int(count) <= 125
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import sys
