@@ -43,7 +43,11 @@ def linears(
         rows: tokens of the call, all rows of the batch together.
         head_rows: tokens whose logits are computed.
         selected: as `selected_tokens` returns it.
+
+    Raises:
+        CheckpointError: the model is in 4 bits, whose products with many tokens are with unpacked weights.
     """
+    model.require_plain("as its own linear floor")
     found: list[Linear] = []
 
     def add(name: str, module: nn.Module | None, count: int, kind: torch.dtype = dtype) -> None:
