@@ -51,7 +51,7 @@ def read_in_large_pages(path: Path) -> dict[str, Tensor]:
             tensors = {key: arena.take(value["shape"], _READ[value["dtype"]]) for key, value in kept.items()}
             places = [(begin + kept[key]["data_offsets"][0], tensor) for key, tensor in tensors.items()]
             with ThreadPoolExecutor(_READERS) as pool:
-                list(pool.map(lambda number: _read(path, places[number::_READERS]), range(_READERS)))
+                list(pool.map(_read, [path] * _READERS, [places[number::_READERS] for number in range(_READERS)]))
             return {key: tensors[key] if key in tensors else file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
