@@ -41,7 +41,17 @@ LIBRARIES = (
     "bitsandbytes",
     "gguf",
 )
-OF_TESTS = ("pytest", "pytest-timeout", "beartype", "hypothesis", "psutil", "polars", "tenacity", "setuptools")
+OF_TESTS = (
+    "pytest",
+    "pytest-timeout",
+    "beartype",
+    "hypothesis",
+    "psutil",
+    "polars",
+    "tenacity",
+    "setuptools",
+    "openai",
+)
 TESTS = ("tests/hf", "tests/conversion", "tests/evaluation/test_harness.py")
 SETS = ("oldest", "newest")
 
@@ -88,7 +98,7 @@ def environment(which: str, named: list[str]) -> Path:
     index = os.environ.get("TORCH_INDEX_URL")
     more = ["--extra-index-url", index] if index else []
     install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *more]
-    subprocess.run([*install, *requirements(which, named), f"{ROOT}[hf,data,evaluate,gguf]"], check=True)
+    subprocess.run([*install, *requirements(which, named), f"{ROOT}[hf,data,evaluate,gguf,serve]"], check=True)
     subprocess.run([python, "-m", "pip", "uninstall", "--yes", "--quiet", "taipan-lm"], check=True)  # tests take src
     return python
 
