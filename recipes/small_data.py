@@ -26,8 +26,19 @@ def sample(enwik8: str, books: Path, code: Path) -> list[str]:
     size = len(enwik8)
     starts = [enwik8.find("\n", number * size // 12) + 1 for number in range(12)]
     texts = [enwik8[start : start + 1_000_000] for start in starts]
-    texts += [document.text[:170_000] for document in Corpus([books])]
-    return texts + [document.text for number, document in enumerate(Corpus([code])) if number % 2 == 0]
+    texts += [text[:170_000] for text in lines(books)]
+    return texts + [text for number, text in enumerate(lines(code)) if number % 2 == 0]
+
+
+def lines(path: Path) -> list[str]:
+    """The texts of a JSON-lines file, empty ones too."""
+    return [json.loads(line)["text"] for line in unpacked(path).splitlines()]
+
+
+def unpacked(path: Path) -> bytes:
+    """What is in a file, perhaps compressed with gzip."""
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content
 
 
 def main() -> None:
@@ -38,8 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data"))
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
-    packed = given.enwik8.read_bytes()
-    wiki = (gzip.decompress(packed) if given.enwik8.suffix == ".gz" else packed)[:VALID]
+    wiki = unpacked(given.enwik8)[:VALID]
     train = wiki[: wiki.rfind(b"\n", 0, TRAIN) + 1]
     dev = wiki[wiki.find(b"\n", TRAIN) + 1 : wiki.rfind(b"\n", 0, VALID) + 1]
     with tempfile.TemporaryDirectory() as directory:
@@ -47,8 +57,8 @@ def main() -> None:
         own["enwik8"].write_bytes(train)
         own["dev"].write_bytes(dev)
         texts = Path(directory) / "sample.jsonl"
-        lines = (json.dumps({"text": text}) for text in sample(train.decode(), given.books, given.code))
-        texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        told = (json.dumps({"text": text}) for text in sample(train.decode(), given.books, given.code))
+        texts.write_text("\n".join(told) + "\n", encoding="utf-8")
         (first,) = prepare_corpus(
             Corpus([texts]), Path(directory) / "sample", tokenizer=f"bpe:{VOCABULARY}", workers=given.workers
         )

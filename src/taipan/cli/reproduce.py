@@ -119,7 +119,7 @@ def register(app: typer.Typer, panel: str) -> None:
         ] = None,
         longest: Annotated[
             int, typer.Option(min=1, help="Longest context, in tokens, at which the beginning of a text is read.")
-        ] = 262_144,
+        ] = 65_536,
         out: Annotated[Path, typer.Option(help="What was measured there is not again.")] = Path("runs/measured"),
         workers: _Workers = None,
     ) -> None:

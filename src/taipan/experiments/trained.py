@@ -48,12 +48,12 @@ class Amounts:
         generated, read: tokens whose time is taken.
     """
 
-    contexts: tuple[int, ...] = (512, 4096, 32_768, 262_144)
+    contexts: tuple[int, ...] = (512, 4096, 32_768, 65_536)
     control: int = 131_072
     row: int = 4096
-    hidden: tuple[int, ...] = (256, 1024, 4096, 16_384)
-    questions: int = 12
-    limit: int = 200
+    hidden: tuple[int, ...] = (256, 1024, 4096)
+    questions: int = 16
+    limit: int = 100
     generated: tuple[int, ...] = (1024, 8192)
     read: tuple[int, ...] = (1024, 32_768)
 
