@@ -116,8 +116,6 @@ def test_an_extra_is_installed_as_the_one_function_says() -> None:
     found = 0
     for path in TEXTS:
         for match in ADVICE.finditer(path.read_text(encoding="utf-8")):
-            if not match["what"].lstrip("'").startswith((".", "taipan")):
-                continue  # another package's
             written = path.name == REMOTE_CODE  # beside a shipped model, by calling it
             if path.is_relative_to(ROOT / "src") and not written:
                 assert path == Path(inspect.getfile(how_to_install)), f"{path}: {match.group()}: call how_to_install"
