@@ -383,11 +383,17 @@ class DecoderState:
         atomic_write(Path(path), file.getvalue())
 
     @classmethod
-    def load(cls, path: str | Path, model: Fingerprinted) -> "DecoderState":
+    def load(cls, path: str | Path, model: Fingerprinted, *, compared: bool = False) -> "DecoderState":
         """Read a state that `save` wrote.
 
         Name, shape, dtype and range of every tensor are checked, and that the entries of every window are where they
         belong, before anything computes with them: whoever made the file, no index in it leads out of a tensor.
+
+        Args:
+            path: of the file.
+            model: whose state it is.
+            compared: the file has been compared with a digest of its bytes just now: the checksum that it holds itself
+                is not computed.
 
         Raises:
             StateError: the file is missing, damaged or changed, or belongs to another model.
@@ -418,7 +424,8 @@ class DecoderState:
             raise StateError(f"{path} cannot be read as a saved state ({brief(error)}): save it again.") from error
         state = model.empty_state(0).with_tensors(tensors)
         _check(str(path), state, model)
-        if metadata != _metadata(tensors, model.config, fingerprint):
+        checksum = metadata.get("sha256", "") if compared else None
+        if metadata != _metadata(tensors, model.config, fingerprint, checksum):
             raise StateError(
                 f"{path} was changed after it was saved, or damaged: its checksum does not fit. Save the state again."
             )
@@ -442,19 +449,25 @@ class DecoderState:
             )
 
 
-def _metadata(tensors: Mapping[str, Tensor], config: TaipanConfig, fingerprint: str) -> dict[str, str]:
-    """Metadata of a state file: fingerprints of its model, and the SHA-256 of all its tensors."""
+def _metadata(
+    tensors: Mapping[str, Tensor], config: TaipanConfig, fingerprint: str, checksum: str | None = None
+) -> dict[str, str]:
+    """Metadata of a state file: fingerprints of its model, and the SHA-256 of all its tensors, unless it is known."""
+    return {
+        "format": _FORMAT,
+        "model": fingerprint,
+        "architecture": architecture_fingerprint(config),
+        "sha256": _checksum(tensors) if checksum is None else checksum,
+    }
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return {
-        "format": _FORMAT,
-        "model": fingerprint,
-        "architecture": architecture_fingerprint(config),
-        "sha256": digest.hexdigest(),
-    }
+    return digest.hexdigest()
 
 
 def _read(source: str, file: Any, model: Fingerprinted) -> dict[str, Tensor]:

@@ -130,6 +130,21 @@ def test_rows_do_not_meet(rows: int) -> None:
         torch.testing.assert_close(logits, model(tokens).logits.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [64, 104, 200])  # whole registers, and not
+def test_a_row_gets_the_same_bits_alone_and_beside_any_others(hidden: int, dtype: torch.dtype, weights: Any) -> None:
+    sizes = {"hidden_size": hidden, "num_attention_heads": 4, "intermediate_size": 3 * hidden // 2 + 1}
+    model = small_model(EVERY_LAYER_TYPE, dtype=dtype, **sizes)
+    tokens_TB = random_tokens(9, 6).T
+    alone = start_decoding(model, model.empty_state(1), weights=weights)
+    expected = [alone.step(token_B[:1]) for token_B in tokens_TB]
+    for rows in (2, 3, 4, 9):
+        beside = start_decoding(model, model.empty_state(rows), weights=weights)
+        for token_B, one_1V in zip(tokens_TB, expected, strict=True):
+            assert beside.step(token_B[:rows])[:1].equal(one_1V), rows
+
+
 def test_wide_products_with_odd_ends() -> None:
     model = small_model("taipan", dtype=torch.float32, hidden_size=104, num_attention_heads=4, intermediate_size=75)
     logits, state, _ = compare(model, 8)

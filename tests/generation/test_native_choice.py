@@ -1,5 +1,6 @@
 """Tokens chosen by the compiled kernels, alone and several in a call, against sampling.py and single steps."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from taipan import DecoderState
 from taipan.errors import InputError
-from taipan.generation import GenerationSettings, StepOutput, prefill, sampling, stream
+from taipan.generation import GenerationSettings, StepOutput, prefill, sampling, start_decoding, stream
 from taipan.generation import decoding as decoding_module
 from taipan.generation.choosing import Chooser
+from taipan.generation.decoding import ModelDecoding, NativeDecoding, Progress, Writer
 from tests.compilers import needs_kernels
-from tests.models import EVERY_LAYER_TYPE, random_tokens, small_model
+from tests.models import EVERY_LAYER_TYPE, VOCAB, random_tokens, small_model
 
 pytestmark = needs_kernels
 ROUNDING = 2e-6
@@ -98,7 +100,11 @@ def test_random_numbers_at_once_are_those_one_by_one() -> None:
     how = GenerationSettings(do_sample=True, seed=3)
     alone = Chooser(how, 5)
     single = torch.stack([alone._uniform(1)[0] for _ in range(70)])  # pyright: ignore[reportPrivateUsage]
-    assert Chooser(how, 5).of_row(70)["uniform"].equal(single)
+    several = Chooser(how, 5)
+    for asked, used in ((70, 0), (5, 3), (67, 67)):  # what was not used comes again
+        place = 70 - (70 if asked == 70 else 70 if asked == 5 else 67)
+        assert several.random_numbers(asked).equal(single[place : place + asked])
+        several.used(used)
 
 
 def steps(state: DecoderState, model: Any, **options: Any) -> tuple[list[StepOutput], list[DecoderState]]:
@@ -131,6 +137,73 @@ def test_tokens_written_several_in_a_call_are_those_of_single_steps(
         assert all(tensor.equal(other.tensors()[name]) for name, tensor in one.tensors().items())
     for one, other in zip(single[-8:], several[-8:], strict=True):
         assert one.reading.logits_BV.equal(other.reading.logits_BV)
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "top_p": 0.8, "seed": 5},
+    {"repetition_penalty": 1.3, "suppress_tokens": (7,)},
+    {"do_sample": True, "top_k": 9, "seed": 6, "repetition_penalty": 1.2},
+]
+
+
+def written(decoding: Any, rows: list[int], most: int, steps: int, ends: tuple[int, ...] = ()) -> list[list[int]]:
+    """What these rows write, each in its way, in calls of so many steps."""
+    progress, told = Progress(), []
+    ends_E = torch.tensor(ends, dtype=torch.int64)
+    choosers = [Chooser(GenerationSettings(**WAYS[row % 4]), VOCAB) for row in rows]
+    writers = [Writer(row, choose, ends_E, 3 + row) for row, choose in zip(rows, choosers, strict=True)]
+    while len(told) < most:
+        progress.begin(steps, len(rows))
+        with torch.inference_mode():
+            decoding.write(writers, steps, progress)
+        told += progress.tokens_SR[: progress.written].tolist()
+        assert [writer.token for writer in writers] == told[-1]
+    return told[:most]
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 2, 3], [0, 1, 2, 3, 4]])
+def test_several_rows_write_in_a_call_what_each_writes_alone(rows: list[int]) -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=torch.float32)
+    state = prefill(model, random_tokens(5, 9)).state
+    expected = [written(ModelDecoding(model, state), [row], 30, 1) for row in rows]
+    for steps in (1, 7):
+        for ends in ((), (written(start_decoding(model, state), rows, 30, 1)[4][0],)):  # which ends calls, and no more
+            decoding = start_decoding(model, state)
+            assert isinstance(decoding, NativeDecoding)
+            told = written(decoding, rows, 30, steps, ends)
+            assert [list(own) for own in zip(*told, strict=True)] == [[token for (token,) in own] for own in expected]
+
+
+def test_a_call_that_is_watched_tells_of_itself_and_ends_when_told_to() -> None:
+    model = small_model("mamba2", dtype=torch.float32)
+    heard, signal = os.pipe()
+    os.set_blocking(heard, False)
+    os.set_blocking(signal, False)
+    progress, decoding = Progress(signal), start_decoding(model, model.empty_state(2))
+    none_E = torch.empty(0, dtype=torch.int64)
+    writers = [Writer(row, Chooser(GenerationSettings(), VOCAB), none_E, 5) for row in range(2)]
+    for halted, steps in ((False, 9), (True, 1), (False, 9)):
+        progress.begin(9, 2)
+        progress.halt(halted)
+        decoding.write(writers, 9, progress)
+        assert progress.written == steps
+        assert os.read(heard, 100) == b"\0"  # one, however many steps there were
+        with pytest.raises(BlockingIOError):
+            os.read(heard, 1)
+        assert progress.hear()
+        assert not progress.hear()
+    os.close(heard)
+    os.close(signal)
+
+
+def test_a_reading_is_gone_on_from_with_a_penalty_as_by_the_model() -> None:
+    model = small_model("mamba2", dtype=torch.float32)
+    reading = prefill(model, random_tokens(1, 9))
+    how: dict[str, Any] = {"max_new_tokens": 30, "repetition_penalty": 1.5}
+    native = [int(step.tokens_B) for step in stream(model, reading, **how)]
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: None)  # what the native step would pass by
+    assert native == [int(step.tokens_B) for step in stream(model, reading, **how)]
 
 
 def test_an_end_token_ends_the_call_and_nothing_is_read_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -32,8 +33,9 @@ def engine(model: TextModel) -> Engine:
     return Engine(model, rows=4, waiting=8)
 
 
-@pytest.fixture(scope="module")
-def url(engine: Engine) -> Iterator[str]:
+@contextmanager
+def served(engine: Engine) -> Generator[str]:
+    """The address of a server of an engine."""
     limits = Limits(body_bytes=1 << 16, prompt_tokens=2000, new_tokens=5000, prompts=8)
     config = uvicorn.Config(create_app(engine, "small", keys=[KEY], limits=limits), port=0, log_level="error")
     server = uvicorn.Server(config)
@@ -44,6 +46,12 @@ def url(engine: Engine) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine) -> Iterator[str]:
+    with served(engine) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +219,42 @@ def test_a_wrong_key_is_refused(url: str) -> None:
     assert post(url, GOOD, key="wrong", path="/v1/chat/completions").status_code in (400, 401)
     assert httpx2.get(f"{url}/v1/models").status_code == 401
     assert post(url, GOOD).status_code == 200
+
+
+def quiet(_: object) -> None:
+    """An error of the engine's thread is what is tested here."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_stops_or_fails_says_so_to_everybody(
+    stream: bool, model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("threading.excepthook", quiet)
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    for failing, message in ((False, "The server is stopping."), (True, "start the server again")):
+        engine = Engine(model)
+        with served(engine) as url:
+            assert httpx2.get(f"{url}/health").status_code == 200
+            if failing:
+                monkeypatch.setattr(engine._decoding, "write", fails)  # pyright: ignore[reportPrivateUsage]
+                answer = post(url, {**GOOD, "max_tokens": 9, "stream": stream})
+                assert answer.status_code == (200 if stream else 500)  # when it happens, a stream has begun
+                assert "ZeroDivisionError in the engine" in answer.text
+                assert '"finish_reason": "' not in answer.text
+            else:
+                engine.stop()
+            for path, body in (
+                ("completions", {**GOOD, "stream": stream}),
+                ("chat/completions", {"model": "small", "messages": [{"role": "user", "content": "x"}]}),
+            ):
+                answer = post(url, body, path=f"/v1/{path}")
+                assert answer.status_code == 503
+                error = answer.json()["error"]
+                assert message in error["message"]
+                assert (error["type"], error["code"]) == ("server_error", "stopped")
+            health = httpx2.get(f"{url}/health")
+            assert health.status_code == 503
+            assert "start the server again" in health.json()["status"]

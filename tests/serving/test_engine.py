@@ -2,6 +2,7 @@
 
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.generation import GenerationSettings, Reading, generate, prefill
 from taipan.generation.stopping import Until
-from taipan.serving.engine import BusyError, Engine, Request
+from taipan.serving.engine import BusyError, Engine, Request, StoppedError
 from taipan.serving.events import EndEvent, Event, PromptEvent, TokenEvent
 from taipan.serving.prefixes import Chain, PrefixStore
 from taipan.text import TextModel
+from tests.compilers import needs_kernels
 from tests.models import random_tokens, small_model
 
+ENDLESS = 1_000_000
 STACK = ("mamba2", "selective_attention", "full_attention", "sliding_attention")
 
 
@@ -56,6 +59,14 @@ class Stream:
             events.append(self.next())
         return events
 
+    def tokens_until(self, count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            event = self.next()
+            assert not isinstance(event, EndEvent)
+            found += [event.id] if isinstance(event, TokenEvent) else []
+        return found
+
     def tokens(self) -> list[int]:
         return [event.id for event in self.all() if isinstance(event, TokenEvent)]
 
@@ -79,6 +90,125 @@ def test_rows_that_join_and_leave_get_what_they_would_get_alone(engine: Engine, 
     streams = [Stream(engine, ids, chosen) for ids, chosen in asked]
     assert [stream.tokens() for stream in streams] == [alone(model, *one) for one in asked]
     assert engine.load == {"running": 0, "reading": 0, "waiting": 0}
+
+
+def test_rows_of_every_kind_beside_each_other_get_what_they_would_get_alone(engine: Engine, model: TextModel) -> None:
+    greedy = alone(model, prompt(9, 1), settings(60))
+    stop = model.tokenizer.decode(greedy[20:22])
+    kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2}, {}),
+        ({"suppress_tokens": tuple(greedy[:5])}, {}),
+        ({"stop_strings": (stop,)}, {}),
+        ({"stop_strings": (stop,)}, {"keep": True}),
+        ({"eos_token_id": greedy[25]}, {"keep": True}),
+        ({}, {"logprobs": 1}),
+    ]
+    asked = [(prompt(9, 1), replace(settings(60, seed=3), **how), more) for how, more in [*kinds, *kinds[:4]]]
+    streams = [(Stream(engine, ids, how, **more), how) for ids, how, more in asked]
+    for stream, how in streams:
+        told = stream.all()
+        assert [event.id for event in told if isinstance(event, TokenEvent)] == alone(model, prompt(9, 1), how)
+        end = told[-1]
+        assert isinstance(end, EndEvent)
+        if end.reading is not None:
+            assert int(end.reading.state.position_B) == 9 + len(told) - 2
+
+
+class Watched(Engine):
+    """An engine whose calls are as long as a test, and which knows how many steps it has taken when.
+
+    Attributes:
+        seen: what happened, and after how many steps.
+    """
+
+    def __init__(self, model: TextModel) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self._before = 0
+        super().__init__(model, rows=2, prefix_bytes=0)
+        begin = self._progress.begin
+
+        def begins(steps: int, rows: int) -> None:
+            self._before += self._progress.written
+            begin(steps, rows)
+
+        self._progress.begin = begins
+
+    @property
+    def steps(self) -> int:
+        written = self._progress.written  # first: a call that ends meanwhile is counted twice, and never not at all
+        return self._before + written
+
+    def _read_piece(self, stream: Any) -> None:
+        self.seen.append(("read", self.steps))
+        super()._read_piece(stream)
+
+    def _leave(self, stream: Any, event: EndEvent) -> None:
+        self.seen.append(("left", self.steps))
+        super()._leave(stream, event)
+
+    def _step(self) -> None:
+        super()._step()
+        self.seen.append(("step", self.steps))
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    monkeypatch.setattr("taipan.serving.engine._AT_ONCE", ENDLESS)
+    engine = Watched(TextModel(small_model("mamba2", vocab_size=257, dtype=torch.float32), Tokenizer.bytes()))
+    yield engine
+    engine.stop()
+
+
+@needs_kernels
+def test_who_comes_or_leaves_waits_for_one_step_and_tokens_are_told_meanwhile(watched: Watched) -> None:
+    running = Stream(watched, prompt(4, 0), settings(ENDLESS))
+    assert len(running.tokens_until(100)) == 100
+    ended = len(watched.seen)
+    assert len(running.tokens_until(50)) == 50
+    assert len(watched.seen) == ended  # all of it came of one call, which has not ended
+    comes = Stream(watched, prompt(4, 1), settings(ENDLESS))
+    steps = watched.steps
+    comes.tokens_until(3)
+    assert next(at for what, at in watched.seen[ended:] if what == "read") <= steps + 1
+    comes.tokens_until(100)
+    comes.cancel()
+    steps = watched.steps
+    assert comes.all()[-1] == EndEvent("cancelled")
+    assert next(at for what, at in watched.seen[ended:] if what == "left") <= steps + 1
+    running.cancel()
+    assert running.all()[-1] == EndEvent("cancelled")
+
+
+@needs_kernels
+def test_a_stop_string_ends_the_call_soon(watched: Watched) -> None:
+    ids = prompt(4, 0)
+    stop = watched.model.tokenizer.decode(alone(watched.model, ids, settings(40))[30:33])
+    chosen = settings(ENDLESS, stop_strings=(stop,))
+    expected = alone(watched.model, ids, replace(chosen, max_new_tokens=60))
+    assert Stream(watched, ids, chosen).tokens() == expected
+    assert watched.steps < ENDLESS // 10  # and not what might have been written
+
+
+def quiet(_: object) -> None:
+    """An error of the engine's thread is what is tested here."""
+
+
+def test_an_engine_that_fails_ends_every_stream(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threading.excepthook", quiet)
+    engine = Engine(model, rows=2, prefix_bytes=0)
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine._decoding, "write", fails)  # pyright: ignore[reportPrivateUsage]
+    end = Stream(engine, prompt(4, 0), settings(9)).all()[-1]
+    assert isinstance(end, EndEvent)
+    assert (end.reason, end.error) == (None, "ZeroDivisionError in the engine: this is a bug in taipan.")
+    with pytest.raises(StoppedError, match="start the server again"):
+        Stream(engine, prompt(4, 0), settings(9))
+    assert not engine.alive
+    engine.stop()
 
 
 def test_events(engine: Engine, model: TextModel) -> None:
@@ -199,10 +329,10 @@ def test_a_failing_stream_ends_alone(engine: Engine, model: TextModel, monkeypat
     good = Stream(engine, prompt(4, 0), settings(60))
     real = Engine._say  # pyright: ignore[reportPrivateUsage]
 
-    def fails(self: Engine, row: int, token: int | None, logits_BV: torch.Tensor) -> None:
-        if self._running[row].request.key == "bad":  # pyright: ignore[reportPrivateUsage]
+    def fails(self: Engine, stream: Any, token: int, logits_BV: torch.Tensor | None) -> None:
+        if stream.request.key == "bad":
             raise ZeroDivisionError
-        real(self, row, token, logits_BV)
+        real(self, stream, token, logits_BV)
 
     monkeypatch.setattr(Engine, "_say", fails)
     end = Stream(engine, prompt(4, 1), settings(5), key="bad").all()[-1]

@@ -102,6 +102,14 @@ def assert_knows(session: Session, ids: list[int]) -> None:
         torch.testing.assert_close(known.decoder.tensors()[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_no_request_waits_for_the_digest_of_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.bytes()
+    engine = Engine(TextModel(small_model("mamba2", vocab_size=257, dtype=torch.float32), tokenizer), rows=1)
+    Sessions(tmp_path, engine)
+    engine.stop()
+    assert "fingerprint" in vars(tokenizer)
+
+
 def test_of_text_of_tokens_and_of_nothing(server: Server) -> None:
     ids = MODEL.tokenizer.encode(TEXT)
     assert server.post("", {"id": "text", "text": TEXT})["tokens"] == len(ids)

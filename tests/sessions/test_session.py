@@ -18,6 +18,7 @@ from taipan.errors import InputError, StateError
 from taipan.generation import GenerationSettings, Reading, generate, prefill
 from taipan.sessions import ObjectStore, ReadingCache, Session, SessionBusyError
 from taipan.sessions.manifest import Segment
+from taipan.state import DecoderState
 from taipan.text import TextModel
 from tests.models import random_tokens, small_model
 
@@ -82,6 +83,20 @@ def test_the_first_token_after_opening_reads_nothing_again(session: Session, mon
     answer = again.ask(settings=GREEDY)
     assert list(answer.tokens) == expected
     assert read in ([], [1] * 5)  # only new tokens, where the native step does not read them
+
+
+def test_the_bytes_of_a_state_are_hashed_once_when_it_is_opened(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(_: object) -> str:
+        raise AssertionError
+
+    opened, model = reopened(session), session.model.model
+    monkeypatch.setattr("taipan.state._checksum", again)
+    assert opened.state is not None
+    file = session.directory / "objects" / f"{session.manifest.snapshots[-1].state}.safetensors"
+    with pytest.raises(AssertionError):  # whom nobody has told that it is whole computes it
+        DecoderState.load(file, model)
 
 
 def test_opening_reads_as_much_of_a_long_text_as_of_a_short_one(

@@ -4,7 +4,6 @@ By the compiled kernels (native/kernels/choose.h) where they run, else by `taipa
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from taipan.errors import InputError
 from taipan.generation import sampling
 from taipan.generation.settings import GenerationSettings
 from taipan.native import call, native_available
-from taipan.native.interface import Choice, Choose
+from taipan.native.interface import Choice, Choose, Pen
 from taipan.seeding import seeded_generator
 from taipan.shapes import BoolBT, BoolBV, FloatBV, IntB, IntBT
 
@@ -54,25 +53,30 @@ class Chooser:
         if settings.do_sample:
             self._seed = settings.seed if settings.seed is not None else int(torch.randint(2**62, ()))
         self._generators: list[torch.Generator] = []
+        self._ahead_S = torch.empty(0, dtype=torch.float64)  # random numbers of the only row, drawn and not used yet
+        self._pen: Pen | None = None
 
     def hear(self, tokens_BT: IntBT, real_BT: BoolBT | None = None) -> None:
         """Record tokens of the rows, from the prompt or new; where `real_BT` is False there is none."""
         if self._settings.repetition_penalty == 1.0:
             return
         if self._seen_BV is None:
-            shape = (tokens_BT.shape[0], self._vocabulary)
-            self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=tokens_BT.device)
+            self._seen_BV = self._nothing_seen(tokens_BT.shape[0], tokens_BT.device)
         if real_BT is None:
             self._seen_BV.scatter_(1, tokens_BT, True)
             return
         row_BT = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)[:, None].expand_as(tokens_BT)
         self._seen_BV[row_BT[real_BT], tokens_BT[real_BT]] = True
 
+    def _nothing_seen(self, rows: int, device: torch.device | str = "cpu") -> BoolBV:
+        return torch.zeros((rows, self._vocabulary), dtype=torch.bool, device=device)
+
     def fork(self) -> "Chooser":
         """A copy that will choose what this one would: the same random numbers, which this one does not use up."""
         copied = copy.copy(self)
         copied._seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
         copied._generators = [generator.clone_state() for generator in self._generators]
+        copied._pen = None
         return copied
 
     def __call__(self, logits_BV: FloatBV) -> IntB:
@@ -100,12 +104,33 @@ class Chooser:
             return self.checked(token_B)
         return self._by_sampling(logits_BV)
 
-    def of_row(self, steps: int) -> dict[str, Any]:
-        """What `Write` needs to know of how the next tokens of the only row are chosen, with their random numbers."""
-        uniform = None
-        if self._settings.do_sample:  # the same numbers as one by one
-            uniform = torch.rand(steps, generator=self._of_rows(1)[0], dtype=torch.float64)
-        return {"how": self._how, "seen": self._seen_BV, "uniform": uniform}
+    def pen(self, steps: int, ends_E: Tensor) -> Pen:
+        """How the only row writes so many tokens at most, in one call; say afterwards how many it `used`.
+
+        Args:
+            steps: of the call.
+            ends_E: int64 ids after which no more are chosen; the same in every call, and alive meanwhile.
+        """
+        if self._pen is None:
+            if self._settings.repetition_penalty != 1.0 and self._seen_BV is None:
+                self._seen_BV = self._nothing_seen(1)
+            self._pen = Pen.of(how=self._how, ends=ends_E, end_count=len(ends_E), seen=self._seen_BV, uniform=None)
+        if self._settings.do_sample:
+            self._pen.uniform = self.random_numbers(steps).data_ptr()
+        return self._pen
+
+    def random_numbers(self, count: int) -> Tensor:
+        """The next random numbers of the only row, fp64 in [0, 1): the same however many are asked for at once."""
+        missing = count - len(self._ahead_S)
+        if missing > 0:
+            more_S = torch.rand(missing, generator=self._of_rows(1)[0], dtype=torch.float64)
+            self._ahead_S = torch.cat([self._ahead_S, more_S])
+        return self._ahead_S[:count]
+
+    def used(self, count: int) -> None:
+        """So many tokens were chosen with a `pen`."""
+        if self._settings.do_sample:
+            self._ahead_S = self._ahead_S[count:]
 
     @staticmethod
     def checked(token_B: IntB) -> IntB:
@@ -135,6 +160,10 @@ class Chooser:
 
     def _uniform(self, rows: int) -> Tensor:
         """The next random number of each row, fp64 in [0, 1)."""
+        if len(self._ahead_S):
+            number_1 = self.random_numbers(1)
+            self.used(1)
+            return number_1
         return torch.stack([torch.rand((), generator=own, dtype=torch.float64) for own in self._of_rows(rows)])
 
     def _of_rows(self, rows: int) -> list[torch.Generator]:

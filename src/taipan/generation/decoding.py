@@ -1,8 +1,9 @@
 """Reading one token of every row after another: by the native step where it runs, else by the model itself."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -16,7 +17,7 @@ from taipan.generation.program import DecoderProgram, check_weights, program_of
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.sampling import greedy
 from taipan.native import call, invoke
-from taipan.native.interface import Decode, State, Write, array_of
+from taipan.native.interface import Decode, Pen, State, Write, array_of
 from taipan.native.memory import Arena
 from taipan.shapes import BoolB, FloatBV, IntB, IntBT
 from taipan.state import DecoderState
@@ -24,6 +25,65 @@ from taipan.state import DecoderState
 _SPARE = 256  # buffers grow by at least so many entries
 _CALL_SECONDS, _MOST_STEPS = 2e-3, 64  # of one call that writes several tokens: nobody sees that they come together
 _FEWEST_STEPS = 4  # fewer are not worth a copy of the state
+
+
+@dataclass
+class Writer:
+    """A row that gets new tokens.
+
+    Attributes:
+        row: its number.
+        choose: how they are chosen, of one row.
+        ends_E: int64 ids after which no more are.
+        token: the last one, which has not been read; None where it has.
+    """
+
+    row: int
+    choose: Chooser
+    ends_E: Tensor
+    token: int | None = None
+
+
+class Progress:
+    """How far a call is that writes several tokens, for another thread.
+
+    Args:
+        signal: the number of a file, not blocking, into which a byte goes when tokens have been written; -1: none.
+    """
+
+    def __init__(self, signal: int = -1) -> None:
+        self.signal = signal
+        self.numbers = torch.zeros(3, dtype=torch.int64)
+        self._view = self.numbers.numpy()
+        self.tokens_SR = torch.empty(0, 0, dtype=torch.int64)
+
+    def begin(self, steps: int, rows: int) -> None:
+        """A call begins."""
+        self._view[0] = 0
+        self.tokens_SR = torch.empty(steps, rows, dtype=torch.int64)
+
+    @property
+    def written(self) -> int:
+        """Steps whose tokens of every row are there."""
+        return int(self._view[0])
+
+    @written.setter
+    def written(self, steps: int) -> None:
+        self._view[0] = steps
+
+    def halt(self, now: bool = True) -> None:
+        """Let the call end at its next step; or let later calls go on."""
+        self._view[1] = now
+
+    def hear(self) -> bool:
+        """The byte has been taken: another one may come. Returns whether there was one."""
+        was, self._view[2] = bool(self._view[2]), 0
+        return was
+
+    def call(self) -> bool:
+        """Whether a byte is to be put by the caller, because none is on its way."""
+        was, self._view[2] = bool(self._view[2]), 1
+        return not was
 
 
 @runtime_checkable
@@ -49,6 +109,20 @@ class Decoding(Protocol):
 
     def step_active(self, token_B: IntB, active_B: BoolB) -> Tensor:
         """As `step`; logits of the rows that get their token alone, in their order."""
+        ...
+
+    def write(self, writers: Sequence[Writer], steps: int, progress: Progress) -> Tensor:
+        """Read the last token of each of these rows, choose the next, read it, and so on; the last ones are not read.
+
+        Args:
+            writers: in rising order of their rows, each with a token.
+            steps: how many tokens at most. It ends earlier when one of them ends a row, cannot be chosen (−1), or
+                `progress` says so.
+            progress: begun; gets the tokens.
+
+        Returns:
+            (rows, V) logits, of what the last tokens were chosen from.
+        """
         ...
 
     @property
@@ -139,6 +213,23 @@ class ModelDecoding:
         """See `Decoding.step_active`."""
         return self.step(token_B, active_B)[active_B]
 
+    def write(self, writers: Sequence[Writer], steps: int, progress: Progress) -> Tensor:
+        """See `Decoding.write`: one step."""
+        position_B = self._state.position_B
+        token_B = torch.zeros(len(position_B), dtype=torch.int64)
+        active_B = torch.zeros(len(position_B), dtype=torch.bool)
+        for writer in writers:
+            token_B[writer.row], active_B[writer.row] = writer.token or 0, True
+        logits_RV = self.step_active(token_B.to(position_B.device), active_B.to(position_B.device)).cpu()
+        for number, writer in enumerate(writers):
+            progress.tokens_SR[0, number] = -1
+            with suppress(InputError):  # whoever looks at the token says it
+                token_1 = writer.choose(logits_RV[number : number + 1])
+                writer.choose.hear(token_1[:, None])
+                progress.tokens_SR[0, number] = writer.token = int(token_1[0])
+        progress.written = 1
+        return logits_RV
+
     @property
     def state(self) -> Any:
         """See `Decoding.state`."""
@@ -179,6 +270,7 @@ class NativeDecoding:
         )
         self._segment_B = state.segment_B.clone()
         self._rows_B = torch.arange(state.batch_size)
+        self._next_B = torch.zeros(state.batch_size, dtype=torch.int64)
         self._growing = program.growing
         counts = [self._layers[number].entries for number in self._growing]
         self._entries = max(counts, default=0)  # no row of a layer that grows has more
@@ -225,40 +317,48 @@ class NativeDecoding:
         return not self._growing
 
     def write(
-        self, logits_BV: Tensor, unread: int | None, steps: int, ends: Tensor, choice: Mapping[str, Any]
+        self, writers: Sequence[Writer], steps: int, progress: Progress, logits_RV: Tensor | None = None
     ) -> Tensor:
-        """Choose tokens of the only row and read all but the last of them, in one call.
+        """See `Decoding.write`.
 
         Args:
-            logits_BV: in `real`; what the first is chosen from, and where those of each token go.
-            unread: a token to read before.
-            steps: how many tokens at most; more than one only where the state is of one size.
-            ends: int64 ids, after which no more are chosen.
-            choice: of `Chooser.of_row`, for so many steps.
-
-        Returns:
-            int64, the tokens; the last is −1 where none could be chosen.
+            writers: see there; where they have no tokens, the first ones are chosen from `logits_RV`.
+            steps: see there.
+            progress: see there.
+            logits_RV: in `real`, overwritten; needed where there are no tokens.
         """
-        if self._growing and unread is not None:
-            self._grow()
-        token_T, written = torch.empty(steps, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-        arguments = self._arguments
-        arguments.rows, arguments.count = self._rows_B.data_ptr(), 1
-        arguments.logits = logits_BV.data_ptr()
+        real, rows = self._program.real, len(writers)
+        unread = writers[0].token is not None
+        if self._growing:
+            self._grow(steps if unread else steps - 1)
+        if logits_RV is None:
+            logits_RV = torch.empty(rows, self._program.config.vocab_size, dtype=real)
+        rows_R = torch.tensor([writer.row for writer in writers])
+        for writer in writers:
+            self._next_B[writer.row] = writer.token or 0
+        pens = array_of(Pen, [writer.choose.pen(steps, writer.ends_E) for writer in writers])
+        numbers, arguments = progress.numbers, self._arguments
+        arguments.rows, arguments.count = rows_R.data_ptr(), rows
+        arguments.logits = logits_RV.data_ptr()
         call(
-            self._program.real,
+            real,
             Write,
             decode=arguments,
-            **choice,
+            pens=pens,
             steps=steps,
-            unread=unread is not None,
-            token=unread or 0,
-            ends=ends,
-            end_count=len(ends),
-            tokens=token_T,
-            written=written,
+            unread=unread,
+            next=self._next_B,
+            tokens=progress.tokens_SR,
+            written=numbers[0:1],
+            halt=numbers[1:2],
+            signal=progress.signal,
+            signalled=numbers[2:3],
         )
-        return token_T[: int(written)]
+        written = progress.written
+        for writer, token in zip(writers, progress.tokens_SR[written - 1].tolist(), strict=True):
+            writer.token = token
+            writer.choose.used(written)
+        return logits_RV
 
     @property
     def state(self) -> DecoderState:
@@ -315,16 +415,16 @@ class NativeDecoding:
                 f"{self._program.config.vocab_size - 1}."
             )
 
-    def _grow(self) -> None:
-        """Make room for one more entry in every layer that grows."""
-        if self._entries >= self._layers[self._growing[0]].slots:
+    def _grow(self, more: int = 1) -> None:
+        """Make room for more entries in every layer that grows."""
+        if self._entries + more > self._layers[self._growing[0]].slots:
             # rows come and go, and not every one takes part in every step: count anew before memory grows
             self._entries = max(self._layers[number].entries for number in self._growing)
-        if self._entries >= self._layers[self._growing[0]].slots:
+        if self._entries + more > self._layers[self._growing[0]].slots:
             for number in self._growing:
-                self._layers[number] = self._layers[number].wider(max(_SPARE, self._entries // 2))
+                self._layers[number] = self._layers[number].wider(max(_SPARE, self._entries // 2, more))
             self._address()
-        self._entries += 1
+        self._entries += more
 
     def _address(self) -> None:
         """Tell the kernel where everything is; rows, tokens and logits are of each step."""
@@ -366,6 +466,7 @@ class Continuation:
         self._known: list[tuple[int, Any]] = [(0, state)]
         self._room_BV: Tensor | None = None  # the logits, where `write` has them
         self._step_seconds = _CALL_SECONDS
+        self._progress = Progress()
 
     @property
     def writes(self) -> bool:
@@ -413,8 +514,10 @@ class Continuation:
         if self._logits_BV is not self._room_BV:
             self._room_BV = self._logits_BV = self._logits_BV.to(decoding.real, copy=True)
         unread = int(self._tokens[-1][0]) if self._read < len(self._tokens) else None
+        self._progress.begin(steps, 1)
         began = time.perf_counter()
-        token_T = decoding.write(self._logits_BV, unread, steps, ends, choose.of_row(steps))
+        decoding.write([Writer(0, choose, ends, unread)], steps, self._progress, self._logits_BV)
+        token_T = self._progress.tokens_SR[: self._progress.written, 0]
         self._step_seconds = (time.perf_counter() - began) / max(1, len(token_T) - (unread is None))
         choose.checked(token_T[-1:])
         given = [(token_B, self.append(token_B)) for token_B in token_T.split(1)]

@@ -581,20 +581,32 @@ class Choose(Arguments):
     ]
 
 
-class Write(Arguments):
-    """Several tokens of one row: chosen, read, chosen, and so on."""
+class Pen(Structure):
+    """How a row writes."""
 
-    function = "write"
     _fields_ = [
-        ("decode", Decode),
         ("how", Choice),
-        *_sizes("steps unread token"),
         ("ends", Int64OrNull),
         ("end_count", Index),
         ("seen", FlagsOrNull),
         ("uniform", DoubleOrNull),
+    ]
+
+
+class Write(Arguments):
+    """Several tokens of rows: chosen, read, chosen, and so on."""
+
+    function = "write"
+    _fields_ = [
+        ("decode", Decode),
+        ("pens", ctypes.POINTER(Pen)),
+        *_sizes("steps unread"),
+        ("next", Int64),
         ("tokens", Int64),
         ("written", Int64),
+        ("halt", Int64OrNull),
+        ("signal", Index),
+        ("signalled", Int64OrNull),
     ]
 
 
@@ -646,6 +658,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     Decode,
     Choice,
     Choose,
+    Pen,
     Write,
     Piece,
     Digest,

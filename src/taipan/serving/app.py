@@ -100,7 +100,6 @@ def create_app(
         yield
         engine.counts["workers"] = 0
         await asyncio.to_thread(engine.stop)
-        couriers[0].close()
 
     app = FastAPI(title="Taipan", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyGuard, most=bounds.body_bytes)

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import queue
-import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
@@ -23,33 +21,19 @@ _SEND_SECONDS = 60  # a client that takes nothing for so long has gone away
 
 
 class Courier:
-    """Wakes the event loop when a round of events has been told.
-
-    It has a thread of its own: a wake-up from the engine's thread would hand the interpreter to the loop before the
-    next step has begun.
-    """
+    """Wakes the event loop when a round of events has been told."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._rounds: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._told: deque[Mailbox] = deque()
-        threading.Thread(target=self._run, name="taipan-courier", daemon=True).start()
 
     def note(self, mailbox: "Mailbox") -> None:
         """There is something in a mailbox."""
         self._told.append(mailbox)
 
     def flush(self) -> None:
-        """A round of events has been told; called from the engine's thread."""
+        """A round of events has been told; called from another thread than the loop's."""
         if self._told:
-            self._rounds.put(True)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._rounds.put(False)
-
-    def _run(self) -> None:
-        while self._rounds.get():
             with suppress(RuntimeError):  # the loop is closed: nobody listens
                 self._loop.call_soon_threadsafe(self._deliver)
 

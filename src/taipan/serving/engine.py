@@ -1,5 +1,6 @@
 """Continuous batching: rows join and leave at every token, and prompts are read in pieces between them."""
 
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -16,7 +17,7 @@ from taipan.data.tokenizer import StreamDecoder
 from taipan.errors import InputError, TaipanError
 from taipan.generation import GenerationSettings, Reading
 from taipan.generation.choosing import Chooser
-from taipan.generation.decoding import start_decoding
+from taipan.generation.decoding import Progress, Writer, start_decoding
 from taipan.generation.mode import inference
 from taipan.generation.stopping import CONTEXT, Endings, FinishReason, Until
 from taipan.layers.gating import GateOutput
@@ -32,6 +33,7 @@ _SCORED = 256  # tokens read at once whose logits are all needed
 _BEHIND = 256  # events that a client has not taken yet: its stream waits
 _CAUGHT_UP = 64
 _TURN = 16  # tokens a stream gets at least before it gives its row to another key
+_AT_ONCE = 64  # steps of one call while nobody waits; it ends at the next one when somebody comes
 _IDLE_SECONDS = 0.02  # between two looks at streams that wait for their client or for the disk
 
 
@@ -77,30 +79,34 @@ class _Stream:
         self.request = request
         self.chain = chain
         self.ids_T = torch.from_numpy(np.asarray(request.ids, dtype=np.int64))
-        self.chooser = chooser
+        self.writer = Writer(-1, chooser, torch.tensor(endings.ends, dtype=torch.int64))
         self.endings = endings
         self.decoder = decoder
         self.until = Until(request.settings.stop_strings)
         self.place = self.reused = self.pieces = self.number = self.turn = 0
+        self.left = request.settings.max_new_tokens
         self.stops: list[int] = []
         self.loading: tuple[int, Future[DecoderState | None]] | None = None
         self.reading = request.before
-        self.parked: tuple[DecoderState, int] | None = None  # of a stream without a row: its state, its next token
+        self.parked: DecoderState | None = None  # of a stream without a row
         self.gates: tuple[GateOutput, ...] = ()  # of the piece that was read last
         self.logprobs: list[float] = []
         self.tops: list[Top] = []
         self.cancelled = False
-        settings = request.settings
-        self.plain = not (settings.do_sample or settings.suppress_tokens) and settings.repetition_penalty == 1.0
-
-    def cancel(self) -> None:
-        """Leave at the next token; the row is free then."""
-        self.cancelled = True
+        self.over: FinishReason | Exception | None = None  # why no more of it is told
 
     @property
     def read(self) -> bool:
         """Whether the whole prompt has been read."""
         return self.place == len(self.ids_T)
+
+    @property
+    def single(self) -> bool:
+        """Whether every token must have been told before the next is chosen.
+
+        Either its logits are needed, or a stop string may end it, and then its state is needed.
+        """
+        return self.request.logprobs is not None or (self.request.keep and bool(self.request.settings.stop_strings))
 
     @property
     def reusable(self) -> bool:
@@ -110,9 +116,12 @@ class _Stream:
 
 
 class Engine:
-    """Runs the streams of a model in one thread.
+    """Runs the streams of a model in one thread, and tells of them in another.
 
     Every stream gets what it would get alone: a row of the batch does not depend on the others.
+
+    One call of the compiled kernels writes many tokens of every row while nobody waits, and is told to end at its next
+    step when somebody comes, or leaves. What it has written is told meanwhile by the other thread.
 
     Args:
         model: the model and its tokenizer; no other engine should have it, or its long prompts make streams wait.
@@ -148,23 +157,30 @@ class Engine:
         vocabulary = model.model.config.vocab_size
         excluded = model.tokenizer.ids_without_token(vocabulary)
         self._excluded = excluded
-        self._excluded_ids = torch.tensor(excluded, dtype=torch.int64)
         self._decoding = start_decoding(model.model, model.model.empty_state(rows), weights=weights)
         self._waiting: deque[_Stream] = deque()
         self._parked: list[_Stream] = []
         self._reading: list[_Stream] = []
         self._running: dict[int, _Stream] = {}
-        self._next: dict[int, int] = {}
         self._number = 0
         self.flush: Callable[[], object] = lambda: None
-        """Called when a round of events has been told."""
+        """Called when a round of events has been told, by the thread that tells."""
+        self._heard, self._signal = os.pipe()
+        for end in (self._heard, self._signal):
+            os.set_blocking(end, end == self._heard)
+        self._progress = Progress(self._signal)
+        self._writing: list[_Stream] = []  # those of the call that runs, or was the last
+        self._told = 0  # of its steps
+        self._telling = threading.Lock()
         self._pace = Pace()
         self._interruptible = False
         self._changed = threading.Condition()
         self._stopping = False
         self._failed = False
         self._thread = threading.Thread(target=self._run, name="taipan-engine", daemon=True)
+        self._teller = threading.Thread(target=self._tell, name="taipan-teller", daemon=True)
         model.model.model.between_layers = self._between_layers
+        self._teller.start()
         self._thread.start()
 
     # ------------------------------------------------------------------ from any thread
@@ -204,13 +220,20 @@ class Engine:
             stream.number = self._number
             self._waiting.append(stream)
             self._changed.notify()
-        return stream.cancel
+        self._progress.halt()
+
+        def cancel() -> None:
+            stream.cancelled = True
+            self._progress.halt()
+
+        return cancel
 
     def stop(self) -> None:
         """End every stream, and the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+        self._progress.halt()
         self._thread.join()
         if self._shelf is not None:
             self._shelf.close()
@@ -248,7 +271,7 @@ class Engine:
                     self._step()
                 elif stream is None:
                     time.sleep(_IDLE_SECONDS)  # for the disk, or for clients
-                self.flush()
+                self._call_teller()
         except BaseException as failure:
             self._failed = True
             error = f"{type(failure).__name__} in the engine: this is a bug in taipan."
@@ -257,12 +280,16 @@ class Engine:
             with self._changed:
                 self._stopping = True
                 left = [*self._waiting, *self._parked, *self._reading, *self._running.values()]
+            with self._telling:
+                self._told = self._progress.written  # after an error nobody tells any more of that call
             for stream in left:
                 stream.request.tell(EndEvent("cancelled" if not self._failed else None, error))
-            self.flush()
             self.model.model.model.between_layers = None
+            os.close(self._signal)
+            self._teller.join()
 
     def _wait_for_work(self) -> bool:
+        self._progress.halt(False)  # whoever comes or leaves from here on ends the next call
         with self._changed:
             while not (self._pending or self._reading or self._running or self._stopping):
                 self._gauge()
@@ -273,11 +300,14 @@ class Engine:
         """An error of one stream ends that stream alone."""
         try:
             work(stream)
-        except TaipanError as error:
-            self._leave(stream, EndEvent(None, str(error)))
         except Exception as error:
-            self._leave(stream, EndEvent(None, f"{type(error).__name__} in the engine: this is a bug in taipan."))
-            self.counts["errors"] += 1
+            self._fail(stream, error)
+
+    def _fail(self, stream: _Stream, error: Exception) -> None:
+        foreseen = isinstance(error, TaipanError)
+        self.counts["errors"] += not foreseen
+        message = str(error) if foreseen else f"{type(error).__name__} in the engine: this is a bug in taipan."
+        self._leave(stream, EndEvent(None, message))
 
     def _leave(self, stream: _Stream, event: EndEvent) -> None:
         for streams in (self._reading, self._parked):
@@ -285,7 +315,6 @@ class Engine:
                 streams.remove(stream)
         for row in [row for row, own in self._running.items() if own is stream]:
             del self._running[row]
-            self._next.pop(row, None)  # a stream that failed at its first token has none
         name = "failed" if event.error is not None else "cancelled" if event.reason == "cancelled" else "finished"
         self.counts[name] += 1
         stream.request.tell(event)
@@ -322,7 +351,7 @@ class Engine:
                     self._waiting.remove(stream)
             if stream.parked is not None:
                 self._parked.remove(stream)
-                self._take_row(stream, *stream.parked)
+                self._take_row(stream, stream.parked)
                 continue
             self._reading.append(stream)
             if stream.reusable:
@@ -344,7 +373,7 @@ class Engine:
         """Take a stream's row; it goes on from its state when there is one again."""
         stream = self._running.pop(row)
         with torch.inference_mode():
-            stream.parked = (self._decoding.row(row), self._next.pop(row))
+            stream.parked = self._decoding.row(row)
         self._parked.append(stream)
         self.counts["parked"] += 1
 
@@ -358,15 +387,12 @@ class Engine:
             else:
                 self._leave(stream, EndEvent(None, "The client does not take what is written."))
 
-    def _take_row(self, stream: _Stream, state: DecoderState, token: int | None) -> int:
+    def _take_row(self, stream: _Stream, state: DecoderState) -> None:
         row = next(row for row in range(self.rows) if row not in self._running)
         with torch.inference_mode():
             self._decoding.put(row, state)
         self._running[row] = stream
-        stream.parked, stream.turn = None, 0
-        if token is not None:
-            self._next[row] = token
-        return row
+        stream.writer.row, stream.parked, stream.turn = row, None, 0
 
     # ------------------------------------------------------------------ reading
 
@@ -462,7 +488,7 @@ class Engine:
         """The prompt has been read: tell it, and take a row."""
         reading = stream.reading
         assert reading is not None
-        stream.chooser.hear(stream.ids_T[None])
+        stream.writer.choose.hear(stream.ids_T[None])
         context_T = torch.tensor(stream.request.context, dtype=torch.int64)
         stream.endings.hear(torch.cat([context_T, stream.ids_T])[None])
         count = len(stream.ids_T)
@@ -472,79 +498,114 @@ class Engine:
             self._leave(stream, EndEvent("length", reading=reading if stream.request.keep else None))
             return
         self._reading.remove(stream)
-        row = self._take_row(stream, reading.state, None)
+        self._take_row(stream, reading.state)
         stream.reading, stream.logprobs, stream.tops = None, [], []
-        self._say(row, self._choose([row], reading.logits_BV)[0], reading.logits_BV)
+        token_B = stream.writer.choose(reading.logits_BV)
+        stream.writer.choose.hear(token_B[:, None])
+        stream.writer.token = int(token_B[0])
+        self._say(stream, stream.writer.token, reading.logits_BV)
+        self._settle(stream)
 
     # ------------------------------------------------------------------ writing
 
     def _step(self) -> None:
-        """One token more for every row."""
+        """One token more for every row, or several if nobody waits."""
         begin = time.perf_counter()
         for stream in [stream for stream in self._running.values() if stream.cancelled]:
             self._leave(stream, EndEvent("cancelled"))
-        rows = sorted(self._next)
-        if not rows:
+        streams = [self._running[row] for row in sorted(self._running)]
+        if not streams:
             return
-        logits_BV = self._logits(rows)
-        for number, (row, token) in enumerate(zip(rows, self._choose(rows, logits_BV), strict=True)):
-            one = logits_BV[number : number + 1]
-            self._guarded(self._running[row], lambda _, row=row, token=token, one=one: self._say(row, token, one))
-        self.counts["steps"] += 1
-        self.flush()
-        self._pace.stepped(time.perf_counter() - begin)
-
-    def _logits(self, rows: list[int]) -> Tensor:
-        """Read the next token of these rows; logits of the one after, in their order."""
-        token_B = torch.zeros(self.rows, dtype=torch.int64)
-        active_B = torch.zeros(self.rows, dtype=torch.bool)
-        for row in rows:
-            token_B[row], active_B[row] = self._next[row], True
+        steps = self._at_once(streams)
+        with self._telling:
+            self._progress.begin(steps, len(streams))
+            self._progress.signal = self._signal if steps > 1 else -1
+            self._writing, self._told = streams, 0
         with torch.inference_mode():
-            return self._decoding.step_active(token_B, active_B)
+            logits_BV = self._decoding.write([stream.writer for stream in streams], steps, self._progress)
+        self._tell_written(logits_BV if steps == 1 else None)
+        written = self._progress.written
+        self.counts["steps"] += written
+        for stream in streams:
+            self._settle(stream)
+        self._call_teller()
+        self._pace.stepped((time.perf_counter() - begin) / written)
 
-    def _choose(self, rows: list[int], logits_BV: Tensor) -> list[int | None]:
-        """The next token of those rows that take the likeliest, all at once; None for the others."""
-        plain = [number for number, row in enumerate(rows) if self._running[row].plain]
-        found: list[int | None] = [None] * len(rows)
-        if plain:
-            part_BV = logits_BV if len(plain) == len(rows) else logits_BV[plain]
-            if self._excluded:
-                part_BV = part_BV.index_fill(1, self._excluded_ids, -torch.inf)
-            best_B, token_B = part_BV.max(1)
-            if bool(best_B.isfinite().all()):  # else each says itself what is wrong
-                for number, token in zip(plain, token_B.tolist(), strict=True):
-                    found[number] = token
-        return found
+    def _at_once(self, streams: Sequence[_Stream]) -> int:
+        """How many tokens these may get in one call."""
+        if self._reading or any(stream.single for stream in streams):
+            return 1
+        most = _TURN if self._pending else _AT_ONCE  # who waits for a row gets one after a turn
+        return min(most, *(stream.left for stream in streams))
 
-    def _say(self, row: int, token: int | None, logits_BV: Tensor) -> None:
-        """Choose a row's next token, if that has not been done, and tell it."""
-        stream = self._running[row]
-        token_B = stream.chooser(logits_BV) if token is None else torch.tensor([token])
-        token = int(token_B[0]) if token is None else token
-        stream.chooser.hear(token_B[:, None])
-        reason = stream.endings.after([token])[0]
+    def _tell_written(self, logits_BV: Tensor | None = None) -> None:
+        """Tell what has been written and not been told; `logits_BV` are what the last tokens were chosen from."""
+        with self._telling:
+            while self._told < self._progress.written:
+                tokens = self._progress.tokens_SR[self._told].tolist()
+                self._told += 1
+                for number, (stream, token) in enumerate(zip(self._writing, tokens, strict=True)):
+                    if stream.over is not None:
+                        continue
+                    try:
+                        self._say(stream, token, None if logits_BV is None else logits_BV[number : number + 1].float())
+                    except Exception as error:  # it ends this stream alone
+                        stream.over = error
+                    if stream.over is not None:
+                        self._progress.halt()
+
+    def _say(self, stream: _Stream, token: int, logits_BV: Tensor | None) -> None:
+        """Tell a stream's next token; its logits are there where its probability is to be told."""
+        if token < 0:
+            Chooser.checked(torch.tensor([token]))
+        (stream.over,) = stream.endings.after([token])
         text = stream.until.push(stream.decoder.push(token))
-        if reason is not None:
+        if stream.over is not None:
             text += stream.until.push(stream.decoder.flush()) + stream.until.flush()
         logprob, top = 0.0, ()
-        if stream.request.logprobs is not None:
+        if stream.request.logprobs is not None and logits_BV is not None:
             log_V = logits_BV[0].log_softmax(0)
             logprob, top = float(log_V[token]), _top(log_V, stream.request.logprobs)
-        self._next[row] = token
         stream.turn += 1
+        stream.left -= 1
         self.counts["new_tokens"] += 1
         stream.request.tell(TokenEvent(id=token, text=text, logprob=logprob, top=top))
-        if reason is not None:
-            self._finish(stream, row, reason)
 
-    def _finish(self, stream: _Stream, row: int, reason: FinishReason) -> None:
+    def _settle(self, stream: _Stream) -> None:
+        """Let a stream leave whose last token has been told."""
+        if isinstance(stream.over, Exception):
+            self._fail(stream, stream.over)
+        elif stream.over is not None:
+            self._guarded(stream, self._finish)
+
+    def _finish(self, stream: _Stream) -> None:
+        assert not isinstance(stream.over, Exception)
         reading = None
         if stream.request.keep:  # its last token has not been read yet
-            logits_BV = self._logits([row]).clone()
+            row, token = stream.writer.row, stream.writer.token
+            token_B = torch.zeros(self.rows, dtype=torch.int64)
+            active_B = torch.zeros(self.rows, dtype=torch.bool)
+            token_B[row], active_B[row] = token or 0, True
             with torch.inference_mode():
+                logits_BV = self._decoding.step_active(token_B, active_B).clone()
                 reading = Reading(logits_BV, self._decoding.row(row))
-        self._leave(stream, EndEvent(reason, reading=reading))
+        self._leave(stream, EndEvent(stream.over, reading=reading))
+
+    # ------------------------------------------------------------------ the thread that tells
+
+    def _tell(self) -> None:
+        """Tell what the engine's thread writes, while it writes on; ends when that thread does."""
+        while os.read(self._heard, 4096):
+            self._progress.hear()
+            self._tell_written()
+            self.flush()
+        os.close(self._heard)
+        self.flush()
+
+    def _call_teller(self) -> None:
+        """Let the other thread wake whoever waits for what has been told."""
+        if self._progress.call():
+            os.write(self._signal, b"\0")
 
 
 class BusyError(TaipanError):

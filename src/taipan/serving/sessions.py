@@ -107,6 +107,7 @@ class Sessions:
         self.limits = limits or SessionLimits()
         self.cache = ReadingCache(self.limits.memory_bytes)
         self._model_path = model_path
+        _ = engine.model.tokenizer.fingerprint  # takes a while and is kept: before somebody waits for it
 
     # ------------------------------------------------------------------ which there are
 

@@ -584,7 +584,7 @@ class Session:
         if (known := self._cache.get(snapshot)) is not None:
             return known
         self._objects.check(snapshot.state)
-        state = DecoderState.load(self._objects.path(snapshot.state), self.model.model)
+        state = DecoderState.load(self._objects.path(snapshot.state), self.model.model, compared=True)
         logits = self._objects.get(snapshot.logits).get("logits_BV")
         expected = (1, self.model.model.config.vocab_size)
         if logits is None or tuple(logits.shape) != expected or not bool(logits.isfinite().all()):

@@ -22,6 +22,8 @@ class Chooser {
   // The token; -1 where a logit is NaN or, when it is drawn, none is finite. `uniform` is in [0, 1).
   template <class T>
   Index operator()(const T* logits, const std::uint8_t* seen, double uniform) {
+    if constexpr (std::is_same_v<T, float>)
+      if (!how_.sample && seen == nullptr && how_.excluded_count == 0) return likeliest(logits);
     for (Index i = 0; i < vocabulary_; ++i) value_[i] = static_cast<float>(logits[i]);
     for (Index i = vocabulary_; i < whole_; ++i) value_[i] = kNothing;
     for (Index n = 0; n < how_.excluded_count; ++n) value_[how_.excluded[n]] = kNothing;
@@ -35,7 +37,7 @@ class Chooser {
       for (Index i = 0; i < whole_; i += kLanes<float>) store(value_ + i, load(value_ + i) / temperature);
     }
     float highest = 0;
-    if (!find_highest(highest)) return -1;
+    if (!find_highest(value_, whole_, highest)) return -1;
     if (!how_.sample) return std::find(value_, value_ + vocabulary_, highest) - value_;
     if (!std::isfinite(highest)) return -1;
     for (Index i = 0; i < whole_; i += kLanes<float>) store(mass_ + i, exponential(load(value_ + i) - highest));
@@ -67,11 +69,12 @@ class Chooser {
   float *amount_, *other_amount_;
   double* sum_;
 
-  bool find_highest(float& highest) const {
+  // Of `count` values, a multiple of the lanes; false where one is NaN.
+  static bool find_highest(const float* values, Index count, float& highest) {
     Vector<float> high = splat(kNothing);
     Simd<float>::Integer bad{};
-    for (Index i = 0; i < whole_; i += kLanes<float>) {
-      const Vector<float> value = load(value_ + i);
+    for (Index i = 0; i < count; i += kLanes<float>) {
+      const Vector<float> value = load(values + i);
       bad |= value != value;
       high = high > value ? high : value;
     }
@@ -81,6 +84,19 @@ class Chooser {
       highest = std::max(highest, high[lane]);
     }
     return true;
+  }
+
+  // The same token without a copy of the logits.
+  Index likeliest(const float* logits) const {
+    const Index whole = vocabulary_ / kLanes<float> * kLanes<float>;
+    float highest = 0;
+    if (!find_highest(logits, whole, highest)) return -1;
+    if (whole == 0) highest = kNothing;
+    for (Index i = whole; i < vocabulary_; ++i) {
+      if (std::isnan(logits[i])) return -1;
+      highest = std::max(highest, logits[i]);
+    }
+    return std::find(logits, logits + vocabulary_, highest) - logits;
   }
 
   static std::uint32_t bits_of(float x) {

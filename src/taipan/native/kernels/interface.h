@@ -260,17 +260,28 @@ struct Choose {
   std::int64_t* tokens;
 };
 
-// Several tokens of a batch of one row: the logits of `decode` are those to choose from, unless `token` is still `unread`.
-// Ends behind one of `ends`, behind -1, and after `steps`; the last token is not read.
-struct Write {
-  Decode decode;
+// How one row writes.
+struct Pen {
   Choice how;
-  Index steps, unread, token;
   const std::int64_t* ends;  // may be null if there are none
   Index end_count;
   std::uint8_t* seen;     // (vocabulary), or null
   const double* uniform;  // of each step; may be null if nothing is drawn
-  std::int64_t *tokens, *written;
+};
+
+// Several tokens of each of the `count` rows of `decode`: those of `next` (batch) are read, if they are `unread`, the ones
+// after them chosen from the logits, read, and so on. Ends behind one of a row's `ends`, behind -1, after `steps`, and at
+// the next step once `halt` is set. The last tokens, which are in `next` then, are not read.
+// Another thread may watch: `written` counts the steps whose `tokens` (steps, count) are there, and a byte goes into the
+// file `signal` (-1: none) behind each, unless `signalled` says that one is on its way.
+struct Write {
+  Decode decode;
+  const Pen* pens;
+  Index steps, unread;
+  std::int64_t *next, *tokens, *written;
+  const std::int64_t* halt;  // may be null
+  Index signal;
+  std::int64_t* signalled;  // may be null without a signal
 };
 
 // A piece of memory to digest.
@@ -329,7 +340,8 @@ TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count
               recent, logits)
 TAIPAN_STRUCT(Choice, sample, penalty, temperature, top_k, top_p, min_p, excluded, excluded_count)
 TAIPAN_STRUCT(Choose, how, rows, columns, logits, seen, uniform, tokens)
-TAIPAN_STRUCT(Write, decode, how, steps, unread, token, ends, end_count, seen, uniform, tokens, written)
+TAIPAN_STRUCT(Pen, how, ends, end_count, seen, uniform)
+TAIPAN_STRUCT(Write, decode, pens, steps, unread, next, tokens, written, halt, signal, signalled)
 TAIPAN_STRUCT(Piece, address, bytes)
 TAIPAN_STRUCT(Digest, pieces, count, result)
 TAIPAN_STRUCT(Unpack, matrix, narrow, out)

@@ -1,7 +1,8 @@
 // Products of a matrix with one vector or several, reading its rows in memory order: in Real, bfloat16, int8 or int4.
 //
 // One vector takes row after row, so memory is read from end to end. Several vectors take tiles of rows. All sums are in
-// T, whatever the format of the weights.
+// T, whatever the format of the weights. A product is one sum in the order of the columns, so its bits depend neither on
+// how many vectors there are nor on the tile it stands in.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +38,6 @@ constexpr int kMany = 4;      // vectors at once
 constexpr Index kPanel = 16;  // rows that are multiplied with all vectors before the next ones are read
 // Rows of a tile: its sums leave room in 32 registers, or in 16.
 constexpr int kRows = kBytes == 64 ? 4 : 2;
-constexpr int kChains = 4;  // independent sums of one row
 
 // Keeps v in a register: the compiler would load it again for every use, which takes longer than the use.
 template <class V>
@@ -60,6 +60,14 @@ struct Ahead {
   }
 };
 
+// The first n weights, n less than a vector, and zeros.
+template <class T, class W>
+inline Vector<T> widen_some(const W* w, Index n) {
+  W some[kLanes<T>] = {};
+  std::memcpy(some, w, n * sizeof(W));
+  return widen<T>(static_cast<const W*>(some));
+}
+
 // out(r, c) = Σ_k w(r, k) x(c, k)
 template <class T, class W, int R, int C>
 inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[R][C], const Ahead& ahead = {}) {
@@ -76,11 +84,13 @@ inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[R][C
       for (int r = 0; r < R; ++r) total[r][c] += left[r] * right;
     }
   }
+  if (k < count)  // the rest as a vector, too: of single numbers compilers round some products and others not
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> left = widen_some<T>(w + r * count + k, count - k);
+      for (int c = 0; c < C; ++c) total[r][c] += left * load_some(x + c * x_row + k, count - k);
+    }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) out[r][c] = sum<T>(total[r][c]);
-  for (; k < count; ++k)
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] += widen_one<T>(w[r * count + k]) * x[c * x_row + k];
 }
 
 // Where a product goes: out(c, row), or added to it.
@@ -95,7 +105,7 @@ struct Target {
     for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r) {
         T* place = out + (column + c) * out_row + row + r;
-        const T scaled = scale == nullptr ? value[r][c] : value[r][c] * scale[row + r];
+        const T scaled = held(scale == nullptr ? value[r][c] : value[r][c] * scale[row + r]);  // rounded before it is added
         *place = add ? *place + scaled : scaled;
       }
   }
@@ -111,15 +121,9 @@ struct Plain {
 
   // The product of a row with the first vector.
   T one(Index row) const {
-    const W* w = weight + row * columns;
-    Vector<T> total[kChains] = {};
-    Index k = 0;
-    for (; k + kChains * kLanes<T> <= columns; k += kChains * kLanes<T>)
-      for (int n = 0; n < kChains; ++n) total[n] += widen<T>(w + k + n * kLanes<T>) * load(x + k + n * kLanes<T>);
-    for (; k + kLanes<T> <= columns; k += kLanes<T>) total[0] += widen<T>(w + k) * load(x + k);
-    T all = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
-    for (; k < columns; ++k) all += widen_one<T>(w[k]) * x[k];
-    return all;
+    T out[1][1];
+    taipan::dots(columns, weight + row * columns, x, x_row, out);
+    return out[0][0];
   }
 
   template <int R, int C>
@@ -162,20 +166,9 @@ struct Pairs {
   }
 
   float one(Index row) const {
-    const std::uint16_t* w = weight + row * columns;
-    Vector<float> even[2] = {}, odd[2] = {};
-    Index k = 0;
-    for (; k + 2 * kBoth <= columns; k += 2 * kBoth)
-      for (int n = 0; n < 2; ++n) add(w + k + n * kBoth, x + k + n * kBoth, even[n], odd[n]);
-    if (k < columns) add(w + k, x + k, even[0], odd[0]);
-    return sum<float>((even[0] + odd[0]) + (even[1] + odd[1]));
-  }
-
-  static void add(const std::uint16_t* w, const float* x, Vector<float>& even, Vector<float>& odd) {
-    Words words;
-    std::memcpy(&words, w, sizeof words);
-    even += reinterpret_cast<Vector<float>>(words << 16) * load(x);
-    odd += reinterpret_cast<Vector<float>>(words & 0xffff0000u) * load(x + kLanes<float>);
+    float out[1][1];
+    dots(row, 0, out, Ahead{});
+    return out[0][0];
   }
 
   template <int R, int C>
@@ -216,15 +209,9 @@ struct Stepped {
   X* x;
 
   float one(Index row) const {
-    const W* w = weight + row * columns;
-    typename Kind::Sums total[kChains] = {};
-    Index k = 0;
-    for (; k + kChains * Kind::kStep <= columns; k += kChains * Kind::kStep)
-      for (int n = 0; n < kChains; ++n) step(total[n], w, x, k + n * Kind::kStep);
-    for (; k < columns; k += Kind::kStep) step(total[0], w, x, k);
-    float all = 0;
-    for (int n = 0; n < kChains; ++n) all += Kind::sum_of(total[n]);
-    return kind().unit_of(0) * all;
+    float out[1][1];
+    dots(row, 0, out, Ahead{});
+    return out[0][0];
   }
 
   template <int R, int C>
@@ -249,16 +236,11 @@ struct Stepped {
 
  private:
   const Kind& kind() const { return static_cast<const Kind&>(*this); }
-
-  template <class Sums>  // a Kind's: it is not whole yet
-  static void step(Sums& total, const W* w, const X* x, Index k) {
-    total = Kind::add(total, Kind::read(w + k), Kind::read(x + k));
-  }
 };
 
 #if defined(__AVX512BF16__)
 // Rows of bfloat16 times vectors of a bfloat16 model, whose forward also rounds them before every product. Several vectors
-// need half the instructions this way. One vector is limited by memory only, and is not rounded.
+// need half the instructions this way. One vector is limited by memory only, but must get what it gets beside others.
 struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
   using Sums = __m512;
   using Operand = __m512bh;
@@ -462,7 +444,7 @@ template <class T, class W, class F>
 void with_rows(const Matrix& m, const T* x, Index x_row, Index count, [[maybe_unused]] bool rounds, T* room, F&& f) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
-    if (rounds && count > 1 && Rounded::fits(m.columns)) return f(Rounded(m.weight, m.columns, x, x_row, count, room));
+    if (rounds && Rounded::fits(m.columns)) return f(Rounded(m.weight, m.columns, x, x_row, count, room));
 #endif
   if constexpr (std::is_same_v<W, std::uint16_t> && std::is_same_v<T, float>)
     if (Pairs::fits(m.columns)) return f(Pairs(m.weight, m.columns, x, x_row, count, room));
