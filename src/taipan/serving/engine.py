@@ -44,7 +44,7 @@ class Request:
     Attributes:
         ids: the prompt, at least one token; none may come after `before`.
         settings: how to generate.
-        tell: called from the engine's thread with every event.
+        tell: called with every event, from one of the engine's threads at a time.
         key: whose it is; keys get rows in turn.
         logprobs: so many likeliest tokens are told beside each new one; None tells no probabilities.
         prompt_logprobs: tell those of the prompt too; then nothing of it is reused.
