@@ -48,6 +48,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "lookahead": 1,
         "capacity_window": 12,
     },
+    "weakest": {"window_eviction": "weakest", "key_value_scope": "selected", "window_unit": "selected"},
+    "weakest-ahead": {
+        "window_eviction": "weakest",
+        "window_recent": 3,
+        "gate_input": "recall",
+        "attention_weight": "one",
+        "refinement": "add",
+        "lookahead": 2,
+        "attention_capacity": 0.5,
+        "capacity_window": 12,
+    },
 }
 
 

@@ -20,6 +20,7 @@ BudgetControl = Literal["penalty", "threshold"]
 AttentionWeight = Literal["alpha", "one"]
 KeyValueScope = Literal["all", "selected"]
 WindowUnit = Literal["positions", "selected"]
+WindowEviction = Literal["oldest", "weakest"]
 BudgetMean = Literal["batch", "sequence"]
 GateGradient = Literal["gathered", "dense"]
 Refinement = Literal["mix", "add"]
@@ -151,6 +152,13 @@ class TaipanConfig:
         gate_bias_init: s_1 − s_0 of a fresh gate on a zero input; positive starts open.
         key_value_scope: keys and values of `all` previous tokens (Eq. 4) or of the `selected` ones (Figure 2).
         window_unit: the window counts original `positions`, or `selected` tokens (needs scope `selected`).
+        window_eviction: what leaves the full window of a SAL when an entry comes: the `oldest` (a sliding window,
+            §3.2), or the `weakest`, whose token the gate gave the lowest s_1 − s_0, of equal ones the oldest
+            (docs/decisions/0030). An entry that looks ahead is as strong as the strongest token in it. Every token has
+            its own entry in the window, however weak. No weight depends on it, so a model that was trained with one
+            may be read with the other. `weakest` counts entries: scope `all`, or unit `selected`.
+        window_recent: how many of the W slots hold the newest entries, however weak they are, where the `weakest`
+            leaves; W of them are a sliding window.
         lookahead: a SAL's entry for a token pairs the key of the token so many places before with values made of it and
             of all tokens since, so that who finds a token reads how the text went on. 0: key and value of the token
             itself (Eq. 4). Needs scope `all`.
@@ -231,6 +239,8 @@ class TaipanConfig:
     gate_bias_init: float = 2.0
     key_value_scope: KeyValueScope = "all"
     window_unit: WindowUnit = "positions"
+    window_eviction: WindowEviction = "oldest"
+    window_recent: int = 1
     gate_gradient: GateGradient = "dense"
     refinement: Refinement = "mix"
     attention_weight: AttentionWeight = "alpha"
@@ -291,9 +301,20 @@ class TaipanConfig:
         return self.sliding_window + max(self.recall_orders) - 2
 
     @property
-    def remembered_scores(self) -> int:
-        """R, the last scores that a gate needs to know to hold its share of them; 0 where none does."""
+    def bounding_scores(self) -> int:
+        """R, the last scores that a gate compares with to hold its share of them; 0 where none does."""
         return self.capacity_window if 0.0 < self.attention_capacity < 1.0 else 0
+
+    @property
+    def remembered_scores(self) -> int:
+        """The last scores that a SAL remembers: those its gate compares with, and those of entries that look ahead."""
+        ahead = self.lookahead if self.retains and self.attention_capacity > 0 else 0
+        return max(self.bounding_scores, ahead)
+
+    @property
+    def retains(self) -> bool:
+        """Whether strength decides what stays in the windows of SALs, and not age."""
+        return self.window_eviction == "weakest"
 
     @property
     def measures_gains(self) -> bool:
@@ -414,6 +435,14 @@ class TaipanConfig:
                 "'positions' while key_value_scope is 'all': unselected keys have no ordinal among the selected",
                 "Set key_value_scope='selected' to count the window in selected tokens.",
             )
+        if self.retains:
+            self._require(
+                self.key_value_scope == "all" or self.window_unit == "selected",
+                "window_unit",
+                "'selected' while window_eviction is 'weakest' and key_value_scope 'selected': it counts entries",
+            )
+        ok = 1 <= self.window_recent <= self.sliding_window
+        self._require(ok, "window_recent", f"a number of slots from 1 to sliding_window = {self.sliding_window}")
 
     def _check_recall(self) -> None:
         orders, most = self.recall_orders, int(62 / math.log2(max(2, self.vocab_size)))

@@ -17,7 +17,19 @@ from taipan.config import TaipanConfig
 from taipan.errors import StateError, brief, shown
 from taipan.io import atomic_write, order_safetensors, utf8_name
 from taipan.layer_types import table_of, tables
-from taipan.shapes import BoolBS, FloatBHPN, FloatBLC, FloatBLD, FloatBR, FloatBSGE, FloatBWGE, IntB, IntBS, IntBW
+from taipan.shapes import (
+    BoolBS,
+    FloatBHPN,
+    FloatBLC,
+    FloatBLD,
+    FloatBR,
+    FloatBSGE,
+    FloatBW,
+    FloatBWGE,
+    IntB,
+    IntBS,
+    IntBW,
+)
 
 NO_SEGMENT = torch.iinfo(torch.int64).min  # no segment id seen yet: the next tokens continue the document
 _FORMAT = "taipan-state-3"
@@ -105,12 +117,17 @@ class AttentionState(LayerState):
         slots = max(self.index_BW.shape[1], other.index_BW.shape[1])
         return super(AttentionState, self.with_slots(slots)).with_row(row, other.with_slots(slots))
 
+    @property
+    def order_BW(self) -> IntBW:
+        """The slots from the oldest entry to the newest, empty ones first."""
+        slots = self.index_BW.shape[1]
+        return (self.count_B[:, None] + torch.arange(slots, device=self.count_B.device)) % max(slots, 1)
+
     def chronological(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and indices from the oldest slot to the newest, empty slots first."""
-        slots = self.index_BW.shape[1]
-        if slots == 0:
+        if self.index_BW.shape[1] == 0:
             return self.key_BWGE, self.value_BWGE, self.index_BW
-        order_BW = (self.count_B[:, None] + torch.arange(slots, device=self.count_B.device)) % slots
+        order_BW = self.order_BW
         return take(self.key_BWGE, order_BW), take(self.value_BWGE, order_BW), self.index_BW.gather(1, order_BW)
 
     def append(
@@ -164,6 +181,27 @@ class AttentionState(LayerState):
             count_B=count_B,
         )
 
+    def rearranged(
+        self, key_BSGE: FloatBSGE, value_BSGE: FloatBSGE, index_BS: IntBS, source_BW: IntBW, count_B: IntB
+    ) -> "AttentionState":
+        """State whose slots hold what they are told to.
+
+        Args:
+            key_BSGE, value_BSGE, index_BS: new entries.
+            source_BW: for each slot the number of an own slot, or W and the number of a new entry; −1 for an empty one.
+            count_B: entries appended in the current document so far.
+        """
+
+        def chosen(old: Tensor, new: Tensor, nothing: int) -> Tensor:
+            return pick(torch.cat([old, new.to(old.dtype)], 1), source_BW, nothing)
+
+        return AttentionState(
+            key_BWGE=chosen(self.key_BWGE, key_BSGE, 0),
+            value_BWGE=chosen(self.value_BWGE, value_BSGE, 0),
+            index_BW=chosen(self.index_BW, index_BS, -1),
+            count_B=count_B,
+        )
+
 
 @dataclass(frozen=True)
 class SelectiveState(AttentionState):
@@ -187,6 +225,27 @@ class SelectiveState(AttentionState):
             recent_BLD=recent_BLD,
             score_BR=score_BR,
         )
+
+
+@dataclass(frozen=True)
+class RetainingState(SelectiveState):
+    """State of a SAL whose window keeps the strongest entries.
+
+    The slots are no ring: an entry takes that of the one which leaves, and before any has to, the next empty one.
+    `strength_BW` are the strengths of the entries, `NOTHING` where the slot is empty.
+    """
+
+    strength_BW: FloatBW
+
+    @property
+    def order_BW(self) -> IntBW:
+        """See `AttentionState.order_BW`."""
+        return self.index_BW.argsort(dim=1, stable=True)
+
+    @classmethod
+    def keeping(cls, state: SelectiveState, strength_BW: FloatBW) -> "RetainingState":
+        """Another state, with these strengths of its entries."""
+        return cls(**vars(state), strength_BW=strength_BW)
 
 
 StateBuilder = Callable[[], LayerState]
@@ -213,6 +272,12 @@ def take(values: Tensor, index_BW: Tensor) -> Tensor:
     """values[b, index[b, w]] for every b and w, whatever the trailing dimensions."""
     rows = torch.arange(index_BW.shape[0], device=index_BW.device)[:, None]
     return values[rows, index_BW]
+
+
+def pick(values: Tensor, source_BW: IntBW, nothing: int | float) -> Tensor:
+    """As `take`; `nothing` where the index is −1."""
+    shape = (*source_BW.shape, *([1] * (values.dim() - 2)))
+    return take(values, source_BW.clamp_min(0)).masked_fill((source_BW < 0).view(shape), nothing)
 
 
 @runtime_checkable
@@ -580,7 +645,7 @@ def shaping_fields(config: TaipanConfig) -> dict[str, Any]:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name == "attention_capacity":  # a budget; but 0 closes every gate, and a window of it is of inference
-            bounds = "capacity_window" not in idle and config.remembered_scores > 0
+            bounds = "capacity_window" not in idle and config.bounding_scores > 0
             value = "closed" if value == 0 else value if bounds else field.default
         elif field.name == "num_key_value_heads":
             value = None if value == config.num_attention_heads else value

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from taipan.data.hidden_keys import KINDS
 from taipan.errors import DataError
 from taipan.experiments.claims import CLAIMS, FOUR, Finding, Kept, Verdict, judge, load
 from taipan.experiments.claims_figures import figures
 from taipan.experiments.claims_report import write
 from taipan.experiments.registry import ENTRIES
+from taipan.experiments.retention import EVICTIONS, WAYS
 from tests.command import run
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -163,6 +165,34 @@ def test_recall_has_the_order_of_the_paper_or_not() -> None:
     assert missing.verdict == "holds in part"
     assert "No file was given for swde." in missing.because
     assert len(figures(kept(results), "recall")) == 3
+
+
+@pytest.mark.parametrize(
+    ("strong", "quoted", "sliding", "verdict"),
+    [(1.0, 0.95, 0.0, "holds"), (1.0, 0.2, 0.0, "holds in part"), (0.05, 0.0, 0.0, "does not hold")],
+)
+def test_a_window_that_keeps_what_is_strong(strong: float, quoted: float, sliding: float, verdict: Verdict) -> None:
+    def answer(eviction: str, way: str, kind: str, length: int) -> dict[str, Any]:
+        share = sliding if eviction == "oldest" else quoted if "quotes" in way else strong
+        return {"eviction": eviction, "way": way, "kind": kind, "length": length, "found": share}
+
+    answers = [
+        answer(eviction, way.name, kind, length)
+        for eviction in EVICTIONS
+        for way in WAYS
+        for kind in KINDS
+        for length in (1024, 2**20)
+    ]
+    results = kept({"taipan": [{"answers": answers, "config": {"sliding_window": 128}}]})
+    finding = found("retention", results)
+    assert finding.verdict == verdict
+    assert (
+        f"asked for 1,048,576 tokens later, a window that keeps the strongest entries finds {strong:.0%}"
+        in finding.because
+    )
+    ((picture, caption),) = figures(results, "retention")
+    assert "<svg" in picture
+    assert "128 slots" in caption
 
 
 def test_the_default_is_best_or_within_what_seeds_differ_by() -> None:

@@ -105,7 +105,7 @@ def test_full_attention_grows_beyond_its_spare_room(monkeypatch: pytest.MonkeyPa
     assert state < 1e-13
 
 
-@pytest.mark.parametrize("reading", ["recall", "selected-selected"])
+@pytest.mark.parametrize("reading", ["recall", "selected-selected", "weakest-ahead"])
 def test_a_row_goes_on_from_another_text(reading: str) -> None:
     model = small_model(EVERY_LAYER_TYPE, **READINGS[reading])
     texts = [random_tokens(1, length, seed=length) for length in (3, 20, 9)]

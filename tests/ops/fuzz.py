@@ -28,6 +28,7 @@ from taipan.ops.attention.codes import window_codes
 from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.gated_rms_norm import api as norms
 from taipan.ops.precision import accumulation_dtype
+from taipan.ops.retention import NEVER
 from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.reference import ssd_recurrent
 from tests.tolerance import relative_error
@@ -433,6 +434,11 @@ def of_attention(draw: Draw) -> Case:
         "k": draw.view(draw.normal(*key_index.shape, groups, width).to(dtype)),
         "v": draw.view(draw.normal(*key_index.shape, groups, width).to(dtype)),
     }
+    wanted = draw.wanted(sorted(inputs))
+    until: Tensor | None = None
+    if draw.chance(0.3):
+        stay = draw.uniform(*key_index.shape) * draw.random.choice([2, 20, 200])
+        until = (key_index + stay.long()).masked_fill(draw.uniform(*key_index.shape) < 0.1, NEVER)
 
     def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
         out = attention.windowed_attention(
@@ -444,20 +450,21 @@ def of_attention(draw: Draw) -> Case:
             window=window,
             query_segment_BQ=query_segment if packed else None,
             key_segment_BJ=key_segment if packed else None,
+            key_until_BJ=until,
             implementation=implementation,
         )
         return (out,)
 
     segments = (query_segment, key_segment) if packed else (None, None)
     admissible = window_codes(
-        AttentionInputs(inputs["q"], inputs["k"], inputs["v"], query_index, key_index, window, *segments)
+        AttentionInputs(inputs["q"], inputs["k"], inputs["v"], query_index, key_index, window, *segments, until)
     ).admissible()
 
     def magnitudes(tensors: Tensors, directions: list[Tensor]) -> dict[str, Tensor]:
         return magnitudes_of_attention(tensors, directions[0], admissible)
 
-    about = f"window {window}, {'packed' if packed else 'one document'}, stride {stride}, size {size}"
-    wanted = draw.wanted(sorted(inputs))
+    leaving = "" if until is None else ", keys leave one by one"
+    about = f"window {window}, {'packed' if packed else 'one document'}, stride {stride}, size {size}{leaving}"
     return Case(run, lambda tensors: run(tensors, "reference"), inputs, wanted, [0], about, magnitudes)
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from taipan.errors import ConfigError, InputError
 from taipan.ops.attention import portable, windowed_attention
+from taipan.ops.retention import NEVER
 from tests.compilers import NATIVE, needs_kernels
 from tests.ops.records import unchecked
 
@@ -29,6 +30,7 @@ class Case:
     window: int | None
     query_segment: Tensor | None = None
     key_segment: Tensor | None = None
+    key_until: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Case":
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
@@ -43,6 +45,7 @@ class Case:
             window=self.window,
             query_segment_BQ=self.query_segment,
             key_segment_BJ=self.key_segment,
+            key_until_BJ=self.key_until,
             implementation=implementation,
         )
 
@@ -104,7 +107,11 @@ def ragged_cases(draw: st.DrawFn, longest: int) -> Case:
     )
     window = draw(st.one_of(st.none(), st.integers(1, 2 * longest)))
     segments = (query_segment, key_segment) if with_segments else (None, None)
-    return Case(q, k, v, query_index, key_index, window, *segments)
+    until = None
+    if draw(st.booleans()):  # some keys are never seen, and some for as long as there are queries
+        stay = torch.rand(key_index.shape, generator=generator) * draw(st.sampled_from([3, longest, 5 * longest]))
+        until = (key_index + stay.long()).masked_fill(torch.rand(key_index.shape, generator=generator) < 0.2, NEVER)
+    return Case(q, k, v, query_index, key_index, window, *segments, until)
 
 
 def assert_implementations_agree(case: Case, implementation: str = "portable") -> None:
@@ -150,6 +157,18 @@ def test_native_is_the_reference_over_many_blocks(
     query_index, key_index = case.query_index.where(asks, -1), case.key_index.where(there, -1)
     key_index[1, 5 * length // 7 :] = query_index[1, 5 * length // 7 :] = -1
     assert_implementations_agree(replace(case, query_index=query_index, key_index=key_index), "native")
+
+
+@pytest.mark.parametrize("implementation", ["portable", NATIVE])
+@pytest.mark.parametrize("segments", [False, True])
+def test_keys_that_leave_one_by_one_over_many_blocks(implementation: str, segments: bool) -> None:
+    """Few keys stay: blocks of queries far behind need keys that lie far apart, and whole blocks of keys have gone."""
+    case = dense(2, 1100, 4, 2, 8, None)
+    stay = torch.where(torch.rand(2, 1100) < 0.03, 2000, torch.randint(0, 40, (2, 1100)))
+    segment = torch.arange(1100).expand(2, -1) // 700 if segments else None
+    index = case.key_index if segment is None else case.key_index - 700 * segment
+    case = replace(case, query_index=index, key_index=index, query_segment=segment, key_segment=segment)
+    assert_implementations_agree(replace(case, key_until=index + stay), implementation)
 
 
 @needs_kernels

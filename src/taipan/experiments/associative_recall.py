@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from taipan.config import SETTINGS, TaipanConfig
 from taipan.experiments.course import UNFINISHED, forget
-from taipan.experiments.execution import Listener, Progress, Result, Run, execute
+from taipan.experiments.execution import Listener, Progress, Result, Run, execute, settings_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ MODELS: dict[str, TaipanConfig] = {
 def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, steps: int) -> Run:
     """One run of the experiment."""
     settings: dict[str, Any] = {
-        "config": config.to_dict(),
+        "config": settings_of(config),
         "learning_rate": learning_rate,
         "seed": seed,
         "steps": steps,

@@ -245,6 +245,33 @@ def _recall(kept: Kept) -> Finding:
     return Finding(_verdict(order, shares["taipan"] > shares["mamba2"]), because)
 
 
+def reach(kept: Kept, eviction: str, way: str) -> dict[int, float]:
+    """Of retention: the mean share of keys found, by tokens between statement and question."""
+    from taipan.experiments.retention import share
+
+    lengths = sorted({answer["length"] for answer in kept.results["taipan"][0]["answers"]})
+    return {length: mean(share(kept.results["taipan"], "found", eviction, way, length)) for length in lengths}
+
+
+def _retention(kept: Kept) -> Finding:
+    from taipan.experiments.retention import WAYS
+
+    curves = {
+        (eviction, way.name): reach(kept, eviction, way.name) for eviction in ("oldest", "weakest") for way in WAYS
+    }
+    longest = max(next(iter(curves.values())))
+    sliding = curves["oldest", WAYS[0].name][longest]
+    strong, quoted, once = (curves["weakest", way.name][longest] for way in WAYS)
+    because = (
+        f"Of keys {WAYS[0].name}, asked for {longest:,} tokens later, a window that keeps the strongest entries finds "
+    )
+    because += (
+        f"{strong:.0%}, a sliding one {sliding:.0%}; with quotes in the filler the first finds {quoted:.0%}, and of "
+    )
+    because += f"keys {WAYS[2].name} {once:.0%}."
+    return Finding(_verdict(min(strong, quoted, once) >= 0.9 and sliding <= 0.1, strong > sliding + 0.1), because)
+
+
 def _mqar(kept: Kept) -> Finding:
     from taipan.experiments.mqar import PUBLISHED, accuracy, error
 
@@ -407,6 +434,13 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         experiment="recall", place="Fig. 4", words="Recall: Transformer++ ≥ Taipan > Jamba > Mamba-2.", judge=_recall
+    ),
+    Claim(
+        experiment="retention",
+        place="",
+        words="Beyond the paper: a window of the strongest entries, not the last ones, keeps keys in reach at any "
+        "distance.",
+        judge=_retention,
     ),
     Claim(
         experiment="mqar",

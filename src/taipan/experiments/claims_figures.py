@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from taipan.config import TaipanConfig
-from taipan.experiments.claims import FOUR, NAMES, Kept, budgets, by_context, found
+from taipan.experiments.claims import FOUR, NAMES, Kept, budgets, by_context, found, reach
 from taipan.experiments.laboratory import slug
 from taipan.report.figures import GREY, SERIES, Words, in_page
 
@@ -289,6 +289,40 @@ def _positions(kept: Kept) -> list[tuple[Markup, str]]:
     return [(in_page(draw, words), f"Loss by position, ours; the dotted line is the training length. {shape}")]
 
 
+def _retention(kept: Kept) -> list[tuple[Markup, str]]:
+    from taipan.experiments.retention import EVICTIONS, WAYS
+
+    curves = {(eviction, way.name): reach(kept, eviction, way.name) for eviction in EVICTIONS for way in WAYS}
+
+    def draw(axes: Any, narrow: bool) -> None:
+        for (eviction, way), curve in curves.items():
+            color = SERIES[[own.name for own in WAYS].index(way)]
+            style = "o-" if eviction == "weakest" else "o:"
+            axes.plot(list(curve), list(curve.values()), style, color=color, markersize=4, label=f"{eviction}: {way}")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-0.03, 1.03)
+        points = list(next(iter(curves.values())))
+        axes.set_xticks(points, [_short(point) for point in points], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("tokens between statement and question")
+        axes.set_ylabel("share of the keys found")
+        axes.legend(ncols=1 if narrow else 2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
+
+    longest = max(next(iter(curves.values())))
+    told = "; ".join(f"{eviction}, {way}: {curve[longest]:.2f}" for (eviction, way), curve in curves.items())
+    words = Words(
+        name=_name(kept, "retention"),
+        title="Keys found, by how long ago they were stated",
+        description=f"Share of the keys found {longest:,} tokens later, by what leaves the window: {told}.",
+    )
+    slots = kept.results["taipan"][0]["config"]["sliding_window"]
+    caption = (
+        f"Pass keys and key–value pairs, one model read in two ways, {slots} slots: whether the weakest entry leaves "
+    )
+    caption += "its window (lines) or the oldest (dotted)."
+    return [(in_page(draw, words), caption)]
+
+
 def _mqar(kept: Kept) -> list[tuple[Markup, str]]:
     from taipan.experiments.mqar import PUBLISHED, accuracy, state_bytes
 
@@ -325,5 +359,6 @@ _DRAWN: dict[str, Callable[[Kept], list[tuple[Markup, str]]]] = {
     "zero-shot": _zero_shot,
     "capacity": _capacity,
     "positions": _positions,
+    "retention": _retention,
     "mqar": _mqar,
 }

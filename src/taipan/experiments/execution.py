@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from taipan.config import TaipanConfig
 from taipan.hardware import describe
 from taipan.io import atomic_write, parse_json
 
@@ -40,6 +41,18 @@ class Run:
     def path(self, directory: Path) -> Path:
         """Where the result is kept."""
         return directory / f"{self.identity}.json"
+
+
+_LATER = ("window_eviction", "window_recent")
+
+
+def settings_of(config: TaipanConfig) -> dict[str, Any]:
+    """The configuration of a run as its settings have it.
+
+    Fields that came later are there where they are not at their defaults: a kept run stays the run it was.
+    """
+    values = config.to_dict()
+    return {name: value for name, value in values.items() if name not in _LATER or value != getattr(TaipanConfig, name)}
 
 
 Result = dict[str, Any]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from taipan.config import TaipanConfig
 from taipan.errors import DataError, InputError, shown
 from taipan.experiments.course import UNFINISHED, forget, from_scratch, seen
-from taipan.experiments.execution import Listener, Progress, Result, Run, execute
+from taipan.experiments.execution import Listener, Progress, Result, Run, execute, settings_of
 from taipan.io import atomic_write, parse_json
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Laboratory:
     def declare(self, training: Training) -> Run:
         """The run that trains a model; one that is kept under another name is that run."""
         scale, config = self.scale, training.config
-        settings = {"config": config.to_dict(), "seed": training.seed, "choice": training.choice}
+        settings = {"config": settings_of(config), "seed": training.seed, "choice": training.choice}
         settings |= {"steps": training.steps or scale.steps, "context": scale.context, "rows": scale.rows}
         settings["data"] = self.data.name
         rate = training.learning_rate or scale.learning_rates.get(architecture_of(config), LEARNING_RATE)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from taipan.config import TaipanConfig
 from taipan.data.mqar import MQARMixture, MQARTask
-from taipan.experiments.execution import Result, Run
+from taipan.experiments.execution import Result, Run, settings_of
 from taipan.experiments.gate_settings import WINNER
 from taipan.experiments.laboratory import Laboratory, Outcome, Table, slug, spread
 from taipan.experiments.sweep import Swept, best, rows, sweep
@@ -128,7 +128,7 @@ def state_bytes(config: TaipanConfig) -> tuple[int, int]:
 def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, steps: int, scale: Scale) -> Run:
     """One run of the experiment."""
     tasks = [[task.length, task.pairs, task.examples] for task in (*scale.mixture.train, *scale.mixture.test)]
-    settings: dict[str, Any] = {"config": config.to_dict(), "learning_rate": learning_rate, "seed": seed}
+    settings: dict[str, Any] = {"config": settings_of(config), "learning_rate": learning_rate, "seed": seed}
     settings |= {"steps": steps, "rows": scale.rows, "tasks": tasks, "vocabulary": scale.mixture.vocab_size}
     return Run(name=slug(name), settings=settings)
 

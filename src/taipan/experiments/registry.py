@@ -46,6 +46,11 @@ ENTRIES: dict[str, Entry] = {
             *("openbookqa", "truthfulqa", "race", "boolq"),
         ),
     ),
+    "retention": Entry(
+        "Keys asked for up to a million tokens after they were stated, by what leaves the window",
+        "retention",
+        text=False,
+    ),
     "mqar": Entry("Multi-query associative recall as zoology sets it, by size of state", "mqar", text=False),
     "capacity": Entry("Loss by the budget C, and tokens chosen blindly at the same budget", "comparisons"),
     "positions": Entry("A SAL with rotary embedding and without, inside the training length and beyond", "comparisons"),

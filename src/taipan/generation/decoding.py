@@ -516,7 +516,9 @@ class Continuation:
         unread = int(self._tokens[-1][0]) if self._read < len(self._tokens) else None
         self._progress.begin(steps, 1)
         began = time.perf_counter()
-        decoding.write([Writer(0, choose, ends, unread)], steps, self._progress, self._logits_BV)
+        decoding.write(
+            [Writer(row=0, choose=choose, ends_E=ends, token=unread)], steps, self._progress, self._logits_BV
+        )
         token_T = self._progress.tokens_SR[: self._progress.written, 0]
         self._step_seconds = (time.perf_counter() - began) / max(1, len(token_T) - (unread is None))
         choose.checked(token_T[-1:])

@@ -22,7 +22,7 @@ from taipan.layers.mixer import AnyMixer
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.native.interface import State
 from taipan.native.memory import Arena
-from taipan.state import AttentionState, LayerState, Mamba2State, SelectiveState
+from taipan.state import AttentionState, LayerState, Mamba2State, RetainingState, SelectiveState
 
 
 class Kind(IntEnum):
@@ -41,7 +41,7 @@ class Buffers(ABC):
     Attributes:
         first, second: columns and recurrent state of Mamba-2; keys and values (B, G, W, E) of attention.
         index, count: of attention, as in its state.
-        recent, scores: of a SAL, where its state has them.
+        recent, scores, strength: of a SAL, where its state has them.
     """
 
     first: Tensor
@@ -50,6 +50,7 @@ class Buffers(ABC):
     count: Tensor | None = None
     recent: Tensor | None = None
     scores: Tensor | None = None
+    strength: Tensor | None = None
 
     @abstractmethod
     def put(self, row: int, state: Any) -> None:
@@ -81,6 +82,7 @@ class Buffers(ABC):
             second=self.second,
             recent=self.recent,
             scores=self.scores,
+            strength=self.strength,
             index=self.index,
             count=self.count,
             slots=self.slots,
@@ -237,7 +239,7 @@ class NativeAttention(NativeLayer[Attention, AttentionState]):
 
 
 class SelectiveBuffers(AttentionBuffers):
-    """Of the state of a SAL, whose entries may look ahead and whose share may be bounded."""
+    """Of the state of a SAL: its entries may look ahead, its share may be bounded, its weakest entry may leave."""
 
     @classmethod
     def of(cls, state: AttentionState, real: torch.dtype, arena: Arena) -> Self:
@@ -246,6 +248,8 @@ class SelectiveBuffers(AttentionBuffers):
         if isinstance(state, SelectiveState):
             recent, scores = (_taken(each, real, arena) for each in (state.recent_BLD, state.score_BR))
             made = replace(made, recent=recent, scores=scores)
+        if isinstance(state, RetainingState):
+            made = replace(made, strength=_taken(state.strength_BW, real, arena))
         return made
 
     def put(self, row: int, state: AttentionState) -> None:
@@ -253,6 +257,8 @@ class SelectiveBuffers(AttentionBuffers):
         super().put(row, state)
         if self.recent is not None and self.scores is not None and isinstance(state, SelectiveState):
             self.recent[row], self.scores[row] = state.recent_BLD[0], state.score_BR[0]
+        if self.strength is not None and isinstance(state, RetainingState):
+            self.strength[row] = state.strength_BW[0]
 
     def state(self, like: AttentionState, *, grown: bool) -> AttentionState:
         """See `Buffers.state`."""
@@ -260,7 +266,10 @@ class SelectiveBuffers(AttentionBuffers):
         if self.recent is None or self.scores is None or not isinstance(like, SelectiveState):
             return made
         recent, scores = _copy(self.recent, like.recent_BLD.dtype), _copy(self.scores, like.score_BR.dtype)
-        return SelectiveState.after(made, recent, scores)
+        made = SelectiveState.after(made, recent, scores)
+        if self.strength is None or not isinstance(like, RetainingState):
+            return made
+        return RetainingState.keeping(made, _copy(self.strength, like.strength_BW.dtype))
 
 
 class NativeSelectiveAttention(NativeLayer[SelectiveAttention, AttentionState]):
@@ -279,7 +288,8 @@ class NativeSelectiveAttention(NativeLayer[SelectiveAttention, AttentionState]):
     def sizes(self, config: TaipanConfig) -> dict[str, int | float]:
         """See `NativeLayer.sizes`."""
         hidden = config.gate_hidden_size if config.gate == "mlp" else 0
-        bound = {"scores": config.remembered_scores, "most": config.attention_capacity * config.remembered_scores}
+        bound: dict[str, int | float] = {"scores": config.remembered_scores, "bounding": config.bounding_scores}
+        bound["most"] = config.attention_capacity * config.bounding_scores
         return {**_heads(config), **bound, "gate_hidden": hidden, "lookahead": config.lookahead}
 
     def pack(self, mixer: SelectiveAttention, packer: Packer) -> dict[str, Any]:
@@ -289,6 +299,8 @@ class NativeSelectiveAttention(NativeLayer[SelectiveAttention, AttentionState]):
         if not mixer.closed:
             values = {"kind": Kind.SELECTIVE, **_projections(mixer, packer)}
         values |= _window(mixer, packer)
+        if config.retains:  # what is in the window, strength decides
+            values |= {"window": 0, "recent": config.window_recent}
         named = {
             "gate": gate.proj,
             "gate_hidden": gate.hidden,

@@ -111,6 +111,8 @@ class SelectiveAttentionTable(AttentionTable):
         "attention_weight",
         "key_value_scope",
         "window_unit",
+        "window_eviction",
+        "window_recent",
         "refinement",
     )
 
@@ -122,8 +124,9 @@ class SelectiveAttentionTable(AttentionTable):
         rope = () if config.selective_rope else ("rope_theta",)
         hidden = () if config.gate == "mlp" else ("gate_hidden_size",)
         recall = () if config.gate_input == "recall" else ("recall_orders", "recall_rank")
-        bound = () if config.remembered_scores else ("capacity_window",)
-        return (*rope, *hidden, *recall, *bound)
+        bound = () if config.bounding_scores else ("capacity_window",)
+        recent = () if config.retains else ("window_recent",)
+        return (*rope, *hidden, *recall, *bound, *recent)
 
     def shares(self, config: TaipanConfig, selected: float | None, training: bool) -> tuple[float, float]:
         """Selected queries only, unless a dense gradient needs all; selected keys only, unless all are kept."""
@@ -173,10 +176,15 @@ class SelectiveAttentionTable(AttentionTable):
         return 0 if config.attention_capacity == 0 else super().slots(config, context)
 
     def state_bytes(self, config: TaipanConfig, context: int, bytes_per_value: int) -> int:
-        """As attention's; and the last inputs, where entries look ahead, and scores, where their share is bounded."""
+        """As attention's; and the last inputs, where entries look ahead, scores, and strengths, where they decide."""
         ahead = 0 if config.attention_capacity == 0 else config.lookahead
-        recent = ahead * config.hidden_size * bytes_per_value + config.remembered_scores * max(4, bytes_per_value)
-        return super().state_bytes(config, context, bytes_per_value) + recent
+        strengths = self.slots(config, context) if config.retains else 0
+        scores = (config.remembered_scores + strengths) * max(4, bytes_per_value)
+        return (
+            super().state_bytes(config, context, bytes_per_value)
+            + ahead * config.hidden_size * bytes_per_value
+            + scores
+        )
 
     def state_share(self, config: TaipanConfig) -> float:
         """The tokens selected."""

@@ -13,10 +13,12 @@ from taipan.layers.linear import Linear
 from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.attention import windowed_attention
+from taipan.ops.outranking import NOTHING
+from taipan.ops.retention import Retained
 from taipan.ops.rope import rotate
 from taipan.ops.selection import Selection, gather, scatter
 from taipan.shapes import FloatBTD, IntBS
-from taipan.state import AttentionState, StateBuilder, newest_ordinals
+from taipan.state import AttentionState, RetainingState, StateBuilder, newest_ordinals
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class GatheredAttention(nn.Module):
         *,
         queries: Attended,
         keys: Attended,
+        retained: Retained | None = None,
     ) -> tuple[Tensor, StateBuilder]:
         """Attention of the `queries` to the `keys` and to the state's entries.
 
@@ -79,6 +82,7 @@ class GatheredAttention(nn.Module):
             layout: padding and documents of this call.
             queries: which tokens ask.
             keys: which tokens are asked.
+            retained: how long each of them and of the state's entries stays; None: `window` coordinates.
 
         Returns:
             (B, S, H·E), 0 where a query is absent; and how to build the state after the keys.
@@ -92,22 +96,25 @@ class GatheredAttention(nn.Module):
         if layout.segment_BT is not None:
             query_segment = layout.segment_BT.gather(1, queries.tokens.index_BS)
             new_segment = key_segment = layout.segment_BT.gather(1, keys.tokens.index_BS)
-        all_k, all_v, all_index = k, v, keys.index_BS
+        all_k, all_v, all_index, until = k, v, keys.index_BS, None if retained is None else retained.until_BS
         if state is not None and state.index_BW.shape[1] > 0:
             old_k, old_v, old_index = state.chronological()
             all_k, all_v = torch.cat([old_k.to(k.dtype), k], 1), torch.cat([old_v.to(v.dtype), v], 1)
             all_index = torch.cat([old_index, keys.index_BS], 1)
             if key_segment is not None:  # the state's entries belong to document 0
                 key_segment = torch.cat([torch.zeros_like(old_index), key_segment], 1)
+            if retained is not None:
+                until = torch.cat([retained.held_until_BW.gather(1, state.order_BW), retained.until_BS], 1)
         out = windowed_attention(
             q,
             all_k,
             all_v,
             query_index_BQ=queries.index_BS,
             key_index_BJ=all_index,
-            window=self.window,
+            window=self.window if retained is None else None,
             query_segment_BQ=query_segment,
             key_segment_BJ=key_segment,
+            key_until_BJ=until,
             implementation=self.implementation,
         )
 
@@ -115,6 +122,8 @@ class GatheredAttention(nn.Module):
             before = state
             if before is None:
                 before = AttentionState.empty(k.shape[0], self.window or 0, k.shape[2], head_dim, k.dtype, k.device)
+            if retained is not None:
+                return before.rearranged(k, v, keys.index_BS, retained.source_BW, retained.count_B)
             return before.append(
                 k,
                 v,
@@ -200,10 +209,7 @@ def out_of_place(
         ordinals: the coordinate of an entry is its number among the entries (true if every token is an entry).
     """
     slots = state.index_BW.shape[1]
-    if not ((state.count_B >= 0) & (state.count_B <= position_B)).all():
-        yield "count_B", "is no count of the tokens read"
-    if every and not (state.count_B == position_B).all():
-        yield "count_B", "is not the number of tokens read"
+    yield from _miscounted(state, position_B, every)
     if slots == 0:
         return
     ordinal_BW = newest_ordinals(state.count_B, slots)
@@ -219,3 +225,29 @@ def out_of_place(
             yield "index_BW", "is not in the order of the text"
     if not right_BW.all():
         yield "index_BW", "names tokens that are not in the window"
+
+
+def not_retained(state: RetainingState, position_B: Tensor, *, every: bool, recent: int) -> Iterator[tuple[str, str]]:
+    """As `out_of_place`, of a window that keeps the strongest entries and so many of the newest."""
+    slots = state.index_BW.shape[1]
+    yield from _miscounted(state, position_B, every)
+    filled_BW = torch.arange(slots) < state.count_B[:, None]
+    inside_BW = (state.index_BW >= 0) & (state.index_BW < state.count_B[:, None])
+    if not torch.where(filled_BW, inside_BW, state.index_BW == -1).all():
+        yield "index_BW", "names tokens that are not in the window"
+    in_order_BW = state.index_BW.sort(1).values
+    if not ((in_order_BW.diff(dim=1) > 0) | (in_order_BW[:, :-1] < 0)).all():
+        yield "index_BW", "has an entry twice"
+    newest_BP = state.count_B[:, None] - 1 - torch.arange(recent)
+    there_BP = (state.index_BW[:, None] == newest_BP[..., None]).any(-1)
+    if not (there_BP | (newest_BP < 0)).all():
+        yield "index_BW", "lacks the newest entries"
+    if not ((state.strength_BW > NOTHING) == filled_BW).all():
+        yield "strength_BW", "does not hold the strengths of the entries"
+
+
+def _miscounted(state: AttentionState, position_B: Tensor, every: bool) -> Iterator[tuple[str, str]]:
+    if not ((state.count_B >= 0) & (state.count_B <= position_B)).all():
+        yield "count_B", "is no count of the tokens read"
+    if every and not (state.count_B == position_B).all():
+        yield "count_B", "is not the number of tokens read"

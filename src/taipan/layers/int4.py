@@ -134,7 +134,8 @@ def pack(numbers: Tensor, scale: Tensor, columns: int) -> Int4:
     tiles = F.pad(numbers, (0, 0, 0, more)).unflatten(1, (-1, GROUP // _BLOCK, 2, 4)).unflatten(0, (-1, TILE))
     lower, upper = tiles.permute(4, 0, 2, 3, 1, 5)  # (2, N / 16, G, 4, 16, 4)
     scales = F.pad(scale, (0, 0, 0, more)).unflatten(0, (-1, TILE)).transpose(1, 2).bfloat16().contiguous()
-    return Int4((lower | upper << 4).flatten(2).contiguous(), scales, rows, columns)
+    levels = (lower | upper << 4).flatten(2).contiguous()
+    return Int4(levels=levels, scale=scales, rows=rows, columns=columns)
 
 
 def _usable(scale: Tensor) -> Tensor:

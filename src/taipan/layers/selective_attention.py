@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from taipan.config import TaipanConfig
-from taipan.layers.attention import Attended, GatheredAttention, out_of_place
+from taipan.layers.attention import Attended, GatheredAttention, not_retained, out_of_place
 from taipan.layers.gating import Gate, GateOutput, GateSchedule, ScoresBefore
 from taipan.layers.init import linear_
 from taipan.layers.linear import Linear, of_tokens
@@ -16,9 +16,10 @@ from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
 from taipan.ops.outranking import NOTHING
 from taipan.ops.recall import remember
+from taipan.ops.retention import Entering, Held, Retained, retain
 from taipan.ops.selection import gather, scatter, select_tokens
-from taipan.shapes import FloatBLD, FloatBTD
-from taipan.state import AttentionState, SelectiveState, StateBuilder, take
+from taipan.shapes import FloatBLD, FloatBR, FloatBT, FloatBTD, FloatBW
+from taipan.state import AttentionState, RetainingState, SelectiveState, StateBuilder, pick, take
 
 
 class SelectiveAttention(Mixer[AttentionState]):
@@ -59,7 +60,10 @@ class SelectiveAttention(Mixer[AttentionState]):
         """See `Mixer.forward`: the refined stream, no branch."""
         config = self.config
         read_BTD = h_BTD if config.gate_input == "raw" else x_BTD
-        before = self._scores_before(x_BTD, state, layout)
+        recent_BR, bound = self._recent_scores(x_BTD, state), config.bounding_scores
+        before = (
+            ScoresBefore(recent_BR=recent_BR[:, -bound:], segment_BT=layout.segment_BT, window=bound) if bound else None
+        )
         gate = self.gate(read_BTD, layout.real_BT, schedule, layout.recalled, before)
         if self.closed:
             build = self._unchanged(x_BTD, state)
@@ -76,9 +80,13 @@ class SelectiveAttention(Mixer[AttentionState]):
         q = of_tokens(self.q_proj, gather(x_BTD, queries.tokens))
         k = of_tokens(self.k_proj, gather(entries.back(config.lookahead), keys.tokens))
         v = of_tokens(self.v_proj, gather(entries.since(), keys.tokens))
-        out, build = self.attention(q, k, v, state, layout, queries=queries, keys=keys)
+        retained = strength_BW = None
+        if config.retains:
+            strength_BT = strongest(gate.margin_BT.detach(), recent_BR, layout.position_BT, config.lookahead)
+            retained, strength_BW = self._retained(strength_BT, state, layout, keys)
+        out, build = self.attention(q, k, v, state, layout, queries=queries, keys=keys, retained=retained)
         if self._remembers:
-            build = self._remembering(build, entries, gate, before, layout)
+            build = self._remembering(build, entries, gate, recent_BR, strength_BW, layout)
         out_BSD = of_tokens(self.o_proj, out)
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
         h_BSD = gather(h_BTD, queries.tokens)
@@ -102,29 +110,54 @@ class SelectiveAttention(Mixer[AttentionState]):
         if not self._remembers:
             return state
         recent = torch.zeros(batch, config.lookahead, config.hidden_size, dtype=dtype, device=device)
-        precise = torch.promote_types(dtype, torch.float32)
-        score = torch.full((batch, config.remembered_scores), NOTHING, dtype=precise, device=device)
-        return SelectiveState.after(state, recent, score)
+        score = _no_scores(batch, config.remembered_scores, dtype, device)
+        state = SelectiveState.after(state, recent, score)
+        return RetainingState.keeping(state, _no_scores(batch, slots, dtype, device)) if config.retains else state
 
     @property
     def _remembers(self) -> bool:
         """Whether the state holds more than the entries of the window."""
-        return not self.closed and (self.config.lookahead > 0 or self.config.remembered_scores > 0)
+        config = self.config
+        return not self.closed and (config.lookahead > 0 or config.remembered_scores > 0 or config.retains)
 
-    def _scores_before(self, x_BTD: Tensor, state: AttentionState | None, layout: Layout) -> ScoresBefore | None:
-        """What the gate compares its scores with, if it does."""
-        window = self.config.remembered_scores
-        if window == 0:
-            return None
+    def _recent_scores(self, x_BTD: Tensor, state: AttentionState | None) -> FloatBR:
+        """The last scores before the call; fewer where there is no state: no token of the call needs more."""
         if isinstance(state, SelectiveState):
-            return ScoresBefore(state.score_BR, layout.segment_BT, window)
-        precise = torch.promote_types(x_BTD.dtype, torch.float32)
-        columns = min(window, x_BTD.shape[1])  # no token of the call is compared with more
-        recent_BR = torch.full((len(x_BTD), columns), NOTHING, dtype=precise, device=x_BTD.device)
-        return ScoresBefore(recent_BR, layout.segment_BT, window)
+            return state.score_BR
+        columns = min(self.config.remembered_scores, x_BTD.shape[1])
+        return _no_scores(len(x_BTD), columns, x_BTD.dtype, x_BTD.device)
+
+    def _retained(
+        self, strength_BT: FloatBT, state: AttentionState | None, layout: Layout, keys: Attended
+    ) -> tuple[Retained, FloatBW]:
+        """How long the entries stay in the window, and the strengths of those that are in it after the call."""
+        index_BS = keys.tokens.index_BS
+        strength_BS = strength_BT.gather(1, index_BS)
+        if isinstance(state, RetainingState):
+            held = Held(strength_BW=state.strength_BW, ordinal_BW=state.index_BW, count_B=state.count_B)
+        else:
+            batch, slots, device = len(index_BS), self.config.sliding_window, index_BS.device
+            strength_BW = _no_scores(batch, slots, strength_BT.dtype, device)
+            empty_BW, count_B = index_BS.new_full((batch, slots), -1), index_BS.new_zeros(batch)
+            held = Held(strength_BW=strength_BW, ordinal_BW=empty_BW, count_B=count_B)
+        segment_BS = None if layout.segment_BT is None else layout.segment_BT.gather(1, index_BS)
+        entering = Entering(
+            strength_BS=strength_BS,
+            present_BS=keys.tokens.present_BS,
+            segment_BS=segment_BS,
+            last_segment_B=layout.last_segment_B,
+        )
+        retained = retain(entering, held, recent=self.config.window_recent)
+        return retained, pick(torch.cat([held.strength_BW, strength_BS], 1), retained.source_BW, NOTHING)
 
     def _remembering(
-        self, build: StateBuilder, entries: "_Entries", gate: GateOutput, before: ScoresBefore | None, layout: Layout
+        self,
+        build: StateBuilder,
+        entries: "_Entries",
+        gate: GateOutput,
+        recent_BR: FloatBR,
+        strength_BW: FloatBW | None,
+        layout: Layout,
     ) -> StateBuilder:
         """How to build the state with what the next tokens need to know of the last ones in it."""
 
@@ -132,13 +165,12 @@ class SelectiveAttention(Mixer[AttentionState]):
             state = build()
             assert isinstance(state, AttentionState)
             margin_BT = gate.margin_BT.detach()
-            score_BR = margin_BT[:, :0]
-            if before is not None:
-                missing = before.window - before.recent_BR.shape[1]
-                recent_BR = F.pad(before.recent_BR, (missing, 0), value=NOTHING).to(margin_BT.dtype)
-                documents = (layout.length_B, layout.segment_BT, layout.last_segment_B)
-                score_BR = remember(recent_BR, margin_BT, *documents, nothing=NOTHING)
-            return SelectiveState.after(state, entries.recent(), score_BR)
+            missing = self.config.remembered_scores - recent_BR.shape[1]
+            before_BR = F.pad(recent_BR, (missing, 0), value=NOTHING).to(margin_BT.dtype)
+            documents = (layout.length_B, layout.segment_BT, layout.last_segment_B)
+            score_BR = remember(before_BR, margin_BT, *documents, nothing=NOTHING)
+            state = SelectiveState.after(state, entries.recent(), score_BR)
+            return state if strength_BW is None else RetainingState.keeping(state, strength_BW)
 
         return all_of_it
 
@@ -148,7 +180,11 @@ class SelectiveAttention(Mixer[AttentionState]):
             yield "count_B", "counts entries behind a gate that is always closed"
         every = self.config.key_value_scope == "all"
         ordinals = every or self.config.window_unit == "selected"
-        yield from out_of_place(state, position_B, every=every and not self.closed, ordinals=ordinals)
+        every = every and not self.closed
+        if isinstance(state, RetainingState):
+            yield from not_retained(state, position_B, every=every, recent=self.config.window_recent)
+        else:
+            yield from out_of_place(state, position_B, every=every, ordinals=ordinals)
         if isinstance(state, SelectiveState):
             known_BR = position_B[:, None] >= state.score_BR.shape[1] - torch.arange(state.score_BR.shape[1])
             if not ((state.score_BR > NOTHING) == known_BR).all():
@@ -213,6 +249,29 @@ class _Entries:
         last_B = position_BT.gather(1, (length - 1).clamp_min(0)[:, None])[:, 0] + (length > 0)
         ago_L = self._lookahead - torch.arange(self._lookahead, device=length.device)
         return take(self._x, place_BL) * (last_B[:, None] >= ago_L)[..., None]
+
+
+def strongest(score_BT: FloatBT, recent_BR: FloatBR, position_BT: Tensor, lookahead: int) -> FloatBT:
+    """The largest score among each token and the `lookahead` before it in its document: the strength of its entry.
+
+    Args:
+        score_BT: of the tokens of a call.
+        recent_BR: of those before the call; what is missing is not of the document.
+        position_BT: of the tokens within their documents.
+        lookahead: K.
+    """
+    if lookahead == 0:
+        return score_BT
+    recent_BR = F.pad(recent_BR.to(score_BT.dtype), (lookahead, 0), value=NOTHING)[:, -lookahead:]
+    score_BTK = torch.cat([recent_BR, score_BT], 1).unfold(1, lookahead + 1, 1)  # the oldest first
+    ago_K = torch.arange(lookahead, -1, -1, device=score_BT.device)
+    return score_BTK.masked_fill(position_BT[..., None] < ago_K, NOTHING).amax(-1)
+
+
+def _no_scores(batch: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(B, columns) of `NOTHING`, as precise as scores are."""
+    precise = torch.promote_types(dtype, torch.float32)
+    return torch.full((batch, columns), NOTHING, dtype=precise, device=device)
 
 
 def selected_ordinals(selected_BT: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:

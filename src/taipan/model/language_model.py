@@ -220,7 +220,7 @@ class TaipanLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, dtype: torch.dtype | None = None, implementation: str = "auto"
+        cls, directory: str | Path, *, dtype: torch.dtype | None = None, implementation: str = "auto", **overrides: Any
     ) -> "TaipanLM":
         """Build the model of a directory and load its weights; it comes back in eval mode.
 
@@ -230,12 +230,16 @@ class TaipanLM(nn.Module):
             dtype: of the parameters; None keeps the stored one. Mamba-2's `A_log`, `D` and `dt_bias` stay as stored; so
                 do matrices in 4 bits, whose products are then in this dtype.
             implementation: `auto`, or the name of an op implementation to use throughout.
+            **overrides: fields of the configuration, to read the weights otherwise than they were trained, such as
+                `window_eviction` and `sliding_window`.
 
         Raises:
-            ConfigError: config.json is missing, damaged or of another kind.
+            ConfigError: config.json is missing, damaged or of another kind; an unknown field or an impossible value.
             CheckpointError: the weights are missing, truncated, corrupt or do not fit the configuration.
         """
         config, tensors = read_model(directory, dtype=dtype)
+        if overrides:
+            config = config.replace(**overrides)
         with torch.device("meta"):
             model = cls(config, implementation=implementation)
             if is_in_int4(tensors):

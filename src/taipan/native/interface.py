@@ -420,14 +420,24 @@ class AttentionSizes(Structure):
 class AttentionPlan(Structure):
     """Which keys each query meets."""
 
-    _fields_ = [(name, Int32) for name in ("key", "query", "first", "stop", "counts", "bounds")]
+    _fields_ = [
+        *((name, Int32) for name in ("key", "query", "first", "stop", "counts", "bounds")),
+        ("until", Int32OrNull),
+    ]
 
 
 class AttentionPlanned(Arguments):
     """Makes the plan."""
 
     function = "attention_plan"
-    _fields_ = [("sizes", AttentionSizes), ("low", Int64), ("high", Int64), ("code", Int64), ("plan", AttentionPlan)]
+    _fields_ = [
+        ("sizes", AttentionSizes),
+        ("low", Int64),
+        ("high", Int64),
+        ("code", Int64),
+        ("until", Int64OrNull),
+        ("plan", AttentionPlan),
+    ]
 
 
 class AttentionForward(Arguments):
@@ -488,7 +498,7 @@ class DecodeSizes(Structure):
     _fields_ = [
         *_sizes("layers hidden vocabulary intermediate inner conv taps heads head_dim groups state"),
         *_sizes("query_heads key_heads width gate_hidden lookahead orders remembered window rank scores"),
-        *_sizes("format embedding_format rounds"),
+        *_sizes("bounding format embedding_format rounds"),
         *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high", "most")),
     ]
 
@@ -508,7 +518,7 @@ class Layer(Structure):
         *((name, RealsOrNull) for name in ("gate_weight", "gate_bias", "gate_hidden_weight", "gate_hidden_bias")),
         *((f"recall_{name}", RealsOrNull) for name in ("query_weight", "query_bias", "key_weight", "key_bias")),
         ("threshold", RealsOrNull),
-        *_sizes("gate_reads_raw keys_of_all counts_selected adds weighs_one"),
+        *_sizes("gate_reads_raw keys_of_all counts_selected adds weighs_one recent"),
         ("mlp_norm", RealsOrNull),
         ("gate", Matrix),
         ("up", Matrix),
@@ -524,6 +534,7 @@ class State(Structure):
         ("second", RealsOrNull),
         ("recent", RealsOrNull),
         ("scores", RealsOrNull),
+        ("strength", RealsOrNull),
         ("index", Int64OrNull),
         ("count", Int64OrNull),
         ("slots", Index),

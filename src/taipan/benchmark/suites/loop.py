@@ -4,6 +4,7 @@ import random
 import string
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -56,9 +57,10 @@ def measure(settings: Settings, length: int, floor: Run | None, progress: Progre
     details = {f"ms per step: {name}": 1e3 * median(values) for name, values in watch.parts.items()}
     tokens = settings.batch * length
     comparisons = (time_ratio(own, _means(watch.floors), FLOOR),) if watch.floors else ()
-    found = [Measurement("train", work, TAIPAN, "seconds", own, tokens, comparisons, details)]
+    ours = Measurement(suite="train", work=work, subject=TAIPAN, unit="seconds", values=own, tokens=tokens)
+    found = [replace(ours, comparisons=comparisons, details=details)]
     if watch.floors:
-        found.append(Measurement("train", work, FLOOR, "seconds", _means(watch.floors), tokens))
+        found.append(replace(ours, subject=FLOOR, values=_means(watch.floors)))
     return found
 
 

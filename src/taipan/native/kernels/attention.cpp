@@ -7,7 +7,9 @@
 // backward computes the scores again.
 //
 // A query may attend a range [first, stop) of the present keys of its row. The ranges are found once, and absent keys are
-// in none, so a mask is two comparisons, needed only in tiles at the edge of a range.
+// in none, so a mask is two comparisons, needed only in tiles at the edge of a range. Where keys leave one by one, each has
+// the number of the first query that does not see it any more: a third comparison, in all tiles; a block of queries takes
+// only those keys that its first query may still see.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -48,6 +50,7 @@ struct Plan {
   std::int32_t *key, *query, *first, *stop;
   std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
   Bounds* bounds;        // (B, blocks)
+  std::int32_t* until;   // number of the first query that does not see a key any more; null: no key leaves by itself
 
   // Whether all its indices lie inside the tensors.
   bool in_range(const Shape& s) const {
@@ -85,7 +88,7 @@ struct Plan {
 };
 
 void make_plan(const Shape& s, const std::int64_t* low, const std::int64_t* high, const std::int64_t* code,
-               const Plan& plan, Index b) {
+               const std::int64_t* until, const Plan& plan, Index b) {
   std::int32_t* key = plan.key + b * s.keys;
   const std::int64_t* codes = code + b * s.keys;
   Index keys = 0;
@@ -112,6 +115,12 @@ void make_plan(const Shape& s, const std::int64_t* low, const std::int64_t* high
     bounds = {std::min(bounds.lowest, first), std::max(bounds.highest, stop), std::max(bounds.latest, first),
               std::min(bounds.earliest, stop), 0, 0};
     ++count;
+  }
+  for (Index j = 0; plan.until != nullptr && j < keys; ++j) {
+    const std::int32_t* query = plan.query + at;
+    const auto before = [&](std::int32_t i, std::int64_t c) { return high[at + i] < c; };
+    const auto leaves = std::lower_bound(query, query + count, until[b * s.keys + key[j]], before);
+    plan.until[b * s.keys + j] = static_cast<std::int32_t>(leaves - query);
   }
   plan.counts[3 * b] = static_cast<std::int32_t>(keys);
   plan.counts[3 * b + 1] = static_cast<std::int32_t>(count);
@@ -152,10 +161,21 @@ struct Columns {
   const Plan& plan;
   Index b, g, begin, queries;
   Bounds bounds;
+  const std::int32_t* until;
 
   Columns(const Shape& s, const Plan& plan, Index b, Index g, Index block)
       : s(s), plan(plan), b(b), g(g), begin(block * s.block()),
-        queries(std::min(s.block(), plan.queries(b) - begin)), bounds(plan.bounds[b * s.blocks() + block]) {}
+        queries(std::min(s.block(), plan.queries(b) - begin)), bounds(plan.bounds[b * s.blocks() + block]),
+        until(plan.until == nullptr ? nullptr : plan.until + b * s.keys) {}
+
+  // Whether its queries may see any of some keys.
+  bool meets(Index from, Index to) const {
+    if (!bounds.meets(from, to)) return false;
+    return until == nullptr || std::any_of(until + from, until + to, [&](std::int32_t at) { return at > begin; });
+  }
+
+  // Whether all of them see all of some keys.
+  bool all_see(Index from, Index to) const { return until == nullptr && bounds.all_see(from, to); }
 
   // Calls f(column, row) for the rows of a tensor that belong to the columns.
   template <class W, class F>
@@ -174,13 +194,18 @@ struct Columns {
     transposed.set_transposed(rows, s.columns(), s.width);
   }
 
-  // Ranges of the columns; empty for columns without a query.
-  void read_runs(Number* first, Number* stop) const {
+  // Of the columns: ranges of keys, empty where there is no query, and the number of the query.
+  struct Runs {
+    Number *first, *stop, *query;
+  };
+
+  void read_runs(const Runs& runs) const {
     const Index at = b * s.queries + begin;
     for (Index column = 0; column < s.columns(); ++column) {
       const bool used = column < queries * s.shared();
-      first[column] = used ? plan.first[at + column / s.shared()] : 0;
-      stop[column] = used ? plan.stop[at + column / s.shared()] : 0;
+      runs.first[column] = used ? plan.first[at + column / s.shared()] : 0;
+      runs.stop[column] = used ? plan.stop[at + column / s.shared()] : 0;
+      runs.query[column] = static_cast<Number>(begin + column / s.shared());
     }
   }
 
@@ -188,10 +213,10 @@ struct Columns {
   Index used() const { return round_up(queries * s.shared(), kMultiple); }
 
   // The range of vectors of columns that see any of some keys: queries far apart share few keys.
-  std::pair<Index, Index> seeing(Index begin, Index end, const Number* first, const Number* stop) const {
+  std::pair<Index, Index> seeing(Index begin, Index end, const Runs& runs) const {
     Index from = 0, to = queries * s.shared();
-    while (from < to && !(first[from] < end && stop[from] > begin)) ++from;
-    while (from < to && !(first[to - 1] < end && stop[to - 1] > begin)) --to;
+    while (from < to && !(runs.first[from] < end && runs.stop[from] > begin)) ++from;
+    while (from < to && !(runs.first[to - 1] < end && runs.stop[to - 1] > begin)) --to;
     return {from / kLanes<T> * kLanes<T>, round_up(to, kLanes<T>)};
   }
 
@@ -201,11 +226,49 @@ struct Columns {
     return loaded;
   }
 
-  // Which lanes see a key.
-  static Integer see(Index key, const Number* first, const Number* stop) {
+  // Which lanes from a column on see a key.
+  Integer see(Index key, const Runs& runs, Index column) const {
     const Number number = static_cast<Number>(key);
-    return (numbers(first) <= number) & (numbers(stop) > number);
+    const Integer inside = (numbers(runs.first + column) <= number) & (numbers(runs.stop + column) > number);
+    return until == nullptr ? inside : inside & (numbers(runs.query + column) < static_cast<Number>(until[key]));
   }
+};
+
+// Keys of a block of queries, some at a time: those of its range, without those that its first query does not see any
+// more.
+template <class T>
+class Keys {
+ public:
+  Index count = 0;
+  const std::int32_t* place = nullptr;
+
+  explicit Keys(const Columns<T>& columns) : columns_(columns), next_(columns.bounds.lowest) {}
+
+  bool next() {
+    const std::int32_t* all = columns_.plan.key + columns_.b * columns_.s.keys;
+    begin_ = next_;
+    if (columns_.until == nullptr) {
+      count = std::min<Index>(kForwardKeys, columns_.bounds.highest - begin_);
+      place = all + begin_;
+      next_ += kForwardKeys;
+      return count > 0;
+    }
+    count = 0;
+    for (; next_ < columns_.bounds.highest && count < kForwardKeys; ++next_)
+      if (columns_.until[next_] > columns_.begin) {
+        numbers_[count] = static_cast<std::int32_t>(next_);
+        places_[count++] = all[next_];
+      }
+    place = places_;
+    return count > 0;
+  }
+
+  Index number(Index j) const { return columns_.until == nullptr ? begin_ + j : numbers_[j]; }
+
+ private:
+  const Columns<T>& columns_;
+  Index next_, begin_ = 0;
+  std::int32_t numbers_[kForwardKeys], places_[kForwardKeys];
 };
 
 template <class T>
@@ -242,7 +305,7 @@ struct ForwardRoom {
   using Number = typename Columns<T>::Number;
   Matrix rows, query, key, value, weights;
   T *scores, *sums, *out, *highest, *before, *total, *kept;
-  Number *first, *stop;
+  typename Columns<T>::Runs runs;
   ForwardRoom(Scratch& scratch, const Shape& s) : ForwardRoom(scratch, s.columns(), s.width, s.pitch()) {}
 
  private:
@@ -250,8 +313,8 @@ struct ForwardRoom {
       : rows(scratch, N, pitch), query(scratch, pitch, N), key(scratch, kForwardKeys, pitch),
         value(scratch, kForwardKeys, pitch), weights(scratch, kForwardKeys, N), scores(weights.wide(scratch, kForwardKeys)),
         sums(scratch.take<T>(E * N)), out(scratch.take<T>(N * pitch)), highest(scratch.take<T>(N)),
-        before(scratch.take<T>(N)), total(scratch.take<T>(N)), kept(scratch.take<T>(N)), first(scratch.take<Number>(N)),
-        stop(scratch.take<Number>(N)) {}
+        before(scratch.take<T>(N)), total(scratch.take<T>(N)), kept(scratch.take<T>(N)),
+        runs{scratch.take<Number>(N), scratch.take<Number>(N), scratch.take<Number>(N)} {}
 };
 
 template <class T, class W>
@@ -262,35 +325,34 @@ int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* o
   const Index N = s.columns(), E = s.width, pitch = s.pitch();
   const auto room = thread_scratch().lay_out<ForwardRoom<T, Matrix>>(s);
   if (!room) return kNoMemory;
-  const auto& [rows, query, key, value, weights, scores, sums, result, highest, before, total, kept, first, stop] = *room;
+  const auto& [rows, query, key, value, weights, scores, sums, result, highest, before, total, kept, runs] = *room;
   const Scale<T, Matrix> scale(s);
 
   const Columns<T> columns(s, plan, b, g, block);
   const Index used = columns.used();
   columns.read(s.q, in.q, scale.of_queries, rows, query);
-  columns.read_runs(first, stop);
+  columns.read_runs(runs);
   std::fill(sums, sums + E * N, T(0));
   std::fill(highest, highest + N, kNone);
   std::fill(total, total + N, T(0));
-  for (Index begin = columns.bounds.lowest; begin < columns.bounds.highest; begin += kForwardKeys) {
-    const Index count = std::min<Index>(kForwardKeys, columns.bounds.highest - begin);
-    const std::int32_t* place = plan.key + b * s.keys + begin;
-    gather(s, s.k, in.k, place, b, g, count, key);
-    gather(s, s.v, in.v, place, b, g, count, value);
+  for (Keys<T> keys(columns); keys.next();) {
+    const Index count = keys.count;
+    gather(s, s.k, in.k, keys.place, b, g, count, key);
+    gather(s, s.v, in.v, keys.place, b, g, count, value);
     value.pair_up(0, count, 0, pitch);
     std::copy(highest, highest + N, before);
-    const auto [left, right] = columns.seeing(begin, begin + count, first, stop);
+    const auto [left, right] = columns.seeing(keys.number(0), keys.number(count - 1) + 1, runs);
     for_tiles<T>(count, right - left, [&, left = left]<int R, int V>(Index j, Index column) {
       const Index c = left + column;
       Tile<T, R, V> tile;
       tile.clear();
       Matrix::multiply_rows(tile, 0, E, key, j, query, c);
       scale.finish(tile);
-      if (!columns.bounds.all_see(begin + j, begin + j + R))
+      if (!columns.all_see(keys.number(j), keys.number(j) + R))
         for (int r = 0; r < R; ++r)
           for (int w = 0; w < V; ++w) {
             const Index at = c + w * kLanes<T>;
-            tile.v[r][w] = Columns<T>::see(begin + j + r, first + at, stop + at) ? tile.v[r][w] : splat(kNone);
+            tile.v[r][w] = columns.see(keys.number(j + r), runs, at) ? tile.v[r][w] : splat(kNone);
           }
       tile.put(scores + j * N + c, N);
       for (int w = 0; w < V; ++w) {
@@ -395,7 +457,7 @@ struct BackwardRoom {
   using Number = typename Columns<T>::Number;
   Matrix query, dout, query_transposed, dout_transposed, key, value, weights, dscores;
   T *wide_weights, *dkey, *dvalue;
-  Number *first, *stop;
+  typename Columns<T>::Runs runs;
   BackwardRoom(Scratch& scratch, const Shape& s) : BackwardRoom(scratch, s.columns(), s.pitch(), kBackwardKeys) {}
 
  private:
@@ -403,7 +465,8 @@ struct BackwardRoom {
       : query(scratch, N, pitch), dout(scratch, N, pitch), query_transposed(scratch, pitch, N),
         dout_transposed(scratch, pitch, N), key(scratch, K, pitch), value(scratch, K, pitch), weights(scratch, K, N),
         dscores(scratch, K, N), wide_weights(weights.wide(scratch, K)), dkey(scratch.take<T>(K * pitch)),
-        dvalue(scratch.take<T>(K * pitch)), first(scratch.take<Number>(N)), stop(scratch.take<Number>(N)) {}
+        dvalue(scratch.take<T>(K * pitch)),
+        runs{scratch.take<Number>(N), scratch.take<Number>(N), scratch.take<Number>(N)} {}
 };
 
 template <class T, class W>
@@ -414,7 +477,7 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
   const auto room = thread_scratch().lay_out<BackwardRoom<T, Matrix>>(s);
   if (!room) return kNoMemory;
   const auto& [query, dout, query_transposed, dout_transposed, key, value, weights, dscores, wide_weights, dkey, dvalue,
-               first, stop] = *room;
+               runs] = *room;
   const Scale<T, Matrix> scale(s);
   const Index slice_begin = plan.slice(s, b, slice), slice_end = plan.slice(s, b, slice + 1);
   for (Index block = 0; block < plan.blocks(s, b); ++block)
@@ -431,31 +494,31 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
     for (Index block = 0; block < plan.blocks(s, b); ++block) {
       const Columns<T> columns(s, plan, b, g, block);
       const Bounds& bounds = columns.bounds;
-      if (!bounds.meets(begin, end)) continue;
+      if (!columns.meets(begin, end)) continue;
       columns.read(s.q, in.q, scale.of_queries, query, query_transposed);
       columns.read(s.dout, out.dout, T(1), dout, dout_transposed);
       query.pair_up(0, N, 0, pitch);
       dout.pair_up(0, N, 0, pitch);
-      columns.read_runs(first, stop);
+      columns.read_runs(runs);
       const T *highest = statistics_of(s, shared.statistics, b, g, block), *share = highest + N;
       const T* delta = shared.delta + s.panel(b, g, block) * N;
       // Only the keys that some query sees.
       const Index lowest = std::max<Index>(begin, bounds.lowest) - begin, to = std::min<Index>(end, bounds.highest) - begin;
       const Index from = lowest - lowest % Matrix::kTogether;
-      const auto [left, right] = columns.seeing(begin, end, first, stop);
+      const auto [left, right] = columns.seeing(begin, end, runs);
       for_tiles<T>(to - from, right - left, [&, left = left]<int R, int V>(Index row, Index column) {
         const Index j = from + row, c = left + column;
         Tile<T, R, V> tile;
         tile.clear();
         Matrix::multiply_rows(tile, 0, E, key, j, query_transposed, c);
         scale.finish(tile);
-        const bool all = bounds.all_see(begin + j, begin + j + R);
+        const bool all = columns.all_see(begin + j, begin + j + R);
         for (int w = 0; w < V; ++w) {
           const Index at = c + w * kLanes<T>;
           for (int r = 0; r < R; ++r) {
             const Vector<T> p = exponential(tile.v[r][w] - load(highest + at)) * load(share + at);
             tile.v[r][w] = p;
-            if (!all) tile.v[r][w] = Columns<T>::see(begin + j + r, first + at, stop + at) ? p : Vector<T>{};
+            if (!all) tile.v[r][w] = columns.see(begin + j + r, runs, at) ? p : Vector<T>{};
           }
         }
         weights.put(tile, j, c);
@@ -553,7 +616,8 @@ int backward(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>& out,
 }
 
 Plan plan_of(const AttentionPlan& plan) {
-  return {plan.key, plan.query, plan.first, plan.stop, plan.counts, reinterpret_cast<Bounds*>(plan.bounds)};
+  return {plan.key,    plan.query, plan.first, plan.stop, plan.counts, reinterpret_cast<Bounds*>(plan.bounds),
+          plan.until};
 }
 
 }  // namespace
@@ -564,8 +628,9 @@ TAIPAN_FUNCTION(attention_plan, AttentionPlanned) {
   const Shape s{call->sizes};
   if (!s.fits()) return kUnsupported;
   const Plan plan = plan_of(call->plan);
+  if ((plan.until == nullptr) != (call->until == nullptr)) return kUnsupported;
 #pragma omp parallel for num_threads(threads) schedule(static) if (s.batch > 1)
-  for (Index b = 0; b < s.batch; ++b) make_plan(s, call->low, call->high, call->code, plan, b);
+  for (Index b = 0; b < s.batch; ++b) make_plan(s, call->low, call->high, call->code, call->until, plan, b);
   return kOk;
 }
 

@@ -51,17 +51,19 @@ struct AttentionLayer {
         const Index i = all ? j : own.asked[j];
         const Index at = std::lower_bound(own.asked, own.asked + asked, i) - own.asked;
         const bool asks = at < asked && own.asked[at] == i;
-        remember(layer, state, i, g, k + j * key + g * E, v + j * key + g * E);
-        if (asks) attend(layer, state, i, g, q + at * query, step.y + at * query, own.attended);
+        const Index slot = slot_of(layer, state, i);
+        remember(layer, state, i, g, slot, k + j * key + g * E, v + j * key + g * E);
+        if (asks) attend(layer, state, i, g, slot, q + at * query, step.y + at * query, own.attended);
       }
     });
     step.team->wait(own.me);
     if (own.me.part.number == 0)
       for (Index j = 0; j < keyed; ++j) {
         const Index i = all ? j : own.asked[j];
-        std::int64_t& entries = state.count[step.rows[i]];
-        state.index[step.rows[i] * state.slots + entries % state.slots] = coordinate(layer, state, i);
-        ++entries;
+        const Index slot = step.rows[i] * state.slots + slot_of(layer, state, i);
+        state.index[slot] = coordinate(layer, state, i);
+        if (layer.recent > 0) state.strength[slot] = own.strength[i];
+        ++state.count[step.rows[i]];
         if (ahead > 0) follow(state, i, own);
       }
     if (asked == 0) return;
@@ -124,10 +126,15 @@ struct AttentionLayer {
     const T attend = dot(size, layer.gate_weight + size, x) + layer.gate_bias[1];
     own.margin[i] = attend - skip;
     own.weight[i] = layer.weighs_one ? T(1) : sigmoid_of(own.margin[i]);
+    const T* scores_end = state.scores + (s.scores > 0 ? (step.rows[i] + 1) * s.scores : 0);
+    // an entry that looks ahead is as strong as the strongest token in it
+    own.strength[i] = own.margin[i];
+    for (Index back = 1; layer.recent > 0 && back <= s.lookahead; ++back)
+      own.strength[i] = std::max(own.strength[i], scores_end[-back]);
     if (!(own.margin[i] > *layer.threshold)) return false;
-    const T* scores = state.scores + (s.scores > 0 ? step.rows[i] * s.scores : 0);
-    const Index higher = std::count_if(scores, scores + s.scores, [&](T other) { return other >= own.margin[i]; });
-    return s.scores == 0 || static_cast<double>(higher) < s.most;
+    const auto outranks = [&](T other) { return other >= own.margin[i]; };
+    const Index higher = std::count_if(scores_end - s.bounding, scores_end, outranks);
+    return s.bounding == 0 || static_cast<double>(higher) < s.most;
   }
 
   // The scores of this step become the last ones of their rows, once all threads have compared with those before.
@@ -175,9 +182,26 @@ struct AttentionLayer {
     }
   }
 
-  // Key and value of one head into the slot of the oldest.
-  void remember(const Layer& layer, const State& state, Index i, Index g, T* key, const T* value) const {
-    const Index b = step.rows[i], slot = state.count[b] % state.slots;
+  // The slot that the entry of row i takes: that of the oldest, or of the weakest that is not among the newest.
+  Index slot_of(const Layer& layer, const State& state, Index i) const {
+    const Index b = step.rows[i];
+    const std::int64_t count = state.count[b];
+    if (layer.recent == 0 || count < state.slots) return count % state.slots;
+    const std::int64_t* index = state.index + b * state.slots;
+    const T* strength = state.strength + b * state.slots;
+    Index weakest = -1;
+    for (Index slot = 0; slot < state.slots; ++slot) {
+      if (index[slot] > count - layer.recent) continue;
+      if (weakest < 0 || strength[slot] < strength[weakest] ||
+          (strength[slot] == strength[weakest] && index[slot] < index[weakest]))
+        weakest = slot;
+    }
+    return std::max<Index>(weakest, 0);
+  }
+
+  // Key and value of one head into a slot.
+  void remember(const Layer& layer, const State& state, Index i, Index g, Index slot, T* key, const T* value) const {
+    const Index b = step.rows[i];
     const Index at = ((b * s.key_heads + g) * state.slots + slot) * s.width;
     rotate(layer, i, key);
     for (Index e = 0; e < s.width; ++e) {
@@ -187,10 +211,10 @@ struct AttentionLayer {
   }
 
   // Attention of the query heads that share key/value head g, keys taken in blocks: running maximum and sum.
-  void attend(const Layer& layer, const State& state, Index i, Index g, T* query, T* out, T* room) const {
+  void attend(const Layer& layer, const State& state, Index i, Index g, Index own, T* query, T* out, T* room) const {
     const Index E = s.width, heads = s.query_heads / s.key_heads, b = step.rows[i];
     const std::int64_t here = coordinate(layer, state, i);
-    const Index entries = std::min<Index>(state.count[b] + 1, state.slots), own = state.count[b] % state.slots;
+    const Index entries = std::min<Index>(state.count[b] + 1, state.slots);
     const T *keys = state.first + (b * s.key_heads + g) * state.slots * E;
     const T *values = state.second + (b * s.key_heads + g) * state.slots * E;
     const std::int64_t* index = state.index + b * state.slots;

@@ -26,7 +26,8 @@ struct DecodeCheck {
     const bool there = is(call.embedding, s.vocabulary, s.hidden, s.embedding_format) && call.norm && call.tokens && call.position &&
                        (call.count == 0 || (call.rows && call.logits));
     return formats && there && s.layers >= 0 && s.hidden > 0 && s.vocabulary > 0 && s.intermediate >= 0 &&
-           s.gate_hidden >= 0 && s.lookahead >= 0 && s.scores >= 0 && call.batch > 0 && is(call.head, s.vocabulary, s.hidden) && recall();
+           s.gate_hidden >= 0 && s.lookahead >= 0 && s.bounding >= 0 && s.scores >= s.bounding && call.batch > 0 &&
+           is(call.head, s.vocabulary, s.hidden) && recall();
   }
 
   // Orders rise, and the remembered tokens hold all n-grams that end within the window.
@@ -52,8 +53,8 @@ struct DecodeCheck {
     switch (layer.kind) {
       case kClosed: return true;
       case kMamba2: return mamba2(layer, state);
-      case kSelective: return gate(layer) && (s.scores == 0 || state.scores) && attention(layer, state);
-      case kAttention: return attention(layer, state);
+      case kSelective: return gate(layer) && (s.scores == 0 || state.scores) && attention(layer, state) && retains(layer, state);
+      case kAttention: return attention(layer, state) && layer.recent == 0;
       default: return false;
     }
   }
@@ -75,6 +76,14 @@ struct DecodeCheck {
     const bool entries = ahead == 0 || (state.recent && layer.keys_of_all);
     return there && fits && entries && is(layer.first, query, s.hidden) && is(layer.keys, key, s.hidden) &&
            is(layer.values, key, s.hidden * (1 + ahead)) && is(layer.last, s.hidden, query);
+  }
+
+  // Where the weakest entry leaves: their strengths, the scores of entries that look ahead, coordinates that are ordinals.
+  bool retains(const Layer& layer, const State& state) const {
+    if (layer.recent == 0) return true;
+    const bool ordinals = layer.keys_of_all || layer.counts_selected;
+    return layer.recent > 0 && layer.recent <= state.slots && layer.window == 0 && state.strength && ordinals &&
+           s.scores >= s.lookahead;
   }
 
   bool gate(const Layer& layer) const {

@@ -14,7 +14,7 @@ constexpr Index kKeys = 64;  // of an attention at once
 // Memory of one thread.
 template <class T>
 struct Own {
-  T *x, *chosen, *room, *weight, *margin, *attended, *entries, *gate;
+  T *x, *chosen, *room, *weight, *margin, *strength, *attended, *entries, *gate;
   Index* asked;
   Team::Member me;
 };
@@ -62,6 +62,7 @@ struct Step {
                            shared * (2 * s.width + 2 + kKeys),
                            s.lookahead > 0 ? count * s.hidden * (1 + s.lookahead) : 0,
                            s.hidden + 2 * s.orders + s.rank + s.gate_hidden,
+                           count,
                            count};
     std::size_t bytes = Scratch::bytes<Index>(count);
     for (const Index size : sizes) bytes += Scratch::bytes<T>(size);
@@ -74,6 +75,7 @@ struct Step {
     own.entries = scratch.take<T>(sizes[5]);
     own.gate = scratch.take<T>(sizes[6]);
     own.margin = scratch.take<T>(sizes[7]);
+    own.strength = scratch.take<T>(sizes[8]);
     own.asked = scratch.take<Index>(count);
     own.me.part = part;
     return true;

@@ -137,11 +137,13 @@ struct AttentionPlan {
   std::int32_t *key, *query, *first, *stop;
   std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
   std::int32_t* bounds;  // (B, blocks, 6)
+  std::int32_t* until;   // number of the first query that does not see a key any more; null: no key leaves by itself
 };
 
 struct AttentionPlanned {
   AttentionSizes sizes;
   const std::int64_t *low, *high, *code;
+  const std::int64_t* until;  // code from which on no query sees a key; may be null, as in the plan
   AttentionPlan plan;
 };
 
@@ -189,11 +191,11 @@ struct DecodeSizes {
   Index gate_hidden;                                         // 0: a linear gate
   Index lookahead;                                           // K of the selective layers
   Index orders, remembered, window, rank;                    // of gates that recall; 0: none does
-  Index scores;                                              // that gates remember, to select few of them; 0: none
+  Index scores, bounding;  // that selective layers remember; the last ones of them, to select few of those; 0: none
   Index format, embedding_format;                            // of the matrices and of the embedding
   Index rounds;  // the model is in bfloat16: states are rounded to it, operands of products may be
   double eps, dt_low, dt_high;
-  double most;  // of the remembered scores may be higher
+  double most;  // of the bounding scores may be higher
 };
 
 enum Kind : Index { kMamba2 = 0, kAttention = 1, kSelective = 2, kClosed = 3 };
@@ -211,15 +213,17 @@ struct Layer {
   const Real *recall_query_weight, *recall_query_bias, *recall_key_weight, *recall_key_bias;  // or null
   const Real* threshold;
   Index gate_reads_raw, keys_of_all, counts_selected, adds, weighs_one;
+  Index recent;  // newest entries that stay where the weakest leaves; 0: the oldest leaves
   const Real* mlp_norm;  // null: no MLP
   Matrix gate, up, down;
 };
 
 // Of a Mamba-2 layer: columns (B, K - 1, C) and recurrent state (B, H, P, N). Of an attention layer: keys and values
 // (B, G, W, E), window coordinate (B, W) and number of entries so far (B); where entries look ahead, the last inputs
-// (B, K, D); where the share selected is bounded, the last scores (B, scores).
+// (B, K, D); where the share selected is bounded, the last scores (B, scores); where the weakest entry leaves, the
+// strengths (B, W).
 struct State {
-  Real *first, *second, *recent, *scores;
+  Real *first, *second, *recent, *scores, *strength;
   std::int64_t *index, *count;
   Index slots;
 };
@@ -322,20 +326,20 @@ TAIPAN_STRUCT(NormSumForward, sizes, eps, x, branch, weight, total, out)
 TAIPAN_STRUCT(NormSumBackward, sizes, eps, total, weight, dout, dtotal, dx, dbranch, dweight)
 TAIPAN_STRUCT(AttentionSizes, batch, queries, keys, heads, groups, width, narrow, slices, known_blocks, known_columns, q,
               k, v, out, dout)
-TAIPAN_STRUCT(AttentionPlan, key, query, first, stop, counts, bounds)
-TAIPAN_STRUCT(AttentionPlanned, sizes, low, high, code, plan)
+TAIPAN_STRUCT(AttentionPlan, key, query, first, stop, counts, bounds, until)
+TAIPAN_STRUCT(AttentionPlanned, sizes, low, high, code, until, plan)
 TAIPAN_STRUCT(AttentionForward, sizes, q, k, v, plan, out, statistics)
 TAIPAN_STRUCT(AttentionBackward, sizes, q, k, v, plan, out, dout, statistics, delta, parts_dq, dq, dk, dv)
 TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, logits, target, loss)
 TAIPAN_STRUCT(Matrix, weight, scale, rows, columns)
 TAIPAN_STRUCT(DecodeSizes, layers, hidden, vocabulary, intermediate, inner, conv, taps, heads, head_dim, groups, state,
               query_heads, key_heads, width, gate_hidden, lookahead, orders, remembered, window, rank, scores,
-              format, embedding_format, rounds, eps, dt_low, dt_high, most)
+              bounding, format, embedding_format, rounds, eps, dt_low, dt_high, most)
 TAIPAN_STRUCT(Layer, kind, norm, first, keys, values, last, conv_weight, conv_bias, dt_bias, A, D, gated_norm, frequency,
               window, gate_weight, gate_bias, gate_hidden_weight, gate_hidden_bias, recall_query_weight,
               recall_query_bias, recall_key_weight, recall_key_bias, threshold, gate_reads_raw, keys_of_all,
-              counts_selected, adds, weighs_one, mlp_norm, gate, up, down)
-TAIPAN_STRUCT(State, first, second, recent, scores, index, count, slots)
+              counts_selected, adds, weighs_one, recent, mlp_norm, gate, up, down)
+TAIPAN_STRUCT(State, first, second, recent, scores, strength, index, count, slots)
 TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, rows, tokens, position, orders,
               recent, logits)
 TAIPAN_STRUCT(Choice, sample, penalty, temperature, top_k, top_p, min_p, excluded, excluded_count)

@@ -30,14 +30,17 @@ def windowed_attention(
     window: int | None,
     query_segment_BQ: IntBQ | None = None,
     key_segment_BJ: IntBJ | None = None,
+    key_until_BJ: IntBJ | None = None,
     implementation: str = "auto",
 ) -> FloatBQHE:
     """Causal softmax attention in a sliding window, for queries and keys that were gathered (Eq. 4, §3.2).
 
     Each query and each key has a window coordinate: its position, or its ordinal among the selected tokens. Query i
     attends key j if ``0 <= key_index[j] <= query_index[i]``, if ``key_index[j] > query_index[i] - window`` (unless
-    ``window`` is None) and if both are of the same segment. Scores are scaled by ``1 / sqrt(E)``; query head h uses
-    key/value head ``h // (H / G)``. A query that is absent (index −1) or has no key to attend gives exactly 0.
+    ``window`` is None), if ``query_index[i] < key_until[j]`` (unless that is None) and if both are of the same segment.
+    So a window holds the last keys, or any keys, each for a while (`taipan.ops.retention`). Scores are scaled by
+    ``1 / sqrt(E)``; query head h uses key/value head ``h // (H / G)``. A query that is absent (index −1) or has no key
+    to attend gives exactly 0.
 
     Args:
         q_BQHE: queries, float64, float32 or bfloat16. Absent entries may hold anything finite; so below.
@@ -48,6 +51,7 @@ def windowed_attention(
         window: how many coordinates back a query sees, itself included; None for no limit.
         query_segment_BQ: int64 running segment number (>= 0) of each query; None when there is one segment.
         key_segment_BJ: the same of each key; given if and only if the queries' is.
+        key_until_BJ: int64 window coordinate from which on each key is not seen any more; None: `window` alone decides.
         implementation: "auto" or a name in ``IMPLEMENTATIONS``.
 
     Along Q and along J the (segment, index) of present entries must never decrease; absent ones may be anywhere
@@ -69,6 +73,7 @@ def windowed_attention(
         window=window,
         query_segment_BQ=query_segment_BQ,
         key_segment_BJ=key_segment_BJ,
+        key_until_BJ=key_until_BJ,
     )
     inputs.validate()
     return select("attention", IMPLEMENTATIONS, implementation, q_BQHE)(inputs)

@@ -3,8 +3,8 @@
 The kernel knows no coordinates. In a sequence of m queries and n keys, query i sees the window that ends at key
 i + n - m. The coordinates agree with this if queries and keys are the same tokens, or if the queries are the last
 tokens: positions of all tokens, ordinals of selected tokens, with or without a cache, padded or packed. Each call
-compares the two for every query, on the device. Where they differ (queries with gaps, keys without), the portable
-implementation runs.
+compares the two for every query, on the device. Where they differ (queries with gaps, keys without), and where keys
+leave one by one, the portable implementation runs.
 """
 
 import torch
@@ -128,7 +128,7 @@ def _sees_what_coordinates_say(queries: _Entries, keys: _Entries, window: int | 
 def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     """See ``taipan.ops.attention.windowed_attention``."""
     q_BQHE, k_BJGE, v_BJGE = inputs.q_BQHE, inputs.k_BJGE, inputs.v_BJGE
-    if not _kernel_does(q_BQHE, k_BJGE):
+    if inputs.key_until_BJ is not None or not _kernel_does(q_BQHE, k_BJGE):
         return portable.windowed_attention(inputs)
     found = _Sequences(inputs)
     if not found.exact:

@@ -20,6 +20,7 @@ class AttentionInputs:
     window: int | None
     query_segment_BQ: IntBQ | None = None
     key_segment_BJ: IntBJ | None = None
+    key_until_BJ: IntBJ | None = None
 
     def validate(self) -> None:
         """Raise `InputError` or `ConfigError` unless shapes, dtypes and window fit."""
@@ -43,6 +44,7 @@ class AttentionInputs:
             ("key_index", self.key_index_BJ, k),
             ("query_segment", self.query_segment_BQ, q),
             ("key_segment", self.key_segment_BJ, k),
+            ("key_until", self.key_until_BJ, k),
         ):
             if index is not None and (index.shape != tokens.shape[:2] or index.dtype != torch.int64):
                 raise InputError(

@@ -1,7 +1,7 @@
 """Windowed attention by the compiled kernels (native/kernels/attention.cpp); fp32, fp64, and bfloat16 read directly."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ _FEW = 8
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+class _Plan(NamedTuple):
+    """Indices of the present keys, of the queries that see any, and each query's range of keys; see interface.h."""
+
+    key: Tensor
+    query: Tensor
+    first: Tensor
+    stop: Tensor
+    counts: Tensor
+    bounds: Tensor
+    until: Tensor | None
 
 
 class _Call:
@@ -70,20 +82,25 @@ class _Call:
             dout=out if dout is None else dout.stride()[:3],
         )
 
-    def planned(self, plan: list[Tensor]) -> AttentionPlan:
-        key, query, first, stop, counts, bounds = plan
-        return AttentionPlan.of(self.dtype, key=key, query=query, first=first, stop=stop, counts=counts, bounds=bounds)
+    def planned(self, plan: "_Plan") -> AttentionPlan:
+        return AttentionPlan.of(self.dtype, **plan._asdict())
 
-    def plan(self, codes: Codes) -> list[Tensor]:
-        """Indices of the present keys, of the queries that see any, and each query's range of keys."""
-        of_keys = [torch.empty(self.batch, self.keys, dtype=torch.int32)]
-        of_queries = [torch.empty(self.batch, self.queries, dtype=torch.int32) for _ in range(3)]
-        counts = torch.empty(self.batch, 3, dtype=torch.int32)
-        bounds = torch.empty(self.batch, self.blocks, 6, dtype=torch.int32)
-        plan = [*of_keys, *of_queries, counts, bounds]
-        low, high, code = (code.contiguous() for code in codes)
+    def plan(self, codes: Codes) -> "_Plan":
+        """Make the plan."""
+        rows, keys, queries = self.batch, (self.batch, self.keys), (self.batch, self.queries)
+        plan = _Plan(
+            key=torch.empty(keys, dtype=torch.int32),
+            query=torch.empty(queries, dtype=torch.int32),
+            first=torch.empty(queries, dtype=torch.int32),
+            stop=torch.empty(queries, dtype=torch.int32),
+            counts=torch.empty(rows, 3, dtype=torch.int32),
+            bounds=torch.empty(rows, self.blocks, 6, dtype=torch.int32),
+            until=None if codes.until_BJ is None else torch.empty(keys, dtype=torch.int32),
+        )
+        low, high, code = codes.low_BQ.contiguous(), codes.high_BQ.contiguous(), codes.key_BJ.contiguous()
+        until = None if codes.until_BJ is None else codes.until_BJ.contiguous()
         sizes, planned = self.sizes(), self.planned(plan)
-        call(self.dtype, AttentionPlanned, sizes=sizes, low=low, high=high, code=code, plan=planned)
+        call(self.dtype, AttentionPlanned, sizes=sizes, low=low, high=high, code=code, until=until, plan=planned)
         return plan
 
     def new(self, *shape: int) -> Tensor:
@@ -95,8 +112,8 @@ class _Call:
         return (torch.empty if everything else torch.zeros)(like.shape, dtype=like.dtype)
 
 
-def _forward(inputs: _Call, plan: list[Tensor]) -> tuple[Tensor, Tensor]:
-    out = inputs.result(inputs.q, plan[4][:, 1])
+def _forward(inputs: _Call, plan: _Plan) -> tuple[Tensor, Tensor]:
+    out = inputs.result(inputs.q, plan.counts[:, 1])
     statistics = inputs.new(inputs.batch, inputs.groups, inputs.blocks, 2, inputs.columns)
     call(
         inputs.dtype,
@@ -124,13 +141,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BQHE, k_BJGE, v_BJGE, out, statistics, *plan = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        q_BQHE, k_BJGE, v_BJGE, out, statistics, *planned = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        plan = _Plan(*planned)
         inputs = _Call(q_BQHE, k_BJGE, v_BJGE)
         dout = _rows(grad_outputs[0])
         delta = inputs.new(inputs.batch, inputs.groups, inputs.blocks, inputs.columns)
-        parts_dq = inputs.new(int(plan[4][:, 2].sum()), inputs.groups, inputs.width, inputs.columns)
-        dq = inputs.result(q_BQHE, plan[4][:, 1])
-        dk, dv = (inputs.result(tensor, plan[4][:, 0]) for tensor in (k_BJGE, v_BJGE))
+        parts_dq = inputs.new(int(plan.counts[:, 2].sum()), inputs.groups, inputs.width, inputs.columns)
+        dq = inputs.result(q_BQHE, plan.counts[:, 1])
+        dk, dv = (inputs.result(tensor, plan.counts[:, 0]) for tensor in (k_BJGE, v_BJGE))
         call(
             inputs.dtype,
             AttentionBackward,

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from taipan.ops.attention.codes import Codes, window_codes
 from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.precision import accumulation_dtype, emulates
-from taipan.shapes import FloatBQHE, IntBQ, IntBU
+from taipan.shapes import BoolBJ, FloatBQHE, IntBJ, IntBQ, IntBU
 
 
 def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
@@ -53,6 +53,9 @@ def block_size(window: int | None) -> int:
     return 256 if window is None else min(max(window // 2, 64), 256)
 
 
+_BEYOND = 2**62  # above every code, and exact as the float that F.pad makes of it
+
+
 class _Block(NamedTuple):
     """Queries [query_start, query_stop) and the keys they need: one slice for all rows, or a gather for each row."""
 
@@ -82,7 +85,9 @@ class _Block(NamedTuple):
             tensor[_rows(self.key_BU), self.key_BU] += addend
 
     def of_codes(self, codes: Codes) -> Codes:
-        return Codes(self.of_queries(codes.low_BQ), self.of_queries(codes.high_BQ), self.of_keys(codes.key_BJ))
+        until_BU = None if codes.until_BJ is None else self.of_keys(codes.until_BJ)
+        low_BU, high_BU = self.of_queries(codes.low_BQ), self.of_queries(codes.high_BQ)
+        return Codes(low_BQ=low_BU, high_BQ=high_BU, key_BJ=self.of_keys(codes.key_BJ), until_BJ=until_BU)
 
 
 def _rows(index_BU: IntBU) -> Tensor:
@@ -97,13 +102,15 @@ def _plan(codes: Codes, size: int) -> tuple[list[_Block], bool]:
         return [], False
     # an absent query has an empty interval: it must not widen its block's
     absent_BQ = codes.high_BQ < codes.low_BQ
-    beyond = 2**62  # exact as the float that F.pad makes of it
-    low_BM = _blocks_of(codes.low_BQ.masked_fill(absent_BQ, beyond), size, beyond).amin(dim=2)
+    low_BM = _blocks_of(codes.low_BQ.masked_fill(absent_BQ, _BEYOND), size, _BEYOND).amin(dim=2)
     high_BM = _blocks_of(codes.high_BQ.masked_fill(absent_BQ, -1), size, -1).amax(dim=2)
+    if codes.until_BJ is not None:
+        earliest_BM = _blocks_of(codes.high_BQ.masked_fill(absent_BQ, _BEYOND), size, _BEYOND).amin(dim=2)
+        return _blocks_of_leaving_keys(codes, codes.until_BJ, low_BM, high_BM, earliest_BM, size), False
     # an absent key takes the code of its neighbour: of the one before to find where a block's keys start,
     # of the one after to find where they stop
     before_BJ = codes.key_BJ.cummax(dim=1).values
-    after_BJ = codes.key_BJ.masked_fill(codes.key_BJ < 0, beyond).flip(1).cummin(dim=1).values.flip(1)
+    after_BJ = codes.key_BJ.masked_fill(codes.key_BJ < 0, _BEYOND).flip(1).cummin(dim=1).values.flip(1)
     start_BM = torch.searchsorted(before_BJ, low_BM)
     stop_BM = torch.searchsorted(after_BJ, high_BM, right=True)
 
@@ -132,6 +139,29 @@ def _plan(codes: Codes, size: int) -> tuple[list[_Block], bool]:
     return blocks, bool(equal[0])
 
 
+def _blocks_of_leaving_keys(
+    codes: Codes, until_BJ: IntBJ, low_BM: Tensor, high_BM: Tensor, earliest_BM: Tensor, size: int
+) -> list[_Block]:
+    """The blocks of `_plan` where keys leave one by one: those that a block needs need not lie together."""
+    queries = codes.high_BQ.shape[1]
+
+    def needed(number: int) -> BoolBJ:
+        low_B1, high_B1 = low_BM[:, number, None], high_BM[:, number, None]
+        return (codes.key_BJ >= low_B1) & (codes.key_BJ <= high_B1) & (until_BJ > earliest_BM[:, number, None])
+
+    # the one read from the device
+    longest = torch.stack([needed(number).sum(1).amax() for number in range(low_BM.shape[1])]).tolist()
+    blocks: list[_Block] = []
+    for number, count in enumerate(longest):
+        if count == 0:
+            continue
+        # rows that need fewer take others: each has its own mask
+        key_BU = (~needed(number)).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        stop = min((number + 1) * size, queries)
+        blocks.append(_Block(query_start=number * size, query_stop=stop, key_start=0, key_stop=0, key_BU=key_BU))
+    return blocks
+
+
 def _blocks_of(value_BQ: IntBQ, size: int, padding: int) -> Tensor:
     """``value_BQ`` as (B, blocks, size), the last block padded."""
     batch, queries = value_BQ.shape
@@ -140,7 +170,7 @@ def _blocks_of(value_BQ: IntBQ, size: int, padding: int) -> Tensor:
 
 def _rows_are_equal(codes: Codes) -> Tensor:
     """Whether all rows of the batch have the same codes, so that one mask serves all; a boolean on the device."""
-    return torch.stack([(code == code[:1]).all() for code in codes]).all()
+    return torch.stack([(code == code[:1]).all() for code in codes if code is not None]).all()
 
 
 def _attend(q_BQHE: Tensor, k_BUGE: Tensor, v_BUGE: Tensor, codes: Codes) -> Tensor:

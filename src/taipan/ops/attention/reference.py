@@ -23,6 +23,8 @@ def windowed_attention(inputs: AttentionInputs) -> FloatBQHE:
     )
     if inputs.window is not None:
         admissible_BQJ &= distance_BQJ < inputs.window
+    if inputs.key_until_BJ is not None:
+        admissible_BQJ &= inputs.query_index_BQ[:, :, None] < inputs.key_until_BJ[:, None, :]
     if inputs.query_segment_BQ is not None and inputs.key_segment_BJ is not None:
         admissible_BQJ &= inputs.query_segment_BQ[:, :, None] == inputs.key_segment_BJ[:, None, :]
     forbidden_B1QJ = ~admissible_BQJ[:, None]
