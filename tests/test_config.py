@@ -218,7 +218,7 @@ def test_saving_keeps_the_old_model_when_it_fails(tmp_path: Path, monkeypatch: p
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("taipan.model.directory.save_file", full)
+    monkeypatch.setattr("taipan.model.weights.save_file", full)
     with pytest.raises(TaipanError, match="untouched"):
         small_model("taipan", dtype=torch.float32, seed=1).save_pretrained(directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

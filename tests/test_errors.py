@@ -80,6 +80,7 @@ OWN_JSON = {
     "data/preparation.py",
     "hf/mamba2_config.py",
     "benchmark/job.py",
+    "benchmark/suites/mixed.py",
 }
 
 

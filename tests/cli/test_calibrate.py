@@ -44,7 +44,7 @@ def test_a_full_disk_leaves_the_model_as_it_was(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("taipan.model.directory.save_file", full)
+    monkeypatch.setattr("taipan.model.weights.save_file", full)
     message = refused("calibrate", copy, text_file)
     assert "disk is full" in message
     assert "untouched" in message

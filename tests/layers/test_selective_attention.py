@@ -20,7 +20,8 @@ ALONE = [name for name, options in VARIANTS.items() if options.get("gate_input")
 def dense(sal: SelectiveAttention, h_TD: Tensor, x_TD: Tensor, selected_T: Tensor) -> Tensor:
     """Eq. 4 and 5 for one row: every score is computed, then masked."""
     config = sal.config
-    alpha_T = torch.softmax(sal.gate.scores((x_TD if config.gate_input == "normed" else h_TD)[None])[0], -1)[:, 1]
+    scores_T2 = sal.gate.scores((x_TD if config.gate_input == "normed" else h_TD)[None])[0]
+    alpha_T = torch.softmax(scores_T2, -1)[:, 1]
     heads = config.num_attention_heads
     q, k, v = (linear(x_TD).unflatten(-1, (-1, config.head_dim)) for linear in (sal.q_proj, sal.k_proj, sal.v_proj))
     time_T = torch.arange(len(x_TD))
@@ -32,6 +33,8 @@ def dense(sal: SelectiveAttention, h_TD: Tensor, x_TD: Tensor, selected_T: Tenso
     allowed_TT = (time_T[:, None] >= time_T[None, :]) & (distance_TT < config.sliding_window)
     if config.key_value_scope == "selected":
         allowed_TT = allowed_TT & selected_T[None, :]
+    if config.window_eviction == "weakest":
+        allowed_TT = kept(scores_T2[:, 1] - scores_T2[:, 0], selected_T, config.sliding_window, config.window_recent)
     scores_HTT = torch.einsum("ihe,jhe->hij", q, k) / math.sqrt(config.head_dim)
     weights_HTT = torch.softmax(scores_HTT.masked_fill(~allowed_TT, -math.inf), -1).nan_to_num()
     o_TD = sal.o_proj(torch.einsum("hij,jhe->ihe", weights_HTT, v).flatten(1))
@@ -39,6 +42,19 @@ def dense(sal: SelectiveAttention, h_TD: Tensor, x_TD: Tensor, selected_T: Tenso
         o_TD = h_TD + o_TD
     refined_TD = (1 - alpha_T)[:, None] * h_TD + alpha_T[:, None] * o_TD
     return torch.where(selected_T[:, None], refined_TD, h_TD)
+
+
+def kept(strength_T: Tensor, entry_T: Tensor, slots: int, recent: int) -> Tensor:
+    """Which entries each token sees, where the weakest leaves (docs/decisions/0030); of equal ones the oldest."""
+    allowed_TT = torch.zeros(len(strength_T), len(strength_T), dtype=torch.bool)
+    window: list[int] = []
+    for i in range(len(strength_T)):
+        if entry_T[i]:
+            if len(window) == slots:
+                window.remove(min(window[: slots - recent + 1], key=lambda token: float(strength_T[token])))
+            window.append(i)
+        allowed_TT[i, window] = True
+    return allowed_TT
 
 
 @pytest.mark.parametrize("variant", ALONE)

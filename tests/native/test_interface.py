@@ -357,9 +357,10 @@ def test_a_plan_of_attention_that_leads_out_of_its_tensors_is_refused() -> None:
     given = native.AttentionInputs(q_BQHE=q, k_BJGE=k, v_BJGE=k, query_index_BQ=index, key_index_BJ=index, window=4)
     plan = inputs.plan(native.window_codes(given))
     native._forward(inputs, plan)
-    for number, wrong in ((0, 16), (0, -1), (1, 16), (2, 17), (3, -1), (4, 17)):
-        damaged = [tensor.clone() for tensor in plan]
-        damaged[number].view(-1)[0] = wrong
+    for name, wrong in (("key", 16), ("key", -1), ("query", 16), ("first", 17), ("stop", -1), ("counts", 17)):
+        field = getattr(plan, name).clone()
+        field.view(-1)[0] = wrong
+        damaged = plan._replace(**{name: field})
         with pytest.raises(InputError, match="attention_forward"):
             call(
                 torch.float32,

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from taipan.errors import shown
 from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
 from taipan.hf.conversion import from_mamba2, to_mamba2
@@ -68,5 +69,5 @@ _TRAINING = {"GateScheduleCallback": "taipan.hf.callbacks", "prepare_trainer": "
 def __getattr__(name: str) -> Any:
     """What belongs to a Trainer, imported when it is first asked for."""
     if name not in _TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module 'taipan.hf' has no attribute {shown(name)}")
     return getattr(importlib.import_module(_TRAINING[name]), name)

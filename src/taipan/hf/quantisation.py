@@ -5,13 +5,13 @@ selected and saves nothing. Quantisers by type (bitsandbytes) only take modules 
 out what `_keep_in_fp32_modules` names.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from taipan.errors import CheckpointError, InputError
+from taipan.io import parse_json_object
 from taipan.layers.linear import Linear
 from taipan.model.int4 import METHOD
 
@@ -34,7 +34,7 @@ def refuse_int4(config: Path) -> None:
     Raises:
         CheckpointError: they are.
     """
-    values: Any = json.loads(config.read_bytes()).get("quantization_config")
+    values = parse_json_object(config.read_bytes(), str(config), refused=CheckpointError).get("quantization_config")
     if isinstance(values, dict) and cast("dict[str, Any]", values).get("quant_method") == METHOD:
         raise CheckpointError(
             f"The weights in {config.parent} are in Taipan's 4 bits, which transformers does not read: load them with "

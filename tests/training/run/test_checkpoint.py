@@ -14,7 +14,7 @@ from torch import Tensor
 from taipan.config import TaipanConfig
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError
-from taipan.model import TaipanLM, directory, load_tokenizer
+from taipan.model import TaipanLM, load_tokenizer, weights
 from taipan.model.hub import REMOTE_CODE
 from taipan.training.run.checkpoint import (
     Shapes,
@@ -194,7 +194,7 @@ def test_a_failure_while_writing_leaves_the_old_ones_whole(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(directory, "save_file", fail)
+    monkeypatch.setattr(weights, "save_file", fail)
     with pytest.raises(CheckpointError if isinstance(failure, OSError) else type(failure)) as caught:
         save(step)
     if isinstance(failure, OSError):

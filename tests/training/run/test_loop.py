@@ -18,7 +18,8 @@ from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
-from taipan.model import TaipanLM, directory, load_tokenizer
+from taipan.model import TaipanLM, load_tokenizer
+from taipan.model import weights as weights_module
 from taipan.training.recipe import Recipe
 from taipan.training.run.checkpoint import latest
 from taipan.training.run.feed import Feed
@@ -446,7 +447,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_resumes_from_it(
 
     recipe = make_recipe(**{"training.checkpoint_every": 2})
     with monkeypatch.context() as patch:
-        watcher = Watcher(3, lambda: patch.setattr(directory, "save_file", full))
+        watcher = Watcher(3, lambda: patch.setattr(weights_module, "save_file", full))
         with pytest.raises(CheckpointError, match=r"disk is full.*step-00000004"):
             train(recipe, listener=watcher)
     assert latest(Path(recipe.output)).step == 2

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 
 from taipan.errors import CheckpointError
-from taipan.model import directory
+from taipan.model import weights
 from taipan.training.run.checkpoint import checkpoints, latest, verify
 from tests.training.processes.launch import ROOT
 from tests.training.run import full_disk
@@ -32,7 +32,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "rename": (os, "rename"),
     "write text": (Path, "write_text"),
     "write bytes": (Path, "write_bytes"),
-    "weights": (directory, "save_file"),
+    "weights": (weights, "save_file"),
     "moments": (safetensors.torch, "save"),
     "create": (builtins, "open"),
 }
