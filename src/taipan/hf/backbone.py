@@ -105,7 +105,7 @@ class TaipanBackbone(TaipanDecoder):
         call = read_call(input_ids, attention_mask, segment_ids, cache, kwargs)
         self.keeps_states = not (self.gradient_checkpointing and self.training)
         output = super().forward(call.input_ids, state or call.state, call.attention_mask, call.segment_ids)
-        if self.training and self.watch is not None and self.schedule.forced is None:
+        if self.training and self.watch is not None:
             self.watch.append(decisions(output.gates))
         if use_cache or cache is not None:
             cache = self.cached(call, output.build_state())
