@@ -92,7 +92,11 @@ def measure_trained(
     amounts, files = amounts or Amounts(), dict(files or {})
     _check(texts, files)
     loaded = load(model)
-    prepared = {name: _prepared(name, path, loaded.tokenizer, directory / "texts") for name, path in texts.items()}
+    digests = {name: _digest(path) for name, path in texts.items()}
+    prepared = {
+        name: _prepared(name, path, digests[name], loaded.tokenizer, directory / "texts")
+        for name, path in texts.items()
+    }
     base = {"model": loaded.model.fingerprint}
     runs = {key: _run(base, key, settings) for key, settings in _declared(prepared, files, amounts).items()}
     alone = {key: run for key, run in runs.items() if run.settings["part"] == "speed"}
@@ -106,7 +110,8 @@ def measure_trained(
         results = execute(list(some.values()), work, kept, listener, workers=count, progress=progress, alone=by_itself)
         found |= dict(zip(some, results, strict=True))
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    about = {"parameters": parameters, "fingerprint": loaded.model.fingerprint, "texts": _about(texts, directory)}
+    named = [{"name": name, "file": path.name, "sha256": digests[name]} for name, path in texts.items()]
+    about = {"parameters": parameters, "fingerprint": loaded.model.fingerprint, "texts": named}
     return Outcome({Path(model).name: [found]}, tuple(_tables(found, list(texts), amounts)), about)
 
 
@@ -143,13 +148,13 @@ def _documents(name: str, path: Path) -> "list[Document]":
     return [Document(f"{path.name}, from byte {_ENWIK8_TEST} on", content[_ENWIK8_TEST:].decode())]
 
 
-def _prepared(name: str, path: Path, tokenizer: Any, directory: Path) -> str:
+def _prepared(name: str, path: Path, digest: str, tokenizer: Any, directory: Path) -> str:
     """Encode a text unless that was done; the name of its directory, which depends on text and tokenizer."""
     from taipan.data.manifest import MANIFEST_FILE
     from taipan.data.shards import prepare
 
     settings = {
-        "sha256": _digest(path),
+        "sha256": digest,
         "tokenizer": tokenizer.fingerprint,
         "part": "test" if name == ENWIK8 else "all",
     }
@@ -157,10 +162,6 @@ def _prepared(name: str, path: Path, tokenizer: Any, directory: Path) -> str:
     if not (directory / identity / "valid" / MANIFEST_FILE).is_file():
         prepare(_documents(name, path), tokenizer, directory / identity / "valid", sources=(path.name,))
     return identity
-
-
-def _about(texts: Mapping[str, Path], directory: Path) -> list[dict[str, Any]]:
-    return [{"name": name, "file": path.name, "sha256": _digest(path)} for name, path in texts.items()]
 
 
 def _declared(prepared: Mapping[str, str], files: Mapping[str, Path], amounts: Amounts) -> dict[str, dict[str, Any]]:
