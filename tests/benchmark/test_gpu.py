@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,21 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Any:
+def gpu() -> Iterator[Any]:
     spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as a script has it: the parts are a file beside it
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def parts(gpu: Any) -> Any:
+    return sys.modules[gpu.Bench.__module__]
 
 
 def test_all_parts_together_take_less_than_eight_minutes(gpu: Any) -> None:
@@ -50,20 +58,24 @@ def test_a_part_that_fails_says_so(gpu: Any, tmp_path: Path, monkeypatch: pytest
     assert "an illegal memory access" in failed["failed"]
 
 
-def test_a_wrong_result_is_not_called_exact(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_not_called_exact(
+    gpu: Any, parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The norms stand for all ops: those are in the slow tier."""
 
     def norms(bench: Any, dtype: Any) -> Any:
         return (case for case in whole(bench, dtype) if case.op == "rms_norm")
 
-    whole = gpu.cases
-    monkeypatch.setattr(gpu, "cases", norms)
+    whole = parts.cases
+    monkeypatch.setattr(parts, "cases", norms)
     gpu.run_part("exactness", "cpu", True, tmp_path / "good")
     good = gpu.findings(tmp_path / "good")
     assert len(good) == 4  # two dtypes, two implementations
     assert all(row["ok"] for row in good)
-    right = gpu.rms_norm
-    monkeypatch.setattr(gpu, "rms_norm", lambda *a, **o: right(*a, **o) * (1.1 if o["implementation"] == "auto" else 1))
+    right = parts.rms_norm
+    monkeypatch.setattr(
+        parts, "rms_norm", lambda *a, **o: right(*a, **o) * (1.1 if o["implementation"] == "auto" else 1)
+    )
     gpu.run_part("exactness", "cpu", True, tmp_path / "bad")
     assert [row["ok"] for row in gpu.findings(tmp_path / "bad")] == [False, True] * 2
 
