@@ -1,9 +1,12 @@
 """The experiment of retention: which entry has an answer, and readings that change nothing of each other."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from taipan.data.hidden_keys import KINDS
+from taipan.experiments.execution import settings_of
 from taipan.experiments.retention import EVICTIONS, SCALES, WAYS, ask, config_of, read, share, texts_of
 from taipan.layers.gating import Gate
 from taipan.model import TaipanLM
@@ -60,3 +63,11 @@ def test_questions_change_nothing_of_the_text() -> None:
     before = state.fork()
     assert ask(model, text, state, "pairs")["kept"] == 1.0  # nothing has left yet
     assert all(torch.equal(tensor, before.tensors()[name]) for name, tensor in state.tensors().items())
+
+
+def test_a_run_kept_before_there_was_a_choice_is_the_same_run() -> None:
+    """What identifies a run names the fields that came later only where they are not what was before."""
+    config = config_of(TINY)
+    assert "window_eviction" not in settings_of(config)
+    keeping = dataclasses.replace(config, window_eviction="weakest")
+    assert settings_of(keeping) == {**settings_of(config), "window_eviction": "weakest"}

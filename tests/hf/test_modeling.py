@@ -42,6 +42,15 @@ def test_a_native_directory_loads_with_identical_logits_and_back(
         assert torch.equal(again(tokens).logits, native(tokens).logits)
 
 
+def test_both_faces_read_trained_weights_with_another_window(tmp_path: Path) -> None:
+    ring: dict[str, Any] = {"sliding_window": 4, "key_value_scope": "selected", "window_unit": "selected"}
+    native, tokens = saved(tmp_path, "taipan", **ring), random_tokens(1, 60)
+    keeping = TaipanLM.from_pretrained(tmp_path, window_eviction="weakest")
+    face = AutoModelForCausalLM.from_pretrained(tmp_path, window_eviction="weakest")
+    assert torch.equal(face(tokens).logits, keeping(tokens).logits)
+    assert not torch.allclose(native(tokens).logits, keeping(tokens).logits)
+
+
 def test_both_faces_have_the_same_parameter_names() -> None:
     for tie in (True, False):
         native, face = pair(tie_word_embeddings=tie)
