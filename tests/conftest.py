@@ -40,9 +40,9 @@ settings.load_profile("taipan")
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a test starts
+    # One thread, alone as in one of several workers: products of other numbers of rows round otherwise with two.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a test starts
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
