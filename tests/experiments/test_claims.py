@@ -76,6 +76,38 @@ def test_loss_by_context(taipan: tuple[float, float], transformer: tuple[float, 
     assert f"Taipan: {taipan[1]:.3f}" in finding.because
 
 
+def long(results: dict[str, Any], **points: dict[int, float]) -> dict[str, Any]:
+    """Results of `contexts` with the end of two long texts: bits per byte by context, and a shorter reading of it."""
+    for name, (own,) in results.items():
+        curve = [{"context": context, "bits_per_byte": bits} for context, bits in points[name].items()]
+        own["long"] = {"a note": {"scored": 9, "by_context": curve[:1]}, "books": {"scored": 9, "by_context": curve}}
+    return results
+
+
+@pytest.mark.parametrize(
+    ("mamba2", "transformer", "verdict"),
+    [
+        (1.4, 3.0, "holds"),
+        (1.1, 3.0, "holds in part"),  # Mamba-2 is the lowest at the end
+        (1.4, 1.15, "holds in part"),  # the Transformer is, as far as it was read
+    ],
+)
+def test_of_long_texts_the_one_read_furthest_decides(mamba2: float, transformer: float, verdict: Verdict) -> None:
+    results = long(
+        contexts(**dict.fromkeys(FOUR, (9.0, 9.0))),
+        taipan={512: 1.2, 65536: 1.2, 1048576: 1.18},
+        mamba2={512: 1.3, 65536: 1.4, 1048576: mamba2},
+        jamba={512: 1.25, 65536: 2.0},
+        transformer={512: 1.3, 65536: transformer},
+    )
+    finding = found("perplexity-by-context", kept(results))
+    assert finding.verdict == verdict
+    assert "at 1,048,576 (" in finding.because
+    assert "Taipan: 1.180; Transformer++ only to 65,536; Jamba only to 65,536). Text: the end of books." in (
+        finding.because
+    )
+
+
 def latency(**seconds: tuple[float, float]) -> dict[str, Any]:
     points = {
         name: [
@@ -256,3 +288,18 @@ def test_every_figure_has_the_four_in_one_colour() -> None:
     results = contexts(**dict.fromkeys(FOUR, (1.0, 2.0)))
     (first, _), *_ = figures(kept(results), "perplexity-by-context")
     assert all(f"var(--series-{number})" in first for number in range(1, 5))
+
+
+def test_the_figure_of_the_readme_is_that_of_the_results(tmp_path: Path) -> None:
+    curves = {name: {512: 1.2, 65536: 1.3, 1048576: 1.1} for name in FOUR}
+    results = long(contexts(**dict.fromkeys(FOUR, (1.0, 2.0))), **curves)
+    assert len(figures(kept(results), "perplexity-by-context")) == 4  # two texts, held-out documents, positions
+    about = {"experiment": "perplexity-by-context", "scale": "small", "command": "x", "more": {}, "tables": []}
+    own = kept(results).results
+    (tmp_path / "p.json").write_text(json.dumps({**about, "text": "novels", "results": own}))
+    written = write(tmp_path, tmp_path / "page")
+    assert [path.name for path in written] == ["index.html", "loss-by-context.svg", "loss-by-context-narrow.svg"]
+    for path in written[1:]:
+        svg = path.read_text(encoding="utf-8")
+        assert svg.startswith("<?xml")
+        assert "Taipan 1.1" in svg

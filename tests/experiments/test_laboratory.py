@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,14 @@ import torch
 from taipan.errors import DataError, InputError
 from taipan.evaluation import ReadTokens, read_tokens
 from taipan.evaluation.perplexity import evaluate
-from taipan.experiments import laboratory
+from taipan.experiments import laboratory, reading
 from taipan.experiments.claims import CLAIMS, judge, load
 from taipan.experiments.claims_figures import figures
 from taipan.experiments.controls import choose_by
 from taipan.experiments.execution import Result, Run
 from taipan.experiments.gate_settings import architectures
 from taipan.experiments.laboratory import SCALES, Laboratory, Text, Training, by_name, spread, write
-from taipan.experiments.reading import LongDocuments, bigram_distance, token_class
+from taipan.experiments.reading import LongDocuments, bigram_distance, long_contexts, measure_long, token_class
 from taipan.experiments.registry import ENTRIES, experiment
 from tests.command import run
 from tests.models import random_tokens, small_model
@@ -116,6 +117,38 @@ def test_long_documents_have_every_position() -> None:
     assert documents.read(0, 0, 4).tolist() == random_tokens(1, 40, seed=40)[0, :4].tolist()
 
 
+def test_contexts_of_long_texts() -> None:
+    assert long_contexts(512, 1_000_000) == [256, 512, 1024, 2048, 4096, 8192, 16_384, 65_536, 262_144]
+    assert long_contexts(64, 70) == [32, 64]
+
+
+@pytest.mark.parametrize("kind", ["taipan", "jamba"])
+def test_the_end_of_a_long_text_is_scored_at_every_context(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, texts = small_model(kind), Texts(90, 30)
+    monkeypatch.setattr("taipan.data.shards.TokenDataset.open", lambda path: path)
+    monkeypatch.setattr("taipan.evaluation.PreparedDocuments", lambda path: texts)
+    monkeypatch.setattr(reading, "ATTENTION_READS", 40)
+    options = {"texts": [["a book", "book"]], "contexts": [8, 16, 40, 80, 640], "scored": 16}
+    found = measure_long(model, tmp_path / "data", options)["long"]["a book"]
+    points = {point["context"]: point for point in found["by_context"]}
+    assert list(points) == ([8, 16, 40] if kind == "jamba" else [8, 16, 40, 80])  # 640 is longer than the text
+    ids = random_tokens(1, 90, seed=90)
+    for context, point in points.items():
+        # by hand: the last 16 tokens, each from the tokens since its piece began and the one before
+        nats = 0.0
+        for start in range(90 - max(context, 16), 90, context):
+            with torch.no_grad():
+                logits = model(ids[:, start - 1 : min(90, start + context) - 1]).logits[0]
+            losses = torch.nn.functional.cross_entropy(
+                logits.double(), ids[0, start : start + context], reduction="none"
+            )
+            nats += float(losses[max(0, 74 - start) :].sum())
+        assert point["bits_per_byte"] == pytest.approx(nats / math.log(2) / 16, rel=1e-5)  # a byte a token
+        assert (point["rate"] is None) == (kind == "jamba")
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [("def", "word"), (" self_1", "word"), ("42", "number"), ("\n    ", "line end"), ("  ", "space"), ("):", "mark")],
@@ -142,6 +175,9 @@ def test_blind_gates_hold_the_budget_and_do_not_look(choice: str, off: float) ->
 def test_a_tiny_experiment_by_its_command_goes_on(tmp_path: Path) -> None:
     arguments = ["reproduce", "gate", "--scale", "tiny", "--out", str(tmp_path / "lab"), "--workers", "1"]
     arguments += ["--text", str(prose(tmp_path))]
+    many = run(*arguments, "--seeds", "2")
+    assert many.code == 2
+    assert "--seeds is 2, but the scale tiny has 1: give fewer, or none." in many.err
     first = run(*arguments)
     assert first.code == 0, first.err
     (path,) = (tmp_path / "lab" / "tiny" / "reports").glob("novels-*/gate.json")
@@ -185,8 +221,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
         yield Laboratory(small, Text(), tmp_path_factory.mktemp("lab"), nobody)
 
 
-def questions(name: str, directory: Path) -> dict[str, Path]:
-    """Local files of questions for the experiments that ask them."""
+def local_files(name: str, directory: Path) -> dict[str, Path]:
+    """Local files of questions for the experiments that ask them, of long text for the one that reads it."""
+    if ENTRIES[name].long:
+        (directory / "long.txt").write_text("The taipan waits; a day in May. " * 400)
+        return {"a book": directory / "long.txt"}
     lines: dict[str, list[dict[str, Any]]] = {
         "squad": [{"prompt": "import", "answers": ["os", "sys"]}],
         "piqa": [{"query": "The sky is", "choices": ["blue", "red"], "gold": gold} for gold in (0, 1, 0)],
@@ -205,7 +244,7 @@ KEYS = {"seed", "tokens", "machine", "commits", "parameters", "curve"}
 @pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_experiment_at_tiny(name: str, lab: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lab, "files", questions(name, tmp_path))
+    monkeypatch.setattr(lab, "files", local_files(name, tmp_path))
     outcome = experiment(name)(lab)
     assert outcome.results
     for table in outcome.tables:
@@ -232,6 +271,12 @@ def test_every_experiment_at_tiny(name: str, lab: Laboratory, monkeypatch: pytes
     values = json.loads(written.read_text(encoding="utf-8"))
     written.write_text(json.dumps({**values, "scale": "tiny"}), encoding="utf-8")
     assert load(written.parent) == {}
+
+
+def test_a_long_text_that_is_not_there_is_asked_for(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "files", {"a book": Path("none.txt")})
+    with pytest.raises(InputError, match=r"'none\.txt' is no file: give the path of a long text"):
+        reading._long_texts(lab)
 
 
 def test_models_that_are_one_are_trained_once(lab: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import InputError
 from taipan.evaluation import TextDocuments
 from taipan.evaluation.perplexity import evaluate
-from taipan.experiments import trained
+from taipan.experiments import texts
 from taipan.experiments.execution import Result, Run
-from taipan.experiments.trained import Amounts, measure_trained
+from taipan.experiments.trained import CHOICES, Amounts, measure_trained
 from taipan.model import TaipanLM
 from tests.models import small_model
 
@@ -70,12 +70,12 @@ def test_it_measures_what_evaluating_does_and_keeps_it(outcome: Any, place: Path
     assert cut["tokens"] == 128
     assert cut["bits_per_byte"] == pytest.approx(evaluate(model, beginning, context=32).bits_per_byte)
     assert found["code, gate"]["measured"]["documents"] == 4
-    rates = {choice: found[f"novel, {choice}"]["measured"]["rates"] for choice in trained.CHOICES}
+    rates = {choice: found[f"novel, {choice}"]["measured"]["rates"] for choice in CHOICES}
     capacity = model.config.attention_capacity
     assert set(rates["open"]) == {1.0}
     assert set(rates["closed"]) == {0.0}
     assert rates["every"] == pytest.approx([capacity] * len(rates["every"]), abs=0.03)
-    bits = {choice: found[f"novel, {choice}"]["measured"]["bits_per_byte"] for choice in trained.CHOICES}
+    bits = {choice: found[f"novel, {choice}"]["measured"]["bits_per_byte"] for choice in CHOICES}
     assert len(set(bits.values())) == len(bits)
     sums = found["novel, copying"]["measured"]["inside"]
     assert sum(group["tokens"] for group in sums.values()) == 64  # one document of control / 4 tokens
@@ -103,19 +103,19 @@ def test_every_number_of_the_tables_is_there(outcome: Any) -> None:
 
 
 def test_of_enwik8_the_standard_test_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (trained._ENWIK8_BYTES, trained._ENWIK8_TEST) == (100_000_000, 95_000_000)
-    monkeypatch.setattr(trained, "_ENWIK8_BYTES", 1000)
-    monkeypatch.setattr(trained, "_ENWIK8_TEST", 950)
+    assert (texts._ENWIK8_BYTES, texts._ENWIK8_TEST) == (100_000_000, 95_000_000)
+    monkeypatch.setattr(texts, "_ENWIK8_BYTES", 1000)
+    monkeypatch.setattr(texts, "_ENWIK8_TEST", 950)
     text = bytes(97 + number % 26 for number in range(1000))  # no line break at which a part could begin
     (tmp_path / "plain").write_bytes(text)
     (tmp_path / "packed.gz").write_bytes(gzip.compress(text))
     for name in ("plain", "packed.gz"):
-        (document,) = trained._documents("enwik8", tmp_path / name)
+        (document,) = texts._documents("enwik8", tmp_path / name)
         assert document.text.encode() == text[950:]
     (tmp_path / "tail").write_bytes(text[5:])
     with pytest.raises(InputError, match=r"tail has 995 bytes of text.*standard enwik8 has 1,000"):
-        trained._documents("enwik8", tmp_path / "tail")
-    assert trained._documents("other", tmp_path / "tail")[0].text.encode() == text[5:]
+        texts._documents("enwik8", tmp_path / "tail")
+    assert texts._documents("other", tmp_path / "tail")[0].text.encode() == text[5:]
 
 
 def test_what_cannot_be_measured_is_refused(place: Path, tmp_path: Path) -> None:

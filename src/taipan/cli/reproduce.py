@@ -185,6 +185,9 @@ _Out = Annotated[
 _Workers = Annotated[
     int | None, typer.Option(min=1, help="Runs side by side, one thread each. [default: one per core]")
 ]
+_Seeds = Annotated[
+    int | None, typer.Option(min=1, help="How many seeds, the first ones. [default: all three of small]")
+]
 _SMALL, _RUNS = LanguageScaleName.small, Path("runs/experiments")
 
 
@@ -201,12 +204,32 @@ def _command(name: str, entry: Entry) -> Callable[..., None]:
                     help=f"NAME=FILE: a local file of questions, repeatable; names: {', '.join(entry.files)}."
                 ),
             ] = None,
+            seeds: _Seeds = None,
             out: _Out = _RUNS,
             workers: _Workers = None,
         ) -> None:
-            _reproduce(name, entry, scale, out, workers, text, task or [])
+            _reproduce(name, entry, scale, out, workers, text, seeds, ("--task", task or []))
 
         return asking
+    if entry.long:
+
+        def long_reading(
+            scale: _Scale = _SMALL,
+            text: _Text = None,
+            long: Annotated[
+                list[str] | None,
+                typer.Option(
+                    help="NAME=FILE: a long text that no model was trained on, repeatable; its end is read with "
+                    "contexts up to all of it."
+                ),
+            ] = None,
+            seeds: _Seeds = None,
+            out: _Out = _RUNS,
+            workers: _Workers = None,
+        ) -> None:
+            _reproduce(name, entry, scale, out, workers, text, seeds, ("--long", long or []))
+
+        return long_reading
     if not entry.text:
 
         def alone(scale: _Scale = _SMALL, out: _Out = _RUNS, workers: _Workers = None) -> None:
@@ -214,8 +237,14 @@ def _command(name: str, entry: Entry) -> Callable[..., None]:
 
         return alone
 
-    def reading(scale: _Scale = _SMALL, text: _Text = None, out: _Out = _RUNS, workers: _Workers = None) -> None:
-        _reproduce(name, entry, scale, out, workers, text)
+    def reading(
+        scale: _Scale = _SMALL,
+        text: _Text = None,
+        seeds: _Seeds = None,
+        out: _Out = _RUNS,
+        workers: _Workers = None,
+    ) -> None:
+        _reproduce(name, entry, scale, out, workers, text, seeds)
 
     return reading
 
@@ -227,12 +256,14 @@ def _reproduce(
     out: Path,
     workers: int | None,
     text: Path | None = None,
-    tasks: Sequence[str] = (),
+    seeds: int | None = None,
+    given: tuple[str, Sequence[str]] = ("", ()),
 ) -> None:
     from dataclasses import replace
 
     from taipan.cli.console import duration, note, print_table
     from taipan.cli.progress import runs_progress
+    from taipan.errors import InputError
     from taipan.experiments import paper_scale
     from taipan.experiments.execution import Result, Run
     from taipan.experiments.laboratory import SCALES, Laboratory, Text, write
@@ -250,9 +281,13 @@ def _reproduce(
         seconds = f", {duration(result['seconds'])}" if "seconds" in result else ""
         note(f"[{done}/{of}] {run.name} (seed {run.settings['seed']}{seconds})")
 
-    files = dict(_named(task) for task in tasks)
+    option, values = given
+    files = dict(_named(own, option) for own in values)
     # what reads no text has its own scale of the paper, which runs anywhere, for days
     size = SCALES[scale.value] if scale.value in SCALES else replace(SCALES["small"], name=scale.value)
+    if seeds is not None and seeds > len(size.seeds):
+        raise InputError(f"--seeds is {seeds}, but the scale {scale.value} has {len(size.seeds)}: give fewer, or none.")
+    size = replace(size, seeds=size.seeds[:seeds])
     with runs_progress() as progress:
         directory = out / scale.value
         lab = Laboratory(size, Text(text), directory, finished, workers=workers, progress=progress, files=files)
@@ -260,7 +295,8 @@ def _reproduce(
     for table in outcome.tables:
         print_table(table.title, table.header, table.rows)
     words = f"taipan reproduce {name} --scale {scale.value}{'' if text is None else f' --text {text.name}'}"
-    words += "".join(f" --task {own}={path.name}" for own, path in files.items())
+    words += "" if seeds is None else f" --seeds {seeds}"
+    words += "".join(f" {option} {own}={path.name}" for own, path in files.items())
     reports, about = lab.directory / "reports", {"scale": scale.value}
     if entry.text:
         reports, about = reports / lab.data.name, {**about, "text": lab.text.settings()["text"]}
@@ -268,7 +304,7 @@ def _reproduce(
         note(f"Written: {path}")
 
 
-def _named(task: str, option: str = "--task", example: str = "squad=dev-v2.0.json") -> tuple[str, Path]:
+def _named(task: str, option: str = "--task") -> tuple[str, Path]:
     """Name and file of NAME=FILE.
 
     Raises:
@@ -278,12 +314,15 @@ def _named(task: str, option: str = "--task", example: str = "squad=dev-v2.0.jso
 
     name, equals, file = task.partition("=")
     if not equals or not name or not file:
-        raise InputError(f"{option} is {shown(task)}, but must be NAME=FILE, for example {example}.")
+        raise InputError(f"{option} is {shown(task)}, but must be NAME=FILE, for example {_EXAMPLES[option]}.")
     return name, Path(file)
 
 
 def _named_text(text: str) -> tuple[str, Path]:
-    return _named(text, "--text", "enwik8=enwik8.gz")
+    return _named(text, "--text")
+
+
+_EXAMPLES = {"--task": "squad=dev-v2.0.json", "--text": "enwik8=enwik8.gz", "--long": "pepys=pepys_diary.txt"}
 
 
 _HELP = """

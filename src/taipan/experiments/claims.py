@@ -149,27 +149,45 @@ def _least(values: Mapping[str, float]) -> str:
 # ---------------------------------------------------------------------- judges
 
 
-def by_context(kept: Kept, name: str) -> dict[int, float]:
-    """Mean bits per byte of a model, by context."""
-    contexts = [entry["context"] for entry in kept.results[name][0]["by_context"]]
-    return {
-        context: kept.mean(name, lambda own, number=number: own["by_context"][number]["bits_per_byte"])
-        for number, context in enumerate(contexts)
-    }
+def by_context(kept: Kept, name: str, text: str | None) -> dict[int, float]:
+    """Mean bits per byte of a model by context: of the end of a long text, or of held-out documents (None)."""
+    curves = [_points(own, text) for own in kept.results[name]]
+    return {context: mean(curve[context] for curve in curves) for context in curves[0]}
+
+
+def furthest(kept: Kept) -> str | None:
+    """The long text that was read with the longest context; None where none was read."""
+    texts: dict[str, Any] = kept.results["taipan"][0].get("long", {})
+    return max(texts, key=lambda name: texts[name]["by_context"][-1]["context"], default=None)
+
+
+def _points(own: Result, text: str | None) -> dict[int, float]:
+    points = own["by_context"] if text is None else own["long"][text]["by_context"]
+    return {point["context"]: point["bits_per_byte"] for point in points}
 
 
 def _contexts(kept: Kept) -> Finding:
     training = kept.results["taipan"][0]["context"]
-    curves = {name: by_context(kept, name) for name in kept.results}
+    text = furthest(kept)
+    curves = {name: by_context(kept, name, text) for name in kept.results}
     longest = max(curves["taipan"])
-    at_end = {name: curve[longest] for name, curve in curves.items()}
+    ends = {name: max(curve) for name, curve in curves.items()}
+    at_end = {name: curve[ends[name]] for name, curve in curves.items()}
     inside = {name: curve[training] for name, curve in curves.items()}
     flat = at_end["taipan"] <= _FLAT * inside["taipan"]
-    lowest = kept.lowest("taipan", lambda own: own["by_context"][-1]["bits_per_byte"])
-    first = [entry["context"] for entry in kept.results["taipan"][0]["by_context"]].index(training)
-    from_first = kept.lowest("taipan", lambda own: own["by_context"][first]["bits_per_byte"])
+    # a model of full attention that is read less far is compared where its reading ends
+    lowest = all(
+        max(_points(own, text)[ends[other]] for own in kept.results["taipan"])
+        < min(_points(own, text)[ends[other]] for own in kept.results[other])
+        for other in kept.results
+        if other != "taipan"
+    )
+    from_first = kept.lowest("taipan", lambda own: _points(own, text)[training])
     broken = at_end["transformer"] > _FLAT * inside["transformer"]
-    because = f"Bits per byte at {training:,} tokens ({_list(inside)}), and at {longest:,} ({_list(at_end)})."
+    shorter = {name: f"{end:,}" for name, end in ends.items() if end < longest}
+    because = f"Bits per byte at {training:,} tokens ({_list(inside)}), and at {longest:,} ({_list(at_end)}"
+    because += "".join(f"; {NAMES.get(name, name)} only to {end}" for name, end in shorter.items()) + ")."
+    because += "" if text is None else f" Text: the end of {text}."
     return Finding(_verdict(lowest and from_first and flat and broken, lowest or flat), because)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from markupsafe import Markup
 
 from taipan.config import TaipanConfig
-from taipan.experiments.claims import FOUR, NAMES, Kept, budgets, by_context, found, reach
+from taipan.experiments.claims import FOUR, NAMES, Kept, budgets, by_context, found, furthest, reach
 from taipan.experiments.laboratory import slug
-from taipan.report.figures import GREY, SERIES, Words, in_page
+from taipan.report.figures import GREY, SERIES, Words, in_page, standalone, styled
 
 COLORS: dict[str, str] = dict(zip(("taipan", "jamba", "transformer", "mamba2"), SERIES, strict=False))
 """The same colour for an architecture in every figure."""
@@ -55,7 +55,20 @@ def _lines(
     mark: float | None = None,
 ) -> Markup:
     """Lines over a logarithmic axis, one for each architecture; a grey line at `mark`."""
+    draw = _drawn_lines(curves, x_label, y_label, log_y, mark)
+    return in_page(draw, _line_words(_name(kept, what), title, curves, x_label, y_label))
 
+
+def _line_words(
+    name: str, title: str, curves: Mapping[str, Mapping[float, float]], x_label: str, y_label: str
+) -> Words:
+    ends = ", ".join(f"{NAMES[name]} {list(curve.values())[-1]:.3g}" for name, curve in curves.items())
+    return Words(name=name, title=title, description=f"{y_label} by {x_label}. At the right end: {ends}.")
+
+
+def _drawn_lines(
+    curves: Mapping[str, Mapping[float, float]], x_label: str, y_label: str, log_y: bool, mark: float | None
+) -> Callable[[Any, bool], None]:
     def draw(axes: Any, narrow: bool) -> None:
         for name, curve in curves.items():
             axes.plot(list(curve), list(curve.values()), "o-", color=COLORS[name], markersize=4, label=NAMES[name])
@@ -70,9 +83,7 @@ def _lines(
         axes.minorticks_off()
         _finish(axes, x_label, y_label, narrow)
 
-    ends = ", ".join(f"{NAMES[name]} {list(curve.values())[-1]:.3g}" for name, curve in curves.items())
-    words = Words(name=_name(kept, what), title=title, description=f"{y_label} by {x_label}. At the right end: {ends}.")
-    return in_page(draw, words)
+    return draw
 
 
 def _finish(axes: Any, x_label: str, y_label: str, narrow: bool) -> None:
@@ -98,10 +109,33 @@ def _name(kept: Kept, what: str) -> str:
     return slug(f"{what}-{kept.file.removesuffix('.json')}")
 
 
+_CONTEXT, _BITS = "context, tokens", "bits per byte"
+
+
+def _context_curves(kept: Kept, text: str | None) -> dict[str, dict[float, float]]:
+    return {name: {float(x): y for x, y in by_context(kept, name, text).items()} for name in FOUR}
+
+
+def context_figure(kept: Kept) -> dict[str, str]:
+    """Loss by context as SVG files by name, wide and narrow: of the text that was read furthest."""
+    from matplotlib.figure import Figure
+
+    text, training = furthest(kept), kept.results["taipan"][0]["context"]
+    curves = _context_curves(kept, text)
+    words = _line_words("loss-by-context", "Loss by context", curves, _CONTEXT, _BITS)
+    made: dict[str, str] = {}
+    for name, size in (("loss-by-context", (9.0, 3.6)), ("loss-by-context-narrow", (4.7, 3.8))):
+        with styled():
+            drawing = Figure(figsize=size, layout="constrained")
+            draw = _drawn_lines(curves, _CONTEXT, _BITS, False, training)
+            draw(drawing.add_subplot(), name.endswith("narrow"))
+            made[f"{name}.svg"] = standalone(drawing, words)
+    return made
+
+
 def _contexts(kept: Kept) -> list[tuple[Markup, str]]:
-    training = kept.results["taipan"][0]["context"]
-    curves = {name: {float(x): y for x, y in by_context(kept, name).items()} for name in FOUR}
     first = kept.results["taipan"][0]
+    training = first["context"]
     positions = {
         name: {
             float(_place(bucket)): kept.mean(name, lambda own, at=at: own["by_position"][at]["bits_per_byte"])
@@ -109,19 +143,22 @@ def _contexts(kept: Kept) -> list[tuple[Markup, str]]:
         }
         for name in FOUR
     }
-    title = "Loss by context"
-    caption = (
-        "Loss by context, ours. The paper's figure 1a (1K to 1M tokens): Taipan lowest and flat, Transformer and Jamba "
-        f"blow up beyond their training length, Mamba-2 degrades slowly. Dotted: our training length of {training:,}."
+    shape = (
+        "The paper's figure 1a (1K to 1M tokens): Taipan lowest and flat, Transformer and Jamba blow up beyond their "
+        f"training length, Mamba-2 degrades slowly. Dotted: our training length of {training:,}."
     )
-    label = "bits per byte"
-    return [
-        (_lines(kept, "context", title, curves, "context, tokens", label, mark=training), caption),
-        (
-            _lines(kept, "position", "Loss by position", positions, "tokens read before", label, mark=training),
-            f"Loss by position, {first['documents']} documents read whole: every point has the same documents.",
-        ),
-    ]
+    pictures: list[tuple[Markup, str]] = []
+    texts: dict[str, Any] = first.get("long", {})
+    for text in (*texts, None):
+        of = f"{first['documents']} held-out documents of {first['length']:,} tokens"
+        if text is not None:
+            of = f"the last {texts[text]['scored']:,} tokens of {text}, the same at every context"
+        what = "context" if text is None else f"context-{text}"
+        picture = _lines(kept, what, "Loss by context", _context_curves(kept, text), _CONTEXT, _BITS, mark=training)
+        pictures.append((picture, f"Loss by context, ours: {of}. {shape}"))
+    picture = _lines(kept, "position", "Loss by position", positions, "tokens read before", _BITS, mark=training)
+    caption = f"Loss by position, {first['documents']} documents read whole: every point has the same documents."
+    return [*pictures, (picture, caption)]
 
 
 def _latency(kept: Kept) -> list[tuple[Markup, str]]:

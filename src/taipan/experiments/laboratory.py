@@ -210,7 +210,7 @@ class Laboratory:
         listener: told of every run that is done, kept ones too.
         workers: processes side by side; None for one per core.
         progress: told how far runs have come.
-        files: local files of questions, by name, for the experiments that ask them.
+        files: local files by name, of questions or of long texts, for the experiments that take them.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """How the architectures read on: loss by context and position, tokens that copy, and what the gates select."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taipan.config import TaipanConfig
+from taipan.errors import InputError, shown
 from taipan.experiments.execution import Result
 from taipan.experiments.gate_settings import WINNER, architectures, hybrid
 from taipan.experiments.laboratory import (
@@ -20,6 +22,7 @@ from taipan.experiments.laboratory import (
     model_config,
     spread,
 )
+from taipan.experiments.texts import prepare_text, sha256_of
 
 if TYPE_CHECKING:
     from taipan.data.shards import TokenDataset
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
     from taipan.model import TaipanLM
 
 _DISTANCES = (16, 64, 256)  # and the window, and beyond it
+SCORED = 16_384
+"""Tokens of a long text whose loss is told, the last ones; what is read before them is the context."""
+ATTENTION_READS = 65_536
+"""Longest context at which models of full attention read a long text: their time grows with its square."""
 
 
 def _architectures(lab: Laboratory) -> dict[str, tuple[TaipanConfig, Choice]]:
@@ -102,32 +109,131 @@ class LongDocuments:
         return self._documents.read(int(self._order[document]), start, stop)
 
 
+def measure_long(model: "TaipanLM", data: Path, options: Any) -> Result:
+    """Bits per byte of the same last tokens of long texts, by how much of the text before them is read.
+
+    At contexts up to `SCORED` those tokens are cut into pieces of that length, each from an empty state. At longer ones
+    one reading begins so many tokens before the end, and the loss of the last `SCORED` is told.
+
+    Args:
+        model: read; one with full attention reads contexts up to `ATTENTION_READS`.
+        data: prepared text, beside which the long ones are.
+        options: `texts`: name, directory (under that of all texts) of each; `contexts`; `scored`.
+    """
+    from taipan.data.shards import TokenDataset
+    from taipan.evaluation import PreparedDocuments
+
+    longest = ATTENTION_READS if "full_attention" in model.config.layer_types else max(options["contexts"])
+    found: Result = {}
+    for name, directory in options["texts"]:
+        documents = PreparedDocuments(TokenDataset.open(data.parent / directory / "valid"))
+        known = [context for context in options["contexts"] if context <= min(longest, int(documents.lengths.max()))]
+        scored = min(options["scored"], int(documents.lengths.max()))
+        points = [_score_the_end(model, Ending(documents, max(context, scored)), context, scored) for context in known]
+        found[name] = {"scored": scored, "by_context": points}
+    return {"long": found}
+
+
+def _score_the_end(model: "TaipanLM", ending: "Ending", context: int, scored: int) -> Result:
+    """Loss of the last tokens, in bits per byte, and the share of them that is selected."""
+    from taipan.evaluation import read_tokens
+
+    nats, n_bytes, selected = 0.0, 0, 0.0
+    first = int(ending.lengths[0]) - scored
+    for span in read_tokens(model, ending, context=context):
+        kept = slice(max(0, first - span.start), None)
+        nats += float(span.nats_T[kept].double().sum())
+        n_bytes += int(ending.token_bytes[span.ids_T[kept].numpy()].sum())
+        selected += float(span.selected_YT[:, kept].double().mean(0).sum()) if len(span.selected_YT) else 0.0
+    rate = selected / scored if model.sals else None
+    return {"context": context, "bits_per_byte": nats / math.log(2) / n_bytes, "rate": rate}
+
+
+class Ending:
+    """The last tokens of the longest document of a data set, as a document.
+
+    Args:
+        documents: of which.
+        length: tokens, at most those of the document.
+    """
+
+    def __init__(self, documents: Any, length: int) -> None:
+        import numpy as np
+
+        self._documents, self._number = documents, int(np.argmax(documents.lengths))
+        self._first = int(documents.lengths[self._number]) - length
+        self.lengths = np.array([length])
+        self.vocab_size, self.token_bytes = documents.vocab_size, documents.token_bytes
+        # the first token is predicted from the one before it, as every piece of a document is
+        self.start_token = int(self.read(0, -1, 0)[0]) if self._first else documents.start_token
+        self.n_bytes = int(self.token_bytes[self.read(0, 0, length)].sum())
+
+    def read(self, document: int, start: int, stop: int) -> Any:
+        """See `taipan.evaluation.Documents.read`."""
+        return self._documents.read(self._number, self._first + start, self._first + stop)
+
+
+def long_contexts(training: int, longest: int) -> list[int]:
+    """From half the training length on twice as many up to `SCORED`, then four times, up to the longest text."""
+    contexts = [training // 2]
+    while (step := contexts[-1] * (2 if contexts[-1] < SCORED else 4)) <= longest:
+        contexts.append(step)
+    return contexts
+
+
+def _long_texts(lab: Laboratory) -> tuple[list[list[str]], int]:
+    """Name and prepared directory of every long text that was given, and the tokens of the longest.
+
+    Raises:
+        InputError: a file is not there.
+    """
+    from taipan.data.shards import TokenDataset
+    from taipan.evaluation import PreparedDocuments
+
+    texts, longest = lab.data.parent, 0
+    tokenizer = TokenDataset.open(lab.data / "train").tokenizer()
+    found: list[list[str]] = []
+    for name, path in lab.files.items():
+        if not path.is_file():
+            raise InputError(f"{shown(str(path))} is no file: give the path of a long text.")
+        found.append([name, prepare_text(name, path, sha256_of(path), tokenizer, texts)])
+        longest = max(longest, int(PreparedDocuments(TokenDataset.open(texts / found[-1][1] / "valid")).lengths.max()))
+    return found, longest
+
+
 def perplexity_by_context(lab: Laboratory) -> Outcome:
-    """Fig. 1a: four architectures, the same long documents at every length."""
-    results = _measured(lab, measure_contexts, lab.scale.context)
+    """Fig. 1a: four architectures, the same long documents at every length, and the end of long texts."""
+    context = lab.scale.context
+    results = _measured(lab, measure_contexts, context)
     first = next(iter(results.values()))[0]
-    contexts = [entry["context"] for entry in first["by_context"]]
-    rows = [
-        [
-            name,
-            *(spread([own["by_context"][column]["bits_per_byte"] for own in seeds]) for column in range(len(contexts))),
-        ]
-        for name, seeds in results.items()
-    ]
     title = f"Bits per byte of {first['documents']} held-out documents of {first['length']:,} tokens, by context"
-    starts = [bucket["start"] for bucket in first["by_position"]]
-    by_position = [
-        [
-            name,
-            *(spread([own["by_position"][column]["bits_per_byte"] for own in seeds]) for column in range(len(starts))),
-        ]
-        for name, seeds in results.items()
+    tables = [
+        _by_length(results, "by_context", "context", title),
+        _by_length(results, "by_position", "start", "The same read whole, by position (from)"),
     ]
-    tables = (
-        Table(title, ["model", *(f"{context:,}" for context in contexts)], rows),
-        Table("The same read whole, by position (from)", ["model", *(f"{start:,}" for start in starts)], by_position),
-    )
-    return Outcome(results, tables)
+    texts, longest = _long_texts(lab)
+    if texts:
+        options = {"texts": texts, "contexts": long_contexts(context, longest), "scored": SCORED}
+        read = _measured(lab, measure_long, options)
+        results = {
+            name: [{**own, "long": other["long"]} for own, other in zip(seeds, read[name], strict=True)]
+            for name, seeds in results.items()
+        }
+        for text, _ in texts:
+            end = {name: [own["long"][text] for own in seeds] for name, seeds in results.items()}
+            title = f"Bits per byte of the last {end['taipan'][0]['scored']:,} tokens of {text}, by context"
+            tables.append(_by_length(end, "by_context", "context", title))
+    return Outcome(results, tuple(tables))
+
+
+def _by_length(results: dict[str, list[Result]], key: str, place: str, title: str) -> Table:
+    """Bits per byte at every length that some model has."""
+    known = sorted({point[place] for seeds in results.values() for point in seeds[0][key]})
+    rows: list[list[str]] = []
+    for name, seeds in results.items():
+        values = [{point[place]: point["bits_per_byte"] for point in own[key]} for own in seeds]
+        rows.append([name, *(spread([own[at] for own in values]) if at in values[0] else "–" for at in known)])
+    return Table(title, ["model", *(f"{at:,}" for at in known)], rows)
 
 
 # ---------------------------------------------------------------------- copying

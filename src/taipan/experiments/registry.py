@@ -15,12 +15,14 @@ class Entry:
         module: of `taipan.experiments`, in whose `EXPERIMENTS` it is.
         text: whether its models are trained on text.
         files: names of the local files of questions that it asks.
+        long: whether it reads long texts of the reader.
     """
 
     claim: str
     module: str
     text: bool = True
     files: tuple[str, ...] = ()
+    long: bool = False
 
 
 ENTRIES: dict[str, Entry] = {
@@ -28,7 +30,7 @@ ENTRIES: dict[str, Entry] = {
         "How much of attention's lead each setting of the gate keeps, between Mamba-2 and Jamba", "gate_settings"
     ),
     "learning-rates": Entry("Which learning rate is best, four architectures", "learning_rates"),
-    "perplexity-by-context": Entry("Loss by context and position, four architectures", "reading"),
+    "perplexity-by-context": Entry("Loss by context and position, four architectures", "reading", long=True),
     "latency-by-length": Entry("Time and memory of generation and prefill by length, four architectures", "latency"),
     "copying": Entry(
         "Loss of tokens that repeat a bigram, by distance, and of all others, four architectures", "reading"

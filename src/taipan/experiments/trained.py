@@ -3,8 +3,6 @@
 Every measurement is one of the other experiments', with this model in place of theirs, and is kept once it is made.
 """
 
-import gzip
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,14 +14,12 @@ from taipan.errors import InputError, shown
 from taipan.experiments.execution import Listener, Progress, Result, Run, execute
 from taipan.experiments.laboratory import Outcome, Table, slug
 from taipan.experiments.registry import ENTRIES
+from taipan.experiments.texts import prepare_text, sha256_of
 
 if TYPE_CHECKING:
-    from taipan.data.corpus import Document
     from taipan.data.shards import TokenDataset
     from taipan.model import TaipanLM
 
-ENWIK8 = "enwik8"
-_ENWIK8_BYTES, _ENWIK8_TEST = 100_000_000, 95_000_000
 CHOICES = ("gate", "open", "closed", "random", "every")
 _CHOSEN = {
     "gate": "its gates",
@@ -92,9 +88,9 @@ def measure_trained(
     amounts, files = amounts or Amounts(), dict(files or {})
     _check(texts, files)
     loaded = load(model)
-    digests = {name: _digest(path) for name, path in texts.items()}
+    digests = {name: sha256_of(path) for name, path in texts.items()}
     prepared = {
-        name: _prepared(name, path, digests[name], loaded.tokenizer, directory / "texts")
+        name: prepare_text(name, path, digests[name], loaded.tokenizer, directory / "texts")
         for name, path in texts.items()
     }
     base = {"model": loaded.model.fingerprint}
@@ -127,43 +123,6 @@ def _check(texts: Mapping[str, Path], files: Mapping[str, Path]) -> None:
             raise InputError(f"{shown(str(path))} is no file.")
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _documents(name: str, path: Path) -> "list[Document]":
-    """Those of a file; of enwik8 the standard test part, from the 95-millionth byte on."""
-    from taipan.data.corpus import Corpus, Document
-
-    if name != ENWIK8:
-        return list(Corpus([str(path)]))
-    content = path.read_bytes()
-    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    if len(content) != _ENWIK8_BYTES:
-        raise InputError(
-            f"{path} has {len(content):,} bytes of text, but the standard enwik8 has {_ENWIK8_BYTES:,}: give that "
-            "file, unpacked or compressed with gzip, or another name to the text."
-        )
-    return [Document(f"{path.name}, from byte {_ENWIK8_TEST} on", content[_ENWIK8_TEST:].decode())]
-
-
-def _prepared(name: str, path: Path, digest: str, tokenizer: Any, directory: Path) -> str:
-    """Encode a text unless that was done; the name of its directory, which depends on text and tokenizer."""
-    from taipan.data.manifest import MANIFEST_FILE
-    from taipan.data.shards import prepare
-
-    settings = {
-        "sha256": digest,
-        "tokenizer": tokenizer.fingerprint,
-        "part": "test" if name == ENWIK8 else "all",
-    }
-    identity = Run(name=slug(name), settings=settings).identity
-    if not (directory / identity / "valid" / MANIFEST_FILE).is_file():
-        prepare(_documents(name, path), tokenizer, directory / identity / "valid", sources=(path.name,))
-    return identity
-
-
 def _declared(prepared: Mapping[str, str], files: Mapping[str, Path], amounts: Amounts) -> dict[str, dict[str, Any]]:
     """Every measurement by its name in the results."""
     found: dict[str, dict[str, Any]] = {}
@@ -180,7 +139,7 @@ def _declared(prepared: Mapping[str, str], files: Mapping[str, Path], amounts: A
         found[f"{name}, copying"] = {"data": data, "part": "copying", "options": options}
         found[f"{name}, selected"] = {"data": data, "part": "gate", "options": options}
     first = next(iter(prepared.values()))
-    asked = [[name, _digest(path)] for name, path in files.items()]
+    asked = [[name, sha256_of(path)] for name, path in files.items()]
     options = {"lengths": list(amounts.hidden), "questions": amounts.questions, "files": asked}
     found["recall"] = {"data": first, "part": "recall", "options": {**options, "limit": amounts.limit}}
     for job, lengths in (("generate", amounts.generated), ("prefill", amounts.read)):
