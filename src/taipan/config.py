@@ -317,6 +317,11 @@ class TaipanConfig:
         return self.window_eviction == "weakest"
 
     @property
+    def forced_gates_score(self) -> bool:
+        """Whether something but the decision reads a gate's scores: how much attention weighs, or how long it lasts."""
+        return self.retains or self.attention_weight == "alpha"
+
+    @property
     def measures_gains(self) -> bool:
         """Whether training reads rows twice more, with all gates closed and open, for gates to forecast the gain."""
         selective = "selective_attention" in self.layer_types and self.attention_capacity > 0

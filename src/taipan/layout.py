@@ -46,6 +46,20 @@ class Layout:
     last_segment_B: IntB | None = None
     recalled: Recalled | None = None
 
+    def select(self, rows_R: IntB) -> "Layout":
+        """The layout of these rows, repeats allowed."""
+        recalled = self.recalled
+        if recalled is not None:
+            recalled = Recalled(recalled.distance_BTO[rows_R], recalled.follower_BTD[rows_R])
+        return Layout(
+            position_BT=self.position_BT[rows_R],
+            length_B=_of_rows(self.length_B, rows_R),
+            real_BT=_of_rows(self.real_BT, rows_R),
+            segment_BT=_of_rows(self.segment_BT, rows_R),
+            last_segment_B=_of_rows(self.last_segment_B, rows_R),
+            recalled=recalled,
+        )
+
     @cached_property
     def everything(self) -> Selection:
         """All real tokens; made once for all layers, because the lengths of padded rows are read from the device."""
@@ -66,6 +80,17 @@ class Arrangement:
     origin_BT: Tensor | None
     mask_BT: Tensor | None
 
+    def select(self, rows_R: IntB) -> "Arrangement":
+        """The same for these rows, repeats allowed."""
+        return Arrangement(
+            tokens_BT=self.tokens_BT[rows_R],
+            layout=self.layout.select(rows_R),
+            position_B=self.position_B[rows_R],
+            segment_B=self.segment_B[rows_R],
+            origin_BT=_of_rows(self.origin_BT, rows_R),
+            mask_BT=_of_rows(self.mask_BT, rows_R),
+        )
+
     def restore(self, values: Tensor) -> Tensor:
         """Put values of shape (B, T, …) back where the caller's tokens stood; zeros at padding."""
         if self.origin_BT is None or self.mask_BT is None:
@@ -73,6 +98,10 @@ class Arrangement:
         shape = (*self.mask_BT.shape, *([1] * (values.dim() - 2)))
         moved = values.gather(1, self.origin_BT.view(shape).expand_as(values))
         return torch.where(self.mask_BT.view(shape), moved, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def _of_rows(values: Tensor | None, rows_R: IntB) -> Tensor | None:
+    return None if values is None else values[rows_R]
 
 
 def arrange(

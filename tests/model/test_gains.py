@@ -25,8 +25,9 @@ def forecasting(**overrides: Any) -> TaipanLM:
 
 
 def measured(model: TaipanLM, tokens: Tensor, **call: Any) -> Gains | None:
-    arguments: dict[str, Any] = {"state": None, "attention_mask": None, "segment_ids": None, "labels": tokens, **call}
-    return measure_gains(model.model, model.lm_head, model.config, tokens_BT=tokens, **arguments)
+    arguments: dict[str, Any] = {"attention_mask": None, "segment_ids": None, "labels": tokens, **call}
+    given = {name: value for name, value in arguments.items() if name != "labels"}
+    return measure_gains(model.model, model.lm_head, model.model(tokens, **given), **arguments)
 
 
 def losses(model: TaipanLM, tokens: Tensor, threshold: float, **call: Tensor) -> Tensor:
@@ -41,8 +42,13 @@ def losses(model: TaipanLM, tokens: Tensor, threshold: float, **call: Tensor) ->
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_gain_is_the_loss_with_all_gates_closed_less_that_with_all_open(packed: bool) -> None:
-    model, tokens = forecasting(), random_tokens(3, 20)
+@pytest.mark.parametrize(
+    "variant", [{}, {"attention_weight": "alpha"}, {"window_eviction": "weakest", "window_recent": 3}], ids=str
+)
+def test_a_gain_is_the_loss_with_all_gates_closed_less_that_with_all_open(
+    packed: bool, variant: dict[str, Any]
+) -> None:
+    model, tokens = forecasting(**variant), random_tokens(3, 20)
     call = {"segment_ids": (torch.arange(20) >= 9).long().expand(3, 20)} if packed else {}
     expected = losses(model, tokens, math.inf, **call) - losses(model, tokens, -math.inf, **call)
     gains = measured(model, tokens, **call)
@@ -55,6 +61,32 @@ def test_a_gain_is_the_loss_with_all_gates_closed_less_that_with_all_open(packed
     torch.testing.assert_close(gains.gain_BT[:, :-1][known[:, :-1]], expected[known[:, :-1]].float())
     assert expected.abs().max() > 0.01
     assert model.model.schedule.forced is None
+
+
+def test_gains_of_padded_rows_that_go_on_from_a_state_are_those_of_each_row() -> None:
+    model, tokens = forecasting(gain_rows=0.5), random_tokens(4, 20)
+    mask = torch.ones(4, 20, dtype=torch.int64)
+    mask[1, :6] = mask[3, 10:] = 0
+    with torch.no_grad():
+        state = model(random_tokens(4, 9, seed=1)).state
+        given: dict[str, Any] = {"state": state, "attention_mask": mask}
+        output = model.model(tokens, **given)
+    gains = measure_gains(model.model, model.lm_head, output, labels=tokens, attention_mask=mask, segment_ids=None)
+    assert gains is not None
+    assert gains.gain_BT.shape == (2, 20)
+    for row, real in ((0, slice(0, 20)), (1, slice(6, 20))):
+        alone = []
+        for threshold in (math.inf, -math.inf):
+            model.eval()
+            for sal in model.sals:
+                sal.gate.threshold.fill_(threshold)
+            with torch.no_grad():
+                logits = model(tokens[row : row + 1, real], state.select(torch.tensor([row]))).logits[0, :-1]
+            alone.append(torch.nn.functional.cross_entropy(logits, tokens[row, real][1:], reduction="none"))
+        known = gains.known_BT[row, real][:-1]
+        assert known.all()
+        torch.testing.assert_close(gains.gain_BT[row, real][:-1], (alone[0] - alone[1]).float())
+    assert not gains.known_BT[1, :6].any()
 
 
 def test_gains_are_cut() -> None:
@@ -84,7 +116,6 @@ def test_the_measured_rows_are_the_first_of_the_whole_batch(share: float, part: 
 
 def test_nothing_is_measured_where_nobody_asks() -> None:
     tokens = random_tokens(2, 6)
-    assert measured(forecasting(), tokens, labels=None) is None
     assert measured(forecasting().eval(), tokens) is None
     assert measured(small_model("taipan").train(), tokens) is None
     assert measured(small_model("jamba", **FORECAST).train(), tokens) is None
@@ -165,7 +196,7 @@ def test_settings_that_cannot_be_are_named(wrong: dict[str, Any], words: str) ->
         TaipanConfig.from_dict({**small_config("taipan").to_dict(), **wrong})
 
 
-def test_what_lies_before_the_first_gate_is_computed_once_for_both_readings() -> None:
+def test_what_lies_before_the_first_gate_is_computed_once_in_all_and_the_rest_once_for_both_readings() -> None:
     model, tokens = forecasting(), random_tokens(2, 12)
     calls = [0] * len(model.model.layers)
     for number, layer in enumerate(model.model.layers):

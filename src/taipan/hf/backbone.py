@@ -113,6 +113,7 @@ class TaipanBackbone(TaipanDecoder):
             hidden_BTD=output.hidden_BTD,
             build_state=output.build_state,
             gates=output.gates,
+            at_first_gate=output.at_first_gate,
             past_key_values=cache,
             carry_budget=self._carry_budget,
         )

@@ -23,12 +23,35 @@ _SMALLEST_SQUARE = 1e-6  # of an embedding, for its norm
 
 
 @dataclass(frozen=True)
+class AtFirstGate:
+    """A call at the entrance of its first layer with a gate.
+
+    Attributes:
+        layer: its number.
+        h_BTD: the residual stream, detached.
+        branch_BTD: pending update of it, detached.
+        call: what the decoder made of tokens, mask and documents.
+        state: from before the call.
+    """
+
+    layer: int
+    h_BTD: Tensor
+    branch_BTD: Tensor | None
+    call: Arrangement
+    state: DecoderState | None
+
+
+@dataclass(frozen=True)
 class DecoderOutput:
-    """What the decoder returns: normed hidden states where the caller's tokens stood, state, gates, layout."""
+    """What the decoder returns: normed hidden states where the caller's tokens stood, state, gates.
+
+    `at_first_gate` is what measuring gains goes on from; None where none are measured.
+    """
 
     hidden_BTD: Tensor
     build_state: Callable[[], DecoderState]
     gates: tuple[GateOutput, ...]
+    at_first_gate: AtFirstGate | None
 
 
 class TaipanDecoder(nn.Module):
@@ -67,9 +90,13 @@ class TaipanDecoder(nn.Module):
         builders: list[StateBuilder] = []
         gates: list[GateOutput] = []
         branch_BTD: Tensor | None = None
+        at_first_gate: AtFirstGate | None = None
         for number, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
             mixed: Mixed = layer(h_BTD, branch_BTD, layer_state, layout, self.schedule)
+            if mixed.gate is not None and not gates and self.training and self.config.measures_gains:
+                branch = None if branch_BTD is None else branch_BTD.detach()
+                at_first_gate = AtFirstGate(number, h_BTD.detach(), branch, replace(call, layout=layout), state)
             h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
             if self.keeps_states:  # a builder holds keys and values
                 builders.append(mixed.build_state)
@@ -94,30 +121,32 @@ class TaipanDecoder(nn.Module):
 
         restored = tuple(restore_gate(gate, call.restore, attention_mask) for gate in gates)
         hidden_BTD = call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0])
-        return DecoderOutput(hidden_BTD=hidden_BTD, build_state=build_state, gates=restored)
+        return DecoderOutput(
+            hidden_BTD=hidden_BTD, build_state=build_state, gates=restored, at_first_gate=at_first_gate
+        )
 
-    def closed_and_open(
-        self, tokens_BT: IntBT, state: DecoderState | None, attention_mask: Tensor | None, segment_ids: Tensor | None
-    ) -> tuple[FloatBTD, FloatBTD]:
-        """The normed hidden states with every gate closed, and with every gate open; arguments as in `forward`.
+    def closed_and_open(self, at: AtFirstGate, rows: int) -> tuple[FloatBTD, FloatBTD]:
+        """The normed hidden states of the first rows of a call with every gate closed, and with every gate open.
 
-        What lies before the first gate is computed once, and nothing is kept of a state.
+        What lies before the first gate is that of the call itself; from there both are computed together, and nothing
+        is kept of a state.
+
+        Args:
+            at: where to begin.
+            rows: how many.
         """
-        call, layout, _, h_BTD = self._enter(tokens_BT, state, attention_mask, segment_ids)
-        start: tuple[int, Tensor, Tensor | None] | None = None
-        ends: list[Tensor] = []
-        for forced in ("closed", "open"):
-            first, h_BTD, branch_BTD = start or (0, h_BTD, None)
-            for number in range(first, len(self.layers)):
-                layer_state = None if state is None else state.layers[number]
-                schedule = replace(self.schedule, forced=forced)
-                mixed: Mixed = self.layers[number](h_BTD, branch_BTD, layer_state, layout, schedule)
-                if mixed.gate is not None and start is None:
-                    start = number, h_BTD, branch_BTD
-                h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
-            ends.append(call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0]))
-        closed_BTD, open_BTD = ends
-        return closed_BTD, open_BTD
+        twice_R = torch.arange(rows, device=at.h_BTD.device).repeat(2)
+        layout = at.call.layout if self.config.forced_gates_score else replace(at.call.layout, recalled=None)
+        call = replace(at.call, layout=layout).select(twice_R)
+        state = None if at.state is None else at.state.select(twice_R)
+        schedule = replace(self.schedule, forced="halves")
+        h_BTD, branch_BTD = at.h_BTD[twice_R], None if at.branch_BTD is None else at.branch_BTD[twice_R]
+        for number in range(at.layer, len(self.layers)):
+            layer_state = None if state is None else state.layers[number]
+            mixed: Mixed = self.layers[number](h_BTD, branch_BTD, layer_state, call.layout, schedule)
+            h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
+        hidden_BTD = call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0])
+        return hidden_BTD[:rows], hidden_BTD[rows:]
 
     def _enter(
         self, tokens_BT: IntBT, state: DecoderState | None, attention_mask: Tensor | None, segment_ids: Tensor | None

@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taipan.config import TaipanConfig
 from taipan.errors import InputError
 from taipan.layers.head import token_nats
-from taipan.model.decoder import TaipanDecoder
+from taipan.model.decoder import DecoderOutput, TaipanDecoder
 from taipan.shapes import BoolBT, FloatBT, IntBT
-from taipan.state import DecoderState
 
 
 @dataclass(frozen=True)
@@ -51,22 +49,20 @@ def next_tokens(labels: IntBT, shape: torch.Size, attention_mask: Tensor | None,
 def measure_gains(
     decoder: TaipanDecoder,
     head: nn.Module,
-    config: TaipanConfig,
+    output: DecoderOutput,
     *,
-    tokens_BT: IntBT,
-    state: DecoderState | None,
+    labels: Tensor,
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
-    labels: Tensor | None,
     implementation: str = "auto",
 ) -> Gains | None:
-    """Read the first `gain_rows` of the batch twice more, with all gates closed and with all open.
+    """Read the first `gain_rows` of a call twice more, with all gates closed and with all open.
 
     Args:
-        decoder: of the model, in training mode.
+        decoder: of the model.
         head: from hidden states to logits.
-        config: of the model.
-        tokens_BT: what is read; state, mask, documents and labels as in `TaipanLM.forward`.
+        output: what the decoder returned for the call.
+        labels: of the call, as in `TaipanLM.forward`; so are mask and documents.
         implementation: of `linear_cross_entropy_per_token`.
 
     Returns:
@@ -76,23 +72,18 @@ def measure_gains(
     Raises:
         InputError: as `TaipanLM.forward`.
     """
-    if labels is None or not decoder.training or not config.measures_gains:
-        return None
-    rows = _measured_rows(len(tokens_BT), decoder.schedule.part, config.gain_rows)
-    if rows == 0:
+    at, config = output.at_first_gate, decoder.config
+    rows = 0 if at is None else _measured_rows(len(at.h_BTD), decoder.schedule.part, config.gain_rows)
+    if at is None or rows == 0:
         return None
     mask = None if attention_mask is None else attention_mask[:rows]
     documents = None if segment_ids is None else segment_ids[:rows]
-    if state is not None:
-        state = state.select(torch.arange(rows, device=tokens_BT.device))
-    target = next_tokens(labels[:rows], tokens_BT[:rows].shape, mask, documents)
-
-    def losses(hidden_BTD: Tensor) -> Tensor:
-        hidden_MD = hidden_BTD[:, :-1].flatten(0, 1)
-        return token_nats(head, hidden_MD, target.flatten(), implementation).float().view(target.shape)
-
-    closed_BTD, open_BTD = decoder.closed_and_open(tokens_BT[:rows], state, mask, documents)
-    gain_BT = (losses(closed_BTD) - losses(open_BTD)).clamp(-config.gain_clip, config.gain_clip)
+    target = next_tokens(labels[:rows], output.hidden_BTD[:rows].shape, mask, documents)
+    closed_BTD, open_BTD = decoder.closed_and_open(at, rows)
+    hidden_MD = torch.cat([closed_BTD[:, :-1], open_BTD[:, :-1]]).flatten(0, 1)
+    nats = token_nats(head, hidden_MD, target.flatten().repeat(2), implementation).float()
+    closed_BT, open_BT = nats.view(2, *target.shape).unbind()
+    gain_BT = (closed_BT - open_BT).clamp(-config.gain_clip, config.gain_clip)
     return Gains(F.pad(gain_BT, (0, 1)), F.pad(target != -100, (0, 1)))
 
 

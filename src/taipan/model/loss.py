@@ -59,20 +59,18 @@ def decode_with_loss(
     Raises:
         InputError, StateError: as `TaipanLM.forward`.
     """
-    gains = measure_gains(
-        decoder,
-        head,
-        decoder.config,
-        tokens_BT=tokens_BT,
-        state=state,
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        labels=labels,
-        implementation=implementation,
-    )
     output: DecoderOutput = decoder(tokens_BT, state, attention_mask, segment_ids)
     if labels is None:
         return output, None
+    gains = measure_gains(
+        decoder,
+        head,
+        output,
+        labels=labels,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        implementation=implementation,
+    )
     loss = compute_loss(
         output,
         head=head,
