@@ -295,7 +295,7 @@ def copying(lab: Laboratory) -> Outcome:
     results = _measured(lab, measure_copying, lab.scale.context)
     tables: list[Table] = []
     for where, title in (("inside", "Contexts of the training length"), ("beyond", "Contexts of 8 times that")):
-        buckets = list(next(iter(results.values()))[0][where])
+        buckets = [name for name, sums in next(iter(results.values()))[0][where].items() if sums["tokens"]]
         rows = [["tokens", *(f"{next(iter(results.values()))[0][where][bucket]['tokens']:,.0f}" for bucket in buckets)]]
         for name, seeds in results.items():
             means = ([_mean(own[where][bucket]) for own in seeds] for bucket in buckets)
@@ -305,7 +305,7 @@ def copying(lab: Laboratory) -> Outcome:
 
 
 def _mean(sums: dict[str, float]) -> float:
-    return sums["nats"] / sums["tokens"] if sums["tokens"] else float("nan")
+    return sums["nats"] / sums["tokens"]
 
 
 # ---------------------------------------------------------------------- what the gate selects
