@@ -172,5 +172,10 @@ def test_the_command_line_asks_tasks(text: TextModel, tmp_path: Path) -> None:
     assert "0.5000" in finished.out  # a guess
     (result,) = json.loads((tmp_path / "result.json").read_text())["results"]
     assert set(result["results"]) == {*LINES, "truth"}
+    one, other, *_ = written(tmp_path)
+    again = run("evaluate", tmp_path / "model", "--tasks", one, "--tasks", other, "--json", tmp_path / "two.json")
+    assert again.code == 0, again
+    (two,) = json.loads((tmp_path / "two.json").read_text())["results"]
+    assert set(two["results"]) == {task.partition("=")[0] for task in (one, other)}  # not the last one alone
     assert run("evaluate", tmp_path / "model").code == 2
     assert "one of the two" in run("evaluate", tmp_path / "model", tmp_path, "--tasks", tasks).err

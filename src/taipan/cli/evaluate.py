@@ -27,8 +27,8 @@ def register(app: typer.Typer, panel: str) -> None:
         batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 8192,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         tasks: Annotated[
-            str | None,
-            typer.Option(help="Instead of texts: tasks of lm-eval, or NAME=FILE, with commas between them."),
+            list[str] | None,
+            typer.Option(help="Instead of texts: tasks of lm-eval, or NAME=FILE, with commas between them; repeatable."),
         ] = None,
         batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task read side by side.")] = 8,
         num_fewshot: Annotated[
@@ -60,14 +60,15 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.text import load
 
         tune_allocator()
-        if (tasks is None) == (not data):
+        asked = ",".join(tasks or [])
+        if (not tasks) == (not data):
             raise InputError(
                 "Name texts to measure (a prepared data set, files), or tasks to ask (--tasks): one of the two."
             )
-        if data is None or tasks is not None:
-            found = _ask(load(model, dtype=dtype), tasks or "", batch_size, num_fewshot, limit, include)
+        if not data:
+            found = _ask(load(model, dtype=dtype), asked, batch_size, num_fewshot, limit, include)
             if json_file is not None:
-                _write(json_file, model, [tasks or ""], [found])
+                _write(json_file, model, [asked], [found])
                 note(f"Results: {json_file}")
             return
         loaded = load(model, dtype=dtype)
