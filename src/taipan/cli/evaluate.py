@@ -28,7 +28,9 @@ def register(app: typer.Typer, panel: str) -> None:
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         tasks: Annotated[
             list[str] | None,
-            typer.Option(help="Instead of texts: tasks of lm-eval, or NAME=FILE, with commas between them; repeatable."),
+            typer.Option(
+                help="Instead of texts: tasks of lm-eval, or NAME=FILE, with commas between them; repeatable."
+            ),
         ] = None,
         batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task read side by side.")] = 8,
         num_fewshot: Annotated[
