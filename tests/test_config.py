@@ -71,6 +71,14 @@ def test_flops_are_those_of_the_matrix_products(stack: str, length: int) -> None
     forecasts = config.replace(gate_objective="gain", budget_control="threshold", gain_rows=0.25)
     passes = 3.5 if "selective_attention" in config.layer_types else 3  # two forwards of a quarter of the rows
     assert flops_per_token(forecasts, length, training=True) == passes * flops_per_token(config, length)
+    flipped = forecasts.replace(gain_measure="flipped", gain_flips=0.1)
+    again = flops_per_token(flipped, length, training=True) - 3 * flops_per_token(config, length)
+    if passes == 3:
+        assert again == 0
+    else:  # without the first layer, with a tenth of the head for each of two gates, less a hundredth, twice
+        first, head = config.replace(layer_types=("mamba2",)), 2 * config.vocab_size * config.hidden_size
+        layers = flops_per_token(config, length) - flops_per_token(first, length)
+        assert again == pytest.approx(0.25 * (layers + 2 * 0.19 * head))
 
 
 def test_selected_share_decides_what_attention_costs() -> None:

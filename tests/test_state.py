@@ -233,6 +233,8 @@ ALTERNATIVES: dict[str, tuple[object, ...]] = {
     "gate_gradient": ("gathered",),
     "refinement": ("add",),
     "gate_objective": (),  # with budget_control, below
+    "gain_measure": ("flipped",),
+    "gain_flips": (0.1,),
     "gain_weight": (3.0,),
     "gain_rows": (0.25,),
     "gain_clip": (1.0,),

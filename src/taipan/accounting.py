@@ -19,17 +19,24 @@ def flops_per_token(config: TaipanConfig, context: int, *, training: bool = Fals
 
     A multiply-add counts 2. A SAL counts its attention for the share C of the tokens it selects (its keys and values
     for every token if `key_value_scope` is `all`). Elementwise work is left out; training counts 3 × the forward, and
-    the two forwards over `gain_rows` of the rows with which gates that forecast gains measure them.
+    what gates that forecast gains measure them with: two forwards over `gain_rows` of the rows; for `flipped` gains one
+    from the first gate's layer on, and the head for the flipped tokens, twice.
     """
-    total = 2.0 * config.vocab_size * config.hidden_size
-    for layer, kind in enumerate(config.layer_types):
-        total += table_of(kind).flops(config, context)
+    head = 2.0 * config.vocab_size * config.hidden_size
+    layers = [table_of(kind).flops(config, context) for kind in config.layer_types]
+    for layer in range(config.num_hidden_layers):
         if config.has_mlp(layer):
-            total += 6.0 * config.hidden_size * config.intermediate_size
+            layers[layer] += 6.0 * config.hidden_size * config.intermediate_size
+    total = head + sum(layers)
     if not training:
         return total
-    measured = 2.0 * config.gain_rows if config.measures_gains else 0.0
-    return total * (3.0 + measured)
+    if not config.measures_gains:
+        return total * 3.0
+    if config.gain_measure == "open_closed":
+        return total * (3.0 + 2.0 * config.gain_rows)
+    again = sum(layers[config.layer_types.index("selective_attention") :])
+    flipped = 1.0 - (1.0 - config.gain_flips) ** config.layer_types.count("selective_attention")
+    return total * 3.0 + config.gain_rows * (again + 2.0 * flipped * head)
 
 
 def state_bytes(config: TaipanConfig, context: int, *, batch: int = 1, bytes_per_value: int = 4) -> int:

@@ -16,6 +16,7 @@ from taipan.shipped import shipped_models
 Gate = Literal["linear", "mlp"]
 GateInput = Literal["normed", "raw", "recall"]
 GateObjective = Literal["straight_through", "gain"]
+GainMeasure = Literal["open_closed", "flipped"]
 BudgetControl = Literal["penalty", "threshold"]
 AttentionWeight = Literal["alpha", "one"]
 KeyValueScope = Literal["all", "selected"]
@@ -163,9 +164,14 @@ class TaipanConfig:
             of all tokens since, so that who finds a token reads how the text went on. 0: key and value of the token
             itself (Eq. 4). Needs scope `all`.
         gate_objective: what teaches the gate. `straight_through`: the cross-entropy, through the mask of Eq. 3. `gain`:
-            the score s_1 − s_0 is regressed on what the token's attention gained, the next token's loss with every
-            gate closed less that with every gate open, both measured in training without a gradient; then no other
-            gradient reaches the gate, and none of the gate's the rest of the model.
+            the score s_1 − s_0 is regressed on what the token's attention gained: the next token's loss without it
+            less that with it, measured in training without a gradient; then no other gradient reaches the gate, and
+            none of the gate's the rest of the model.
+        gain_measure: how the gain is measured. `open_closed`: rows are read twice more, with every gate closed and with
+            every gate open. `flipped`: once more, with some decisions taken the other way, and the gain is known of
+            these tokens alone; then it is that of one more, or one less, among the tokens the gates selected
+            (docs/decisions/0035).
+        gain_flips: the share of the tokens, selected ones as well as others, whose decision is `flipped`.
         gain_weight: weight of that regression in the loss (mean squared error in nats²).
         gain_rows: the share of each batch's rows that gains are measured on.
         gain_clip: gains are cut to ± so many nats.
@@ -232,6 +238,8 @@ class TaipanConfig:
     recall_rank: int = 16
     lookahead: int = 0
     gate_objective: GateObjective = "straight_through"
+    gain_measure: GainMeasure = "open_closed"
+    gain_flips: float = 0.25
     gain_weight: float = 1.0
     gain_rows: float = 0.5
     gain_clip: float = 4.0
@@ -323,7 +331,7 @@ class TaipanConfig:
 
     @property
     def measures_gains(self) -> bool:
-        """Whether training reads rows twice more, with all gates closed and open, for gates to forecast the gain."""
+        """Whether training reads rows once or twice more, with other decisions, for gates to forecast the gain."""
         selective = "selective_attention" in self.layer_types and self.attention_capacity > 0
         return selective and self.gate_objective == "gain"
 
@@ -418,6 +426,7 @@ class TaipanConfig:
             self._require_number(field, 0.0, _LARGEST)
         self._require(0 <= self.capacity_window <= _MOST, "capacity_window", f"a number of tokens from 0 to {_MOST:,}")
         self._require(0.0 < self.gain_rows <= 1.0, "gain_rows", "a share of the rows above 0, at most 1")
+        self._require(0.0 < self.gain_flips <= 0.5, "gain_flips", "a share of the tokens above 0, at most 0.5")
         self._require(0.0 < self.gain_clip <= _LARGEST, "gain_clip", f"above 0, at most {_LARGEST:g}")
         self._require(
             self.gate_objective == "straight_through" or self.budget_control == "threshold",

@@ -603,6 +603,8 @@ _WITHOUT_EFFECT = frozenset(
         # how weights are trained
         "gate_gradient",
         "gate_objective",
+        "gain_measure",
+        "gain_flips",
         "gain_weight",
         "gain_rows",
         "gain_clip",

@@ -69,5 +69,7 @@ def test_a_run_kept_before_there_was_a_choice_is_the_same_run() -> None:
     """What identifies a run names the fields that came later only where they are not what was before."""
     config = config_of(TINY)
     assert "window_eviction" not in settings_of(config)
-    keeping = dataclasses.replace(config, window_eviction="weakest")
-    assert settings_of(keeping) == {**settings_of(config), "window_eviction": "weakest"}
+    later = {"window_eviction": "weakest", "gain_measure": "flipped", "gain_flips": 0.1}
+    for name, value in later.items():
+        assert name not in settings_of(config)
+        assert settings_of(dataclasses.replace(config, **{name: value})) == {**settings_of(config), name: value}

@@ -191,8 +191,9 @@ def test_a_forced_gate_does_as_it_is_told() -> None:
             out = gate.train(mode)(x, None, GateSchedule(0.15, 1.0, 1.0, forced=forced))
             assert out.rate == rate
             assert not out.mask_BT.requires_grad
-        halves = gate(x, None, GateSchedule(0.15, 1.0, 1.0, forced="halves")).selected_BT
-        assert halves.sum(1).tolist() == [0, halves.shape[1]]
+        told_BT = random_tokens(*x.shape[:2]) % 2 == 0
+        for capacity in (0.15, 1.0):
+            assert gate(x, None, GateSchedule(capacity, 1.0, 1.0, forced=told_BT)).selected_BT.equal(told_BT)
 
 
 def test_attention_weight_one_is_apart_from_the_score() -> None:

@@ -43,7 +43,7 @@ class Run:
         return directory / f"{self.identity}.json"
 
 
-_LATER = ("window_eviction", "window_recent")
+_LATER = ("window_eviction", "window_recent", "gain_measure", "gain_flips")
 
 
 def settings_of(config: TaipanConfig) -> dict[str, Any]:

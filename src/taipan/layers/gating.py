@@ -27,15 +27,15 @@ class GateSchedule:
         temperature: τ of Eq. 2.
         noise: scale of the Gumbel noise; 1 is Eq. 2, 0 deterministic.
         part: which part of the batch the rows are, as `gumbel_select` takes it.
-        forced: every token is selected (`open`) or none (`closed`), whatever the scores are; `halves`: none in the
-            first half of the rows, every token in the second, and scores that nothing reads are 0. None: they decide.
+        forced: every token is selected (`open`) or none (`closed`), whatever the scores are; a mask, for one gate and
+            one call: these are, and scores that nothing reads are 0. None: the scores decide.
     """
 
     capacity: float
     temperature: float
     noise: float
     part: tuple[int, int] = (0, 1)
-    forced: Literal["open", "closed", "halves"] | None = None
+    forced: Literal["open", "closed"] | BoolBT | None = None
 
     @classmethod
     def at(cls, config: TaipanConfig, progress: float, part: tuple[int, int] = (0, 1)) -> "GateSchedule":
@@ -131,7 +131,7 @@ class GateOutput:
 
         Args:
             gain_BT: nats, of the first rows of the call.
-            known_BT: which of them were measured.
+            known_BT: which of them were measured; of none the error is 0.
         """
         error_BT = self.margin_BT[: len(gain_BT)] - gain_BT
         return masked_mean(error_BT**2, known_BT)
@@ -243,7 +243,7 @@ class Gate(nn.Module):
             before: the scores before the call; for `capacity_window`.
         """
         config = self.config
-        if schedule.forced == "halves" and not config.forced_gates_score:
+        if isinstance(schedule.forced, Tensor) and not config.forced_gates_score:
             precise = torch.promote_types(x_BTD.dtype, torch.float32)
             scores_BT2 = x_BTD.new_zeros(*x_BTD.shape[:2], 2, dtype=precise)
         else:
@@ -251,12 +251,11 @@ class Gate(nn.Module):
         margin_BT = scores_BT2[..., 1] - scores_BT2[..., 0]
         controlled = config.budget_control == "threshold"
         forced = "closed" if config.attention_capacity == 0 else schedule.forced
-        if self.training and controlled and schedule.capacity >= 1.0:
-            forced = forced or "open"
+        if forced is None and self.training and controlled and schedule.capacity >= 1.0:
+            forced = "open"
         if forced is not None:
-            selected_BT = torch.full_like(margin_BT, forced != "closed", dtype=torch.bool)
-            if forced == "halves":
-                selected_BT[: len(selected_BT) // 2] = False
+            told = isinstance(forced, Tensor)
+            selected_BT = forced if told else torch.full_like(margin_BT, forced == "open", dtype=torch.bool)
             mask_BT = selected_BT.to(scores_BT2.dtype)
         elif self.training:
             shift_2 = torch.stack([self.threshold, torch.zeros_like(self.threshold)])  # s_1 − s_0 less the threshold

@@ -1,6 +1,6 @@
 """The decoder: embedding, layers, final norm; one forward for training, prefill in pieces and decoding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,7 +16,7 @@ from taipan.layers.norm import RMSNorm
 from taipan.layout import Arrangement, Layout, Recalled, arrange
 from taipan.model.block import Block, normed_and_sum
 from taipan.ops.recall import recall, remember
-from taipan.shapes import FloatBTD, IntBT
+from taipan.shapes import BoolBT, FloatBTD, IntB, IntBT
 from taipan.state import NO_SEGMENT, DecoderState, StateBuilder, architecture_fingerprint, nothing_recent
 
 _SMALLEST_SQUARE = 1e-6  # of an embedding, for its norm
@@ -32,6 +32,7 @@ class AtFirstGate:
         branch_BTD: pending update of it, detached.
         call: what the decoder made of tokens, mask and documents.
         state: from before the call.
+        selected: what the gates selected, by their layers' numbers, as the call arranges tokens.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class AtFirstGate:
     branch_BTD: Tensor | None
     call: Arrangement
     state: DecoderState | None
+    selected: Mapping[int, BoolBT]
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,20 @@ class TaipanDecoder(nn.Module):
         gates: list[GateOutput] = []
         branch_BTD: Tensor | None = None
         at_first_gate: AtFirstGate | None = None
+        selected: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layers[number]
             mixed: Mixed = layer(h_BTD, branch_BTD, layer_state, layout, self.schedule)
             if mixed.gate is not None and not gates and self.training and self.config.measures_gains:
                 branch = None if branch_BTD is None else branch_BTD.detach()
-                at_first_gate = AtFirstGate(number, h_BTD.detach(), branch, replace(call, layout=layout), state)
+                arranged = replace(call, layout=layout)
+                at_first_gate = AtFirstGate(number, h_BTD.detach(), branch, arranged, state, selected)
             h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
             if self.keeps_states:  # a builder holds keys and values
                 builders.append(mixed.build_state)
             if mixed.gate is not None:
                 gates.append(mixed.gate)
+                selected[number] = mixed.gate.selected_BT
             if self.between_layers is not None:
                 self.between_layers()
 
@@ -125,28 +130,26 @@ class TaipanDecoder(nn.Module):
             hidden_BTD=hidden_BTD, build_state=build_state, gates=restored, at_first_gate=at_first_gate
         )
 
-    def closed_and_open(self, at: AtFirstGate, rows: int) -> tuple[FloatBTD, FloatBTD]:
-        """The normed hidden states of the first rows of a call with every gate closed, and with every gate open.
+    def decided_as(self, at: AtFirstGate, rows_R: IntB, selected: Mapping[int, BoolBT]) -> FloatBTD:
+        """The normed hidden states of rows of a call, had its gates selected these tokens.
 
-        What lies before the first gate is that of the call itself; from there both are computed together, and nothing
-        is kept of a state.
+        What lies before the first gate is that of the call itself, and nothing is kept of a state.
 
         Args:
             at: where to begin.
-            rows: how many.
+            rows_R: which rows, repeats allowed.
+            selected: by the number of the gate's layer, as the call arranges tokens; padding is not.
         """
-        twice_R = torch.arange(rows, device=at.h_BTD.device).repeat(2)
         layout = at.call.layout if self.config.forced_gates_score else replace(at.call.layout, recalled=None)
-        call = replace(at.call, layout=layout).select(twice_R)
-        state = None if at.state is None else at.state.select(twice_R)
-        schedule = replace(self.schedule, forced="halves")
-        h_BTD, branch_BTD = at.h_BTD[twice_R], None if at.branch_BTD is None else at.branch_BTD[twice_R]
+        call = replace(at.call, layout=layout).select(rows_R)
+        state = None if at.state is None else at.state.select(rows_R)
+        h_BTD, branch_BTD = at.h_BTD[rows_R], None if at.branch_BTD is None else at.branch_BTD[rows_R]
         for number in range(at.layer, len(self.layers)):
             layer_state = None if state is None else state.layers[number]
+            schedule = replace(self.schedule, forced=selected.get(number))
             mixed: Mixed = self.layers[number](h_BTD, branch_BTD, layer_state, call.layout, schedule)
             h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
-        hidden_BTD = call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0])
-        return hidden_BTD[:rows], hidden_BTD[rows:]
+        return call.restore(normed_and_sum(self.norm, h_BTD, branch_BTD)[0])
 
     def _enter(
         self, tokens_BT: IntBT, state: DecoderState | None, attention_mask: Tensor | None, segment_ids: Tensor | None

@@ -1,25 +1,29 @@
 """Measures what attention gains at each token, on the current model: the target of gates that forecast it."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taipan.config import TaipanConfig
 from taipan.errors import InputError
 from taipan.layers.head import token_nats
-from taipan.model.decoder import DecoderOutput, TaipanDecoder
+from taipan.model.decoder import AtFirstGate, DecoderOutput, TaipanDecoder
 from taipan.shapes import BoolBT, FloatBT, IntBT
+
+Nats = Callable[[Tensor, Tensor], Tensor]
+"""Losses of single tokens, (M,), by their hidden states (M, D) and ids (M,)."""
 
 
 @dataclass(frozen=True)
 class Gains:
-    """What the first rows of a call gain by attention.
+    """What the first rows of a call gain by the attention of a gate's layer.
 
     Attributes:
-        gain_BT: the loss of the next token with every gate closed less that with every gate open, in nats, cut to
-            ± `gain_clip`.
-        known_BT: where there is a next token to predict.
+        gain_BT: the loss of the next token without it less that with it, in nats, cut to ± `gain_clip`.
+        known_BT: where it was measured: there is a next token to predict.
     """
 
     gain_BT: FloatBT
@@ -55,8 +59,13 @@ def measure_gains(
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
     implementation: str = "auto",
-) -> Gains | None:
-    """Read the first `gain_rows` of a call twice more, with all gates closed and with all open.
+) -> tuple[Gains, ...] | None:
+    """Read the first `gain_rows` of the batch again, with other decisions of the gates.
+
+    `gain_measure` = `open_closed`: twice, with all gates closed and with all open. `flipped`: once, with every gate's
+    decision about a token taken the other way with the probability `gain_flips`. What such a flip changes in the loss
+    of the next token is the gain of the token. Flips of tokens before it change that loss, too, by the state they
+    leave: noise of the measure, the more of it the more are flipped.
 
     Args:
         decoder: of the model.
@@ -66,25 +75,76 @@ def measure_gains(
         implementation: of `linear_cross_entropy_per_token`.
 
     Returns:
-        The gains; None where no gate is to forecast them, outside of training, or if none of the rows is measured (a
-        batch is spread over processes, and its first rows are others').
+        The gains by gate; None where no gate is to forecast them, outside of training, or if none of the rows is
+        measured (a batch is spread over processes, and its first rows are others').
 
     Raises:
         InputError: as `TaipanLM.forward`.
     """
     at, config = output.at_first_gate, decoder.config
-    rows = 0 if at is None else _measured_rows(len(at.h_BTD), decoder.schedule.part, config.gain_rows)
-    if at is None or rows == 0:
+    if at is None:
+        return None
+    rows = _measured_rows(len(at.h_BTD), decoder.schedule.part, config.gain_rows)
+    flips_GRT = _flips(at, config, decoder.schedule.part, rows) if config.gain_measure == "flipped" else None
+    if rows == 0:
         return None
     mask = None if attention_mask is None else attention_mask[:rows]
     documents = None if segment_ids is None else segment_ids[:rows]
     target = next_tokens(labels[:rows], output.hidden_BTD[:rows].shape, mask, documents)
-    closed_BTD, open_BTD = decoder.closed_and_open(at, rows)
-    hidden_MD = torch.cat([closed_BTD[:, :-1], open_BTD[:, :-1]]).flatten(0, 1)
-    nats = token_nats(head, hidden_MD, target.flatten().repeat(2), implementation).float()
-    closed_BT, open_BT = nats.view(2, *target.shape).unbind()
-    gain_BT = (closed_BT - open_BT).clamp(-config.gain_clip, config.gain_clip)
-    return Gains(F.pad(gain_BT, (0, 1)), F.pad(target != -100, (0, 1)))
+
+    def nats(hidden_MD: Tensor, target_M: Tensor) -> Tensor:
+        return token_nats(head, hidden_MD, target_M, implementation)
+
+    if flips_GRT is None:
+        gains = _open_against_closed(decoder, at, target, nats)
+        return tuple(gains for _ in output.gates)
+    return tuple(_flipped(decoder, at, output, flips_GRT, F.pad(target, (0, 1), value=-100), nats))
+
+
+def _open_against_closed(decoder: TaipanDecoder, at: AtFirstGate, target: Tensor, nats: Nats) -> Gains:
+    """The gains of all gates together, both readings at once."""
+    rows, clip = len(target), decoder.config.gain_clip
+    open_BT = torch.arange(2 * rows, device=target.device)[:, None].expand(-1, at.h_BTD.shape[1]) >= rows
+    twice_R = torch.arange(rows, device=target.device).repeat(2)
+    hidden_BTD = decoder.decided_as(at, twice_R, dict.fromkeys(at.selected, open_BT))
+    losses = nats(hidden_BTD[:, :-1].flatten(0, 1), target.flatten().repeat(2)).float()
+    closed_RT, open_RT = losses.view(2, *target.shape).unbind()
+    gain_RT = (closed_RT - open_RT).clamp(-clip, clip)
+    return Gains(F.pad(gain_RT, (0, 1)), F.pad(target != -100, (0, 1)))
+
+
+def _flipped(
+    decoder: TaipanDecoder, at: AtFirstGate, output: DecoderOutput, flips_GRT: Tensor, target_RT: Tensor, nats: Nats
+) -> Iterator[Gains]:
+    """The gains of each gate at its flips."""
+    rows, clip = len(target_RT), decoder.config.gain_clip
+    rows_R = torch.arange(rows, device=target_RT.device)
+    selected = {
+        layer: selected_BT[:rows] ^ flips_RT
+        for (layer, selected_BT), flips_RT in zip(at.selected.items(), flips_GRT, strict=True)
+    }
+    hidden_RTD = decoder.decided_as(at, rows_R, selected)
+    call = at.call.select(rows_R)
+    known_GRT = torch.stack([call.restore(flips_RT) for flips_RT in flips_GRT]) & (target_RT != -100)
+    asked_RT = known_GRT.any(0)
+    target_M = target_RT[asked_RT]
+    change_M = nats(hidden_RTD[asked_RT], target_M) - nats(output.hidden_BTD[:rows].detach()[asked_RT], target_M)
+    change_RT = change_M.new_zeros(target_RT.shape).masked_scatter(asked_RT, change_M)
+    for gate, known_RT in zip(output.gates, known_GRT, strict=True):
+        gain_RT = torch.where(gate.selected_BT[:rows], change_RT, -change_RT)  # without a token less with it
+        yield Gains(gain_RT.clamp(-clip, clip), known_RT)
+
+
+def _flips(at: AtFirstGate, config: TaipanConfig, part: tuple[int, int], rows: int) -> Tensor:
+    """For each gate the tokens of the first rows that it decides otherwise about.
+
+    They are drawn for the whole batch, so that a row has the same ones however it is spread over processes.
+    """
+    (batch, length), (number, count) = at.h_BTD.shape[:2], part
+    chance_GBT = torch.rand(len(at.selected), count * batch, length, device=at.h_BTD.device)
+    flips_GRT = chance_GBT[:, number * batch : number * batch + rows] < config.gain_flips
+    real_BT = at.call.layout.real_BT
+    return flips_GRT if real_BT is None else flips_GRT & real_BT[:rows]
 
 
 def _measured_rows(rows: int, part: tuple[int, int], share: float) -> int:

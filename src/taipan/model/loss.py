@@ -27,12 +27,16 @@ class Loss:
         budget: λ Σ_n ‖C − rate_n‖²; 0 where a threshold holds the budget.
         forecast: weighted squared error of the gates as forecasts of gains, in nats²; 0 where that is not their
             objective.
+        forecast_G: the same gate by gate.
+        measured_G: of how many tokens each is the mean.
     """
 
     total: Tensor
     cross_entropy: Tensor
     budget: Tensor
     forecast: Tensor
+    forecast_G: Tensor
+    measured_G: Tensor
 
 
 def decode_with_loss(
@@ -97,7 +101,7 @@ def compute_loss(
     segment_ids: Tensor | None,
     num_items_in_batch: Tensor | int | None,
     implementation: str,
-    gains: Gains | None = None,
+    gains: Sequence[Gains] | None = None,
 ) -> Loss:
     """Cross-entropy of the next token plus the budget of Eq. 7; logits are never held whole.
 
@@ -112,7 +116,7 @@ def compute_loss(
         num_items_in_batch: predicted tokens of the whole accumulated batch: both parts are then weighted by this call's
             share of them, so the losses of all calls add up to the loss of the whole batch.
         implementation: of `linear_cross_entropy`.
-        gains: what the gates are to forecast, if that is their objective.
+        gains: what each gate is to forecast, if that is their objective.
 
     Raises:
         InputError: the labels do not fit the tokens, or one is no id.
@@ -126,14 +130,24 @@ def compute_loss(
         count = int((target_M != -100).sum())
     cross_entropy = total / torch.as_tensor(count, device=total.device).clamp_min(1)
     budget = budget_penalty(decoder.gates, config, schedule, cross_entropy.new_zeros(()))
-    forecast = cross_entropy.new_zeros(())
+    zero = cross_entropy.new_zeros(())
+    errors, measured = [zero for _ in decoder.gates], [zero for _ in decoder.gates]
     if gains is not None:
-        for gate in decoder.gates:
-            forecast = forecast + config.gain_weight * gate.gain_loss(gains.gain_BT, gains.known_BT)
+        pairs = list(zip(decoder.gates, gains, strict=True))
+        errors = [config.gain_weight * gate.gain_loss(found.gain_BT, found.known_BT) for gate, found in pairs]
+        measured = [found.known_BT.sum() for found in gains]
+    forecast = sum(errors, zero)
     loss = cross_entropy + budget + forecast
     if num_items_in_batch is not None:
         loss = loss * (count / num_items_in_batch)
-    return Loss(total=loss, cross_entropy=cross_entropy, budget=budget, forecast=forecast)
+    return Loss(
+        total=loss,
+        cross_entropy=cross_entropy,
+        budget=budget,
+        forecast=forecast,
+        forecast_G=torch.stack(errors) if errors else zero[None][:0],
+        measured_G=torch.stack(measured) if measured else zero[None][:0],
+    )
 
 
 def budget_penalty(gates: Sequence[GateOutput], config: TaipanConfig, schedule: GateSchedule, zero: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class TaipanOutput:
         cross_entropy: mean nats per predicted token, if labels were given.
         budget: λ Σ_n ‖C − rate_n‖² (Eq. 7), if labels were given.
         forecast: error of the gates as forecasts of gains, if labels were given; 0 where that is not their objective.
+        forecast_G: the same gate by gate.
+        measured_G: of how many tokens each is the mean.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class TaipanOutput:
         self.cross_entropy = None if loss is None else loss.cross_entropy
         self.budget = None if loss is None else loss.budget
         self.forecast = None if loss is None else loss.forecast
+        self.forecast_G = None if loss is None else loss.forecast_G
+        self.measured_G = None if loss is None else loss.measured_G
         self._build_state = decoder.build_state
         self._head = head
         self._keep = logits_to_keep

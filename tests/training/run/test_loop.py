@@ -268,6 +268,22 @@ def test_so_does_one_with_muon_and_accumulation(make_recipe: MakeRecipe, tmp_pat
     assert_equal(whole, train(None, resume=cut.run))
 
 
+@pytest.mark.parametrize("measure", ["open_closed", "flipped"])
+def test_so_does_one_whose_gates_forecast_gains(measure: str, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    changes = {
+        "model.gate_objective": "gain",
+        "model.budget_control": "threshold",
+        "model.budget_anneal": [0.0, 0.25],
+        "model.gain_measure": measure,
+        "training.steps": 5,
+        "training.accumulation": 2,
+        "training.batch_size": 2,
+    }
+    whole = train(make_recipe(**changes, output=str(tmp_path / "whole")))
+    cut = train(make_recipe(**changes), listener=Watcher(3, interrupt))
+    assert_equal(whole, train(None, resume=cut.run))
+
+
 def test_interrupted_at_every_step(make_recipe: MakeRecipe, whole: TrainResult) -> None:
     result = train(make_recipe(), listener=Watcher(1, interrupt))
     while result.interrupted:

@@ -142,8 +142,7 @@ def train_step(
                     after.append(output.state.detach())
             token_loss = output.cross_entropy * share.to(output.cross_entropy.dtype)
             budget_loss = _budget_share(model, output, world) / len(micro_batches)
-            assert output.forecast is not None
-            forecast_loss = output.forecast / (len(micro_batches) * world.size)
+            forecast_loss = _forecast_share(model, output, world) / len(micro_batches)
             loss = token_loss + budget_loss + forecast_loss
             losses.append(torch.stack([loss, token_loss, budget_loss, forecast_loss]).detach().double())
             told("forward")
@@ -203,6 +202,18 @@ def _budget_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor
     )  # of the batch, with the own gradient
     budget = config.budget_weight * ((model.model.schedule.capacity - rates) ** 2).sum()
     return budget - budget.detach() * (1.0 - 1.0 / world.size)
+
+
+def _forecast_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor:
+    """This process's share of the gates' error as forecasts: the mean over the tokens that all processes measured."""
+    assert output.forecast is not None
+    assert output.forecast_G is not None
+    assert output.measured_G is not None
+    if world.size == 1 or not model.config.measures_gains:
+        return output.forecast
+    measured_G = output.measured_G.double()
+    share_G = measured_G / world.add_up(measured_G.clone()).clamp_min(1.0)
+    return (output.forecast_G * share_G.to(output.forecast_G.dtype)).sum()
 
 
 def _not_finite(step: int, losses: Sequence[float], norm: float) -> TrainingError:
