@@ -50,7 +50,7 @@ def test_every_result_is_rounded_once(dtype: torch.dtype) -> None:
     exact = [rounded(tensor) for tensor in given]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         out = linear(*given)
-        assert kind(out) == "_WidenedBackward"
+        assert kind(out) == "_RoundedBackward"
     assert out.dtype == torch.bfloat16
     truth = F.linear(*exact)
     direction = torch.randn(out.shape).bfloat16()
@@ -70,7 +70,7 @@ def test_every_result_is_rounded_once(dtype: torch.dtype) -> None:
 def test_else_it_is_torchs(rows: int, dtype: torch.dtype) -> None:
     given = operands(rows, dtype)
     out = linear(*given)
-    assert "Widened" not in kind(out)
+    assert "Rounded" not in kind(out)
     assert out.equal(F.linear(*given))
 
 
@@ -78,7 +78,7 @@ def test_else_it_is_torchs(rows: int, dtype: torch.dtype) -> None:
 def test_where_the_processor_multiplies_it_is_torchs() -> None:
     given = operands(30, torch.bfloat16)
     out = linear(*given)
-    assert "Widened" not in kind(out)
+    assert "Rounded" not in kind(out)
 
 
 @pytest.mark.usefixtures("emulating")

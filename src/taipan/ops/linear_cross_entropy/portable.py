@@ -104,7 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wide == factor_VD.dtype:
                 grad_weight_VD.addmm_(grad_logits_RV.T, hidden_RD)
             else:
-                grad_weight_VD += grad_logits_RV.T @ hidden_RD
+                for part in _parts(grad_weight_VD):
+                    grad_weight_VD[part] += grad_logits_RV[:, part].T @ hidden_RD
         ctx.save_for_backward(grad_hidden_MD, grad_weight_VD)
         ctx.dtype = hidden_MD.dtype
         return loss
@@ -115,6 +116,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden_MD, grad_weight_VD = (
-            None if grad is None else (grad * grad_loss).to(ctx.dtype) for grad in ctx.saved_tensors
+            None if grad is None else _scaled(grad, grad_loss, ctx.dtype) for grad in ctx.saved_tensors
         )
         return grad_hidden_MD, grad_weight_VD, None, None
+
+
+def _parts(matrix: Tensor) -> list[slice]:
+    """Rows of a large matrix, so few at once that what is computed of them is small beside it."""
+    rows = max(1, CHUNK_ELEMENTS // matrix.shape[1])
+    return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in a dtype, without a copy of the whole in another."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    for part in _parts(gradient):
+        out[part] = gradient[part] * factor
+    return out

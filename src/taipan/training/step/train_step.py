@@ -145,12 +145,14 @@ def train_step(
             forecast_loss = _forecast_share(model, output, world) / len(micro_batches)
             loss = token_loss + budget_loss + forecast_loss
             losses.append(torch.stack([loss, token_loss, budget_loss, forecast_loss]).detach().double())
+            decided = output.gates
+            del output  # which holds the states of all layers, to build one if asked
             told("forward")
             # the engines take the mean over the processes, and the shares want to be added up
             (loss if world.size == 1 else loss * world.size).backward()
         told("backward")
-        gates.append(gathered(model, output.gates))
-        meaning = meaning or GateMeaning.of(model, output.gates)
+        gates.append(gathered(model, decided))
+        meaning = meaning or GateMeaning.of(model, decided)
         told("gates")
     norm = _clip(optimizer.parameters(), clip).double() / world.size
     told("clipping")
