@@ -20,7 +20,7 @@ from taipan.planning import (
     step_time,
 )
 from taipan.training.recipe import Recipe
-from taipan.training.step.optimizer import is_hidden_matrix
+from taipan.training.step.optimizer import build_optimizer, is_hidden_matrix
 
 
 def recipe(**changes: object) -> Recipe:
@@ -45,6 +45,19 @@ def test_optimizer_bytes_are_those_of_the_built_model(preset: str) -> None:
     assert hidden_matrix_parameters(config) == hidden
     assert optimizer_bytes(recipe(), config) == 8 * parameter_count(config)
     assert optimizer_bytes(recipe(optimizer__name="muon"), config) == 8 * parameter_count(config) - 4 * hidden
+
+
+def test_bytes_of_moments_in_8_bits_are_near_those_of_the_built_model() -> None:
+    config = TaipanConfig.preset("taipan-tiny", hidden_size=256)
+    model = TaipanLM(config)
+    for name in ("adamw", "muon"):
+        asked = recipe(optimizer__name=name, optimizer__moments="int8")
+        optimizer = build_optimizer(model, asked.optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        held = sum(tensor.nbytes for tensor in optimizer.state_dict().values())
+        assert optimizer_bytes(asked, config) == pytest.approx(held, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "selective_attention", "full_attention", "sliding_attention"])

@@ -75,6 +75,24 @@ class Bytes(Address):
     dtypes = ()
 
 
+class Int8(Address):
+    """int8."""
+
+    name, dtypes = "int8", (torch.int8,)
+
+
+class Uint8(Address):
+    """uint8."""
+
+    name, dtypes = "uint8", (torch.uint8,)
+
+
+class Float(Address):
+    """fp32, whatever the library's type."""
+
+    name, dtypes = "float", (torch.float32,)
+
+
 class Int32(Address):
     """int32."""
 
@@ -233,6 +251,10 @@ _Strides = Index * 3
 
 def _sizes(names: str) -> list[tuple[str, Any]]:
     return [(name, Index) for name in names.split()]
+
+
+def _doubles(names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_double) for name in names.split()]
 
 
 # ---------------------------------------------------------------------- ops
@@ -483,6 +505,22 @@ class CrossEntropy(Arguments):
     _fields_ = [*_sizes("rows columns narrow"), ("logits", Elements), ("target", Int64), ("loss", Double)]
 
 
+class AdamW(Arguments):
+    """A step of AdamW with moments in 8 bits, of one parameter."""
+
+    function = "adamw"
+    _fields_ = [
+        *_sizes("count block"),
+        ("parameter", Reals),
+        ("gradient", Reals),
+        ("first", Int8),
+        ("second", Uint8),
+        ("first_scale", Float),
+        ("second_scale", Float),
+        *_doubles("beta1 beta2 shrink rate root eps"),
+    ]
+
+
 # ---------------------------------------------------------------------- decoding
 
 
@@ -499,7 +537,7 @@ class DecodeSizes(Structure):
         *_sizes("layers hidden vocabulary intermediate inner conv taps heads head_dim groups state"),
         *_sizes("query_heads key_heads width gate_hidden lookahead orders remembered window rank scores"),
         *_sizes("bounding format embedding_format rounds"),
-        *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high", "most")),
+        *_doubles("eps dt_low dt_high most"),
     ]
 
 
@@ -662,6 +700,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     AttentionForward,
     AttentionBackward,
     CrossEntropy,
+    AdamW,
     Matrix,
     DecodeSizes,
     Layer,

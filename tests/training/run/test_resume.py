@@ -54,6 +54,7 @@ def cases(count: int, seed: int) -> list[Case]:
             "model.gate": draw.choice(["linear", "mlp"]),
             "model.gate_gradient": draw.choice(["dense", "gathered"]),
             "model.budget_mean": draw.choice(["batch", "sequence"]),
+            "optimizer.moments": draw.choice(["float32", "int8"]),
         }
         for cuts in draw.sample(CUTS, 3):
             case = Case(stack, tuple(changes.items()), cuts)

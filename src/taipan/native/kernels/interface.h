@@ -172,6 +172,18 @@ struct CrossEntropy {
   double* loss;
 };
 
+// One parameter; moments as codes, with a scale for each block of so many elements. The step is
+// parameter · shrink − rate · first / (√second · root + eps).
+struct AdamW {
+  Index count, block;
+  Real* parameter;
+  const Real* gradient;
+  std::int8_t* first;
+  std::uint8_t* second;  // codes of the root
+  float *first_scale, *second_scale;
+  double beta1, beta2, shrink, rate, root, eps;
+};
+
 // ------------------------------------------------------------------ decoding
 
 enum Format : Index { kReal = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
@@ -331,6 +343,8 @@ TAIPAN_STRUCT(AttentionPlanned, sizes, low, high, code, until, plan)
 TAIPAN_STRUCT(AttentionForward, sizes, q, k, v, plan, out, statistics)
 TAIPAN_STRUCT(AttentionBackward, sizes, q, k, v, plan, out, dout, statistics, delta, parts_dq, dq, dk, dv)
 TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, logits, target, loss)
+TAIPAN_STRUCT(AdamW, count, block, parameter, gradient, first, second, first_scale, second_scale, beta1, beta2, shrink,
+              rate, root, eps)
 TAIPAN_STRUCT(Matrix, weight, scale, rows, columns)
 TAIPAN_STRUCT(DecodeSizes, layers, hidden, vocabulary, intermediate, inner, conv, taps, heads, head_dim, groups, state,
               query_heads, key_heads, width, gate_hidden, lookahead, orders, remembered, window, rank, scores,
@@ -367,6 +381,7 @@ TAIPAN_STRUCT(Unpack, matrix, narrow, out)
   F(attention_forward, AttentionForward)     \
   F(attention_backward, AttentionBackward)   \
   F(cross_entropy, CrossEntropy)             \
+  F(adamw, AdamW)                            \
   F(decode, Decode)                          \
   F(choose, Choose)                          \
   F(write, Write)                            \

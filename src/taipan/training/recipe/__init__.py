@@ -1,6 +1,7 @@
 """What a run is to do: the recipe, its keys, and how it is read."""
 
 from taipan.training.recipe.recipe import (
+    SLOWEST_IN_INT8,
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -12,6 +13,7 @@ from taipan.training.recipe.recipe import (
 )
 
 __all__ = [
+    "SLOWEST_IN_INT8",
     "DataSection",
     "ModelSection",
     "OptimizerSection",

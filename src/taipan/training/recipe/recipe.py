@@ -17,6 +17,10 @@ from taipan.training.recipe.yaml_text import parse_yaml
 
 _Section = TypeVar("_Section")
 
+SLOWEST_IN_INT8 = 0.96
+"""The largest `optimizer.betas` with moments in 8 bits. A decay by less than half of the distance of two codes would be
+rounded away; they are 2⁻⁴ of a number apart for the first moment, 2⁻⁵ for the root of the second."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
@@ -139,6 +143,8 @@ class OptimizerSection:
         weight_decay: decoupled decay, for matrices only (never norms, biases, A_log, D, dt_bias).
         decay_embeddings: whether the embedding (and head) count as such matrices.
         betas, eps: AdamW's.
+        moments: what AdamW keeps its two moments in. `int8`: of parameters of 4,096 elements and more a byte each, and
+            a scale for each 128 (docs/decisions/0033-moments-in-eight-bits.md); not with sharded parameters.
         clip: largest gradient norm, or None for no clipping.
     """
 
@@ -149,6 +155,7 @@ class OptimizerSection:
     decay_embeddings: bool = True
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    moments: Literal["float32", "int8"] = "float32"
     clip: float | None = 1.0
 
 
@@ -447,6 +454,16 @@ def _check_values(recipe: Recipe) -> None:
         _require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "above 0")
     _require(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "0 or more")
     _require(all(0 <= b < 1 for b in optimizer.betas), "optimizer.betas", optimizer.betas, "two numbers, 0 ≤ beta < 1")
+    if optimizer.moments == "int8" and max(optimizer.betas) > SLOWEST_IN_INT8:
+        raise ConfigError(
+            f"optimizer.betas is {shown(list(optimizer.betas))}, but optimizer.moments int8 needs both at most "
+            f"{SLOWEST_IN_INT8}: what changes more slowly would stand still in 8 bits. Take float32."
+        )
+    if optimizer.moments == "int8" and recipe.parallel.strategy in ("fsdp", "hsdp"):
+        raise ConfigError(
+            f"optimizer.moments is int8, but parallel.strategy {recipe.parallel.strategy} spreads the parameters over "
+            "the processes, whose parts have no blocks of their own: take float32, or the strategy ddp."
+        )
     _require(optimizer.clip is None or optimizer.clip > 0, "optimizer.clip", optimizer.clip, "null or above 0")
     _require(0 <= schedule.final <= 1, "schedule.final", schedule.final, "a share of the peak between 0 and 1")
     _require(schedule.warmup >= 0, "schedule.warmup", schedule.warmup, "0 or more")

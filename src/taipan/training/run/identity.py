@@ -19,6 +19,9 @@ def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
     packing = {"packing": recipe.data.packing}
     if recipe.data.packing == "documents":  # runs from before first tokens were trained go on under another loss
         packing["documents_begin_with"] = "the end token"
+    optimizer = {"name": recipe.optimizer.name}
+    if recipe.optimizer.moments != "float32":  # runs from before there was a choice go on
+        optimizer["moments"] = recipe.optimizer.moments
     return {
         "model": config.to_dict(),
         "data": {
@@ -29,7 +32,7 @@ def identity(recipe: Recipe, config: TaipanConfig, data: Mixture) -> Identity:
             "context_length": recipe.data.context_length,
             **packing,
         },
-        "optimizer": {"name": recipe.optimizer.name},
+        "optimizer": optimizer,
         "training": {
             "batch_size": recipe.training.batch_size,
             "accumulation": recipe.training.accumulation,

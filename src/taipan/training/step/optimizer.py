@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taipan.errors import CheckpointError, shown
+from taipan.errors import CheckpointError, ConfigError, shown
+from taipan.model.sharding import is_sharded
+from taipan.native.memory import Arena
 from taipan.training.recipe import OptimizerSection
+from taipan.training.step.adamw8 import FEWEST, AdamW8bit, state_of
 from taipan.training.step.muon import Muon
 
-_STATE: dict[type[torch.optim.Optimizer], set[str]] = {
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-    Muon: {"momentum_buffer"},
-}
-"""What each optimizer remembers of a parameter."""
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -32,7 +30,7 @@ class OptimizerSet:
     """Optimizers over disjoint parameters, used as one. Learning rates are peaks times a common multiplier.
 
     Args:
-        optimizers: AdamW or Muon.
+        optimizers: AdamW, with moments of 32 or 8 bits, or Muon.
         names: of all parameters, by which their states are saved.
     """
 
@@ -59,6 +57,8 @@ class OptimizerSet:
     def step(self) -> None:
         """Update all parameters from their gradients."""
         for optimizer in self._optimizers:
+            if isinstance(optimizer, torch.optim.AdamW | AdamW8bit):
+                _make_moments(optimizer)
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -91,24 +91,36 @@ class OptimizerSet:
             name, _, key = entry.rpartition("/")
             keys.setdefault(name, set()).add(key)
             parameter = parameters.get(name)
-            if parameter is None or shape not in (parameter.shape, torch.Size()):
+            scales = key.endswith("_scale")
+            if parameter is None or not (scales or shape in (parameter.shape, torch.Size())):
                 raise CheckpointError(
                     f"The optimizer state of the checkpoint does not fit the model ({shown(entry)} of shape "
                     f"{tuple(shape)}):"
                     " resume with its own recipe."
                 )
             like = parameter.detach()
-            blank[entry] = torch.zeros_like(like) if shape else torch.zeros((), dtype=dtype, device=like.device)
+            if shape == like.shape and dtype.is_floating_point:
+                blank[entry] = torch.zeros_like(like)
+            else:
+                blank[entry] = torch.zeros(shape, dtype=dtype, device=like.device)
         for optimizer in self._optimizers:
-            expected = _STATE[type(optimizer)]
             for group in optimizer.param_groups:
-                for name in (self._names[parameter] for parameter in group["params"]):
-                    if keys.get(name, expected) != expected:
+                for parameter in group["params"]:
+                    name, expected = self._names[parameter], _remembered(optimizer, parameter)
+                    found = {key: blank[f"{name}/{key}"] for key in keys.get(name, ())}
+                    if found and found.keys() != expected.keys():
                         raise CheckpointError(
-                            f"The checkpoint holds {', '.join(sorted(keys[name]))} for {name}, but the recipe's "
-                            f"optimizer needs {', '.join(sorted(expected))}: resume with the optimizer.name of the "
-                            "original recipe."
+                            f"The checkpoint holds {', '.join(sorted(found))} for {name}, but the recipe's "
+                            f"optimizer needs {', '.join(sorted(expected))}: resume with the optimizer.name and "
+                            "optimizer.moments of the original recipe."
                         )
+                    for key, tensor in found.items():
+                        if (tensor.shape, tensor.dtype) != expected[key]:
+                            raise CheckpointError(
+                                f"{name}/{key} of the checkpoint is {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                                f"expected {expected[key][1]} of shape {tuple(expected[key][0])}: use an earlier "
+                                "checkpoint."
+                            )
         return blank
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -132,6 +144,40 @@ class OptimizerSet:
             optimizer.state[parameter][key] = value
 
 
+def _remembered(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of everything an optimizer remembers of a parameter."""
+    like, count = (parameter.shape, parameter.dtype), (torch.Size(), torch.float32)
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": like}
+    if isinstance(optimizer, AdamW8bit):
+        return {"step": count, **state_of(parameter)}
+    return {"step": count, "exp_avg": like, "exp_avg_sq": like}
+
+
+def _make_moments(optimizer: torch.optim.AdamW | AdamW8bit) -> None:
+    """The first moments of parameters on a CPU, side by side, before the optimizer makes them one by one.
+
+    They live as long as the run. Each in its own hole between what a step has freed, they would leave the activations
+    of the next one no room there (docs/performance.md).
+    """
+    new = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None and not optimizer.state[parameter]
+    ]
+    made = {
+        parameter: {key: value for key, value in _remembered(optimizer, parameter).items() if key != "step"}
+        for parameter in new
+        if type(parameter) is nn.Parameter and parameter.device.type == "cpu"
+    }
+    arena = Arena([entry for entries in made.values() for entry in entries.values()])
+    for parameter, entries in made.items():
+        state = optimizer.state[parameter]
+        state["step"] = torch.zeros(())
+        state.update({key: arena.take(shape, dtype) for key, (shape, dtype) in entries.items()})
+
+
 def build_optimizer(
     model: nn.Module, section: OptimizerSection, *, muon_dtype: torch.dtype = torch.float32
 ) -> OptimizerSet:
@@ -141,6 +187,9 @@ def build_optimizer(
         model: its parameters carry the names of `TaipanLM`.
         section: the recipe's `optimizer`.
         muon_dtype: dtype of Muon's iteration.
+
+    Raises:
+        ConfigError: moments in 8 bits of parameters that are spread over processes.
     """
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     hidden: list[tuple[str, Tensor]] = []
@@ -154,15 +203,20 @@ def build_optimizer(
         optimizers.append(
             Muon(matrices, lr=section.muon_learning_rate, weight_decay=section.weight_decay, dtype=muon_dtype)
         )
-    optimizers.append(
-        torch.optim.AdamW(
-            _decay_groups(rest, section),
-            lr=section.learning_rate,
-            betas=section.betas,
-            eps=section.eps,
-            fused=True,
-        )
-    )
+    settings: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
+    if section.moments == "int8":
+        if any(is_sharded(parameter) for _, parameter in rest):
+            raise ConfigError(
+                "optimizer.moments is int8, but parallel.strategy spreads the parameters over the processes, whose "
+                "parts have no blocks of their own: take float32, or the strategy ddp."
+            )
+        large = [entry for entry in rest if entry[1].numel() >= FEWEST and entry[1].is_contiguous()]
+        taken |= {name for name, _ in large}
+        rest = [(name, parameter) for name, parameter in rest if name not in taken]
+        if large:
+            optimizers.append(AdamW8bit(_decay_groups(large, section), **settings))
+    if rest:
+        optimizers.append(torch.optim.AdamW(_decay_groups(rest, section), **settings, fused=True))
     return OptimizerSet(optimizers, {parameter: name for name, parameter in parameters})
 
 
