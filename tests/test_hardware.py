@@ -139,3 +139,29 @@ def test_a_tuned_allocator_reuses_large_blocks() -> None:
         assert faults < page_faults("plain")[0] / 10
     else:
         assert sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION")
+
+
+RETURNED = """
+from pathlib import Path
+import numpy as np
+from taipan import hardware
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
+
+hardware.tune_allocator()
+block = np.ones(48 << 20, dtype=np.uint8)
+pin = np.ones(1 << 20, dtype=np.uint8)
+del block
+before = resident()
+print(hardware.return_free_memory(), before - resident())
+"""
+
+
+def test_memory_that_the_heap_keeps_is_returned() -> None:
+    if sys.platform != "linux":
+        return  # there is no such heap
+    result = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    done, returned = result.stdout.split()
+    assert done == "False" or int(returned) > 40 << 20

@@ -81,6 +81,32 @@ def test_where_the_processor_multiplies_it_is_torchs() -> None:
     assert "Rounded" not in kind(out)
 
 
+@pytest.mark.usefixtures("multiplying")
+@pytest.mark.parametrize("rows", [30, 1])
+def test_under_autocast_the_bits_are_torchs_and_no_rounded_weight_is_kept(rows: int) -> None:
+    """For the backward: a copy in bfloat16 of every weight would lie there from one end of the step to the other."""
+    given, direction = operands(rows, torch.float32), torch.randn(2, rows, 24).bfloat16()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = F.linear(*given)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = linear(*given)
+    assert out.equal(wanted)
+    assert [tensor.dtype for tensor in kept] == [torch.bfloat16, torch.float32]
+    assert kept[1].data_ptr() == given[1].data_ptr()
+    for found, expected in zip(
+        torch.autograd.grad(out, given, direction), torch.autograd.grad(wanted, given, direction), strict=True
+    ):
+        assert found.equal(expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(*given).equal(wanted)
+
+
 @pytest.mark.usefixtures("emulating")
 def test_a_weight_of_another_kind_keeps_its_own_product() -> None:
     asked: list[object] = []

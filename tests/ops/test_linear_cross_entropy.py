@@ -191,3 +191,19 @@ def test_nats_of_single_tokens_under_autocast_are_those_of_rounded_operands(impl
     assert nats[3] == 0
     bound = 2 * 2.0**-9 * logits.abs().max()  # a rounding of the logit and one of the largest
     torch.testing.assert_close(nats.double(), expected, rtol=0, atol=float(bound))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_weight_is_the_same_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = (torch.randn(size, 16).to(dtype).requires_grad_() for size in (50, 70))
+    target = torch.randint(70, (50,))
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        total, _ = linear_cross_entropy(hidden, weight, target, implementation="portable")
+        return torch.autograd.grad(total / 7, (hidden, weight))
+
+    whole = gradients()
+    monkeypatch.setattr(portable, "CHUNK_ELEMENTS", 16 * 9)  # the rows of a chunk stay MIN_CHUNK_ROWS
+    assert len(portable._parts(weight)) == 8
+    for part, expected in zip(gradients(), whole, strict=True):
+        assert part.equal(expected)

@@ -136,3 +136,16 @@ def test_a_state_of_another_optimizer_or_model_is_refused() -> None:
     smaller = TaipanLM(CONFIG.replace(layer_types=("mamba2",)))
     with pytest.raises(CheckpointError, match="does not fit the model"):
         build_optimizer(smaller, OptimizerSection()).load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_moments_lie_side_by_side(moments: Any) -> None:
+    """Not each in a hole of the heap that activations lie in at the next step."""
+    model = TaipanLM(CONFIG.replace(vocab_size=300))
+    optimizer = build_optimizer(model, OptimizerSection(moments=moments))
+    gradients(model, 0)
+    optimizer.step()
+    for part in optimizer._optimizers:
+        tensors = [value for state in part.state.values() for key, value in state.items() if key != "step"]
+        first, last = min(t.data_ptr() for t in tensors), max(t.data_ptr() + t.nbytes for t in tensors)
+        assert last - first <= sum(tensor.nbytes + 63 for tensor in tensors)

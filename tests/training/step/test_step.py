@@ -1,6 +1,7 @@
 """One step: accumulation is exact, what is not finite stops before anything moves."""
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -153,6 +154,21 @@ def test_states_are_read_and_replaced_without_a_gradient_into_the_past() -> None
     assert whole.state.position_B.tolist() == states[0].position_B.tolist()  # type: ignore[union-attr]
     assert carried.cross_entropy == pytest.approx(float(target), rel=1e-4)
     assert forgotten.cross_entropy != pytest.approx(float(target), rel=1e-4)
+
+
+def test_no_state_is_held_through_the_backward_unless_it_is_carried() -> None:
+    model, optimizer = fresh()
+    batch = rows(3)
+    shapes = {layer.ssm_BHPN.shape for layer in model.empty_state(3).layers if hasattr(layer, "ssm_BHPN")}
+
+    def held(part: str) -> None:
+        if part == "forward":
+            found.append([o for o in gc.get_objects() if type(o) is Tensor and o.shape in shapes])
+
+    for states in (None, [None]):
+        found: list[list[Tensor]] = []
+        train_step(model, optimizer, [batch], states=states, told=held)
+        assert bool(found[0]) == (states is not None)
 
 
 def test_states_stay_when_a_step_fails() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from taipan.errors import CheckpointError, ConfigError, shown
+from taipan.hardware import return_free_memory
 from taipan.model.sharding import is_sharded
 from taipan.native.memory import Arena
 from taipan.training.recipe import OptimizerSection
@@ -158,7 +159,8 @@ def _make_moments(optimizer: torch.optim.AdamW | AdamW8bit) -> None:
     """The first moments of parameters on a CPU, side by side, before the optimizer makes them one by one.
 
     They live as long as the run. Each in its own hole between what a step has freed, they would leave the activations
-    of the next one no room there (docs/performance.md).
+    of the next one no room there; so those holes go back to the system, and the moments lie elsewhere
+    (docs/performance.md).
     """
     new = [
         parameter
@@ -171,6 +173,9 @@ def _make_moments(optimizer: torch.optim.AdamW | AdamW8bit) -> None:
         for parameter in new
         if type(parameter) is nn.Parameter and parameter.device.type == "cpu"
     }
+    if not made:
+        return
+    return_free_memory()
     arena = Arena([entry for entries in made.values() for entry in entries.values()])
     for parameter, entries in made.items():
         state = optimizer.state[parameter]
