@@ -23,6 +23,7 @@ namespace {
 constexpr Index kColumns = 64;         // of a block, unless more heads share a key
 constexpr Index kMultiple = 16;        // of columns, which every vector width divides
 constexpr Index kForwardKeys = 128;    // of a block
+constexpr Index kForwardBlocks = 4;    // of queries, for which keys are gathered once
 constexpr Index kBackwardKeys = 256;
 
 struct Shape : AttentionSizes {
@@ -37,12 +38,11 @@ struct Shape : AttentionSizes {
   Index panel(Index b, Index g, Index block) const { return (b * groups + g) * blocks() + block; }
 };
 
-// Keys of a block of queries: their first and last, and the range common to all; the number of its first slice of keys,
-// and of the first part of its gradient within its row.
+// Keys of a block of queries: the range that any of them has; the number of its first slice of keys, and of the first
+// part of its gradient within its row.
 struct Bounds {
-  std::int32_t lowest, highest, latest, earliest, slice, part;
+  std::int32_t lowest, highest, slice, part;
   bool meets(Index begin, Index end) const { return lowest < end && highest > begin; }
-  bool all_see(Index begin, Index end) const { return latest <= begin && end <= earliest; }
 };
 
 // Per row of the batch: indices of the present keys, of the queries that see any, and each query's range of keys.
@@ -111,9 +111,8 @@ void make_plan(const Shape& s, const std::int64_t* low, const std::int64_t* high
     plan.first[at + count] = first;
     plan.stop[at + count] = stop;
     Bounds& bounds = plan.bounds[b * s.blocks() + count / s.block()];
-    if (count % s.block() == 0) bounds = {first, stop, first, stop, 0, 0};
-    bounds = {std::min(bounds.lowest, first), std::max(bounds.highest, stop), std::max(bounds.latest, first),
-              std::min(bounds.earliest, stop), 0, 0};
+    if (count % s.block() == 0) bounds = {first, stop, 0, 0};
+    bounds = {std::min(bounds.lowest, first), std::max(bounds.highest, stop), 0, 0};
     ++count;
   }
   for (Index j = 0; plan.until != nullptr && j < keys; ++j) {
@@ -152,6 +151,16 @@ void gather(const Shape& s, const Index* stride, const W* from, const std::int32
     to.set(j, s.width, from + b * stride[0] + place[j] * stride[1] + g * stride[2], 1);
 }
 
+// Rows that will be gathered next, into the second cache: they lie too far apart for the processor to foresee them.
+template <class W>
+void fetch(const Shape& s, const Index* stride, const W* from, const std::int32_t* place, Index b, Index g, Index count) {
+  constexpr Index kLine = 64 / sizeof(W);
+  for (Index j = 0; j < count; ++j) {
+    const W* row = from + b * stride[0] + place[j] * stride[1] + g * stride[2];
+    for (Index e = 0; e < s.width; e += kLine) __builtin_prefetch(row + e, 0, 2);
+  }
+}
+
 // One block of queries.
 template <class T>
 struct Columns {
@@ -174,8 +183,6 @@ struct Columns {
     return until == nullptr || std::any_of(until + from, until + to, [&](std::int32_t at) { return at > begin; });
   }
 
-  // Whether all of them see all of some keys.
-  bool all_see(Index from, Index to) const { return until == nullptr && bounds.all_see(from, to); }
 
   // Calls f(column, row) for the rows of a tensor that belong to the columns.
   template <class W, class F>
@@ -194,9 +201,13 @@ struct Columns {
     transposed.set_transposed(rows, s.columns(), s.width);
   }
 
-  // Of the columns: ranges of keys, empty where there is no query, and the number of the query.
+  // Of the columns: ranges of keys, empty where there is no query, and the number of the query. Of each vector of columns:
+  // the range of keys that all its queries have.
   struct Runs {
-    Number *first, *stop, *query;
+    Number *first, *stop, *query, *latest, *earliest;
+    Runs(Scratch& scratch, Index columns)
+        : first(scratch.take<Number>(columns)), stop(scratch.take<Number>(columns)), query(scratch.take<Number>(columns)),
+          latest(scratch.take<Number>(columns / kLanes<T>)), earliest(scratch.take<Number>(columns / kLanes<T>)) {}
   };
 
   void read_runs(const Runs& runs) const {
@@ -207,6 +218,21 @@ struct Columns {
       runs.stop[column] = used ? plan.stop[at + column / s.shared()] : 0;
       runs.query[column] = static_cast<Number>(begin + column / s.shared());
     }
+    const Index all = queries * s.shared();
+    for (Index column = 0; column < s.columns(); column += kLanes<T>) {
+      const Index end = std::max(column, std::min(column + kLanes<T>, all));
+      Number &latest = runs.latest[column / kLanes<T>], &earliest = runs.earliest[column / kLanes<T>];
+      latest = 0, earliest = std::numeric_limits<Number>::max();
+      for (Index at = column; at < end; ++at) {
+        latest = std::max(latest, runs.first[at]);
+        earliest = std::min(earliest, runs.stop[at]);
+      }
+    }
+  }
+
+  // Whether the queries of a vector of columns see all of some keys.
+  bool all_see(Index from, Index to, const Runs& runs, Index column) const {
+    return until == nullptr && runs.latest[column / kLanes<T>] <= from && to <= runs.earliest[column / kLanes<T>];
   }
 
   // Columns with queries, rounded up to whole vectors.
@@ -234,40 +260,52 @@ struct Columns {
   }
 };
 
-// Keys of a block of queries, some at a time: those of its range, without those that its first query does not see any
-// more.
-template <class T>
+// The keys of some queries, some at a time: those of a range, without those that the first of the queries does not see
+// any more.
 class Keys {
  public:
   Index count = 0;
   const std::int32_t* place = nullptr;
 
-  explicit Keys(const Columns<T>& columns) : columns_(columns), next_(columns.bounds.lowest) {}
+  Keys(const Shape& s, const Plan& plan, Index b, Index query, Index lowest, Index highest)
+      : all_(plan.key + b * s.keys), until_(plan.until == nullptr ? nullptr : plan.until + b * s.keys), query_(query),
+        next_(lowest), highest_(highest) {}
 
   bool next() {
-    const std::int32_t* all = columns_.plan.key + columns_.b * columns_.s.keys;
     begin_ = next_;
-    if (columns_.until == nullptr) {
-      count = std::min<Index>(kForwardKeys, columns_.bounds.highest - begin_);
-      place = all + begin_;
+    if (until_ == nullptr) {
+      count = std::min<Index>(kForwardKeys, highest_ - begin_);
+      place = all_ + begin_;
       next_ += kForwardKeys;
       return count > 0;
     }
     count = 0;
-    for (; next_ < columns_.bounds.highest && count < kForwardKeys; ++next_)
-      if (columns_.until[next_] > columns_.begin) {
+    for (; next_ < highest_ && count < kForwardKeys; ++next_)
+      if (until_[next_] > query_) {
         numbers_[count] = static_cast<std::int32_t>(next_);
-        places_[count++] = all[next_];
+        places_[count++] = all_[next_];
       }
     place = places_;
     return count > 0;
   }
 
-  Index number(Index j) const { return columns_.until == nullptr ? begin_ + j : numbers_[j]; }
+  Index number(Index j) const { return until_ == nullptr ? begin_ + j : numbers_[j]; }
+
+  // The places of those that may be next, and how many they are.
+  const std::int32_t* following() const { return all_ + next_; }
+  Index many() const { return std::clamp<Index>(highest_ - next_, 0, kForwardKeys); }
+
+  // Which of them are inside [lowest, highest), from a multiple on.
+  std::pair<Index, Index> between(Index lowest, Index highest, Index multiple) const {
+    Index from = 0, to = count;
+    while (from < to && number(from) < lowest) ++from;
+    while (from < to && number(to - 1) >= highest) --to;
+    return {from - from % multiple, to};
+  }
 
  private:
-  const Columns<T>& columns_;
-  Index next_, begin_ = 0;
+  const std::int32_t *all_, *until_;
+  Index query_, next_, highest_, begin_ = 0;
   std::int32_t numbers_[kForwardKeys], places_[kForwardKeys];
 };
 
@@ -300,120 +338,193 @@ struct Scale {
   }
 };
 
+// What a block of queries of the forward keeps from keys to keys.
 template <class T, class Matrix>
-struct ForwardRoom {
-  using Number = typename Columns<T>::Number;
-  Matrix rows, query, key, value, weights;
-  T *scores, *sums, *out, *highest, *before, *total, *kept;
+struct ForwardBlock {
+  Matrix query;
+  T *sums, *highest, *total;
   typename Columns<T>::Runs runs;
-  ForwardRoom(Scratch& scratch, const Shape& s) : ForwardRoom(scratch, s.columns(), s.width, s.pitch()) {}
-
- private:
-  ForwardRoom(Scratch& scratch, Index N, Index E, Index pitch)
-      : rows(scratch, N, pitch), query(scratch, pitch, N), key(scratch, kForwardKeys, pitch),
-        value(scratch, kForwardKeys, pitch), weights(scratch, kForwardKeys, N), scores(weights.wide(scratch, kForwardKeys)),
-        sums(scratch.take<T>(E * N)), out(scratch.take<T>(N * pitch)), highest(scratch.take<T>(N)),
-        before(scratch.take<T>(N)), total(scratch.take<T>(N)), kept(scratch.take<T>(N)),
-        runs{scratch.take<Number>(N), scratch.take<Number>(N), scratch.take<Number>(N)} {}
+  ForwardBlock(Scratch& scratch, const Shape& s)
+      : query(scratch, s.pitch(), s.columns()), sums(scratch.take<T>(s.width * s.columns())),
+        highest(scratch.take<T>(s.columns())), total(scratch.take<T>(s.columns())), runs(scratch, s.columns()) {}
 };
 
-template <class T, class W>
-int forward_block(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* out, T* statistics, Index b, Index g,
-                  Index block) {
-  using Matrix = MatrixFor<T, W>;
-  constexpr T kNone = -std::numeric_limits<T>::infinity();
-  const Index N = s.columns(), E = s.width, pitch = s.pitch();
-  const auto room = thread_scratch().lay_out<ForwardRoom<T, Matrix>>(s);
-  if (!room) return kNoMemory;
-  const auto& [rows, query, key, value, weights, scores, sums, result, highest, before, total, kept, runs] = *room;
-  const Scale<T, Matrix> scale(s);
+template <class T, class Matrix>
+struct ForwardRoom {
+  Matrix rows, key, value, weights;
+  T *scores, *out, *before, *kept;
+  ForwardBlock<T, Matrix> blocks[kForwardBlocks];
+  ForwardRoom(Scratch& scratch, const Shape& s)
+      : rows(scratch, s.columns(), s.pitch()), key(scratch, kForwardKeys, s.pitch()),
+        value(scratch, kForwardKeys, s.pitch()), weights(scratch, kForwardKeys, s.columns()),
+        scores(weights.wide(scratch, kForwardKeys)), out(scratch.take<T>(s.columns() * s.pitch())),
+        before(scratch.take<T>(s.columns())), kept(scratch.take<T>(s.columns())),
+        blocks{{scratch, s}, {scratch, s}, {scratch, s}, {scratch, s}} {}
+};
 
-  const Columns<T> columns(s, plan, b, g, block);
-  const Index used = columns.used();
-  columns.read(s.q, in.q, scale.of_queries, rows, query);
-  columns.read_runs(runs);
-  std::fill(sums, sums + E * N, T(0));
-  std::fill(highest, highest + N, kNone);
-  std::fill(total, total + N, T(0));
-  for (Keys<T> keys(columns); keys.next();) {
-    const Index count = keys.count;
-    gather(s, s.k, in.k, keys.place, b, g, count, key);
-    gather(s, s.v, in.v, keys.place, b, g, count, value);
-    value.pair_up(0, count, 0, pitch);
-    std::copy(highest, highest + N, before);
-    const auto [left, right] = columns.seeing(keys.number(0), keys.number(count - 1) + 1, runs);
-    for_tiles<T>(count, right - left, [&, left = left]<int R, int V>(Index j, Index column) {
-      const Index c = left + column;
+// Blocks of queries that lie beside each other: the keys, of which they share most, are gathered once.
+template <class T, class W>
+class Forward {
+  using Matrix = MatrixFor<T, W>;
+  using Room = ForwardRoom<T, Matrix>;
+  using Block = ForwardBlock<T, Matrix>;
+  static constexpr T kNone = -std::numeric_limits<T>::infinity();
+
+ public:
+  Forward(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* out, T* statistics)
+      : s_(s), in_(in), plan_(plan), out_(out), statistics_(statistics), scale_(s) {}
+
+  int blocks(Index b, Index g, Index first, Index stop) const {
+    const auto room = thread_scratch().lay_out<Room>(s_);
+    if (!room) return kNoMemory;
+    const Index N = s_.columns();
+    std::int32_t lowest = std::numeric_limits<std::int32_t>::max(), highest = 0;
+    for (Index block = first; block < stop; ++block) {
+      const Columns<T> columns(s_, plan_, b, g, block);
+      const Block& own = room->blocks[block - first];
+      columns.read(s_.q, in_.q, scale_.of_queries, room->rows, own.query);
+      columns.read_runs(own.runs);
+      std::fill(own.sums, own.sums + s_.width * N, T(0));
+      std::fill(own.highest, own.highest + N, kNone);
+      std::fill(own.total, own.total + N, T(0));
+      lowest = std::min(lowest, columns.bounds.lowest);
+      highest = std::max(highest, columns.bounds.highest);
+    }
+    for (Keys keys(s_, plan_, b, first * s_.block(), lowest, highest); keys.next();) {
+      gather(s_, s_.k, in_.k, keys.place, b, g, keys.count, room->key);
+      gather(s_, s_.v, in_.v, keys.place, b, g, keys.count, room->value);
+      fetch(s_, s_.k, in_.k, keys.following(), b, g, keys.many());
+      fetch(s_, s_.v, in_.v, keys.following(), b, g, keys.many());
+      room->value.pair_up(0, keys.count, 0, s_.pitch());
+      for (Index block = first; block < stop; ++block)
+        meet(Columns<T>(s_, plan_, b, g, block), keys, *room, room->blocks[block - first]);
+    }
+    for (Index block = first; block < stop; ++block)
+      finish(Columns<T>(s_, plan_, b, g, block), statistics_of(s_, statistics_, b, g, block), *room,
+             room->blocks[block - first]);
+    return kOk;
+  }
+
+ private:
+  // Rows of gathered keys and vectors of columns: where products are needed.
+  struct Area {
+    Index from, to, left, right;
+  };
+
+  // Adds what a block's queries get from some keys. (Three functions, none of them inlined: the compiler would stop to inline
+  // what is inside them.)
+  void meet(const Columns<T>& columns, const Keys& keys, const Room& room, const Block& own) const {
+    const auto [from, to] = keys.between(columns.bounds.lowest, columns.bounds.highest, Matrix::kTogether);
+    if (from >= to) return;
+    const auto [left, right] = columns.seeing(keys.number(from), keys.number(to - 1) + 1, own.runs);
+    const Area area{from, to, left, right};
+    std::copy(own.highest + left, own.highest + right, room.before + left);
+    score(area, columns, keys, room, own);
+    weigh(area, room, own);
+    add(area, room, own);
+  }
+
+  [[gnu::noinline]] void score(const Area& area, const Columns<T>& columns, const Keys& keys, const Room& room,
+                               const Block& own) const {
+    const Index N = s_.columns(), E = s_.width;
+    for_tiles<T>(area.to - area.from, area.right - area.left, [&]<int R, int V>(Index row, Index column) {
+      const Index j = area.from + row, c = area.left + column;
       Tile<T, R, V> tile;
       tile.clear();
-      Matrix::multiply_rows(tile, 0, E, key, j, query, c);
-      scale.finish(tile);
-      if (!columns.all_see(keys.number(j), keys.number(j) + R))
-        for (int r = 0; r < R; ++r)
-          for (int w = 0; w < V; ++w) {
-            const Index at = c + w * kLanes<T>;
-            tile.v[r][w] = columns.see(keys.number(j + r), runs, at) ? tile.v[r][w] : splat(kNone);
-          }
-      tile.put(scores + j * N + c, N);
+      Matrix::multiply_rows(tile, 0, E, room.key, j, own.query, c);
+      scale_.finish(tile);
       for (int w = 0; w < V; ++w) {
-        Vector<T> high = load(highest + c + w * kLanes<T>);
+        const Index at = c + w * kLanes<T>;
+        if (columns.all_see(keys.number(j), keys.number(j) + R, own.runs, at)) continue;
+        for (int r = 0; r < R; ++r)
+          tile.v[r][w] = columns.see(keys.number(j + r), own.runs, at) ? tile.v[r][w] : splat(kNone);
+      }
+      tile.put(room.scores + j * N + c, N);
+      for (int w = 0; w < V; ++w) {
+        Vector<T> high = load(own.highest + c + w * kLanes<T>);
         for (int r = 0; r < R; ++r) high = larger<T>(high, tile.v[r][w]);
-        store(highest + c + w * kLanes<T>, high);
+        store(own.highest + c + w * kLanes<T>, high);
       }
     });
-    for (Index c = left; c < right; c += kLanes<T>) {
-      const Vector<T> high = load(highest + c);
+  }
+
+  [[gnu::noinline]] void weigh(const Area& area, const Room& room, const Block& own) const {
+    const Index N = s_.columns();
+    for (Index c = area.left; c < area.right; c += kLanes<T>) {
+      const Vector<T> high = load(own.highest + c);
       const Vector<T> base = high == splat(kNone) ? Vector<T>{} : high;  // no key yet
       Vector<T> summed{};
-      for (Index j = 0; j < count; j += 2) {
-        const Vector<T> p = exponential(load(scores + j * N + c) - base);
-        const Vector<T> next = j + 1 < count ? exponential(load(scores + (j + 1) * N + c) - base) : Vector<T>{};
+      Index j = area.from;
+      for (; j + 1 < area.to; j += 2) {
+        const Vector<T> p = exponential(load(room.scores + j * N + c) - base);
+        const Vector<T> next = exponential(load(room.scores + (j + 1) * N + c) - base);
         summed += p;
         summed += next;
-        weights.put_two(j, c, p, next);
+        room.weights.put_two(j, c, p, next);
       }
-      const Vector<T> factor = exponential(load(before + c) - base);
-      store(kept + c, factor);
-      store(total + c, load(total + c) * factor + summed);
+      if (j < area.to) {
+        const Vector<T> p = exponential(load(room.scores + j * N + c) - base);
+        summed += p;
+        room.weights.put_two(j, c, p, Vector<T>{});
+      }
+      const Vector<T> factor = exponential(load(room.before + c) - base);
+      store(room.kept + c, factor);
+      store(own.total + c, load(own.total + c) * factor + summed);
     }
-    for_tiles<T>(E, right - left, [&, left = left]<int R, int V>(Index e, Index column) {
-      const Index c = left + column;
+  }
+
+  [[gnu::noinline]] void add(const Area& area, const Room& room, const Block& own) const {
+    const Index N = s_.columns(), E = s_.width;
+    for_tiles<T>(E, area.right - area.left, [&]<int R, int V>(Index e, Index column) {
+      const Index c = area.left + column;
       Tile<T, R, V> tile;
       tile.clear();
-      Matrix::multiply_columns(tile, 0, count, value, e, weights, c);
+      Matrix::multiply_columns(tile, area.from, area.to, room.value, e, room.weights, c);
       for (int w = 0; w < V; ++w) {
-        const Vector<T> factor = load(kept + c + w * kLanes<T>);
+        const Vector<T> factor = load(room.kept + c + w * kLanes<T>);
         for (int r = 0; r < R; ++r) {
-          T* at = sums + (e + r) * N + c + w * kLanes<T>;
+          T* at = own.sums + (e + r) * N + c + w * kLanes<T>;
           store(at, load(at) * factor + tile.v[r][w]);
         }
       }
     });
   }
-  T* own = statistics_of(s, statistics, b, g, block);
-  for (Index c = 0; c < N; ++c) {
-    own[c] = total[c] > 0 ? highest[c] : T(0);
-    own[N + c] = total[c] > 0 ? 1 / total[c] : T(0);
+
+  void finish(const Columns<T>& columns, T* statistics, const Room& room, const Block& own) const {
+    const Index N = s_.columns(), E = s_.width, pitch = s_.pitch();
+    for (Index c = 0; c < N; ++c) {
+      statistics[c] = own.total[c] > 0 ? own.highest[c] : T(0);
+      statistics[N + c] = own.total[c] > 0 ? 1 / own.total[c] : T(0);
+    }
+    transpose(E, columns.used(), own.sums, N, room.out, pitch);
+    columns.each(s_.out, out_, [&](Index column, W* row) {
+      T* from = room.out + column * pitch;
+      for (Index e = 0; e < E; ++e) from[e] *= statistics[N + column];
+      narrow_row(E, from, row);
+    });
   }
-  transpose(E, used, sums, N, result, pitch);
-  columns.each(s.out, out, [&, result = result](Index column, W* row) {
-    T* from = result + column * pitch;
-    for (Index e = 0; e < E; ++e) from[e] *= own[N + column];
-    narrow_row(E, from, row);
-  });
-  return kOk;
-}
+
+  const Shape& s_;
+  const Arrays<T, W>& in_;
+  const Plan& plan_;
+  W* out_;
+  T* statistics_;
+  const Scale<T, Matrix> scale_;
+};
 
 template <class T, class W>
 int forward(const Shape& s, const Arrays<T, W>& in, const Plan& plan, W* out, T* statistics, int threads) {
   int status = kOk;
+  const Index rows = s.batch * s.groups, tasks = (s.blocks() + kForwardBlocks - 1) / kForwardBlocks;
+  const Forward<T, W> work(s, in, plan, out, statistics);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : status)
-  for (Index task = 0; task < s.batch * s.groups * s.blocks(); ++task) {
-    // The last queries have the most keys where there is no window.
-    const Index block = s.blocks() - 1 - task / (s.batch * s.groups);
-    const Index b = task % s.batch, g = task / s.batch % s.groups;
-    if (block < plan.blocks(s, b))
-      status = std::max(status, forward_block(s, in, plan, out, statistics, b, g, block));
+  for (Index task = 0; task < rows * tasks; ++task) {
+    // One head of keys after the other: what blocks beside each other read stays in the cache. The last queries have the
+    // most keys where there is no window.
+    const Index first = (tasks - 1 - task % tasks) * kForwardBlocks;
+    const Index b = task / tasks / s.groups, g = task / tasks % s.groups;
+    const Index stop = std::min(first + kForwardBlocks, plan.blocks(s, b));
+    if (first < stop) status = std::max(status, work.blocks(b, g, first, stop));
   }
   return status;
 }
@@ -454,7 +565,6 @@ void make_delta(const Shape& s, const Gradients<T, W>& out, const Plan& plan, T*
 
 template <class T, class Matrix>
 struct BackwardRoom {
-  using Number = typename Columns<T>::Number;
   Matrix query, dout, query_transposed, dout_transposed, key, value, weights, dscores;
   T *wide_weights, *dkey, *dvalue;
   typename Columns<T>::Runs runs;
@@ -465,8 +575,7 @@ struct BackwardRoom {
       : query(scratch, N, pitch), dout(scratch, N, pitch), query_transposed(scratch, pitch, N),
         dout_transposed(scratch, pitch, N), key(scratch, K, pitch), value(scratch, K, pitch), weights(scratch, K, N),
         dscores(scratch, K, N), wide_weights(weights.wide(scratch, K)), dkey(scratch.take<T>(K * pitch)),
-        dvalue(scratch.take<T>(K * pitch)),
-        runs{scratch.take<Number>(N), scratch.take<Number>(N), scratch.take<Number>(N)} {}
+        dvalue(scratch.take<T>(K * pitch)), runs(scratch, N) {}
 };
 
 template <class T, class W>
@@ -512,9 +621,9 @@ int backward_slice(const Shape& s, const Arrays<T, W>& in, const Gradients<T, W>
         tile.clear();
         Matrix::multiply_rows(tile, 0, E, key, j, query_transposed, c);
         scale.finish(tile);
-        const bool all = columns.all_see(begin + j, begin + j + R);
         for (int w = 0; w < V; ++w) {
           const Index at = c + w * kLanes<T>;
+          const bool all = columns.all_see(begin + j, begin + j + R, runs, at);
           for (int r = 0; r < R; ++r) {
             const Vector<T> p = exponential(tile.v[r][w] - load(highest + at)) * load(share + at);
             tile.v[r][w] = p;

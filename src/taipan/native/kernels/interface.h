@@ -136,7 +136,7 @@ struct AttentionSizes {
 struct AttentionPlan {
   std::int32_t *key, *query, *first, *stop;
   std::int32_t* counts;  // (B, 3): such keys and queries, and parts of their gradients
-  std::int32_t* bounds;  // (B, blocks, 6)
+  std::int32_t* bounds;  // (B, blocks, 4)
   std::int32_t* until;   // number of the first query that does not see a key any more; null: no key leaves by itself
 };
 

@@ -92,7 +92,7 @@ inline Index round_up(Index n, Index multiple) { return (n + multiple - 1) / mul
 
 // e^x for x in [-87, 88], to about 2 units in the last place; NaN for NaN. Reduces by ln 2 in two parts; the polynomial
 // is that of Cephes (Moshier 1992).
-inline Vector<float> exponential_in_range(Vector<float> x) {
+[[gnu::always_inline]] inline Vector<float> exponential_in_range(Vector<float> x) {
   using V = Vector<float>;
   using I = Simd<float>::Integer;
   const V magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, which is then in the low bits
@@ -119,7 +119,7 @@ inline Vector<T> at_most(T high, Vector<T> x) {
 }
 
 // e^x; 0 below the smallest normal number.
-inline Vector<float> exponential(Vector<float> x) {
+[[gnu::always_inline]] inline Vector<float> exponential(Vector<float> x) {
   const Vector<float> value = exponential_in_range(at_most(88.0f, at_least(-87.0f, x)));
   return x < splat(-87.0f) ? Vector<float>{} : value;
 }

@@ -94,7 +94,7 @@ class _Call:
             first=torch.empty(queries, dtype=torch.int32),
             stop=torch.empty(queries, dtype=torch.int32),
             counts=torch.empty(rows, 3, dtype=torch.int32),
-            bounds=torch.empty(rows, self.blocks, 6, dtype=torch.int32),
+            bounds=torch.empty(rows, self.blocks, 4, dtype=torch.int32),
             until=None if codes.until_BJ is None else torch.empty(keys, dtype=torch.int32),
         )
         low, high, code = codes.low_BQ.contiguous(), codes.high_BQ.contiguous(), codes.key_BJ.contiguous()
