@@ -52,6 +52,8 @@ RUNS = {
         f"mamba2-115m-bf16-decode-{rows}": f"decode --model mamba2-115m {BF16} --floor --batch {rows}"
         for rows in (8, 16, 32)
     },
+    "mamba2-115m-bf16-generate": f"generate --model mamba2-115m {BF16} --floor --new-tokens 96",
+    "taipan-tiny-generate": f"generate --model taipan-tiny {FP32} --new-tokens 4000",
     "mamba2-115m-int8-decode": f"decode --model mamba2-115m {BF16} --weights int8 --floor",
     "mamba2-115m-int4-decode": f"decode --model mamba2-115m {BF16} --weights int4 --floor",
     "mamba2-115m-bf16-memory": f"memory --model mamba2-115m {BF16}",
@@ -126,6 +128,9 @@ def rows() -> Iterator[Row]:
         yield Row(f"{model}-bf16-decode", f"{model}, bf16", decode, "speed", READ, "≥ 0.85")
     for many, target in ((8, "≥ 4.5"), (16, "≥ 7"), (32, "≥ 10")):
         yield Row(f"mamba2-115m-bf16-decode-{many}", "mamba2-115m, bf16", decode, "speed", "one row", target)
+    for how in ("generate()", "taipan generate"):
+        yield Row("mamba2-115m-bf16-generate", "mamba2-115m, bf16", f"drawn, {how}", "speed", READ, "≥ 0.85")
+        yield Row("taipan-tiny-generate", "taipan-tiny", f"drawn, {how}", "speed", "the bare step", "≥ 0.9")
     yield Row("mamba2-115m-int8-decode", "mamba2-115m, int8", decode, "speed", READ, "≥ 0.75")
     yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", READ)
     yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", "weights int8", "≥ 1.6")

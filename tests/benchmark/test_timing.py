@@ -1,6 +1,7 @@
 import time
+from functools import partial
 
-from taipan.benchmark.timing import interleaved
+from taipan.benchmark.timing import in_turn, interleaved
 
 
 def test_every_repetition_runs_everything_and_begins_with_another() -> None:
@@ -39,3 +40,15 @@ def test_what_is_very_slow_is_not_called_to_warm_up() -> None:
     assert called.count("slow") == 2
     assert called.count("quick") == 3
     assert {name: len(values) for name, values in samples.items()} == {"quick": 2, "slow": 2}
+
+
+def test_works_that_time_themselves_warm_up_and_begin_with_another() -> None:
+    calls: list[str] = []
+
+    def work(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    found = in_turn({name: partial(work, name) for name in "ab"}, 2)
+    assert "".join(calls) == "ba" + "ab" + "ba"
+    assert found == {"a": (3.0, 6.0), "b": (4.0, 5.0)}

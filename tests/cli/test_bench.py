@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from taipan.benchmark.bandwidth import StreamingRead
+from taipan.benchmark.settings import Settings
+from taipan.benchmark.suites import generate
+from taipan.errors import ConfigError
 from tests.cli.conftest import Cli
 
 
@@ -16,7 +19,8 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taipan.benchmark.suites.decode.StreamingRead", partial(StreamingRead, 2**18))
+    for suite in ("decode", "generate"):
+        monkeypatch.setattr(f"taipan.benchmark.suites.{suite}.StreamingRead", partial(StreamingRead, 2**18))
 
 
 def test_measures_a_model_and_writes_it_down(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
@@ -50,3 +54,20 @@ def test_memory_is_shown_as_sizes(cli: Cli, model_directory: Path, monkeypatch: 
 )
 def test_wrong_words_are_refused(refused: Callable[..., str], words: list[str], message: str) -> None:
     assert message in refused("bench", *words)
+
+
+@pytest.mark.slow
+def test_generating_is_measured_beside_step_and_floor(cli: Cli, model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    sizes = ["--new-tokens", 5, "--repeats", 1, "--dtype", "float32"]
+    finished = cli("bench", "generate", "--model", model_directory, *sizes, "--floor", "--json", file)
+    assert finished.code == 0, finished.err
+    rows = {row["work"]: row for row in json.loads(file.read_text())["measurements"] if row["subject"] == "taipan"}
+    assert set(rows) == {"5 tokens drawn, generate()", "5 tokens drawn, taipan generate"}
+    for row in rows.values():
+        assert {comparison["other"] for comparison in row["comparisons"]} == {"the bare step", "memory floor"}
+
+
+def test_a_command_that_writes_nothing_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has not written 6 tokens: .*nothing"):
+        generate._command(tmp_path / "nothing", Settings(new_tokens=5), dtype="float32")

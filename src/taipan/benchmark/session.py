@@ -12,7 +12,7 @@ from taipan import accounting, hardware
 from taipan.benchmark.models import configuration, dtype_of
 from taipan.benchmark.results import Measurement
 from taipan.benchmark.settings import COMPILED, ON_REQUEST, SERVING, SUITES, Settings, require_known
-from taipan.benchmark.suites import decode, evaluate, memory, mixed, ops, prefill, serve, start, train
+from taipan.benchmark.suites import decode, evaluate, generate, memory, mixed, ops, prefill, serve, start, train
 from taipan.benchmark.timing import Progress
 from taipan.config import TaipanConfig
 from taipan.errors import ConfigError
@@ -29,6 +29,7 @@ _MEASURE: dict[str, Callable[[Settings, Progress | None], list[Measurement]]] = 
     "memory": memory.measure,
     "ops": ops.measure,
     "start": start.measure,
+    "generate": generate.measure,
     "evaluate": evaluate.measure,
     "mixed": mixed.measure,
     "serve-streams": serve.streams,

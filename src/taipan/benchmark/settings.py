@@ -9,7 +9,7 @@ SUITES = ("prefill", "train", "decode", "memory", "ops")
 SERVING = ("serve-streams", "serve-prefix", "serve-gap", "serve-session")
 """What `serve` stands for; measured only when asked for, since it needs the extra."""
 COMPILED = "pytorch"
-ON_REQUEST = ("start", "evaluate", "mixed")
+ON_REQUEST = ("start", "generate", "evaluate", "mixed")
 """Suites that are measured only when asked for, since each has processes or texts of its own."""
 PEERS = ("transformers", "transformers-mamba2", "transformers-llama", COMPILED)
 DTYPES = ("auto", "float32", "bfloat16")

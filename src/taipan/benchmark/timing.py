@@ -64,6 +64,30 @@ def interleaved(
     return {name: tuple(values) for name, values in samples.items()}
 
 
+def in_turn(
+    works: Mapping[K, Callable[[], float]], repeats: int, progress: Progress | None = None
+) -> dict[K, tuple[float, ...]]:
+    """What works say of themselves: each once to warm up, then once in every repetition, which begin with another one.
+
+    Args:
+        works: what to measure; each returns its value.
+        repeats: repetitions.
+        progress: called with the number of works done, and of all.
+    """
+    names, done = list(works), 0
+    found: dict[K, list[float]] = {name: [] for name in works}
+    for repetition in range(-1, repeats):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            value = works[name]()
+            if repetition >= 0:
+                found[name].append(value)
+            done += 1
+            if progress is not None:
+                progress(done, len(names) * (repeats + 1))
+    return {name: tuple(values) for name, values in found.items()}
+
+
 def _seconds(run: Run, calls: int) -> float:
     begin = time.perf_counter()
     for _ in range(calls):

@@ -18,8 +18,8 @@ def register(app: typer.Typer, panel: str) -> None:
         suites: Annotated[
             list[str] | None,
             typer.Argument(
-                help="prefill, train, decode, memory, ops [default: all of these]; start, evaluate, mixed; serve, or "
-                "one of serve-streams, serve-prefix, serve-gap, serve-session."
+                help="prefill, train, decode, memory, ops [default: all of these]; start, generate, evaluate, mixed; "
+                "serve, or one of serve-streams, serve-prefix, serve-gap, serve-session."
             ),
         ] = None,
         model: Annotated[

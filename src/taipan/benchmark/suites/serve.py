@@ -18,7 +18,7 @@ from taipan.benchmark.server import Server, Streamed, model_directory, start, to
 from taipan.benchmark.settings import Settings
 from taipan.benchmark.suites.common import TAIPAN
 from taipan.benchmark.suites.prefill import PIECE
-from taipan.benchmark.timing import Progress
+from taipan.benchmark.timing import Progress, in_turn
 from taipan.errors import ConfigError
 from taipan.generation import GenerationSettings, stream
 from taipan.io import atomic_write, parse_json_object
@@ -53,16 +53,15 @@ def streams(settings: Settings, progress: Progress | None = None) -> list[Measur
         prompts = random_tokens(model.config, count, _PROMPT, settings.seed)
         server = start(directory, "--rows", str(count), "--prefix-memory", "0", *_weights(settings))
         try:
-            found: dict[str, list[float]] = {GENERATE: [], ONE: [], TAIPAN: []}
             works: dict[str, Callable[[], float]] = {
                 GENERATE: lambda: _generate(model, prompts[:1], steps, settings.weights),
                 ONE: lambda: _together(server, prompts[:1], steps),
                 TAIPAN: lambda: _together(server, prompts, steps),
             }
-            _in_turn(works, found, settings.repeats, progress)
+            found = in_turn(works, settings.repeats, progress)
         finally:
             server.stop()
-    one, many, alone = (tuple(found[name]) for name in (ONE, TAIPAN, GENERATE))
+    one, many, alone = (found[name] for name in (ONE, TAIPAN, GENERATE))
     return [
         _row(f"{steps} tokens, {GENERATE}", GENERATE, alone, steps),
         _row(f"{steps} tokens, 1 stream", TAIPAN, one, steps, speed_ratio(one, alone, GENERATE)),
@@ -284,21 +283,6 @@ def saved_bytes(path: Path) -> int:
 
 def _weights(settings: Settings) -> list[str]:
     return ["--weights", settings.weights]
-
-
-def _in_turn(
-    works: dict[str, Callable[[], float]], found: dict[str, list[float]], repeats: int, progress: Progress | None
-) -> None:
-    """Each once to warm up, then each once in every repetition, which begin with another one."""
-    names, done = list(works), 0
-    for repetition in range(-1, repeats):
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
-            value = works[name]()
-            if repetition >= 0:
-                found[name].append(value)
-            done += 1
-            _tell(progress, done, len(names) * (repeats + 1))
 
 
 def _row(
