@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from taipan.data.corpus import Document
 from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import CheckpointError, ConfigError, DataError, TrainingError
+from taipan.io import sha256_file
 from taipan.model import TaipanLM, load_tokenizer
 from taipan.model import weights as weights_module
 from taipan.training.recipe import Recipe
@@ -401,6 +403,36 @@ def test_resuming_another_recipe_is_refused_by_name(
         train(make_recipe(**{change: value}), resume=run)
     for part in [*parts, "own recipe"]:
         assert part in str(caught.value)
+
+
+def test_a_run_from_before_a_field_was_there_goes_on_with_its_default(
+    make_recipe: MakeRecipe, whole: TrainResult, tmp_path: Path
+) -> None:
+    """The older checkpoint is made by hand: its identity and its recipe do not know the newest fields of the model."""
+    cut = train(make_recipe(), listener=Watcher(4, interrupt))
+    later = ("window_eviction", "window_recent", "gain_measure", "gain_flips", "time_step_limit")
+    (checkpoint,) = (cut.run / "checkpoints").iterdir()
+    forget_fields(checkpoint, later)
+    recipe = (cut.run / "recipe.yaml").read_text().splitlines(keepends=True)
+    assert any("gain_measure" in line for line in recipe)
+    (cut.run / "recipe.yaml").write_text("".join(line for line in recipe if not line.lstrip().startswith(later[:-1])))
+    with pytest.raises(ConfigError, match="model.gain_measure was 'open_closed' and is now 'flipped'"):
+        train(make_recipe(**{"model.gain_measure": "flipped"}), resume=cut.run)
+    assert_equal(whole, train(None, resume=cut.run))
+
+
+def forget_fields(checkpoint: Path, fields: tuple[str, ...]) -> None:
+    """Take fields of the model out of what a checkpoint says it is of; its manifest is made to fit."""
+    trainer, manifest = checkpoint / "trainer.json", checkpoint / "manifest.json"
+    values = json.loads(trainer.read_text())
+    for field in fields:
+        del values["identity"]["model"][field]
+    trainer.write_text(json.dumps(values))
+    content = json.loads(manifest.read_text())
+    content["files"]["trainer.json"] = sha256_file(trainer)
+    del content["sha256"]
+    content["sha256"] = sha256(json.dumps(content).encode()).hexdigest()
+    manifest.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def test_resuming_on_other_data_is_refused_by_name(make_recipe: MakeRecipe, tmp_path: Path) -> None:

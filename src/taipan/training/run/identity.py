@@ -51,12 +51,16 @@ def data_fingerprint(identity: Identity) -> str:
 def require_same(saved: Identity, given: Identity, checkpoint: Path) -> None:
     """Refuse to resume with a recipe or data other than those of the run.
 
+    A run from before a field of the model was there goes on with the field at its default: it is what the run had.
+
     Raises:
         ConfigError: naming every change.
     """
     changes: list[str] = []
     for section, old in saved.items():
         new = given[section]
+        if section == "model":
+            old = TaipanConfig.from_dict(old).to_dict()
         changes += [
             _change(f"{section}.{name}", old.get(name), new.get(name))
             for name in sorted(set(old) | set(new))
