@@ -12,6 +12,7 @@ from taipan.generation import decode, generate, prefill, start_decoding, stream
 from taipan.generation.decoding import ModelDecoding, NativeDecoding
 from taipan.generation.packing import pack
 from taipan.generation.program import DecoderProgram, program_of
+from taipan.state import Mamba2State
 from tests.compilers import needs_kernels
 from tests.models import EVERY_LAYER_TYPE, VARIANTS, force_gates, random_tokens, small_model
 from tests.tolerance import relative_error
@@ -143,6 +144,58 @@ def test_a_row_gets_the_same_bits_alone_and_beside_any_others(hidden: int, dtype
         beside = start_decoding(model, model.empty_state(rows), weights=weights)
         for token_B, one_1V in zip(tokens_TB, expected, strict=True):
             assert beside.step(token_B[:rows])[:1].equal(one_1V), rows
+
+
+# ---------------------------------------------------------------------- states that are written seldom
+
+
+def started(
+    model: TaipanLM, state: DecoderState, most_behind: int, in_cache: int = 0, weights: str = "auto"
+) -> NativeDecoding:
+    """Whose recurrent states may be so many tokens behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("taipan.generation.decoding._MOST_BEHIND", most_behind)
+        patch.setattr("taipan.generation.decoding._STATES_IN_CACHE", in_cache)
+        decoding = start_decoding(model, state, weights=weights)
+    assert isinstance(decoding, NativeDecoding)
+    return decoding
+
+
+def test_only_states_that_no_cache_holds_are_written_seldom() -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=torch.float32)
+    state = model.empty_state(3)
+    sizes = [layer.ssm_BHPN.nbytes for layer in state.layers if isinstance(layer, Mamba2State)]
+    seldom, always = (started(model, state, 3, sum(sizes) - more) for more in (1, 0))
+    for _ in range(2):
+        assert seldom.step(torch.tensor([1, 2, 3])).equal(always.step(torch.tensor([1, 2, 3])))
+    late, written = seldom._layers[0], always._layers[0]  # pyright: ignore[reportPrivateUsage]
+    assert not late.second.any()  # nothing has been written
+    assert written.second.any()
+    assert worst(seldom.state, always.state) == 0.0
+    assert late.second.equal(written.second)
+
+
+@pytest.mark.parametrize("most_behind", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_state_is_the_same_however_seldom_it_is_written(dtype: torch.dtype, most_behind: int) -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=dtype, n_groups=2, state_size=33)
+    state = ragged_state(model)
+    other = prefill(model, random_tokens(1, 5, seed=3)).state
+    seldom, always = (started(model, state, behind) for behind in (most_behind, 0))
+    generator = torch.Generator().manual_seed(1)
+    for t in range(30):
+        token_B = random_tokens(3, 1, seed=t)[:, 0]
+        active_B = torch.rand(3, generator=generator) < 0.7 if t % 3 else None
+        assert seldom.step(token_B, active_B).equal(always.step(token_B, active_B))
+        if t % 7 == 3:  # another text takes a row, whose state was behind
+            seldom.put(t % 3, other)
+            always.put(t % 3, other)
+        if t % 11 == 5:
+            assert worst(seldom.row(t % 3), always.row(t % 3)) == 0.0
+    assert worst(seldom.state, always.state) == 0.0
+    token_B = random_tokens(3, 1)[:, 0]
+    again = started(model, seldom.state, most_behind)  # a text that goes on from a saved state
+    assert again.step(token_B).equal(seldom.step(token_B))
 
 
 def test_wide_products_with_odd_ends() -> None:

@@ -175,6 +175,21 @@ def test_several_rows_write_in_a_call_what_each_writes_alone(rows: list[int]) ->
             assert [list(own) for own in zip(*told, strict=True)] == [[token for (token,) in own] for own in expected]
 
 
+def test_calls_write_the_same_however_seldom_states_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(EVERY_LAYER_TYPE, dtype=torch.float32)
+    state = prefill(model, random_tokens(5, 9)).state
+    always = start_decoding(model, state)
+    expected = written(always, [0, 2, 3], 20, 1)
+    monkeypatch.setattr(decoding_module, "_STATES_IN_CACHE", 0)
+    for steps in (1, 2, 5, 10):
+        decoding = start_decoding(model, state)
+        assert isinstance(decoding, NativeDecoding)
+        assert written(decoding, [0, 2, 3], 20, steps) == expected
+        assert decoding._behind_B.any()  # pyright: ignore[reportPrivateUsage]
+        for name, tensor in decoding.state.tensors().items():
+            assert tensor.equal(always.state.tensors()[name]), name
+
+
 def test_a_call_that_is_watched_tells_of_itself_and_ends_when_told_to() -> None:
     model = small_model("mamba2", dtype=torch.float32)
     heard, signal = os.pipe()

@@ -208,7 +208,7 @@ def decoding(dtype: torch.dtype = torch.float32) -> NativeDecoding:
 
 @needs_kernels
 @pytest.mark.parametrize("value", [-1, 61, 2**62, -(2**62)])
-@pytest.mark.parametrize("field", ["tokens", "rows", "position", "count"])
+@pytest.mark.parametrize("field", ["tokens", "rows", "position", "behind", "count"])
 def test_a_number_that_decoding_indexes_by_is_checked(field: str, value: int) -> None:
     started = decoding()
     whole = {"tokens": [1, 2, 3], "rows": [0, 1, 2]}
@@ -220,6 +220,8 @@ def test_a_number_that_decoding_indexes_by_is_checked(field: str, value: int) ->
         held[field][1] = value
     elif field == "position":
         started._position_B[1] = value
+    elif field == "behind":
+        started._behind_B[1] = value
     else:
         count_B = started._layers[1].count  # of a selective attention layer
         assert count_B is not None
@@ -288,6 +290,22 @@ def test_what_recalling_gates_need_is_asked_for() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("value", [-1, 1, 2**62])
+def test_states_that_catch_up_are_checked(value: int) -> None:
+    started = decoding()
+    rows = torch.tensor([0, 2])
+    arguments = started._arguments
+    arguments.rows, arguments.count = rows.data_ptr(), 2
+    call(torch.float32, interface.Settle, decode=arguments)
+    started._behind_B[2] = value
+    with pytest.raises(InputError, match="settle: a token id, class, row or count is out of range"):
+        call(torch.float32, interface.Settle, decode=arguments)
+    rows[1] = 3
+    with pytest.raises(InputError, match="settle: a token id, class, row or count is out of range"):
+        call(torch.float32, interface.Settle, decode=arguments)
+
+
+@needs_kernels
 def test_rows_that_meet_are_refused() -> None:
     started, logits = decoding(), torch.zeros(3, 61)
     tokens, rows = torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1])
@@ -325,7 +343,7 @@ def test_what_does_not_fit_the_sizes_is_refused(layer: int) -> None:
         (state, "first", None),
         (state, "second", None),
         *(
-            ((own, "conv_weight", None), (own, "A", None))
+            ((own, "conv_weight", None), (own, "A", None), (arguments, "most_behind", 1))
             if layer == 0
             else ((state, "slots", 0), (state, "count", None))
         ),
@@ -337,6 +355,9 @@ def test_what_does_not_fit_the_sizes_is_refused(layer: int) -> None:
         (arguments.sizes, "hidden", 48),
         (arguments.embedding, "weight", None),
         (arguments.embedding, "rows", 60),
+        (arguments, "most_behind", 8),
+        (arguments, "most_behind", -1),
+        (arguments, "behind", None),
     ):
         field = getattr(structure, name)
         right = getattr(field, "value", field)  # a field is a view of its structure

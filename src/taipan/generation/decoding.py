@@ -17,13 +17,14 @@ from taipan.generation.program import DecoderProgram, check_weights, program_of
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.sampling import greedy
 from taipan.native import call, invoke
-from taipan.native.interface import Decode, Pen, State, Write, array_of
+from taipan.native.interface import Decode, Pen, Settle, State, Write, array_of
 from taipan.native.memory import Arena
 from taipan.shapes import BoolB, FloatBV, IntB, IntBT
 from taipan.state import DecoderState
 
 _SPARE = 256  # buffers grow by at least so many entries
 _CALL_SECONDS, _MOST_STEPS = 2e-3, 64  # of one call that writes several tokens: nobody sees that they come together
+_MOST_BEHIND, _STATES_IN_CACHE = 2, 12 << 20  # tokens that recurrent states may be behind, which need so many bytes
 _FEWEST_STEPS = 4  # fewer are not worth a copy of the state
 
 
@@ -263,7 +264,9 @@ class NativeDecoding:
         self._state = state.map(lambda tensor: tensor[:0].clone())  # its dtypes; the buffers have the values
         arena = Arena([(tensor.shape, program.real) for tensor in state.tensors().values()])
         pairs = zip(program.native_layers, state.layers, strict=True)
-        self._layers = [native.buffers(layer, program.real, arena) for native, layer in pairs]
+        self._most_behind = _most_behind(program, state)
+        self._layers = [native.buffers(layer, program.real, arena, self._most_behind) for native, layer in pairs]
+        self._behind_B = torch.zeros(state.batch_size, dtype=torch.int64)
         self._position_B = state.position_B.clone()
         self._recent_BR = (
             None if state.recent_BR is None else state.recent_BR.clone(memory_format=torch.contiguous_format)
@@ -370,6 +373,7 @@ class NativeDecoding:
         return self._of_rows(slice(row, row + 1))
 
     def _of_rows(self, rows: slice) -> DecoderState:
+        self._settle(self._rows_B[rows])
         layers = tuple(
             buffers.of_rows(rows).state(like, grown=number in self._growing)
             for number, (buffers, like) in enumerate(zip(self._layers, self._state.layers, strict=True))
@@ -389,8 +393,16 @@ class NativeDecoding:
         for buffers, layer in zip(self._layers, state.layers, strict=True):
             buffers.put(row, layer)
         self._position_B[row], self._segment_B[row] = state.position_B[0], state.segment_B[0]
+        self._behind_B[row] = 0
         if self._recent_BR is not None and state.recent_BR is not None:
             self._recent_BR[row] = state.recent_BR[0]
+
+    def _settle(self, rows_B: Tensor) -> None:
+        """Let the recurrent states of these rows catch up."""
+        if bool(self._behind_B[rows_B].any()):
+            arguments = self._arguments
+            arguments.rows, arguments.count = rows_B.data_ptr(), len(rows_B)
+            call(self._program.real, Settle, decode=arguments)
 
     def _make_room(self, state: DecoderState) -> None:
         """Widen what grows until the entries of a state fit."""
@@ -439,13 +451,22 @@ class NativeDecoding:
             norm=program.norm,
             batch=len(self._rows_B),
             count=0,
+            most_behind=self._most_behind,
             rows=self._rows_B,
             tokens=self._rows_B,
             position=self._position_B,
+            behind=self._behind_B,
             orders=program.orders,
             recent=self._recent_BR,
             logits=program.norm,
         )
+
+
+def _most_behind(program: DecoderProgram, state: DecoderState) -> int:
+    """How many tokens the recurrent states may be behind: those that no cache holds are written every few tokens."""
+    layers = zip(program.native_layers, state.layers, strict=True)
+    numbers = sum(native.recurrent_numbers(layer) for native, layer in layers)
+    return _MOST_BEHIND if numbers * program.real.itemsize > _STATES_IN_CACHE else 0
 
 
 class Continuation:

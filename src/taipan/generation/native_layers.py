@@ -40,6 +40,7 @@ class Buffers(ABC):
 
     Attributes:
         first, second: columns and recurrent state of Mamba-2; keys and values (B, G, W, E) of attention.
+        late: of Mamba-2, what those tokens bring that are not in the recurrent state yet; None where it is never behind.
         index, count: of attention, as in its state.
         recent, scores, strength: of a SAL, where its state has them.
     """
@@ -48,6 +49,7 @@ class Buffers(ABC):
     second: Tensor
     index: Tensor | None = None
     count: Tensor | None = None
+    late: Tensor | None = None
     recent: Tensor | None = None
     scores: Tensor | None = None
     strength: Tensor | None = None
@@ -80,6 +82,7 @@ class Buffers(ABC):
             real,
             first=self.first,
             second=self.second,
+            late=self.late,
             recent=self.recent,
             scores=self.scores,
             strength=self.strength,
@@ -120,9 +123,13 @@ class NativeLayer(ABC, Generic[MixerT, StateT]):
     def pack(self, mixer: MixerT, packer: Packer) -> dict[str, Any]:
         """The fields of `Layer` that this mixer has."""
 
+    def recurrent_numbers(self, state: StateT) -> int:
+        """How many numbers of a state every token changes, all of them."""
+        return 0
+
     @abstractmethod
-    def buffers(self, state: StateT, real: torch.dtype, arena: Arena) -> Buffers:
-        """A copy of a state in the kernel's layout."""
+    def buffers(self, state: StateT, real: torch.dtype, arena: Arena, most_behind: int = 0) -> Buffers:
+        """A copy of a state in the kernel's layout, with room for tokens that the recurrent part may be behind."""
 
 
 class Mamba2Buffers(Buffers):
@@ -178,9 +185,17 @@ class NativeMamba2(NativeLayer[Mamba2, Mamba2State]):
             "gated_norm": packer.vector(mixer.norm.weight),
         }
 
-    def buffers(self, state: Mamba2State, real: torch.dtype, arena: Arena) -> Mamba2Buffers:
+    def recurrent_numbers(self, state: Mamba2State) -> int:
+        """See `NativeLayer.recurrent_numbers`."""
+        return state.ssm_BHPN.numel()
+
+    def buffers(self, state: Mamba2State, real: torch.dtype, arena: Arena, most_behind: int = 0) -> Mamba2Buffers:
         """See `NativeLayer.buffers`."""
-        return Mamba2Buffers(_taken(state.conv_BLC, real, arena), _taken(state.ssm_BHPN, real, arena))
+        batch, heads, head_dim, _ = state.ssm_BHPN.shape
+        inputs = state.conv_BLC.shape[2] - heads * head_dim  # B and C, of which only B is needed again
+        late = torch.empty(batch, most_behind, heads * head_dim + inputs // 2 + heads, dtype=real)
+        first, second = (_taken(each, real, arena) for each in (state.conv_BLC, state.ssm_BHPN))
+        return Mamba2Buffers(first, second, late=late if most_behind else None)
 
 
 class AttentionBuffers(Buffers):
@@ -233,7 +248,7 @@ class NativeAttention(NativeLayer[Attention, AttentionState]):
         """See `NativeLayer.pack`."""
         return {"kind": Kind.ATTENTION, **_projections(mixer, packer), **_window(mixer, packer)}
 
-    def buffers(self, state: AttentionState, real: torch.dtype, arena: Arena) -> AttentionBuffers:
+    def buffers(self, state: AttentionState, real: torch.dtype, arena: Arena, most_behind: int = 0) -> AttentionBuffers:
         """See `NativeLayer.buffers`."""
         return AttentionBuffers.of(state, real, arena)
 
@@ -319,7 +334,7 @@ class NativeSelectiveAttention(NativeLayer[SelectiveAttention, AttentionState]):
             "weighs_one": config.attention_weight == "one",
         }
 
-    def buffers(self, state: AttentionState, real: torch.dtype, arena: Arena) -> SelectiveBuffers:
+    def buffers(self, state: AttentionState, real: torch.dtype, arena: Arena, most_behind: int = 0) -> SelectiveBuffers:
         """See `NativeLayer.buffers`."""
         return SelectiveBuffers.of(state, real, arena)
 

@@ -570,6 +570,7 @@ class State(Structure):
     _fields_ = [
         ("first", RealsOrNull),
         ("second", RealsOrNull),
+        ("late", RealsOrNull),
         ("recent", RealsOrNull),
         ("scores", RealsOrNull),
         ("strength", RealsOrNull),
@@ -590,15 +591,22 @@ class Decode(Arguments):
         ("head", Matrix),
         ("embedding", Matrix),
         ("norm", Reals),
-        ("batch", Index),
-        ("count", Index),
+        *_sizes("batch count most_behind"),
         ("rows", Int64),
         ("tokens", Int64),
         ("position", Int64),
+        ("behind", Int64),
         ("orders", Int64OrNull),
         ("recent", Int64OrNull),
         ("logits", Reals),
     ]
+
+
+class Settle(Arguments):
+    """The recurrent states of rows catch up."""
+
+    function = "settle"
+    _fields_ = [("decode", Decode)]
 
 
 class Choice(Structure):
@@ -706,6 +714,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     Layer,
     State,
     Decode,
+    Settle,
     Choice,
     Choose,
     Pen,

@@ -17,7 +17,7 @@ std::string interface() {
   describe_all<SsdSizes, SsdInputs, SsdForward, SsdBackward, ConvSizes, ConvInputs, ConvForward, ConvBackward, NormSizes,
                NormForward, NormBackward, NormSumSizes, NormSumForward, NormSumBackward, AttentionSizes, AttentionPlan,
                AttentionPlanned, AttentionForward, AttentionBackward, CrossEntropy, AdamW, Matrix, DecodeSizes, Layer,
-               State, Decode, Choice, Choose, Pen, Write, Piece, Digest, Unpack>(out);
+               State, Decode, Settle, Choice, Choose, Pen, Write, Piece, Digest, Unpack>(out);
 #define TAIPAN_DESCRIBE(name, Arguments) out += #name "(" #Arguments ")\n";
   TAIPAN_FUNCTIONS(TAIPAN_DESCRIBE)
   return out;

@@ -56,6 +56,29 @@ TAIPAN_FUNCTION(decode, Decode) {
   }
   if (!enough) return kNoMemory;
   recall.remember();
-  for (Index i = 0; i < call->count; ++i) ++call->position[call->rows[i]];
+  for (Index i = 0; i < call->count; ++i) {
+    const std::int64_t row = call->rows[i];
+    ++call->position[row];
+    call->behind[row] = call->behind[row] == call->most_behind ? 0 : call->behind[row] + 1;
+  }
+  return kOk;
+}
+
+TAIPAN_FUNCTION(settle, Settle) {
+  using namespace taipan;
+  const Decode& decode = call->decode;
+  const DecodeSizes& s = decode.sizes;
+  if (const int status = DecodeCheck(decode).status_of_rows(); status != kOk) return status;
+#pragma omp parallel num_threads(threads)
+  for (Index n = 0; n < s.layers; ++n) {
+    if (decode.layers[n].kind != kMamba2) continue;
+    const Recurrence<Real> recurrence{s, decode.states[n], decode.most_behind};
+#pragma omp for schedule(static) nowait
+    for (Index task = 0; task < decode.count * s.heads; ++task) {
+      const std::int64_t row = decode.rows[task / s.heads];
+      recurrence.settle(row, task % s.heads, decode.behind[row]);
+    }
+  }
+  for (Index i = 0; i < decode.count; ++i) decode.behind[decode.rows[i]] = 0;
   return kOk;
 }

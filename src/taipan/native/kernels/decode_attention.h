@@ -241,9 +241,9 @@ struct AttentionLayer {
         T* of = score + r * kKeys;
         Index j = 0;
         for (; j + 4 <= count; j += 4) {
-          T value[4][1];
+          T value[1][4];
           dots(E, keys + (begin + j) * E, q + r * E, E, value);
-          for (int n = 0; n < 4; ++n) of[j + n] = value[n][0];
+          for (int n = 0; n < 4; ++n) of[j + n] = value[0][n];
         }
         for (; j < count; ++j) of[j] = dot(E, keys + (begin + j) * E, q + r * E);
         T top = largest[r];

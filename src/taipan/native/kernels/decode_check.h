@@ -2,7 +2,7 @@
 // Cost: some comparisons per layer and row.
 #pragma once
 
-#include "interface.h"
+#include "decode_recurrence.h"
 
 namespace taipan {
 
@@ -13,6 +13,14 @@ struct DecodeCheck {
   explicit DecodeCheck(const Decode& call) : call(call), s(call.sizes) {}
 
   int status() const {
+    if (const int status = status_of_rows(); status != kOk) return status;
+    for (Index i = 0; i < call.count; ++i)
+      if (const std::int64_t token = call.tokens[call.rows[i]]; token < 0 || token >= s.vocabulary) return kOutOfRange;
+    return kOk;
+  }
+
+  // The same where no token is read.
+  int status_of_rows() const {
     if (!sizes()) return kUnsupported;
     for (Index n = 0; n < s.layers; ++n)
       if (!layer(call.layers[n], call.states[n])) return kUnsupported;
@@ -23,11 +31,11 @@ struct DecodeCheck {
   bool sizes() const {
     const bool formats = s.format >= kReal && s.format <= kInt4 && s.embedding_format >= kReal &&
                          s.embedding_format <= kInt4 && s.embedding_format != kInt8;
-    const bool there = is(call.embedding, s.vocabulary, s.hidden, s.embedding_format) && call.norm && call.tokens && call.position &&
-                       (call.count == 0 || (call.rows && call.logits));
+    const bool there = is(call.embedding, s.vocabulary, s.hidden, s.embedding_format) && call.norm && call.tokens &&
+                       call.position && call.behind && (call.count == 0 || (call.rows && call.logits));
     return formats && there && s.layers >= 0 && s.hidden > 0 && s.vocabulary > 0 && s.intermediate >= 0 &&
            s.gate_hidden >= 0 && s.lookahead >= 0 && s.bounding >= 0 && s.scores >= s.bounding && call.batch > 0 &&
-           is(call.head, s.vocabulary, s.hidden) && recall();
+           call.most_behind >= 0 && call.most_behind <= kMostBehind && is(call.head, s.vocabulary, s.hidden) && recall();
   }
 
   // Orders rise, and the remembered tokens hold all n-grams that end within the window.
@@ -61,7 +69,7 @@ struct DecodeCheck {
 
   bool mamba2(const Layer& layer, const State& state) const {
     const bool there = layer.norm && layer.conv_weight && layer.conv_bias && layer.dt_bias && layer.A && layer.D &&
-                       layer.gated_norm && state.first && state.second;
+                       layer.gated_norm && state.first && state.second && (call.most_behind == 0 || state.late);
     const bool fits = s.groups > 0 && s.heads > 0 && s.heads % s.groups == 0 && s.inner == s.heads * s.head_dim &&
                       s.conv == s.inner + 2 * s.groups * s.state && s.taps > 1 && s.state > 0;
     return there && fits && is(layer.first, s.inner + s.conv + s.heads, s.hidden) && is(layer.last, s.hidden, s.inner);
@@ -93,13 +101,14 @@ struct DecodeCheck {
     return layer.gate_weight && layer.gate_bias && layer.threshold && hidden && recalls == (s.orders > 0);
   }
 
-  // Rows, their tokens and positions, and the number of entries of their windows: a slot is it modulo the window.
+  // Rows, their positions, how far their states are behind, and the entries of their windows: a slot is their number
+  // modulo the window.
   bool indices() const {
     if (call.count < 0 || call.count > call.batch) return false;
     for (Index i = 0; i < call.count; ++i) {
       const std::int64_t row = call.rows[i];
       if (row < 0 || row >= call.batch || (i > 0 && row <= call.rows[i - 1])) return false;
-      if (call.tokens[row] < 0 || call.tokens[row] >= s.vocabulary || call.position[row] < 0) return false;
+      if (call.position[row] < 0 || call.behind[row] < 0 || call.behind[row] > call.most_behind) return false;
       for (Index n = 0; n < s.layers; ++n) {
         const Index kind = call.layers[n].kind;
         if ((kind == kAttention || kind == kSelective) && call.states[n].count[row] < 0) return false;

@@ -2,6 +2,7 @@
 // the gated norm and out_proj.
 #pragma once
 
+#include "decode_recurrence.h"
 #include "decode_step.h"
 
 namespace taipan {
@@ -77,7 +78,7 @@ struct Mamba2Layer {
     }
   }
 
-  // h = exp(dt A) h + dt B x and y = C h + D x of one head of one row; then u = y · silu(z) and its sum of squares.
+  // The recurrence and y = C h + D x of one head of one row; then u = y · silu(z) and its sum of squares.
   void recur(const Layer& layer, const State& state, Index i, Index head) const {
     const Index P = s.head_dim, N = s.state, group = head / (s.heads / s.groups);
     const T* row = step.wide + i * step.in;
@@ -87,28 +88,19 @@ struct Mamba2Layer {
     T dt = raw > T(20) ? raw : std::log1p(std::exp(raw));
     dt = std::min(std::max(dt, static_cast<T>(s.dt_low)), static_cast<T>(s.dt_high));
     const T decay = std::exp(dt * layer.A[head]), skip = layer.D[head];
-    T* h = state.second + (step.rows[i] * s.heads + head) * P * N;
     T* y = step.y + i * s.inner + head * P;
-    for (Index p = 0; p < P; ++p) y[p] = recur_row(N, decay, dt * x[p], B, C, h + p * N) + skip * x[p];
+    for (Index p = 0; p < P; ++p) y[p] = dt * x[p];
+    const Recurrence<T> recurrence{s, state, step.most_behind};
+    recurrence.read(step.rows[i], head, step.behind_of(i), decay, B, C, y);
     Vector<T> squares{};
     for (Index p = 0; p < P; p += kLanes<T>) {
       const Vector<T> gate = load_some(z + p, P - p);
-      const Vector<T> u = load_some(y + p, P - p) * gate * sigmoid(gate);
+      const Vector<T> all = load_some(y + p, P - p) + skip * load_some(x + p, P - p);
+      const Vector<T> u = all * gate * sigmoid(gate);
       squares += u * u;
       store_some(y + p, u, P - p);
     }
     step.squares[i * s.heads + head] = sum<T>(squares);
-  }
-
-  // One row at a time, in memory order: with several the processor does not prefetch.
-  static T recur_row(Index N, T decay, T input, const T* B, const T* C, T* h) {
-    Vector<T> total{};
-    for (Index n = 0; n < N; n += kLanes<T>) {
-      const Vector<T> value = decay * load_some(h + n, N - n) + input * load_some(B + n, N - n);
-      store_some(h + n, value, N - n);
-      total += value * load_some(C + n, N - n);
-    }
-    return sum<T>(total);
   }
 };
 

@@ -24,18 +24,24 @@ struct Step {
   const DecodeSizes& s;
   const std::int64_t* rows;
   Index count;
-  const std::int64_t* position;
+  const std::int64_t *position, *behind;
+  Index most_behind;
   Index longest, in, widest;
   std::optional<Team> team;
   T *h = nullptr, *wide = nullptr, *y = nullptr, *squares = nullptr;  // by all threads: residual stream, results
   T *repeated = nullptr, *follower = nullptr;  // by gates that recall: (count, 2 O) and (count, D)
 
-  explicit Step(const Decode& call) : s(call.sizes), rows(call.rows), count(call.count), position(call.position) {
+  explicit Step(const Decode& call)
+      : s(call.sizes), rows(call.rows), count(call.count), position(call.position), behind(call.behind),
+        most_behind(call.most_behind) {
     const Index query = s.query_heads * s.width, key = s.key_heads * s.width;
     longest = std::max({s.hidden * (1 + s.lookahead), s.inner, s.intermediate, query});
     in = 2 * s.inner + 2 * s.groups * s.state + s.heads;
     widest = std::max({s.hidden, in, 2 * s.intermediate, query + 2 * key});
   }
+
+  // Tokens that the recurrent states of one of the `count` rows are behind.
+  Index behind_of(Index i) const { return behind[rows[i]]; }
 
   bool reserve(Scratch& scratch, Index threads) {
     const Index sizes[] = {count * s.hidden,     count * widest,        count * longest,

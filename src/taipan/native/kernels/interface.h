@@ -230,30 +230,37 @@ struct Layer {
   Matrix gate, up, down;
 };
 
-// Of a Mamba-2 layer: columns (B, K - 1, C) and recurrent state (B, H, P, N). Of an attention layer: keys and values
+// Of a Mamba-2 layer: columns (B, K - 1, C), recurrent state (B, H, P, N), and where it may be tokens behind, what those
+// bring (B, most_behind · (H P + G N + H)). Of an attention layer: keys and values
 // (B, G, W, E), window coordinate (B, W) and number of entries so far (B); where entries look ahead, the last inputs
 // (B, K, D); where the share selected is bounded, the last scores (B, scores); where the weakest entry leaves, the
 // strengths (B, W).
 struct State {
-  Real *first, *second, *recent, *scores, *strength;
+  Real *first, *second, *late, *recent, *scores, *strength;
   std::int64_t *index, *count;
   Index slots;
 };
 
 // `rows` are the `count` of the batch that get a token; `tokens`, `position` and `recent` (B, R) are of the whole batch,
-// `logits` (count, V) of those rows. `orders` are the lengths of the n-grams that are recalled, rising.
+// `logits` (count, V) of those rows. The recurrent states of a row are `behind` (B) tokens behind, at most `most_behind`.
+// `orders` are the lengths of the n-grams that are recalled, rising.
 struct Decode {
   DecodeSizes sizes;
   const Layer* layers;
   const State* states;
   Matrix head, embedding;
   const Real* norm;
-  Index batch, count;
+  Index batch, count, most_behind;
   const std::int64_t *rows, *tokens;
-  std::int64_t* position;
+  std::int64_t *position, *behind;
   const std::int64_t* orders;  // may be null, and then `recent`
   std::int64_t* recent;
   Real* logits;
+};
+
+// The recurrent states of the `count` rows of `decode` catch up; no token is read.
+struct Settle {
+  Decode decode;
 };
 
 // How a token is chosen from logits; `sample` 0: the likeliest. Applied in this order, as in generation/sampling.py.
@@ -353,9 +360,10 @@ TAIPAN_STRUCT(Layer, kind, norm, first, keys, values, last, conv_weight, conv_bi
               window, gate_weight, gate_bias, gate_hidden_weight, gate_hidden_bias, recall_query_weight,
               recall_query_bias, recall_key_weight, recall_key_bias, threshold, gate_reads_raw, keys_of_all,
               counts_selected, adds, weighs_one, recent, mlp_norm, gate, up, down)
-TAIPAN_STRUCT(State, first, second, recent, scores, strength, index, count, slots)
-TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, rows, tokens, position, orders,
-              recent, logits)
+TAIPAN_STRUCT(State, first, second, late, recent, scores, strength, index, count, slots)
+TAIPAN_STRUCT(Decode, sizes, layers, states, head, embedding, norm, batch, count, most_behind, rows, tokens, position,
+              behind, orders, recent, logits)
+TAIPAN_STRUCT(Settle, decode)
 TAIPAN_STRUCT(Choice, sample, penalty, temperature, top_k, top_p, min_p, excluded, excluded_count)
 TAIPAN_STRUCT(Choose, how, rows, columns, logits, seen, uniform, tokens)
 TAIPAN_STRUCT(Pen, how, ends, end_count, seen, uniform)
@@ -383,6 +391,7 @@ TAIPAN_STRUCT(Unpack, matrix, narrow, out)
   F(cross_entropy, CrossEntropy)             \
   F(adamw, AdamW)                            \
   F(decode, Decode)                          \
+  F(settle, Settle)                          \
   F(choose, Choose)                          \
   F(write, Write)                            \
   F(digest, Digest)                          \

@@ -54,7 +54,7 @@ struct Ahead {
   Index first = 0, rows = 0;
 
   template <class W>
-  void fetch(const W* w, Index columns, Index k) const {
+  [[gnu::always_inline]] void fetch(const W* w, Index columns, Index k) const {
     if (k * sizeof(W) % 64 != 0) return;
     for (Index row = first; row < first + rows; ++row) __builtin_prefetch(w + (kPanel + row) * columns + k, 0, 2);
   }
@@ -68,9 +68,37 @@ inline Vector<T> widen_some(const W* w, Index n) {
   return widen<T>(static_cast<const W*>(some));
 }
 
-// out(r, c) = Σ_k w(r, k) x(c, k)
+// out(c, r) = sum of total(r, c), each as `sum` adds it. The sixteen of a tile are added together where that is quicker.
+template <class T, int R, int C>
+inline void sum_all(const Vector<T> (&total)[R][C], T (&out)[C][R]) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && R == 4 && C == 4) {
+    const auto halves = [](Vector<float> a, Vector<float> b) {  // lanes i and i + 8 of both
+      const auto first = reinterpret_cast<__m512>(a), second = reinterpret_cast<__m512>(b);
+      return _mm512_mask_blend_ps(0xff00, first, second) + _mm512_shuffle_f32x4(first, second, 0x4e);
+    };
+    __m512 row[4];  // a quarter is a column
+    for (int r = 0; r < 4; ++r) {
+      const __m512 first = halves(total[r][0], total[r][1]), second = halves(total[r][2], total[r][3]);
+      row[r] = _mm512_shuffle_f32x4(first, second, 0x88) + _mm512_shuffle_f32x4(first, second, 0xdd);
+    }
+    const auto pairs = [](__m512 a, __m512 b) {
+      const auto first = reinterpret_cast<__m512d>(a), second = reinterpret_cast<__m512d>(b);
+      return reinterpret_cast<__m512>(_mm512_unpacklo_pd(first, second)) +
+             reinterpret_cast<__m512>(_mm512_unpackhi_pd(first, second));
+    };
+    const __m512 low = pairs(row[0], row[1]), high = pairs(row[2], row[3]);
+    _mm512_storeu_ps(&out[0][0], _mm512_shuffle_ps(low, high, 0x88) + _mm512_shuffle_ps(low, high, 0xdd));
+    return;
+  }
+#endif
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[c][r] = sum<T>(total[r][c]);
+}
+
+// out(c, r) = Σ_k w(r, k) x(c, k)
 template <class T, class W, int R, int C>
-inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[R][C], const Ahead& ahead = {}) {
+inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[C][R], const Ahead& ahead = {}) {
   Vector<T> total[R][C];
   for (auto& row : total)
     for (auto& one : row) one = Vector<T>{};
@@ -89,8 +117,7 @@ inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[R][C
       const Vector<T> left = widen_some<T>(w + r * count + k, count - k);
       for (int c = 0; c < C; ++c) total[r][c] += left * load_some(x + c * x_row + k, count - k);
     }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r][c] = sum<T>(total[r][c]);
+  sum_all(total, out);
 }
 
 // Where a product goes: out(c, row), or added to it.
@@ -101,13 +128,31 @@ struct Target {
   bool add;
 
   template <int R, int C>
-  void put(const float* scale, Index row, Index column, const T (&value)[R][C]) const {  // scale of each row, or null
-    for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r) {
-        T* place = out + (column + c) * out_row + row + r;
-        const T scaled = held(scale == nullptr ? value[r][c] : value[r][c] * scale[row + r]);  // rounded before it is added
-        *place = add ? *place + scaled : scaled;
+  void put(const float* scale, Index row, Index column, const T (&value)[C][R]) const {  // scale of each row, or null
+    if constexpr (R * sizeof(T) >= 16) {
+      typedef T Rows __attribute__((vector_size(R * sizeof(T))));
+      Rows scales{};
+      if (scale != nullptr)
+        for (int r = 0; r < R; ++r) scales[r] = scale[row + r];
+      for (int c = 0; c < C; ++c) {
+        T* place = out + (column + c) * out_row + row;
+        Rows scaled, before;
+        std::memcpy(&scaled, value[c], sizeof scaled);
+        if (scale != nullptr) scaled = held(scaled * scales);  // rounded before it is added
+        if (add) {
+          std::memcpy(&before, place, sizeof before);
+          scaled += before;
+        }
+        std::memcpy(place, &scaled, sizeof scaled);
       }
+    } else {
+      for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) {
+          T* place = out + (column + c) * out_row + row + r;
+          const T scaled = held(scale == nullptr ? value[c][r] : value[c][r] * scale[row + r]);
+          *place = add ? *place + scaled : scaled;
+        }
+    }
   }
 };
 
@@ -127,7 +172,7 @@ struct Plain {
   }
 
   template <int R, int C>
-  void dots(Index row, Index column, T (&out)[R][C], const Ahead& ahead) const {
+  void dots(Index row, Index column, T (&out)[C][R], const Ahead& ahead) const {
     taipan::dots(columns, weight + row * columns, x + column * x_row, x_row, out, ahead);
   }
 };
@@ -172,7 +217,7 @@ struct Pairs {
   }
 
   template <int R, int C>
-  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
+  void dots(Index row, Index column, float (&out)[C][R], const Ahead& ahead) const {
     const std::uint16_t* w = weight + row * columns;
     const float* of = x + column * columns;
     Vector<float> total[R][C];
@@ -195,8 +240,7 @@ struct Pairs {
         for (int r = 0; r < R; ++r) total[r][c] += odd[r] * second;
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] = sum<float>(total[r][c]);
+    sum_all(total, out);
   }
 };
 
@@ -215,7 +259,7 @@ struct Stepped {
   }
 
   template <int R, int C>
-  void dots(Index row, Index column, float (&out)[R][C], const Ahead& ahead) const {
+  [[gnu::always_inline]] void dots(Index row, Index column, float (&out)[C][R], const Ahead& ahead) const {
     const W* w = weight + row * columns;
     const X* of = x + column * columns;
     typename Kind::Sums total[R][C];
@@ -230,8 +274,12 @@ struct Stepped {
         for (int r = 0; r < R; ++r) total[r][c] = Kind::add(total[r][c], left[r], right);
       }
     }
+    Vector<float> floats[R][C];
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) out[r][c] = kind().unit_of(column + c) * Kind::sum_of(total[r][c]);
+      for (int c = 0; c < C; ++c) floats[r][c] = Kind::floats(total[r][c]);
+    sum_all(floats, out);
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) out[c][r] *= kind().unit_of(column + c);
   }
 
  private:
@@ -261,7 +309,7 @@ struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
   }
 
   static Sums add(Sums total, Operand left, Operand right) { return _mm512_dpbf16_ps(total, left, right); }
-  static float sum_of(Sums total) { return sum<float>(reinterpret_cast<Vector<float>>(total)); }
+  static Vector<float> floats(Sums total) { return reinterpret_cast<Vector<float>>(total); }
   float unit_of(Index) const { return 1; }
 };
 #endif
@@ -326,9 +374,7 @@ struct Short : Stepped<Short, std::int8_t, std::int16_t> {
   }
 
   // To float before lanes are added: their sum does not fit 32 bits.
-  static float sum_of(Integers total) {
-    return sum<float>(reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)));
-  }
+  static Vector<float> floats(Integers total) { return reinterpret_cast<Vector<float>>(_mm512_cvtepi32_ps(total)); }
 #else
   static Integers read(const std::int8_t* w) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
@@ -340,9 +386,7 @@ struct Short : Stepped<Short, std::int8_t, std::int16_t> {
     return _mm256_add_epi32(total, _mm256_madd_epi16(left, right));
   }
 
-  static float sum_of(Integers total) {
-    return sum<float>(reinterpret_cast<Vector<float>>(_mm256_cvtepi32_ps(total)));
-  }
+  static Vector<float> floats(Integers total) { return reinterpret_cast<Vector<float>>(_mm256_cvtepi32_ps(total)); }
 #endif
 
   float unit_of(Index vector) const { return unit[vector]; }
@@ -365,12 +409,12 @@ template <int C, class T, class Rows>
 inline void rows_with(const Rows& rows, const Matrix& m, Index row, Index end, Index column, const Target<T>& target,
                       const Ahead& ahead) {
   for (; row + kRows <= end; row += kRows) {
-    T value[kRows][C];
+    T value[C][kRows];
     rows.dots(row, column, value, ahead);
     target.put(row_scales(m), row, column, value);
   }
   for (; row < end; ++row) {
-    T value[1][C];
+    T value[C][1];
     rows.dots(row, column, value, Ahead{});
     target.put(row_scales(m), row, column, value);
   }
