@@ -40,7 +40,7 @@ class Buffers(ABC):
 
     Attributes:
         first, second: columns and recurrent state of Mamba-2; keys and values (B, G, W, E) of attention.
-        late: of Mamba-2, what those tokens bring that are not in the recurrent state yet; None where it is never behind.
+        late: of Mamba-2, what tokens bring that the recurrent state is behind; None where it is never behind.
         index, count: of attention, as in its state.
         recent, scores, strength: of a SAL, where its state has them.
     """
