@@ -49,6 +49,7 @@ def contexts(**ends: tuple[float, float]) -> dict[str, Any]:
                     {"start": 512, "stop": 1024, "bits_per_byte": high},
                 ],
                 "documents": 4,
+                "length": 9000,
             }
         ]
         for name, (low, high) in ends.items()
