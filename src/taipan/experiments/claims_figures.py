@@ -109,27 +109,33 @@ def _name(kept: Kept, what: str) -> str:
     return slug(f"{what}-{kept.file.removesuffix('.json')}")
 
 
-_CONTEXT, _BITS = "context, tokens", "bits per byte"
+_CONTEXT, _BITS, _FIGURE = "context, tokens", "bits per byte", "loss-by-context"
 
 
 def _context_curves(kept: Kept, text: str | None) -> dict[str, dict[float, float]]:
     return {name: {float(x): y for x, y in by_context(kept, name, text).items()} for name in FOUR}
 
 
-def context_figure(kept: Kept) -> dict[str, str]:
-    """Loss by context as SVG files by name, wide and narrow: of the text that was read furthest."""
+def context_figure(found: Sequence[Kept]) -> dict[str, str]:
+    """Loss by context as SVG files by name, wide and narrow: of every result the text that was read furthest."""
     from matplotlib.figure import Figure
 
-    text, training = furthest(kept), kept.results["taipan"][0]["context"]
-    curves = _context_curves(kept, text)
-    words = _line_words("loss-by-context", "Loss by context", curves, _CONTEXT, _BITS)
+    panels = [(text, kept, _context_curves(kept, text)) for kept in found if (text := furthest(kept)) is not None]
+    if not panels:
+        return {}
+    told = [_line_words(_FIGURE, "", curves, _CONTEXT, f"the end of {text}, {_BITS}") for text, _, curves in panels]
+    words = Words(name=_FIGURE, title="Loss by context", description=" ".join(own.description for own in told))
     made: dict[str, str] = {}
-    for name, size in (("loss-by-context", (9.0, 3.6)), ("loss-by-context-narrow", (4.7, 3.8))):
+    for narrow in (False, True):
         with styled():
+            size = (4.7, 3.4 * len(panels)) if narrow else (4.7 * max(2, len(panels)), 3.6)
             drawing = Figure(figsize=size, layout="constrained")
-            draw = _drawn_lines(curves, _CONTEXT, _BITS, False, training)
-            draw(drawing.add_subplot(), name.endswith("narrow"))
-            made[f"{name}.svg"] = standalone(drawing, words)
+            shape = (len(panels), 1) if narrow else (1, len(panels))
+            for (text, kept, curves), axes in zip(panels, drawing.subplots(*shape, squeeze=False).flat, strict=True):
+                _drawn_lines(curves, _CONTEXT, _BITS, False, kept.results["taipan"][0]["context"])(axes, True)
+                axes.set_title(f"the end of {text}", fontweight="bold", pad=42)
+                axes.get_legend().set(loc="lower left", bbox_to_anchor=(-0.02, 1.0))
+            made[f"{_FIGURE}{'-narrow' if narrow else ''}.svg"] = standalone(drawing, words)
     return made
 
 

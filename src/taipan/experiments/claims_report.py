@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from taipan import __version__
-from taipan.experiments.claims import CLAIMS, Claim, Finding, Kept, by_context, furthest, judge, load
+from taipan.experiments.claims import CLAIMS, Claim, Finding, Kept, judge, load
 from taipan.experiments.claims_figures import context_figure, figures
 from taipan.io import atomic_write
 from taipan.report.page import render
@@ -47,17 +47,10 @@ def write(results: Path, out: Path) -> list[Path]:
         "pages": [{"href": f"{SELECTION}/{page.name}", "name": page.stem.replace("-", " ")} for page in pages],
     }
     atomic_write(out / PAGE, render("claims.html.j2", **values).encode())
-    for kept in _furthest(known.get("perplexity-by-context", [])):
-        for name, svg in context_figure(kept).items():
-            atomic_write(out / name, svg.encode())
-            written.append(out / name)
+    for name, svg in context_figure(known.get("perplexity-by-context", [])).items():
+        atomic_write(out / name, svg.encode())
+        written.append(out / name)
     return [out / PAGE, *written]
-
-
-def _furthest(found: Sequence[Kept]) -> list[Kept]:
-    """The results with the longest context, of several texts."""
-    read = [kept for kept in found if furthest(kept) is not None]
-    return sorted(read, key=lambda kept: max(by_context(kept, "taipan", furthest(kept))))[-1:]
 
 
 def _row(claim: Claim, kept: Kept | None, finding: Finding) -> dict[str, Any]:
