@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from taipan.model import TaipanLM
 
 _DISTANCES = (16, 64, 256)  # and the window, and beyond it
+LONGEST = 32_768
+"""Tokens of the held-out documents that are read, at most."""
 SCORED = 16_384
 """Tokens of a long text whose loss is told, the last ones; what is read before them is the context."""
 ATTENTION_READS = 65_536
@@ -52,7 +54,8 @@ def _measured(lab: Laboratory, function: Any, options: Any) -> dict[str, list[Re
 def measure_contexts(model: "TaipanLM", data: Path, training: int) -> Result:
     """Bits per byte of the same long documents, cut to contexts from half the training length on, and by position.
 
-    The documents are those held out that are longest, cut to one length, so that every position has the same ones.
+    The documents are those held out that are longest, cut to one length of at most `LONGEST`, so that every position
+    has the same ones.
 
     Args:
         model: read.
@@ -63,7 +66,7 @@ def measure_contexts(model: "TaipanLM", data: Path, training: int) -> Result:
     from taipan.evaluation import PreparedDocuments
     from taipan.evaluation.perplexity import evaluate
 
-    documents = LongDocuments(PreparedDocuments(TokenDataset.open(data / "valid")))
+    documents = LongDocuments(PreparedDocuments(TokenDataset.open(data / "valid")), longest=LONGEST)
     contexts = [training // 2]
     while contexts[-1] < documents.length:
         contexts.append(2 * contexts[-1])
