@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from taipan import TaipanConfig, TaipanLM
+from taipan.layers import selective_attention
 from taipan.layout import Layout
 from tests.models import STACKS, VARIANTS, force_gates, random_tokens, small_config, small_model
 from tests.test_model_splits import assert_same
@@ -140,9 +141,11 @@ def test_nothing_looks_ahead(stack: str, options: dict, time: int) -> None:
         assert torch.equal(gate_after.selected_BT[:, :time], gate.selected_BT[:, :time])
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_looks_back_only(variant: str) -> None:
+def test_gradient_looks_back_only(variant: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same by autograd, in training mode with dense gradients: d logits[t] / d embedding[t'] = 0 for t' > t."""
+    monkeypatch.setattr(selective_attention, "APART", 0 if apart else 1 << 30)
     model = small_model("taipan", gate_gradient="dense", **VARIANTS[variant]).train()
     tokens, time = random_tokens(1, 20), 11
     embedded: list[torch.Tensor] = []
@@ -179,6 +182,39 @@ def test_dense_and_gathered_agree_forward_and_differ_for_unselected_tokens_only(
     assert not torch.allclose(grads["dense"][gate], grads["gathered"][gate])
     for name in ("model.layers.3.mixer.q_proj.weight", "model.layers.3.mlp.down_proj.weight"):
         assert_same(grads["dense"][name], grads["gathered"][name], 1e-9)
+
+
+@pytest.mark.parametrize("layout", ["whole", "packed", "padded", "continued"])
+@pytest.mark.parametrize("variant", TAUGHT_BY_THE_LOSS)
+def test_unselected_tokens_by_themselves_are_the_same(
+    variant: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense gradient of a long call, which computes them without a backward, is that of a short one."""
+    tokens = random_tokens(2, 24)
+    ids = torch.tensor([[0] * 7 + [1] * 17, [0] * 12 + [1] * 12])
+    mask = torch.tensor([[1] * 24, [1] * 15 + [0] * 9])
+    options = {"packed": {"segment_ids": ids}, "padded": {"attention_mask": mask}}.get(layout, {})
+    grads: list[dict[str, torch.Tensor | None]] = []
+    losses: list[torch.Tensor] = []
+    for least in (1 << 30, 0):
+        monkeypatch.setattr(selective_attention, "APART", least)
+        model = small_model("taipan", gate_gradient="dense", **VARIANTS[variant]).train()
+        if layout == "continued":
+            with torch.no_grad():
+                options = {"state": model.eval()(random_tokens(2, 9, seed=1)).state}
+            model.train()
+        torch.manual_seed(3)
+        loss = model(tokens, labels=tokens, **options).loss
+        assert loss is not None
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same(*losses)
+    for name, expected in grads[0].items():
+        found = grads[1][name]
+        assert (found is None) == (expected is None), name
+        if found is not None and expected is not None:
+            assert_same(found, expected, 1e-9)
 
 
 def test_segment_boundaries_and_padding_are_not_predicted() -> None:

@@ -82,6 +82,21 @@ def test_the_products_are_those_of_the_layer(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(memory["dweight"].view(4, 5), weight.grad)
 
 
+def test_unselected_tokens_of_a_long_call_have_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a dense gradient all queries go forward, the selected backward; keys and values are learnt from all."""
+    model = small_model("taipan", dtype=torch.float32, gate_gradient="dense").train()
+    found = linears(model, torch.float32, rows=2000, head_rows=1, selected={1: 400, 3: 200})
+    rows = {layer.name: (layer.rows, layer.learnt) for layer in found if layer.name.startswith("layers.1.")}
+    assert rows["layers.1.q_proj"] == rows["layers.1.o_proj"] == (2000, 400)
+    assert rows["layers.1.k_proj"] == rows["layers.1.v_proj"] == (2000, 2000)
+    assert linears(model, torch.float32, rows=1000, head_rows=1, selected={})[4].learnt is None
+    monkeypatch.setattr(module, "_OUTPUT_ELEMENTS", 12)  # in parts
+    floor = LinearFloor([Linear("some", torch.randn(4, 5), 7, learnt=4)], backward=True)
+    with FlopCounterMode(display=False) as counter:
+        floor()
+    assert counter.get_total_flops() == 2 * 4 * 5 * (7 + 2 * 4)
+
+
 def test_narrow_weights_multiply_narrow_and_gates_do_not() -> None:
     model = small_model("taipan", dtype=torch.float32)
     found = linears(model, torch.bfloat16, rows=4, head_rows=1, selected={1: 2, 3: 2})

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from taipan.layers import selective_attention
 from taipan.layers.selective_attention import SelectiveAttention
 from taipan.layout import Layout
 from taipan.ops.rope import rotate
 from tests.models import VARIANTS, random_tokens, small_model
 
 LENGTH = 26
+# gradients of the gate, and from how many tokens on the unselected are taken by themselves
+WAYS = (("gathered", 1024), ("dense", 1024), ("dense", 0))
 
 # a layer called alone has no decoder to tell it what the tokens repeat; tests/test_model_splits.py has that one, too
 ALONE = [name for name, options in VARIANTS.items() if options.get("gate_input") != "recall"]
@@ -60,8 +63,11 @@ def kept(strength_T: Tensor, entry_T: Tensor, slots: int, recent: int) -> Tensor
 @pytest.mark.parametrize("variant", ALONE)
 @pytest.mark.parametrize("window", [1, 4, 100])
 @pytest.mark.parametrize("training", [False, True])
-def test_layer_is_the_dense_masked_form(variant: str, window: int, training: bool) -> None:
-    for gradient in ("gathered", "dense"):
+def test_layer_is_the_dense_masked_form(
+    variant: str, window: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gradient, least in WAYS:
+        monkeypatch.setattr(selective_attention, "APART", least)
         model = small_model("taipan", sliding_window=window, gate_gradient=gradient, **VARIANTS[variant])
         model.train(training)
         model.set_progress(0.0)  # with noise in training
@@ -76,9 +82,10 @@ def test_layer_is_the_dense_masked_form(variant: str, window: int, training: boo
 
 
 @pytest.mark.parametrize("variant", ALONE)
-def test_surrogate_gradient_is_alpha_times_the_refinement(variant: str) -> None:
+def test_surrogate_gradient_is_alpha_times_the_refinement(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """d h_i / d m̃_i = α_i (o_i − h_i): for every token with a dense gradient, for the selected ones when gathered."""
-    for gradient in ("gathered", "dense"):
+    for gradient, least in WAYS:
+        monkeypatch.setattr(selective_attention, "APART", least)
         model = small_model("taipan", gate_gradient=gradient, sliding_window=100, **VARIANTS[variant]).train()
         model.set_progress(1.0)  # no noise
         block = model.model.layers[1]

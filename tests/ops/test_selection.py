@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taipan.errors import InputError
-from taipan.ops.selection import gather, scatter, select_all, select_tokens
+from taipan.ops.selection import gather, propose, scatter, select_all, select_tokens
 
 
 @st.composite
@@ -91,3 +91,19 @@ def test_what_does_not_fit_is_refused() -> None:
         put(torch.zeros(1, 3, 2), selection, torch.zeros(1, 3, 2))
     with pytest.raises(InputError, match="one dtype"):
         put(torch.zeros(1, 2, 2), selection, torch.zeros(1, 3, 2, dtype=torch.float64))
+
+
+@given(masks())
+@settings(deadline=None)
+def test_a_proposed_change_is_not_made_but_weighed(mask: Tensor) -> None:
+    """The value is the base; gradients are those of base + weight · change, a constant, where weights are 0."""
+    selection, generator = select_tokens(mask), torch.Generator().manual_seed(0)
+    base, direction = (torch.randn(*mask.shape, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    change = gather(torch.randn(*mask.shape, 3, generator=generator, dtype=torch.float64), selection)
+    leaves = base.requires_grad_(), torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True)
+    out = propose(*leaves, change, selection)
+    assert out.equal(base)
+    found = torch.autograd.grad(out, leaves, direction)
+    made = base + leaves[1][..., None] * scatter(change, selection, torch.zeros_like(base))
+    for one, other in zip(found, torch.autograd.grad(made, leaves, direction), strict=True):
+        torch.testing.assert_close(one, other)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from taipan.layer_types import table_of
+from taipan.layer_types.attention import APART
 from taipan.model import Block, TaipanLM, TaipanOutput
 
 _OUTPUT_ELEMENTS = 2**26  # outputs per product: the logits of a large vocabulary are never held whole
@@ -20,11 +21,13 @@ class Linear:
         name: of the module.
         weight: (outputs, inputs), in the dtype it multiplies in.
         rows: tokens.
+        learnt: those of them, the first, whose gradients go through it; None: all.
     """
 
     name: str
     weight: Tensor
     rows: int
+    learnt: int | None = None
 
 
 def selected_tokens(output: TaipanOutput) -> dict[int, int]:
@@ -50,11 +53,13 @@ def linears(
     model.require_plain("as its own linear floor")
     found: list[Linear] = []
 
-    def add(name: str, module: nn.Module | None, count: int, kind: torch.dtype = dtype) -> None:
+    def add(
+        name: str, module: nn.Module | None, count: int, kind: torch.dtype = dtype, learnt: int | None = None
+    ) -> None:
         if module is not None and count > 0:
             weight = module.weight
             assert isinstance(weight, Tensor)
-            found.append(Linear(name, weight.detach().to(kind), count))
+            found.append(Linear(name, weight.detach().to(kind), count, learnt))
 
     precise = torch.promote_types(dtype, torch.float32)
     for number, block in enumerate(model.model.layers):
@@ -63,8 +68,9 @@ def linears(
         share = selected[number] / rows if number in selected else None
         table = table_of(model.config.layer_types[number])
         for matrix in table.matrices(model.config, selected=share, training=mixer.training):
-            through = mixer.get_submodule(matrix.name)
-            add(f"{place}.{matrix.name}", through, round(matrix.share * rows), dtype if matrix.hidden else precise)
+            through, count = mixer.get_submodule(matrix.name), round(matrix.share * rows)
+            learnt = round(matrix.learnt * count) if rows >= APART else None
+            add(f"{place}.{matrix.name}", through, count, dtype if matrix.hidden else precise, learnt)
         if block.mlp is not None:
             add(f"{place}.gate_proj", block.mlp.gate_proj, rows)
             add(f"{place}.up_proj", block.mlp.up_proj, rows)
@@ -101,6 +107,7 @@ class LinearFloor:
     def _multiply(self, layer: Linear) -> None:
         outputs, inputs = layer.weight.shape
         step = _rows_at_once(layer)
+        learnt = layer.rows if layer.learnt is None else layer.learnt
         x = self._view("x", layer, layer.rows, inputs)
         for start in range(0, layer.rows, step):
             part = x[start : start + step]
@@ -108,7 +115,8 @@ class LinearFloor:
             torch.mm(part, layer.weight.T, out=y)
             if not self._backward:
                 continue
-            torch.mm(y, layer.weight, out=self._view("dx", layer, layer.rows, inputs)[start : start + step])
+            y, part = (rows[: max(0, learnt - start)] for rows in (y, part))
+            torch.mm(y, layer.weight, out=self._view("dx", layer, layer.rows, inputs)[start : start + len(y)])
             dweight = self._view("dweight", layer, outputs, inputs)
             if start == 0:
                 torch.mm(y.T, part, out=dweight)

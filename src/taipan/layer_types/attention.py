@@ -10,6 +10,10 @@ from taipan.layer_types.table import LayerTable, Matrix
 _HEADS = ("num_attention_heads", "num_key_value_heads", "attention_head_dim", "rope_theta")
 _INDEX_BYTES = 8  # int64: the place of every entry of a window, and their number
 
+APART = 1024
+"""From so many tokens of a call on, a dense gradient takes unselected ones by themselves, without a backward
+(docs/decisions/0034)."""
+
 
 class AttentionTable(LayerTable):
     """See `taipan.layers.attention.Attention`.
@@ -55,11 +59,12 @@ class AttentionTable(LayerTable):
         hidden, head_dim = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * head_dim, config.kv_heads * head_dim
         ask, asked = self.shares(config, selected, training)
+        learnt = self.shares(config, selected, False)[0] / ask if ask > 0 else 1.0
         return (
-            Matrix("q_proj", hidden, queries, share=ask),
+            Matrix("q_proj", hidden, queries, share=ask, learnt=learnt),
             Matrix("k_proj", hidden, keys, share=asked),
             Matrix("v_proj", hidden, keys, share=asked),
-            Matrix("o_proj", queries, hidden, share=ask),
+            Matrix("o_proj", queries, hidden, share=ask, learnt=learnt),
         )
 
     def other_parameters(self, config: TaipanConfig) -> int:

@@ -18,6 +18,7 @@ class Matrix:
         share: of the tokens that go through it.
         hidden: from hidden to hidden, multiplied in the dtype of the model; False for a gate's, which is computed in at
             least fp32.
+        learnt: of those tokens, how many have a backward in a long call.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Matrix:
     outputs: int
     share: float = 1.0
     hidden: bool = True
+    learnt: float = 1.0
 
     @property
     def parameters(self) -> int:

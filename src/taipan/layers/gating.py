@@ -82,6 +82,11 @@ class GateOutput:
         return self.scores_BT2[..., 1] - self.scores_BT2[..., 0]
 
     @property
+    def passed_BT(self) -> BoolBT:
+        """The real tokens that were not selected."""
+        return ~self.selected_BT if self.real_BT is None else ~self.selected_BT & self.real_BT
+
+    @property
     def rate(self) -> Tensor:
         """Share of the real tokens that this call selected."""
         return masked_mean(self.selected_BT, self.real_BT)

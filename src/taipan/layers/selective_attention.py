@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from taipan.config import TaipanConfig
+from taipan.layer_types.attention import APART
 from taipan.layers.attention import Attended, GatheredAttention, not_retained, out_of_place
 from taipan.layers.gating import Gate, GateOutput, GateSchedule, ScoresBefore
 from taipan.layers.init import linear_
@@ -17,7 +18,7 @@ from taipan.layout import Layout
 from taipan.ops.outranking import NOTHING
 from taipan.ops.recall import remember
 from taipan.ops.retention import Entering, Held, Retained, retain
-from taipan.ops.selection import gather, scatter, select_tokens
+from taipan.ops.selection import gather, propose, scatter, select_tokens
 from taipan.shapes import FloatBLD, FloatBR, FloatBT, FloatBTD, FloatBW
 from taipan.state import AttentionState, RetainingState, SelectiveState, StateBuilder, pick, take
 
@@ -74,7 +75,8 @@ class SelectiveAttention(Mixer[AttentionState]):
         index_BT = layout.position_BT
         if config.window_unit == "selected":
             index_BT = selected_ordinals(gate.selected_BT, state, layout)
-        queries = Attended.of(layout.everything if dense else selected, index_BT)
+        apart = dense and gate.selected_BT.numel() >= APART
+        queries = Attended.of(layout.everything if dense and not apart else selected, index_BT)
         keys = Attended.of(layout.everything if config.key_value_scope == "all" else selected, index_BT)
         entries = _Entries(x_BTD, state, layout, config.lookahead)
         q = of_tokens(self.q_proj, gather(x_BTD, queries.tokens))
@@ -90,12 +92,21 @@ class SelectiveAttention(Mixer[AttentionState]):
         out_BSD = of_tokens(self.o_proj, out)
         weight_BT1 = (gate.mask_BT * gate.alpha_BT)[..., None].to(h_BTD.dtype)
         h_BSD = gather(h_BTD, queries.tokens)
-        change_BSD = out_BSD.to(h_BTD.dtype)
-        if config.refinement == "mix":
-            change_BSD = change_BSD - h_BSD
-        refined_BSD = h_BSD + gather(weight_BT1, queries.tokens) * change_BSD
-        h_BTD = scatter(refined_BSD, queries.tokens, h_BTD)
-        return Mixed(h_BTD=h_BTD, branch_BTD=None, build_state=build, gate=gate)
+        refined_BSD = h_BSD + gather(weight_BT1, queries.tokens) * self._change(out_BSD, h_BSD)
+        refined_BTD = scatter(refined_BSD, queries.tokens, h_BTD)
+        if apart:
+            others = Attended.of(select_tokens(gate.passed_BT), index_BT)
+            with torch.no_grad():  # their weight is 0, so that o_i gets no gradient: nothing is kept for a backward
+                q = of_tokens(self.q_proj, gather(x_BTD, others.tokens))
+                out, _ = self.attention(q, k, v, state, layout, queries=others, keys=keys, retained=retained)
+                change_BSD = self._change(of_tokens(self.o_proj, out), gather(h_BTD, others.tokens))
+            refined_BTD = propose(refined_BTD, weight_BT1[..., 0], change_BSD, others.tokens)
+        return Mixed(h_BTD=refined_BTD, branch_BTD=None, build_state=build, gate=gate)
+
+    def _change(self, out_BSD: Tensor, h_BSD: Tensor) -> Tensor:
+        """What weighs α in Eq. 5."""
+        out_BSD = out_BSD.to(h_BSD.dtype)
+        return out_BSD - h_BSD if self.config.refinement == "mix" else out_BSD
 
     def _unchanged(self, x_BTD: Tensor, state: AttentionState | None) -> StateBuilder:
         def build() -> AttentionState:

@@ -1,5 +1,5 @@
 """Compaction of selected tokens, and their way back."""
 
-from taipan.ops.selection.selection import Selection, gather, scatter, select_all, select_tokens
+from taipan.ops.selection.selection import Selection, gather, propose, scatter, select_all, select_tokens
 
-__all__ = ["Selection", "gather", "scatter", "select_all", "select_tokens"]
+__all__ = ["Selection", "gather", "propose", "scatter", "select_all", "select_tokens"]

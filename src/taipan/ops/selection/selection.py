@@ -1,11 +1,13 @@
 """Gathers the selected tokens of each row, so that attention costs only what was selected; and scatters them back."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from taipan.errors import InputError
-from taipan.shapes import BoolBS, BoolBT, FloatBSD, FloatBTD, IntB, IntBS, IntM
+from taipan.shapes import BoolBS, BoolBT, FloatBSD, FloatBT, FloatBTD, IntB, IntBS, IntM
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,43 @@ def scatter(out_BSD: FloatBSD, selection: Selection, base_BTD: FloatBTD) -> Floa
     if selection.target_M is not None:
         out_MD = out_MD.index_select(0, selection.target_M)
     return base_BTD.flatten(0, 1).index_copy(0, selection.source_M, out_MD).view(base_BTD.shape)
+
+
+def propose(base_BTD: FloatBTD, weight_BT: FloatBT, change_BSD: FloatBSD, selection: Selection) -> FloatBTD:
+    """``base_BTD``, and what ``weight_BT`` would get of a gradient if each selected token had its weight of a change.
+
+    As ``base + weight · change`` at the selected tokens where their weights are 0, but the change, a constant, is not
+    made and gets no gradient.
+
+    Raises:
+        InputError: the tensors do not fit the selection.
+    """
+    _check_fit("propose", base_BTD, selection.count_B.numel(), selection.tokens)
+    _check_fit("propose", change_BSD, *selection.index_BS.shape)
+    change_MD = change_BSD.flatten(0, 1)
+    if selection.target_M is not None:
+        change_MD = change_MD.index_select(0, selection.target_M)
+    return cast(torch.Tensor, _Proposed.apply(base_BTD, weight_BT, change_MD, selection.source_M))
+
+
+class _Proposed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base_BTD: torch.Tensor, weight_BT: torch.Tensor, change_MD: torch.Tensor, source_M: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(change_MD, source_M)
+        ctx.weight = weight_BT.shape, weight_BT.dtype
+        return base_BTD.view_as(base_BTD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_BTD,) = grad_outputs
+        change_MD, source_M = ctx.saved_tensors
+        shape, dtype = ctx.weight
+        slope_M = (grad_BTD.flatten(0, 1).index_select(0, source_M) * change_MD).sum(1)
+        slope_BT = slope_M.new_zeros(shape.numel()).index_copy(0, source_M, slope_M).view(shape).to(dtype)
+        return grad_BTD, slope_BT, None, None
 
 
 def _check_fit(name: str, x: torch.Tensor, batch: int, length: int) -> None:
