@@ -1,7 +1,7 @@
 """The same Mamba-2 in OpenVINO and ONNX Runtime, in turn with ours.
 
     pip install openvino==2026.4.1 onnxruntime==1.32.0 onnx==1.22.0    # in an environment of its own, beside taipan-lm
-    python benchmarks/runtimes.py --model mamba2-115m --json runtimes.json
+    python benchmarks/runtimes.py --json benchmarks/results/runtimes.json    # then benchmarks/table.py takes it up
 
 Neither exports Mamba-2 as its users have it (optimum-intel refuses), so it is written here in plain PyTorch operations:
 a prompt in chunks of 64 tokens as batched products, and one token with its states, which the runtime keeps (OpenVINO)
@@ -14,7 +14,9 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -274,6 +276,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     hardware.tune_allocator()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     threads = torch.get_num_threads()
     model = build(Settings(model=arguments.model), torch.float32)
     ids = random_tokens(model.config, 1, arguments.tokens, 0)[0]
@@ -292,7 +295,19 @@ def main() -> None:
         spread = f"{ratio.median:.2f} ({ratio.lower:.2f} – {ratio.upper:.2f})"
         print(f"| {work} | {who} | {rate:,.0f} tokens/s | {spread} of taipan in bf16 |", flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({name: list(values) for name, values in seconds.items()}, indent=2))
+        machine = hardware.describe()
+        options = f"--model {arguments.model} --tokens {arguments.tokens} --steps {arguments.steps}"
+        record = {
+            "command": f"python benchmarks/runtimes.py {options} --repeats {arguments.repeats}",
+            "model": arguments.model,
+            "tokens": arguments.tokens,
+            "steps": arguments.steps,
+            "machine": f"{machine.cpu}, {threads} threads of {machine.cores} cores ({', '.join(machine.simd)})",
+            "versions": ", ".join(f"{name} {version(name)}" for name in ("openvino", "onnxruntime", "torch")),
+            "started": started,
+            "seconds": {name: list(values) for name, values in seconds.items()},
+        }
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -91,6 +92,8 @@ RUNS = {
     "mixed": f"mixed --model mamba2-6m {BF16} --tokens 512 --repeats 3",
     "selective-layer-bf16": f"ops --model taipan-30m {BF16} --tokens 8192 --repeats 5",
 }
+
+RUNTIMES = "python benchmarks/runtimes.py --model mamba2-115m --tokens 2048 --steps 16 --repeats 3"
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,34 @@ def other_rows() -> Iterator[str]:
             work = f"{model} | {step} | peak memory, GB"
             yield f"| {work} | {target} | {reached} | | | `taipan bench {RUNS[run]}` |"
 
+    yield from runtime_rows()
+
+
+def runtime_rows() -> Iterator[str]:
+    """Other runtimes (`benchmarks/runtimes.py`): each at its best, with weights as ours or narrower."""
+    record = load("runtimes")
+    model, command = ("mamba2-115m", RUNTIMES) if record is None else (record["model"], record["command"])
+    for work, own, peer, target in (
+        ("prefill", "bf16", "OpenVINO", "≥ 1.6"),
+        ("decode", "bf16", "OpenVINO, bf16", ""),
+        ("decode", "int8", "OpenVINO, int8 weights", ""),
+        ("decode", "int8", "ONNX Runtime", ""),
+    ):
+        head = f"| {model}, {own} | {work}{{}} | speed / {peer}{{}} | {target} "
+        if record is None:
+            yield f"{head.format('', '')}| not measured | | | | `{command}` |"
+            continue
+        seconds: dict[str, list[float]] = record["seconds"]
+        ours = seconds[f"{work}, taipan, {own}"]
+        others = {name: values for name, values in seconds.items() if name.startswith(f"{work}, {peer}")}
+        best = min(others, key=lambda name: median(others[name]))
+        ratios = sorted(theirs / our for theirs, our in zip(others[best], ours, strict=True))
+        tokens = record["tokens"] if work == "prefill" else record["steps"]
+        spread = f"{median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f})"
+        words = f" {tokens:,} tokens", best.removeprefix(f"{work}, {peer}")
+        reached = f"{spread} | {met(median(ratios), target)} | | {tokens / median(ours):,.0f}"
+        yield f"{head.format(*words)}| {reached} | `{command}` |"
+
 
 def peak_of(run: str, work: str) -> float | None:
     return first(load(run), lambda m: m["subject"] == "taipan" and m["work"].startswith(work), "median", 1e9)
@@ -286,6 +317,8 @@ def machines() -> Iterator[str]:
             known.setdefault(text, []).append(f"{name} (load {record['load'][0]:.1f})")
     for text, names in known.items():
         yield f"* {text}: {', '.join(names)}."
+    if (record := load("runtimes")) is not None:
+        yield f"* {record['machine']}, {record['versions']}, {record['started'][:10]}: runtimes (lowest – highest)."
 
 
 def make(names: list[str]) -> None:
