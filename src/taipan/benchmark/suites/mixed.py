@@ -31,6 +31,8 @@ SECONDS = 5.0
 def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
     """Seconds per token of each process alone on its core, and of both at once.
 
+    Beside them the least share of its core that a process had: well below 1, something else ran there.
+
     Raises:
         ConfigError: this process may run on one core only, or the system cannot pin processes to cores.
     """
@@ -39,6 +41,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         raise ConfigError("Two processes on a core each need two cores that this one may run on: give it more.")
     alone: dict[str, list[float]] = {TRAINING: [], WRITING: []}
     beside: dict[str, list[float]] = {TRAINING: [], WRITING: []}
+    shares: dict[str, list[float]] = {TRAINING: [], WRITING: []}
     with ExitStack() as stack:
         workers = {
             job: stack.enter_context(_Worker(settings, job, core)) for job, core in zip(alone, cores, strict=False)
@@ -48,11 +51,11 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         for repetition in range(settings.repeats):
             for job, worker in workers.items():
                 worker.go()
-                alone[job].append(worker.seconds_per_token())
+                worker.told(alone[job], shares[job])
             for worker in workers.values():
                 worker.go()
             for job, worker in workers.items():
-                beside[job].append(worker.seconds_per_token())
+                worker.told(beside[job], shares[job])
             if progress is not None:
                 progress(repetition + 1, settings.repeats)
     return [
@@ -64,6 +67,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
             values=tuple(beside[job]),
             tokens=1,
             comparisons=(speed_ratio(beside[job], alone[job], "alone"),),
+            details={"of its core per process, at least": min(shares[job])},
         )
         for job, other in ((TRAINING, WRITING), (WRITING, TRAINING))
     ]
@@ -93,9 +97,11 @@ class _Worker:
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
 
-    def seconds_per_token(self) -> float:
-        """Wait until it has, and what it took."""
-        return float(self._line())
+    def told(self, seconds: list[float], shares: list[float]) -> None:
+        """Wait until it has; append the seconds of a token and the share of the core that the process had."""
+        second, share = map(float, self._line().split())
+        seconds.append(second)
+        shares.append(share)
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -106,7 +112,7 @@ class _Worker:
 
 
 def _work(settings: Settings, job: str) -> None:
-    """Answer every line with the seconds that a token took."""
+    """Answer every line with the seconds that a token took, and the share of them that the process ran."""
     dtype = dtype_of(settings)
     if job == TRAINING:
         model = build(settings, torch.float32).train()
@@ -129,11 +135,12 @@ def _work(settings: Settings, job: str) -> None:
     once()
     print("ready", flush=True)
     for _ in sys.stdin:
-        begin, done = time.perf_counter(), 0
+        begin, ran, done = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - begin < SECONDS:
             once()
             done += tokens
-        print((time.perf_counter() - begin) / done, flush=True)
+        taken = time.perf_counter() - begin
+        print(taken / done, (time.process_time() - ran) / taken, flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
