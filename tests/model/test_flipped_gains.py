@@ -189,10 +189,22 @@ def test_a_bound_of_the_share_binds_no_flip() -> None:
     model, tokens = flipping(capacity_window=10, attention_capacity=0.2, gain_flips=0.5), random_tokens(ROWS, LENGTH)
     output, gains = measured(model, tokens)
     assert gains is not None
-    refused = [
-        ~gate.allowed_BT & (gate.margin_BT > gate.threshold) for gate in output.gates if gate.allowed_BT is not None
-    ]
-    assert any((own & found.known_BT).any() for own, found in zip(refused, gains, strict=True))
+    pairs = [(gate, gate.allowed_BT, found) for gate, found in zip(output.gates, gains, strict=True)]
+    assert any(
+        (found.known_BT & ~allowed_BT & (gate.margin_BT > gate.threshold)).any()
+        for gate, allowed_BT, found in pairs
+        if allowed_BT is not None
+    )
+    unbounded = flipping(attention_capacity=0.2)
+    unbounded.load_state_dict(model.state_dict())
+    with decided(unbounded, *(gate.selected_BT for gate in output.gates)):
+        before = losses(unbounded, tokens)
+    with decided(unbounded, *(gate.selected_BT ^ found.known_BT for gate, _, found in pairs)):
+        change = losses(unbounded, tokens) - before
+    for gate, _, found in pairs:
+        known = found.known_BT[:, :-1]
+        gain = torch.where(gate.selected_BT, 1, -1)[:, :-1] * change
+        torch.testing.assert_close(found.gain_BT[:, :-1][known], gain[known])
 
 
 def test_while_every_gate_is_open_tokens_are_closed() -> None:

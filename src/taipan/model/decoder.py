@@ -138,7 +138,7 @@ class TaipanDecoder(nn.Module):
         Args:
             at: where to begin.
             rows_R: which rows, repeats allowed.
-            selected: by the number of the gate's layer, as the call arranges tokens; padding is not.
+            selected: by the number of the gate's layer, as the call arranges tokens; padding never is.
         """
         layout = at.call.layout if self.config.forced_gates_score else replace(at.call.layout, recalled=None)
         call = replace(at.call, layout=layout).select(rows_R)

@@ -142,9 +142,7 @@ def _flips(at: AtFirstGate, config: TaipanConfig, part: tuple[int, int], rows: i
     """
     (batch, length), (number, count) = at.h_BTD.shape[:2], part
     chance_GBT = torch.rand(len(at.selected), count * batch, length, device=at.h_BTD.device)
-    flips_GRT = chance_GBT[:, number * batch : number * batch + rows] < config.gain_flips
-    real_BT = at.call.layout.real_BT
-    return flips_GRT if real_BT is None else flips_GRT & real_BT[:rows]
+    return chance_GBT[:, number * batch : number * batch + rows] < config.gain_flips
 
 
 def _measured_rows(rows: int, part: tuple[int, int], share: float) -> int:
