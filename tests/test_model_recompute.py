@@ -1,5 +1,7 @@
 """Recomputing activations: the same numbers from less memory."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from taipan.errors import StateError
 from taipan.model import TaipanLM
-from tests.models import STACKS, VARIANTS, random_tokens, small_model
+from taipan.ops.remade import remade
+from tests.models import STACKS, VARIANTS, random_tokens, small_config, small_model
 
 CASES = [(stack, {}) for stack in STACKS] + [("taipan", options) for options in VARIANTS.values()]
 
@@ -62,6 +65,42 @@ def test_only_the_residual_stream_is_kept_between_forward_and_backward(stack: st
         return total
 
     assert kept(True) < kept(False) / 4
+
+
+@pytest.mark.parametrize("implementation", ["auto", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_recomputation_gives_the_same_bits_and_makes_again_what_it_does_not_keep(
+    implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice through the same graph, too, with a state and padding."""
+    made: list[Tensor] = []
+
+    def noted(result: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        def make_and_note() -> Tensor:
+            made.append(make())
+            return made[-1]
+
+        return remade(result, make_and_note)
+
+    monkeypatch.setattr("taipan.layers.mamba2.remade", noted)
+    config = small_config("mamba2", hidden_size=64, mamba_head_dim=32, state_size=16)
+
+    def run(selective: bool) -> list[Tensor]:
+        model = TaipanLM(config, implementation=implementation, generator=torch.Generator().manual_seed(0)).train()
+        model.set_recompute("selective" if selective else False)
+        tokens, mask = random_tokens(2, 64), torch.ones(2, 64).index_fill(1, torch.tensor([5, 6]), 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            state = model.eval()(tokens).state
+            loss = model.train()(tokens, state, mask, labels=tokens).loss
+        for times in (1, 2):
+            loss.backward(retain_graph=times == 1)
+            assert len(made) == selective * times * 2 * config.num_hidden_layers
+        return [loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+    expected, found = run(False), run(True)
+    assert len(found) == len(expected) > 10
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
 
 
 def test_states_are_there_when_asked_for() -> None:

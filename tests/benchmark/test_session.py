@@ -144,10 +144,10 @@ def test_memory_compares_processes(directory: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(memory, "_peak", peak)
     found = measured(directory, ["memory"], against="transformers-mamba2").measurements
     both = ("taipan", "transformers Mamba-2")
-    assert asked == [(name, who) for name in memory.JOBS for who in (both if name != "narrow" else both[:1])]
+    assert asked == [(name, who) for name in memory.JOBS for who in (both[:1] if name in memory._OURS_ALONE else both)]
     assert {row.unit for row in found} == {"bytes"}
     compared = [row.comparisons[0].ratios for row in found if row.subject == "taipan" and row.comparisons]
-    assert compared == [(0.2,)] * (len(memory.JOBS) - 1)
+    assert compared == [(0.2,)] * (len(memory.JOBS) - len(memory._OURS_ALONE))
 
 
 @pytest.mark.parametrize("name", memory.JOBS)

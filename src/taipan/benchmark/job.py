@@ -25,7 +25,7 @@ def run(settings: Settings, job: str, subject: str) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dtype = dtype_of(settings)
-    training = {"train": 1, "later": 2, "narrow": 2}.get(job, 0)  # steps
+    training = {"train": 1, "later": 2, "narrow": 2, "lean": 2}.get(job, 0)  # steps
     weights = torch.float32 if training else dtype
     config = configuration(settings.model)
     ids_BT = random_tokens(config, settings.batch, settings.tokens[0], settings.seed)
@@ -44,7 +44,8 @@ def run(settings: Settings, job: str, subject: str) -> None:
         return
     model = build(settings, weights)
     if training:
-        section = OptimizerSection(moments="int8" if job == "narrow" else "float32")
+        section = OptimizerSection(moments="int8" if job in ("narrow", "lean") else "float32")
+        model.set_recompute("selective" if job == "lean" else False)
         optimizers = build_optimizer(model.train(), section)
         for _ in range(training):
             train_step(model, optimizers, [{"tokens": ids_BT}], dtype=str(dtype).removeprefix("torch."))

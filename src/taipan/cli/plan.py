@@ -99,7 +99,7 @@ def register(app: typer.Typer, panel: str) -> None:
         print_table("", columns, rows, width=_COLUMNS)
         steps = chosen.total_steps
         if steps is not None:
-            seconds = times[arrangements.index((strategies[0], chosen.training.recompute))].compute
+            seconds = times[arrangements.index((strategies[0], chosen.training.recompute is True))].compute
             echo(f"{steps:,} steps at {seconds:.2f} s: {steps * seconds / 86400:.1f} days of matrix products alone.")
         echo(
             f"These are estimates: {utilisation:.0%} of {tflops:g} TFLOP/s is assumed, network time is what it takes "

@@ -37,9 +37,12 @@ class Mixer(nn.Module, Generic[State]):
 
     Attributes:
         shapes_depend_on_data: sizes inside differ from call to call; compiling it would not pay.
+        recompute_selectively: in training, what is quickly computed again is not kept for the backward pass, where the
+            layer has such results.
     """
 
     shapes_depend_on_data: ClassVar[bool] = False
+    recompute_selectively: bool = False
 
     def forward(
         self, h_BTD: FloatBTD, x_BTD: FloatBTD, state: State | None, layout: Layout, schedule: GateSchedule

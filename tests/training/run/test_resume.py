@@ -44,7 +44,7 @@ def cases(count: int, seed: int) -> list[Case]:
             "optimizer.clip": draw.choice([None, 0.5]),
             "training.accumulation": draw.choice([1, 2, 3]),
             "training.batch_size": draw.choice([1, 2]),
-            "training.recompute": draw.choice([False, True]),
+            "training.recompute": draw.choice([False, True, "selective"]),
             "training.checkpoint_every": draw.choice([None, 1, 2]),
             "training.log_every": draw.choice([1, 3]),
             "training.seed": draw.randrange(1000),

@@ -13,8 +13,8 @@ from taipan.benchmark.suites.common import TAIPAN
 from taipan.benchmark.timing import Progress
 from taipan.errors import ConfigError, shown
 
-JOBS = ("load", "train", "later", "narrow", "prefill", "decode")
-_OURS_ALONE = ("narrow",)  # what no peer is asked to do
+JOBS = ("load", "train", "later", "narrow", "lean", "prefill", "decode")
+_OURS_ALONE = ("narrow", "lean")  # what no peer is asked to do
 
 
 def measure(settings: Settings, progress: Progress | None = None) -> list[Measurement]:
@@ -30,6 +30,7 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
         "train": f"a training step, {tokens:,} tokens, batch {settings.batch}",
         "later": f"a later step, {tokens:,} tokens, batch {settings.batch}",
         "narrow": f"a later step, moments in 8 bits, {tokens:,} tokens, batch {settings.batch}",
+        "lean": f"a later step, moments in 8 bits, selective recomputation, {tokens:,} tokens, batch {settings.batch}",
         "prefill": f"prefill {tokens:,} tokens, batch {settings.batch}",
         "decode": f"{settings.new_tokens} tokens after {settings.context[0]:,}, batch {settings.batch}",
     }

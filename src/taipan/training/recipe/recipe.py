@@ -191,7 +191,8 @@ class TrainingSection:
         seed: of weights, data order and gate noise.
         dtype: `bfloat16` is autocast over fp32 weights; `auto` takes it where the hardware is fast at it.
         recompute: keep only the residual stream between blocks and compute the rest again in the backward pass: the
-            same gradients in less memory, for one forward more.
+            same gradients in less memory, for one forward more. `selective`: only what is quick, Mamba-2's convolution
+            and gated norm; also the same gradients.
         compile: run what is plain PyTorch in the blocks through torch.compile; not together with `recompute`.
         implementation: of the ops: `auto`, or the name of one (docs/architecture.md).
         log_every: steps between lines of metrics.jsonl.
@@ -213,7 +214,7 @@ class TrainingSection:
     state_passing: int | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    recompute: bool = False
+    recompute: bool | Literal["selective"] = False
     compile: bool = False
     implementation: str = "auto"
     log_every: int = 10
@@ -439,7 +440,7 @@ def _check_values(recipe: Recipe) -> None:
     _require(passing is None or passing >= 2, "training.state_passing", passing, "null or at least 2 pieces")
     if training.compile and training.recompute:
         raise ConfigError(
-            "training.compile and training.recompute are both true, but a recomputed block cannot be compiled around "
+            "training.compile and training.recompute are both on, but a recomputed block cannot be compiled around "
             "its ops: switch one of them off."
         )
     name = Path(recipe.output).name.strip()
