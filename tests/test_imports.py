@@ -58,6 +58,24 @@ def test_loading_a_model_does_not_import_the_compiler_of_torch(tmp_path: Path) -
     assert result.returncode == 0, result.stderr
 
 
+def test_no_garbage_is_looked_for_while_the_model_is_imported() -> None:
+    """Every look walks what torch has made, hundreds of thousands of objects."""
+    code = """
+import gc, taipan
+looks = []
+gc.callbacks.append(lambda phase, info: looks.append(phase))
+gc.set_threshold(700, 10, 10)
+taipan.TaipanLM
+seen = len(looks)
+assert gc.isenabled() and not seen, seen
+gc.disable()
+taipan.TextModel
+assert not gc.isenabled()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_refusal_refuses() -> None:
     result = run_without({"torch"}, "import taipan.shapes")
     assert result.returncode != 0

@@ -1,6 +1,8 @@
 """Taipan: a long-context language model of Mamba-2 blocks and Selective Attention Layers (arXiv 2410.18572)."""
 
+import gc
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from taipan.layer_types import register_own
@@ -47,5 +49,16 @@ register_own()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(_imported(_HOMES[name]), name)
     raise AttributeError(f"module 'taipan' has no attribute {name!r}")
+
+
+def _imported(module: str) -> ModuleType:
+    """A module; garbage is not looked for meanwhile: there is none, and every look walks all that torch has made."""
+    looking = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        if looking:
+            gc.enable()
