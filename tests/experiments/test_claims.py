@@ -175,6 +175,13 @@ def test_copying_says_where_the_lead_is() -> None:
     assert "by 0.620 nats a token; 97% of it is on tokens that repeat a bigram" in finding.because
     assert "keeps 68% of the lead" in finding.because
     assert finding.verdict == "holds"
+    # where attention leads by little, as on prose after so few steps, no share of it is told
+    small = {**known, "jamba": (100, 98), "taipan": (99, 60)}
+    finding = found("copying", kept({name: [sums(*own)] for name, own in small.items()}))
+    assert "is 0.020 nats a token, too little to keep a share of. Taipan leads by 0.410; 98% of" in finding.because
+    assert finding.verdict == "holds"
+    behind = {**small, "taipan": (105, 96)}
+    assert found("copying", kept({name: [sums(*own)] for name, own in behind.items()})).verdict == "does not hold"
 
 
 def test_a_gate_whose_shares_differ() -> None:
