@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taipan.ops import attention, causal_conv1d, gated_rms_norm, linear_cross_entropy, ssd
+from taipan.ops import attention, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2, ssd
 from taipan.ops.attention.codes import window_codes
 from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.gated_rms_norm import api as norms
+from taipan.ops.mamba2.inputs import Mamba2Inputs
 from taipan.ops.precision import accumulation_dtype
 from taipan.ops.retention import NEVER
 from taipan.ops.ssd.inputs import SSDInputs
@@ -466,6 +467,57 @@ def of_attention(draw: Draw) -> Case:
     leaving = "" if until is None else ", keys leave one by one"
     about = f"window {window}, {'packed' if packed else 'one document'}, stride {stride}, size {size}{leaving}"
     return Case(run, lambda tensors: run(tensors, "reference"), inputs, wanted, [0], about, magnitudes)
+
+
+def of_mamba2(draw: Draw) -> Case:
+    """What lies between the projections: one call beside its parts (see test_mamba2.py)."""
+    batch, tokens, groups = draw.number(1, 1, 2, 3), draw.length(140), draw.number(1, 1, 2)
+    heads, head_dim, state = groups * draw.number(1, 2, 3), draw.number(16, 16, 32), draw.number(16, 16, 48)
+    dtype, taps = torch.bfloat16, draw.number(2, 3, 4, 4)
+    inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+    segment, length, real = draw.segments(batch, tokens), None, None
+    if draw.chance(0.4):
+        length = torch.randint(0, tokens + 1, (batch,), generator=draw.generator)
+        real = torch.arange(tokens) < length[:, None]
+        if segment is not None:
+            last = segment.gather(1, (length - 1).clamp_min(0)[:, None]) * (length > 0)[:, None]
+            segment = torch.where(real, segment, last)
+    proj = draw.normal(batch, tokens, inner + channels + heads)
+    proj[..., -heads:] *= draw.random.choice([1.0, 1.0, 8.0])
+    inputs = {
+        "proj": draw.view(proj.to(dtype)),
+        "weight": draw.normal(channels, taps).to(dtype if draw.chance(0.5) else torch.float32),
+        "bias": draw.normal(channels).float(),
+        "dt_bias": (draw.normal(heads) - 2).float(),
+        "A_log": draw.normal(heads).float(),
+        "D": draw.normal(heads).float(),
+        "norm": draw.normal(inner).float(),
+    }
+    if draw.chance(0.5):
+        inputs["columns"] = draw.normal(batch, taps - 1, channels).to(dtype)
+        inputs["initial"] = draw.normal(batch, heads, head_dim, state).float()
+    limit = draw.random.choice([(0.0, float("inf")), (0.0, float("inf")), (0.05, 0.5)])
+    options: dict[str, object] = {"state_size": state, "groups": groups, "eps": 1e-5, "time_step_limit": limit}
+    options |= {"chunk_size": draw.number(16, 64), "segment_BT": segment, "length_B": length, "real_BT": real}
+
+    def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
+        given = Mamba2Inputs(
+            proj_BTX=tensors["proj"],
+            conv_weight_CK=tensors["weight"],
+            conv_bias_C=tensors["bias"],
+            dt_bias_H=tensors["dt_bias"],
+            A_log_H=tensors["A_log"],
+            D_H=tensors["D"],
+            norm_weight_D=tensors["norm"],
+            initial_columns_BLC=tensors.get("columns"),
+            initial_state_BHPN=tensors.get("initial"),
+            **options,  # type: ignore[arg-type]
+        )
+        return mamba2.mamba2_inner(given, dict.fromkeys(("causal_conv1d", "ssd", "gated_rms_norm"), implementation))
+
+    wanted, used = draw.wanted(sorted(inputs)), draw.random.choice([[0, 1, 2], [0], [0], [2], [0, 1]])
+    about = f"{heads} heads of {head_dim}, {groups} groups of {state}, packed {segment is not None}, limit {limit}"
+    return Case(run, lambda tensors: run(tensors, "reference"), inputs, wanted, used, about)
 
 
 OPS: Mapping[str, tuple[Callable[[Draw], Case], Mapping[str, object]]] = {

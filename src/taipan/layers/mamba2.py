@@ -1,12 +1,7 @@
 """The Mamba-2 mixer of Dao & Gu 2024, parameter for parameter that of state-spaces/mamba."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from taipan.config import TaipanConfig
 from taipan.layers.gating import GateSchedule
@@ -14,10 +9,10 @@ from taipan.layers.init import a_log_, linear_, time_step_bias_
 from taipan.layers.linear import Linear
 from taipan.layers.mixer import Mixed, Mixer
 from taipan.layout import Layout
-from taipan.ops.causal_conv1d import causal_conv1d
-from taipan.ops.gated_rms_norm import gated_rms_norm
+from taipan.ops.mamba2 import mamba2_inner
+from taipan.ops.mamba2.inputs import Mamba2Inputs
+from taipan.ops.mamba2.separate import mamba2_scan
 from taipan.ops.remade import remade
-from taipan.ops.ssd import ssd
 from taipan.shapes import FloatBTD
 from taipan.state import Mamba2State
 
@@ -56,63 +51,40 @@ class Mamba2(Mixer[Mamba2State]):
         """See `Mixer.forward`: a branch."""
         config, names = self.config, self.implementations
         assert self.conv1d.bias is not None
-        inner, bc = config.inner_size, config.n_groups * config.state_size
-        z, given, dt = self.in_proj(x_BTD).split([inner, config.conv_size, config.num_mamba_heads], dim=-1)
-        convolve = partial(
-            causal_conv1d,
-            given,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            initial_columns_BLC=None if state is None else state.conv_BLC.to(given.dtype),
+        proj_BTX = self.in_proj(x_BTD)
+        precise = torch.promote_types(proj_BTX.dtype, torch.float32)
+        inputs = Mamba2Inputs(
+            proj_BTX=proj_BTX,
+            conv_weight_CK=self.conv1d.weight.squeeze(1),
+            conv_bias_C=self.conv1d.bias,
+            dt_bias_H=self.dt_bias.to(precise),
+            A_log_H=self.A_log.to(precise),
+            D_H=self.D.to(precise),
+            norm_weight_D=self.norm.weight,
+            state_size=config.state_size,
+            groups=config.n_groups,
+            eps=config.norm_eps,
+            time_step_limit=config.time_step_limit,
+            chunk_size=config.chunk_size,
+            initial_columns_BLC=None if state is None else state.conv_BLC.to(proj_BTX.dtype),
+            initial_state_BHPN=None if state is None else state.ssm_BHPN,
             segment_BT=layout.segment_BT,
             length_B=layout.length_B,
-            activation="silu",
-            implementation=names["causal_conv1d"],
+            real_BT=layout.real_BT,
         )
-        xbc, conv_BLC = convolve()
-        x, b, c = xbc.split([inner, bc, bc], dim=-1)
-        precise = torch.promote_types(xbc.dtype, torch.float32)
-        dt_BTH = F.softplus(dt.to(precise) + self.dt_bias.to(precise))
-        low, high = config.time_step_limit
-        if low > 0.0 or high != float("inf"):
-            dt_BTH = dt_BTH.clamp(low, high)
-        if layout.real_BT is not None:  # dt = 0 leaves the state unchanged
-            dt_BTH = dt_BTH * layout.real_BT[..., None]
-        with self._kept(xbc, lambda: convolve()[0]):
-            y_BTHP, ssm_BHPN = ssd(
-                x.unflatten(-1, (-1, config.mamba_head_dim)),
-                dt_BTH,
-                -torch.exp(self.A_log.to(precise)),
-                b.unflatten(-1, (config.n_groups, -1)),
-                c.unflatten(-1, (config.n_groups, -1)),
-                self.D.to(precise),
-                initial_state_BHPN=None if state is None else state.ssm_BHPN,
-                segment_BT=layout.segment_BT,
-                chunk_size=config.chunk_size,
-                implementation=names["ssd"],
-            )
-        norm = partial(
-            gated_rms_norm,
-            y_BTHP.flatten(-2),
-            z,
-            self.norm.weight,
-            group_size=inner // config.n_groups,
-            eps=config.norm_eps,
-            implementation=names["gated_rms_norm"],
-        )
-        normed = norm()
-        with self._kept(normed, norm):
+        if self.recompute_selectively and self.training and torch.is_grad_enabled():
+            norm, conv_BLC, ssm_BHPN = mamba2_scan(inputs, names, kept=remade)
+            normed = norm()
+            with remade(normed, norm):
+                branch_BTD = self.out_proj(normed)
+        else:
+            normed, conv_BLC, ssm_BHPN = mamba2_inner(inputs, names)
             branch_BTD = self.out_proj(normed)
         return Mixed(
             h_BTD=h_BTD,
             branch_BTD=branch_BTD,
             build_state=lambda: Mamba2State(conv_BLC=conv_BLC, ssm_BHPN=ssm_BHPN),
         )
-
-    def _kept(self, result: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
-        """The context in which a result is read: whether it is kept for the backward, or made again."""
-        again = self.recompute_selectively and self.training and torch.is_grad_enabled()
-        return remade(result, make) if again else nullcontext()
 
     def empty_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Mamba2State:
         """See `Mixer.empty_state`; the SSM state is at least fp32."""

@@ -306,8 +306,10 @@ class SsdBackward(Arguments):
         ("slices_dC", Reals),
         ("slices_dscores", Reals),
         ("slices", Index),
+        ("dx_t", Index),
         ("dx", Elements),
         ("ddt", Reals),
+        ("dB_t", Index),
         ("dB", Elements),
         ("dC", Elements),
         ("dinitial", Reals),
@@ -349,6 +351,7 @@ class ConvBackward(Arguments):
         ("sizes", ConvSizes),
         ("inputs", ConvInputs),
         ("dy", Elements),
+        ("dx_t", Index),
         ("dx", Elements),
         ("dcolumns", Reals),
         ("dtaps", Reals),
@@ -387,8 +390,66 @@ class NormBackward(Arguments):
         ("weight", Reals),
         ("dout", Elements),
         ("dy", Elements),
+        ("dz_row", Index),
         ("dz", ElementsOrNull),
         ("dweight", Reals),
+    ]
+
+
+class Mamba2Sizes(Structure):
+    """Sizes of what lies between the projections of a Mamba-2 mixer, and its numbers."""
+
+    _fields_ = [
+        *_sizes("batch tokens heads head_dim groups state chunk taps narrow"),
+        *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high")),
+    ]
+
+
+class Mamba2Inputs(Structure):
+    """What forward and backward read, and what the forward leaves for the backward."""
+
+    _fields_ = [
+        ("proj", Elements),
+        *((name, Reals) for name in ("weight", "bias", "dt_bias", "A_log", "D", "norm")),
+        ("columns", RealsOrNull),
+        ("initial", RealsOrNull),
+        ("document", Int32OrNull),
+        ("present", FlagsOrNull),
+        ("taps", Reals),
+        ("A", Reals),
+        ("xbc", Elements),
+        ("dt", Reals),
+        ("y", Elements),
+        *((name, Reals) for name in ("scores", "B_rows", "C_rows")),
+    ]
+
+
+class Mamba2Forward(Arguments):
+    """Step sizes, convolution, state space duality and gated norm."""
+
+    function = "mamba2_forward"
+    _fields_ = [("sizes", Mamba2Sizes), ("inputs", Mamba2Inputs), ("out", Elements), ("final", Reals)]
+
+
+class Mamba2Backward(Arguments):
+    """Their gradients."""
+
+    function = "mamba2_backward"
+    _fields_ = [
+        ("sizes", Mamba2Sizes),
+        ("inputs", Mamba2Inputs),
+        ("dout", Elements),
+        ("dfinal", RealsOrNull),
+        *((name, Reals) for name in ("B_columns", "C_columns", "slices_dB", "slices_dC", "slices_dscores")),
+        ("slices", Index),
+        ("dy", Elements),
+        ("dxbc", Elements),
+        *((name, Reals) for name in ("ddt", "dnorm_of_threads", "dtaps_of_rows")),
+        ("dA_of_rows", Double),
+        ("dD_of_rows", Double),
+        ("dproj", Elements),
+        *((name, Reals) for name in ("dweight", "dbias", "dA_log", "dD", "dnorm", "dcolumns", "dinitial")),
+        ("ddt_bias", Double),
     ]
 
 
@@ -699,6 +760,10 @@ STRUCTURES: tuple[type[Structure], ...] = (
     NormSizes,
     NormForward,
     NormBackward,
+    Mamba2Sizes,
+    Mamba2Inputs,
+    Mamba2Forward,
+    Mamba2Backward,
     NormSumSizes,
     NormSumForward,
     NormSumBackward,

@@ -116,7 +116,8 @@ void forward(const Shape& s, const Arrays<T, X>& in, X* y, int threads) {
 template <class T, class X>
 struct Gradients {
   const X* dy;          // (B, T, C)
-  X* dx;                // (B, T, C)
+  X* dx;                // rows of C, `dx_t` apart
+  Index dx_t;
   T *dcolumns, *dtaps;  // (B, K - 1, C); of weight and bias by row of the batch, (B, K + 1, C), bias last
 };
 
@@ -159,7 +160,7 @@ void backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out
             part[k] += dsum * taps.weight[k];
             dtaps[k] += dsum * taps.input[k];
           }
-          narrow(out.dx + at, part[K - 1]);
+          narrow(out.dx + (b * s.tokens + t) * out.dx_t + c, part[K - 1]);
           for (int k = K - 1; k > 0; --k) part[k] = part[k - 1];
         }
         for (int k = 0; k < K - 1; ++k) rest[k] = part[k + 1];
@@ -209,7 +210,8 @@ TAIPAN_FUNCTION(conv_backward, ConvBackward) {
   if (s.channels % kMultiple != 0) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
     return with_taps(s.taps, [&]<int K>() {
-      const Gradients<Real, X> out{static_cast<const X*>(call->dy), static_cast<X*>(call->dx), call->dcolumns, call->dtaps};
+      const Gradients<Real, X> out{static_cast<const X*>(call->dy), static_cast<X*>(call->dx), call->dx_t, call->dcolumns,
+                                      call->dtaps};
       backward<Real, X, K>(s, arrays<X>(call->inputs), out, threads);
     });
   });

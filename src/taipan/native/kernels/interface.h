@@ -44,9 +44,10 @@ struct SsdBackward {
   const void* dy;
   const Real* dfinal;  // may be null
   Real *slices_dB, *slices_dC, *slices_dscores;
-  Index slices;
+  Index slices, dx_t;  // and from token to token of dx
   void* dx;
   Real* ddt;
+  Index dB_t;  // of dB and dC
   void *dB, *dC;
   Real* dinitial;
   double *dA, *dD;
@@ -73,6 +74,7 @@ struct ConvBackward {
   ConvSizes sizes;
   ConvInputs inputs;
   const void* dy;
+  Index dx_t;
   void* dx;
   Real *dcolumns, *dtaps;
 };
@@ -95,8 +97,54 @@ struct NormBackward {
   const void *y, *z;  // z may be null, and then dz
   const Real* weight;
   const void* dout;
-  void *dy, *dz;
+  void* dy;
+  Index dz_row;
+  void* dz;
   Real* dweight;  // (threads, C)
+};
+
+// What lies between the projections of a Mamba-2 mixer. C channels are convolved: x (inner), then B and C.
+struct Mamba2Sizes {
+  Index batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow;
+  double eps, dt_low, dt_high;
+};
+
+struct Mamba2Inputs {
+  const void* proj;  // (B, T, inner + C + heads), contiguous: z, the channels, dt
+  const Real *weight, *bias, *dt_bias, *A_log, *D, *norm;  // weight (C, K)
+  const Real *columns, *initial;  // of the convolution and the state; may be null
+  const std::int32_t* document;   // as above, or null
+  const std::uint8_t* present;    // (B, T): which tokens are not padding; or null
+  // What the forward writes and the backward reads: (K, C), (heads), (B, T, C), (B, T, heads), (B, T, inner).
+  Real *taps, *A;
+  void* xbc;
+  Real* dt;
+  void* y;
+  Real *scores, *B_rows, *C_rows;  // as above
+};
+
+struct Mamba2Forward {
+  Mamba2Sizes sizes;
+  Mamba2Inputs inputs;
+  void* out;
+  Real* final;
+};
+
+struct Mamba2Backward {
+  Mamba2Sizes sizes;
+  Mamba2Inputs inputs;
+  const void* dout;
+  const Real* dfinal;  // may be null
+  // Work space, as above.
+  Real *B_columns, *C_columns, *slices_dB, *slices_dC, *slices_dscores;
+  Index slices;
+  void *dy, *dxbc;
+  Real *ddt, *dnorm_of_threads, *dtaps_of_rows;
+  double *dA_of_rows, *dD_of_rows;
+  // Results.
+  void* dproj;
+  Real *dweight, *dbias, *dA_log, *dD, *dnorm, *dcolumns, *dinitial;
+  double* ddt_bias;
 };
 
 // The residual stream in Real; its branch and the normed result may be narrow. All contiguous.
@@ -332,14 +380,21 @@ TAIPAN_STRUCT(SsdSizes, batch, tokens, heads, head_dim, groups, state, chunk, x_
 TAIPAN_STRUCT(SsdInputs, x, dt, A, B, C, D, initial, document, scores, B_rows, C_rows)
 TAIPAN_STRUCT(SsdForward, sizes, inputs, y, final)
 TAIPAN_STRUCT(SsdBackward, sizes, inputs, B_columns, C_columns, dy, dfinal, slices_dB, slices_dC, slices_dscores, slices,
-              dx, ddt, dB, dC, dinitial, dA, dD)
+              dx_t, dx, ddt, dB_t, dB, dC, dinitial, dA, dD)
 TAIPAN_STRUCT(ConvSizes, batch, tokens, channels, taps, x_b, x_t, silu, narrow)
 TAIPAN_STRUCT(ConvInputs, x, weight, bias, columns, document)
 TAIPAN_STRUCT(ConvForward, sizes, inputs, y)
-TAIPAN_STRUCT(ConvBackward, sizes, inputs, dy, dx, dcolumns, dtaps)
+TAIPAN_STRUCT(ConvBackward, sizes, inputs, dy, dx_t, dx, dcolumns, dtaps)
 TAIPAN_STRUCT(NormSizes, rows, channels, group, y_row, z_row, narrow)
 TAIPAN_STRUCT(NormForward, sizes, eps, y, z, weight, out)
-TAIPAN_STRUCT(NormBackward, sizes, eps, y, z, weight, dout, dy, dz, dweight)
+TAIPAN_STRUCT(NormBackward, sizes, eps, y, z, weight, dout, dy, dz_row, dz, dweight)
+TAIPAN_STRUCT(Mamba2Sizes, batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow, eps, dt_low, dt_high)
+TAIPAN_STRUCT(Mamba2Inputs, proj, weight, bias, dt_bias, A_log, D, norm, columns, initial, document, present, taps, A, xbc,
+              dt, y, scores, B_rows, C_rows)
+TAIPAN_STRUCT(Mamba2Forward, sizes, inputs, out, final)
+TAIPAN_STRUCT(Mamba2Backward, sizes, inputs, dout, dfinal, B_columns, C_columns, slices_dB, slices_dC, slices_dscores,
+              slices, dy, dxbc, ddt, dnorm_of_threads, dtaps_of_rows, dA_of_rows, dD_of_rows, dproj, dweight, dbias,
+              dA_log, dD, dnorm, dcolumns, dinitial, ddt_bias)
 TAIPAN_STRUCT(NormSumSizes, rows, channels, narrow_branch, narrow_out)
 TAIPAN_STRUCT(NormSumForward, sizes, eps, x, branch, weight, total, out)
 TAIPAN_STRUCT(NormSumBackward, sizes, eps, total, weight, dout, dtotal, dx, dbranch, dweight)
@@ -383,6 +438,8 @@ TAIPAN_STRUCT(Unpack, matrix, narrow, out)
   F(conv_backward, ConvBackward)             \
   F(norm_forward, NormForward)               \
   F(norm_backward, NormBackward)             \
+  F(mamba2_forward, Mamba2Forward)           \
+  F(mamba2_backward, Mamba2Backward)         \
   F(norm_sum_forward, NormSumForward)        \
   F(norm_sum_backward, NormSumBackward)      \
   F(attention_plan, AttentionPlanned)        \

@@ -66,7 +66,7 @@ int forward(const Shape& s, const X* y, const X* z, const T* weight, double eps,
 // With n = u · scale and g = dout · weight: du = scale (g - n mean(g n)). dweight is per thread, (threads, C).
 template <class T, class X>
 int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps, const X* dout, X* dy, X* dz,
-             T* dweight, int threads) {
+             Index dz_row, T* dweight, int threads) {
   int status = kOk;
   std::memset(dweight, 0, sizeof(T) * threads * s.channels);
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
@@ -105,7 +105,7 @@ int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps
           }
           const Vector<T> gate = widen<T>(z_row + at), open = load(opening + c);
           narrow(dy + row * s.channels + at, du * gate * open);
-          narrow(dz + row * s.channels + at, du * widen<T>(y_row + at) * open * (T(1) + gate * (T(1) - open)));
+          narrow(dz + row * dz_row + at, du * widen<T>(y_row + at) * open * (T(1) + gate * (T(1) - open)));
         }
       }
     }
@@ -194,7 +194,7 @@ TAIPAN_FUNCTION(norm_backward, NormBackward) {
   return with_element<Real>(s.narrow, [&]<class X>() {
     return backward<Real, X>(s, static_cast<const X*>(call->y), static_cast<const X*>(call->z), call->weight, call->eps,
                              static_cast<const X*>(call->dout), static_cast<X*>(call->dy), static_cast<X*>(call->dz),
-                             call->dweight, threads);
+                             call->dz_row, call->dweight, threads);
   });
 }
 

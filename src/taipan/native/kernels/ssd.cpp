@@ -308,10 +308,11 @@ int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* 
 }
 
 template <class T, class X>
-struct Gradients {  // contiguous
+struct Gradients {  // contiguous but for dx, dB and dC, which say how far it is from token to token
   const X* dy;
   const T* dfinal;  // may be null
   X *dx, *dB, *dC;
+  Index dx_t, dB_t;
   T *ddt, *dinitial;
   double *dA, *dD;  // (batch, heads)
 };
@@ -523,7 +524,7 @@ class Backward {
     double later = 0;
     DoubleSums<T> through_D;
     for (Index i = size - 1; i >= 0; --i) {
-      X* dx = out.dx + (token + i) * row + h * P;
+      X* dx = out.dx + (token + i) * out.dx_t + h * P;
       Vector<T> through_skip{};
       for (Index p = 0; p < P; p += kLanes<T>) {
         const Vector<T> gradient = load(dy + i * P + p);
@@ -604,9 +605,9 @@ void finish(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, 
     room.right.rows(size, N, with, N);
     product(Addend<T>{room.rows, N, T(1)});
     for (Index i = 0; i < size; ++i)
-      for (Index n = 0; n < N; n += kLanes<T>) narrow(target + i * s.groups * N + n, load(room.rows + i * N + n));
+      for (Index n = 0; n < N; n += kLanes<T>) narrow(target + i * out.dB_t + n, load(room.rows + i * N + n));
   };
-  const Index from = s.columns(b, g, c), to = ((b * s.tokens + begin) * s.groups + g) * N;
+  const Index from = s.columns(b, g, c), to = (b * s.tokens + begin) * out.dB_t + g * N;
   put(shared.dC + from, common.B + s.rows(b, g, c), out.dC + to, [&](const Addend<T>& sums) {
     room.left.rows(size, size, dscores, pitch);
     W::Rounded::template run<Where::kLower>(size, N, size, room.left, room.right, room.rows, N, sums);
@@ -687,9 +688,9 @@ TAIPAN_FUNCTION(ssd_backward, SsdBackward) {
   return with_element<Real>(s.narrow, [&]<class X>() {
     const SsdInputs& in = call->inputs;
     const Gradients<Real, X> out{
-        static_cast<const X*>(call->dy), call->dfinal,  static_cast<X*>(call->dx), static_cast<X*>(call->dB),
-        static_cast<X*>(call->dC),       call->ddt,     call->dinitial,            call->dA,
-        call->dD};
+        static_cast<const X*>(call->dy), call->dfinal, static_cast<X*>(call->dx), static_cast<X*>(call->dB),
+        static_cast<X*>(call->dC),       call->dx_t,   call->dB_t,                call->ddt,
+        call->dinitial,                  call->dA,     call->dD};
     return with_products<Real, X>([&]<class W>() {
       return backward<W>(s, arrays<X>(in), out, {call->slices_dB, call->slices_dC, call->slices_dscores, call->slices},
                          {in.scores, in.B_rows, in.C_rows, call->B_columns, call->C_columns}, threads);

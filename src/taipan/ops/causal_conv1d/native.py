@@ -16,8 +16,8 @@ from taipan.ops.precision import accumulation_dtype, kernel_dtype
 from taipan.shapes import FloatBLC, FloatBTC
 
 # Every vector width divides this number of channels; these taps are compiled. Anything else runs the portable way.
-_MULTIPLE = 16
-_TAPS = (2, 3, 4)
+MULTIPLE = 16
+TAPS = (2, 3, 4)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -55,6 +55,7 @@ class _CausalConv1d(torch.autograd.Function):
             sizes=_sizes(x_BTC, taps, ctx.silu),
             inputs=_inputs(x_BTC, *saved[1:]),
             dy=dy_BTC,
+            dx_t=channels,
             dx=dx_BTC,
             dcolumns=dcolumns_BLC,
             dtaps=dtaps,
@@ -108,7 +109,7 @@ def causal_conv1d_native(inputs: ConvolutionInputs) -> tuple[FloatBTC, FloatBLC]
     """Depthwise causal convolution by compiled kernels. See `taipan.ops.causal_conv1d.causal_conv1d`."""
     tokens, channels = inputs.x_BTC.shape[1:]
     taps = inputs.weight_CK.shape[1]
-    if (tokens == 1 and inputs.initial_columns_BLC is not None) or channels % _MULTIPLE or taps not in _TAPS:
+    if (tokens == 1 and inputs.initial_columns_BLC is not None) or channels % MULTIPLE or taps not in TAPS:
         return causal_conv1d_portable(inputs)
     dtype = accumulation_dtype(inputs.x_BTC.dtype)
     columns = None if inputs.initial_columns_BLC is None else inputs.initial_columns_BLC.to(dtype).contiguous()

@@ -53,6 +53,7 @@ class _Norm(torch.autograd.Function):
             weight=weight_C,
             dout=dout,
             dy=dy,
+            dz_row=y_RC.shape[1],
             dz=dz,
             dweight=dweight,
         )

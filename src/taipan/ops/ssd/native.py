@@ -103,7 +103,7 @@ def _forward(inputs: _Call) -> tuple[Tensor, Tensor]:
     return y_BTHP, final_BHPN
 
 
-def _slices(groups: int, heads: int) -> int:
+def slices_of(groups: int, heads: int) -> int:
     """Number of parts of a group's heads: equal ones where there are such, so that no thread waits for another."""
     threads = torch.get_num_threads()
     if groups % threads == 0:
@@ -149,7 +149,7 @@ class _SSD(torch.autograd.Function):
             dy_BTHP = torch.zeros(x_BTHP.shape, dtype=narrow)
         dy_BTHP = dy_BTHP.to(narrow).contiguous()
         batch, tokens, heads, groups, state = inputs.batch, inputs.tokens, inputs.heads, inputs.groups, inputs.state
-        slices = _slices(batch * groups, heads // groups)
+        slices = slices_of(batch * groups, heads // groups)
         columns, shared = batch * groups * inputs.columns_size, slices * batch * groups * inputs.columns_size
         dx, ddt = inputs.new(*x_BTHP.shape, dtype=narrow), inputs.new(*dt_BTH.shape)
         dB, dC = (inputs.new(batch, tokens, groups, state, dtype=narrow) for _ in range(2))
@@ -167,8 +167,10 @@ class _SSD(torch.autograd.Function):
             slices_dC=inputs.new(shared),
             slices_dscores=inputs.new(slices * batch * groups * inputs.scores_size),
             slices=slices,
+            dx_t=heads * inputs.head_dim,
             dx=dx,
             ddt=ddt,
+            dB_t=groups * state,
             dB=dB,
             dC=dC,
             dinitial=dinitial,

@@ -1,0 +1,233 @@
+"""The inner part of a Mamba-2 mixer in one call of compiled kernels (native/kernels/mamba2.cpp); bfloat16."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from taipan.native import call, native_available
+from taipan.native.interface import Mamba2Backward, Mamba2Forward
+from taipan.native.interface import Mamba2Inputs as Given
+from taipan.native.interface import Mamba2Sizes as Sizes
+from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
+from taipan.ops.causal_conv1d.native import MULTIPLE, TAPS
+from taipan.ops.causal_conv1d.portable import final_columns
+from taipan.ops.dispatch import AUTO
+from taipan.ops.documents import running_documents
+from taipan.ops.mamba2.inputs import Mamba2Inputs
+from taipan.ops.precision import no_autocast
+from taipan.ops.ssd.native import slices_of
+from taipan.ops.ssd.portable import best_chunk
+from taipan.shapes import FloatBHPN, FloatBLC
+
+_PITCH = 16  # which rows of a (Q, Q) matrix are a multiple of
+_WIDE = torch.float32
+
+
+def fits(inputs: Mamba2Inputs, names: Mapping[str, str]) -> bool:
+    """Whether this runs here: all three ops native, bfloat16, sizes that vectors divide, and more than one token."""
+    native = {names["causal_conv1d"], names["ssd"], names["gated_rms_norm"]} <= {AUTO, "native"}
+    proj, taps = inputs.proj_BTX, inputs.conv_weight_CK.shape[1]
+    divides = all(size % MULTIPLE == 0 for size in (inputs.head_dim, inputs.state_size))
+    return (
+        native
+        and proj.dtype == torch.bfloat16
+        and proj.shape[0] > 0
+        and proj.shape[1] > 1
+        and taps in TAPS
+        and divides
+        and inputs.A_log_H.dtype == _WIDE
+        and native_available(proj)
+    )
+
+
+class _Settings(NamedTuple):
+    """Numbers of a call."""
+
+    state_size: int
+    groups: int
+    taps: int
+    eps: float
+    low: float
+    high: float
+    chunk: int
+
+
+class _Call:
+    """Sizes, inputs and work space of forward and backward."""
+
+    def __init__(self, settings: _Settings, proj: Tensor, *given: Tensor | None) -> None:
+        names = ("weight", "bias", "dt_bias", "A_log", "D", "norm", "columns", "initial", "document", "present")
+        self.given: dict[str, Tensor | None] = {"proj": proj, **dict(zip(names, given, strict=True))}
+        self.settings = settings
+        self.batch, self.tokens = proj.shape[:2]
+        heads, inner, channels = (len(cast(Tensor, self.given[name])) for name in ("A_log", "norm", "bias"))
+        self.heads, self.inner, self.channels, self.head_dim = heads, inner, channels, inner // heads
+        self.chunk = min(settings.chunk, self.tokens)
+        self.sizes = Sizes.of(
+            batch=self.batch,
+            tokens=self.tokens,
+            heads=heads,
+            head_dim=self.head_dim,
+            groups=settings.groups,
+            state=settings.state_size,
+            chunk=self.chunk,
+            taps=settings.taps,
+            narrow=True,
+            eps=settings.eps,
+            dt_low=settings.low,
+            dt_high=settings.high,
+        )
+        chunks, pitch = -(-self.tokens // self.chunk), -(-self.chunk // _PITCH) * _PITCH
+        self.groups = self.batch * settings.groups
+        self.rows = self.groups * self.tokens * settings.state_size
+        self.scores, self.columns = chunks * self.chunk * pitch, chunks * settings.state_size * pitch
+
+    def kept(self) -> dict[str, Tensor]:
+        """Room for what the forward leaves for the backward."""
+        batch, tokens = self.batch, self.tokens
+        return {
+            "taps": wide(self.settings.taps, self.channels),
+            "A": wide(self.heads),
+            "xbc": torch.empty(batch, tokens, self.channels, dtype=torch.bfloat16),
+            "dt": wide(batch, tokens, self.heads),
+            "y": torch.empty(batch, tokens, self.inner, dtype=torch.bfloat16),
+        }
+
+    def inputs(self, kept: Mapping[str, Tensor]) -> tuple[Given, Tensor]:
+        """What both read, and the work space behind it, to be kept alive."""
+        room = wide(self.groups * self.scores + 2 * self.rows)
+        scores, b_rows, c_rows = room.split([self.groups * self.scores, self.rows, self.rows])
+        return Given.of(_WIDE, **self.given, **kept, scores=scores, B_rows=b_rows, C_rows=c_rows), room
+
+    def forward(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        kept = self.kept()
+        given, _room = self.inputs(kept)
+        out = torch.empty_like(kept["y"])
+        final = wide(self.batch, self.heads, self.head_dim, self.settings.state_size)
+        call(_WIDE, Mamba2Forward, sizes=self.sizes, inputs=given, out=out, final=final)
+        return out, final, kept
+
+    def backward(self, kept: Mapping[str, Tensor], dout: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+        batch, tokens, heads, channels = self.batch, self.tokens, self.heads, self.channels
+        given, _room = self.inputs(kept)
+        slices = slices_of(self.groups, heads // self.settings.groups)
+        columns = self.groups * self.columns
+        sizes = [columns, columns, slices * columns, slices * columns, slices * self.groups * self.scores]
+        room = wide(sum(sizes))
+        names = ("B_columns", "C_columns", "slices_dB", "slices_dC", "slices_dscores")
+        work: dict[str, Tensor] = dict(zip(names, room.split(sizes), strict=True))
+        threads, taps = torch.get_num_threads(), self.settings.taps
+        results = {
+            "dproj": torch.empty_like(cast(Tensor, self.given["proj"])),
+            "dweight": wide(channels, taps),
+            "dbias": wide(channels),
+            "dA_log": wide(heads),
+            "dD": wide(heads),
+            "dnorm": wide(self.inner),
+            "dcolumns": wide(batch, taps - 1, channels),
+            "dinitial": wide(batch, heads, self.head_dim, self.settings.state_size),
+            "ddt_bias": torch.empty(heads, dtype=torch.float64),
+        }
+        call(
+            _WIDE,
+            Mamba2Backward,
+            sizes=self.sizes,
+            inputs=given,
+            dout=dout,
+            dfinal=dfinal,
+            **work,
+            slices=slices,
+            dy=torch.empty_like(kept["y"]),
+            dxbc=torch.empty_like(kept["xbc"]),
+            ddt=wide(batch, tokens, heads),
+            dnorm_of_threads=wide(threads, self.inner),
+            dtaps_of_rows=wide(batch, taps + 1, channels),
+            dA_of_rows=torch.empty(batch, heads, dtype=torch.float64),
+            dD_of_rows=torch.empty(batch, heads, dtype=torch.float64),
+            **results,
+        )
+        return results
+
+
+def wide(*shape: int) -> Tensor:
+    """Room for numbers in the dtype of accumulation."""
+    return torch.empty(shape, dtype=_WIDE)
+
+
+class _Inner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, settings: _Settings, *given: Any) -> tuple[Tensor, Tensor]:
+        out, final, kept = _Call(settings, *given).forward()
+        ctx.settings, ctx.given = settings, len(given)
+        ctx.save_for_backward(*given, *kept.values())
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = cast(tuple[Any, ...], ctx.saved_tensors)
+        given, names = saved[: ctx.given], ("taps", "A", "xbc", "dt", "y")
+        kept: dict[str, Tensor] = dict(zip(names, saved[ctx.given :], strict=True))
+        dout, dfinal = grad_outputs
+        dout = torch.zeros_like(kept["y"]) if dout is None else dout.contiguous()
+        made = _Call(ctx.settings, *given).backward(kept, dout, None if dfinal is None else dfinal.contiguous())
+        made["ddt_bias"] = made["ddt_bias"].to(_WIDE)
+        names = ("dproj", "dweight", "dbias", "ddt_bias", "dA_log", "dD", "dnorm", "dcolumns", "dinitial")
+        needed = ctx.needs_input_grad[1:]
+        gradients = [made[name] if needs else None for name, needs in zip(names, needed, strict=False)]
+        return None, *gradients, None, None
+
+
+_apply = cast(Callable[..., tuple[Tensor, Tensor]], _Inner.apply)
+
+
+def mamba2_native(inputs: Mamba2Inputs) -> tuple[Tensor, FloatBLC, FloatBHPN]:
+    """See `taipan.ops.mamba2.mamba2_inner`."""
+    with no_autocast("cpu"):
+        proj = inputs.proj_BTX.contiguous()
+        columns, initial = inputs.initial_columns_BLC, inputs.initial_state_BHPN
+        low, high = inputs.time_step_limit
+        settings = _Settings(
+            state_size=inputs.state_size,
+            groups=inputs.groups,
+            taps=inputs.conv_weight_CK.shape[1],
+            eps=inputs.eps,
+            low=low,
+            high=high,
+            chunk=min(inputs.chunk_size, best_chunk(inputs.head_dim, inputs.state_size)),
+        )
+        tensors = (
+            proj,
+            *(
+                tensor.to(_WIDE).contiguous()
+                for tensor in (
+                    inputs.conv_weight_CK,
+                    inputs.conv_bias_C,
+                    inputs.dt_bias_H,
+                    inputs.A_log_H,
+                    inputs.D_H,
+                    inputs.norm_weight_D,
+                )
+            ),
+            None if columns is None else columns.to(_WIDE).contiguous(),
+            None if initial is None else initial.to(_WIDE).contiguous(),
+            None if inputs.segment_BT is None else running_documents(inputs.segment_BT),
+            None if inputs.real_BT is None else inputs.real_BT.contiguous(),
+        )
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            out, final = _apply(settings, *tensors)
+        else:
+            out, final, _ = _Call(settings, *tensors).forward()
+        convolved = ConvolutionInputs(
+            x_BTC=proj[..., inputs.inner : inputs.inner + inputs.channels],
+            weight_CK=inputs.conv_weight_CK,
+            bias_C=inputs.conv_bias_C,
+            initial_columns_BLC=columns,
+            segment_BT=inputs.segment_BT,
+            length_B=inputs.length_B,
+        )
+        return out, final_columns(convolved), final

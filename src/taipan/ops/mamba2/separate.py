@@ -1,0 +1,89 @@
+"""The inner part of a Mamba-2 mixer by its ops, one after the other; each chooses its implementation."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taipan.ops.causal_conv1d import causal_conv1d
+from taipan.ops.gated_rms_norm import gated_rms_norm
+from taipan.ops.mamba2.inputs import Mamba2Inputs
+from taipan.ops.ssd import ssd
+from taipan.shapes import FloatBHPN, FloatBLC
+
+
+Kept = Callable[[Tensor, Callable[[], Tensor]], AbstractContextManager[None]]
+"""The context in which a result is read: given it and how to make it again."""
+
+
+def mamba2_separate(inputs: Mamba2Inputs, names: Mapping[str, str]) -> tuple[Tensor, FloatBLC, FloatBHPN]:
+    """See `taipan.ops.mamba2.mamba2_inner`.
+
+    Args:
+        inputs: as there.
+        names: implementation of `causal_conv1d`, `ssd` and `gated_rms_norm`.
+    """
+    norm, conv_BLC, ssm_BHPN = mamba2_scan(inputs, names, kept=lambda *_: nullcontext())
+    return norm(), conv_BLC, ssm_BHPN
+
+
+def mamba2_scan(
+    inputs: Mamba2Inputs, names: Mapping[str, str], *, kept: Kept
+) -> tuple[Callable[[], Tensor], FloatBLC, FloatBHPN]:
+    """The same up to the gated norm, which is returned as what makes its result.
+
+    Args:
+        inputs, names: as in `mamba2_separate`.
+        kept: the context in which the result of the convolution is read.
+    """
+    shared = inputs.groups * inputs.state_size
+    z, given, dt = inputs.proj_BTX.split([inputs.inner, inputs.channels, inputs.heads], dim=-1)
+    convolve = partial(
+        causal_conv1d,
+        given,
+        inputs.conv_weight_CK,
+        inputs.conv_bias_C,
+        initial_columns_BLC=inputs.initial_columns_BLC,
+        segment_BT=inputs.segment_BT,
+        length_B=inputs.length_B,
+        activation="silu",
+        implementation=names["causal_conv1d"],
+    )
+    xbc, conv_BLC = convolve()
+    x, b, c = xbc.split([inputs.inner, shared, shared], dim=-1)
+    with kept(xbc, lambda: convolve()[0]):
+        y_BTHP, ssm_BHPN = ssd(
+            x.unflatten(-1, (-1, inputs.head_dim)),
+            time_steps(inputs, dt),
+            -torch.exp(inputs.A_log_H),
+            b.unflatten(-1, (inputs.groups, -1)),
+            c.unflatten(-1, (inputs.groups, -1)),
+            inputs.D_H,
+            initial_state_BHPN=inputs.initial_state_BHPN,
+            segment_BT=inputs.segment_BT,
+            chunk_size=inputs.chunk_size,
+            implementation=names["ssd"],
+        )
+    norm = partial(
+        gated_rms_norm,
+        y_BTHP.flatten(-2),
+        z,
+        inputs.norm_weight_D,
+        group_size=inputs.inner // inputs.groups,
+        eps=inputs.eps,
+        implementation=names["gated_rms_norm"],
+    )
+    return norm, conv_BLC, ssm_BHPN
+
+
+def time_steps(inputs: Mamba2Inputs, dt: Tensor) -> Tensor:
+    """softplus(dt + bias), clamped, in at least fp32; 0 for padding, which leaves the state unchanged."""
+    precise = inputs.dt_bias_H.dtype
+    dt_BTH = F.softplus(dt.to(precise) + inputs.dt_bias_H)
+    low, high = inputs.time_step_limit
+    if low > 0.0 or high != float("inf"):
+        dt_BTH = dt_BTH.clamp(low, high)
+    return dt_BTH if inputs.real_BT is None else dt_BTH * inputs.real_BT[..., None]

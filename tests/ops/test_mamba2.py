@@ -1,0 +1,59 @@
+"""The inside of a Mamba-2 mixer: one call of kernels beside the three ops one after the other."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from taipan.ops.mamba2 import native
+from taipan.ops.mamba2.inputs import Mamba2Inputs
+from tests.compilers import needs_kernels
+from tests.ops.fuzz import Case, Draw, Tensors, of_mamba2, results
+from tests.tolerance import relative_error
+
+pytestmark = needs_kernels
+
+
+def check(seeds: range, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One call loses against fp64 what its parts lose, or a few roundings more; returns how many cases it took."""
+    calls: list[int] = []
+
+    def counted(inputs: Mamba2Inputs) -> Any:
+        calls.append(1)
+        return native.mamba2_native(inputs)
+
+    def parts(*_: object) -> bool:
+        return False
+
+    for seed in seeds:
+        case, before = of_mamba2(Draw(seed)), len(calls)
+
+        def run(tensors: Tensors, case: Case = case) -> tuple[torch.Tensor, ...]:
+            return case.run(tensors, "native")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("taipan.ops.mamba2.api.mamba2_native", counted)
+            together = results(case, run, case.inputs)
+            patch.setattr("taipan.ops.mamba2.api.fits", parts)
+            apart = results(case, run, case.inputs)
+        if len(calls) == before:
+            continue
+        exact = results(case, case.reference, {name: tensor.double() for name, tensor in case.inputs.items()})
+        for name, truth in exact.items():
+            assert together[name].dtype == apart[name].dtype, f"case {seed}: {name}"
+            if truth.numel() == 0:
+                continue
+            lost, allowed = relative_error(together[name], truth), relative_error(apart[name], truth)
+            rounding = torch.finfo(together[name].dtype).eps
+            assert lost <= 1.1 * allowed + 4 * rounding, f"case {seed}, {case.about}: {name} {lost} against {allowed}"
+    return len(calls)
+
+
+def test_one_call_is_as_exact_as_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(range(16), monkeypatch) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_one_call_is_as_exact_as_its_parts_in_many_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(range(500), monkeypatch) >= 400
