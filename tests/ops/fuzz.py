@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taipan.ops import attention, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2, ssd
+from taipan.ops import attention, causal_conv1d, gated_rms_norm, linear_cross_entropy, mamba2, ssd, swiglu
 from taipan.ops.attention.codes import window_codes
 from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.gated_rms_norm import api as norms
@@ -469,6 +469,20 @@ def of_attention(draw: Draw) -> Case:
     return Case(run, lambda tensors: run(tensors, "reference"), inputs, wanted, [0], about, magnitudes)
 
 
+def of_swiglu(draw: Draw) -> Case:
+    leading = [draw.length(40) for _ in range(draw.number(0, 1, 2))]
+    width, dtype = draw.number(1, 16, 17, 48, 64, 272), draw.random.choice(DTYPES)
+    inputs = {
+        "gate": draw.view((draw.normal(*leading, width) * draw.random.choice([1.0, 1.0, 30.0])).to(dtype)),
+        "up": draw.view(draw.normal(*leading, width).to(dtype)),
+    }
+
+    def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
+        return (swiglu.swiglu(tensors["gate"], tensors["up"], implementation=implementation),)
+
+    return Case(run, lambda tensors: run(tensors, "reference"), inputs, draw.wanted(sorted(inputs)))
+
+
 def of_mamba2(draw: Draw) -> Case:
     """What lies between the projections: one call beside its parts (see test_mamba2.py)."""
     batch, tokens, groups = draw.number(1, 1, 2, 3), draw.length(140), draw.number(1, 1, 2)
@@ -528,6 +542,7 @@ OPS: Mapping[str, tuple[Callable[[Draw], Case], Mapping[str, object]]] = {
     "rms_norm_of_sum": (of_norm_of_sum, norms.SUM_IMPLEMENTATIONS),
     "linear_cross_entropy": (of_cross_entropy, linear_cross_entropy.api.IMPLEMENTATIONS),
     "attention": (of_attention, attention.api.IMPLEMENTATIONS),
+    "swiglu": (of_swiglu, swiglu.api.IMPLEMENTATIONS),
 }
 
 

@@ -8,7 +8,16 @@ from tests.compilers import needs_kernels
 from tests.ops.fuzz import OPS, Draw, ratios, worst
 
 ALLOWED = 2.0  # times what is measured
-NAMES = ("ssd", "causal_conv1d", "gated_rms_norm", "rms_norm", "rms_norm_of_sum", "linear_cross_entropy", "attention")
+NAMES = (
+    "ssd",
+    "causal_conv1d",
+    "gated_rms_norm",
+    "rms_norm",
+    "rms_norm_of_sum",
+    "linear_cross_entropy",
+    "attention",
+    "swiglu",
+)
 # What A gets from a token is what its decay lets pass, a sum over pairs of a token before and one after it. It is made
 # of sums over all pairs of either, so that where heads forget at once, the rounding of what cancels is multiplied by
 # large dt. The native kernels make those sums in fp64, which is enough for fp32. What the others lose is measured

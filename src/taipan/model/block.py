@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.mlp: SwiGLU | None = None
         if config.has_mlp(layer):
             self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, implementations["swiglu"])
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from taipan.ops.dispatch import AUTO
 from taipan.ops.gated_rms_norm import api as gated_rms_norm
 from taipan.ops.linear_cross_entropy import api as cross_entropy
 from taipan.ops.ssd import api as ssd
+from taipan.ops.swiglu import api as swiglu
 
 IMPLEMENTATIONS: dict[str, Mapping[str, object]] = {
     "ssd": ssd.IMPLEMENTATIONS,
@@ -16,6 +17,7 @@ IMPLEMENTATIONS: dict[str, Mapping[str, object]] = {
     "gated_rms_norm": gated_rms_norm.IMPLEMENTATIONS,
     "attention": attention.IMPLEMENTATIONS,
     "linear_cross_entropy": cross_entropy.IMPLEMENTATIONS,
+    "swiglu": swiglu.IMPLEMENTATIONS,
 }
 """Implementations of every op of the model, by name; the plain norms take that of the gated one."""
 

@@ -453,6 +453,26 @@ class Mamba2Backward(Arguments):
     ]
 
 
+class Narrow(Elements):
+    """bfloat16."""
+
+    dtypes = (torch.bfloat16,)
+
+
+class SwigluForward(Arguments):
+    """The product inside of a SwiGLU."""
+
+    function = "swiglu_forward"
+    _fields_ = [("count", Index), *((name, Narrow) for name in ("gate", "up", "out"))]
+
+
+class SwigluBackward(Arguments):
+    """Its gradients."""
+
+    function = "swiglu_backward"
+    _fields_ = [("count", Index), *((name, Narrow) for name in ("gate", "up", "dout", "dgate", "dup"))]
+
+
 class NormSumSizes(Structure):
     """Sizes of the norm of a sum."""
 
@@ -764,6 +784,8 @@ STRUCTURES: tuple[type[Structure], ...] = (
     Mamba2Inputs,
     Mamba2Forward,
     Mamba2Backward,
+    SwigluForward,
+    SwigluBackward,
     NormSumSizes,
     NormSumForward,
     NormSumBackward,

@@ -147,6 +147,19 @@ struct Mamba2Backward {
   double* ddt_bias;
 };
 
+// bfloat16 whatever Real is; `count` elements, a multiple of 16.
+struct SwigluForward {
+  Index count;
+  const void *gate, *up;
+  void* out;
+};
+
+struct SwigluBackward {
+  Index count;
+  const void *gate, *up, *dout;
+  void *dgate, *dup;
+};
+
 // The residual stream in Real; its branch and the normed result may be narrow. All contiguous.
 struct NormSumSizes {
   Index rows, channels, narrow_branch, narrow_out;
@@ -395,6 +408,8 @@ TAIPAN_STRUCT(Mamba2Forward, sizes, inputs, out, final)
 TAIPAN_STRUCT(Mamba2Backward, sizes, inputs, dout, dfinal, B_columns, C_columns, slices_dB, slices_dC, slices_dscores,
               slices, dy, dxbc, ddt, dnorm_of_threads, dtaps_of_rows, dA_of_rows, dD_of_rows, dproj, dweight, dbias,
               dA_log, dD, dnorm, dcolumns, dinitial, ddt_bias)
+TAIPAN_STRUCT(SwigluForward, count, gate, up, out)
+TAIPAN_STRUCT(SwigluBackward, count, gate, up, dout, dgate, dup)
 TAIPAN_STRUCT(NormSumSizes, rows, channels, narrow_branch, narrow_out)
 TAIPAN_STRUCT(NormSumForward, sizes, eps, x, branch, weight, total, out)
 TAIPAN_STRUCT(NormSumBackward, sizes, eps, total, weight, dout, dtotal, dx, dbranch, dweight)
@@ -440,6 +455,8 @@ TAIPAN_STRUCT(Unpack, matrix, narrow, out)
   F(norm_backward, NormBackward)             \
   F(mamba2_forward, Mamba2Forward)           \
   F(mamba2_backward, Mamba2Backward)         \
+  F(swiglu_forward, SwigluForward)           \
+  F(swiglu_backward, SwigluBackward)         \
   F(norm_sum_forward, NormSumForward)        \
   F(norm_sum_backward, NormSumBackward)      \
   F(attention_plan, AttentionPlanned)        \
