@@ -180,10 +180,11 @@ class Gate(nn.Module):
 
     threshold: Tensor
 
-    def __init__(self, config: TaipanConfig, layer: int) -> None:
+    def __init__(self, config: TaipanConfig, layer: int, implementation: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.layer = layer
+        self.implementation = implementation
         width = config.hidden_size
         self.recall_query: nn.Linear | None = None
         self.recall_key: nn.Linear | None = None
@@ -277,7 +278,8 @@ class Gate(nn.Module):
             mask_BT = selected_BT.to(scores_BT2.dtype)
         allowed_BT: Tensor | None = None
         if before is not None and forced is None:
-            higher_BT = outranking(margin_BT.detach(), before.recent_BR, before.segment_BT)
+            given = (margin_BT.detach(), before.recent_BR, before.segment_BT)
+            higher_BT = outranking(*given, implementation=self.implementation)
             allowed_BT = higher_BT < schedule.capacity * before.window
             selected_BT, mask_BT = selected_BT & allowed_BT, mask_BT * allowed_BT
         if real_BT is not None:

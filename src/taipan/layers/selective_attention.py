@@ -48,7 +48,7 @@ class SelectiveAttention(Mixer[AttentionState]):
         self.attention = GatheredAttention(
             config, implementations["attention"], window=config.sliding_window, rope=config.selective_rope
         )
-        self.gate = Gate(config, layer)
+        self.gate = Gate(config, layer, implementations["outranking"])
 
     @property
     def closed(self) -> bool:

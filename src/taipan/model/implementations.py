@@ -8,6 +8,7 @@ from taipan.ops.causal_conv1d import api as causal_conv1d
 from taipan.ops.dispatch import AUTO
 from taipan.ops.gated_rms_norm import api as gated_rms_norm
 from taipan.ops.linear_cross_entropy import api as cross_entropy
+from taipan.ops.outranking import api as outranking
 from taipan.ops.ssd import api as ssd
 from taipan.ops.swiglu import api as swiglu
 
@@ -18,6 +19,7 @@ IMPLEMENTATIONS: dict[str, Mapping[str, object]] = {
     "attention": attention.IMPLEMENTATIONS,
     "linear_cross_entropy": cross_entropy.IMPLEMENTATIONS,
     "swiglu": swiglu.IMPLEMENTATIONS,
+    "outranking": outranking.IMPLEMENTATIONS,
 }
 """Implementations of every op of the model, by name; the plain norms take that of the gated one."""
 

@@ -453,6 +453,18 @@ class Mamba2Backward(Arguments):
     ]
 
 
+class Outranking(Arguments):
+    """Counts of scores at least as high."""
+
+    function = "outranking"
+    _fields_ = [
+        *_sizes("batch tokens reach"),
+        ("scores", Reals),
+        ("document", Int32OrNull),
+        ("counts", Int64),
+    ]
+
+
 class Narrow(Elements):
     """bfloat16."""
 
@@ -784,6 +796,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     Mamba2Inputs,
     Mamba2Forward,
     Mamba2Backward,
+    Outranking,
     SwigluForward,
     SwigluBackward,
     NormSumSizes,

@@ -147,6 +147,13 @@ struct Mamba2Backward {
   double* ddt_bias;
 };
 
+struct Outranking {
+  Index batch, tokens, reach;
+  const Real* scores;            // (batch, reach + tokens)
+  const std::int32_t* document;  // (batch, tokens): running number of the document, 0 that of what was before; or null
+  std::int64_t* counts;          // (batch, tokens)
+};
+
 // bfloat16 whatever Real is; `count` elements, a multiple of 16.
 struct SwigluForward {
   Index count;
@@ -408,6 +415,7 @@ TAIPAN_STRUCT(Mamba2Forward, sizes, inputs, out, final)
 TAIPAN_STRUCT(Mamba2Backward, sizes, inputs, dout, dfinal, B_columns, C_columns, slices_dB, slices_dC, slices_dscores,
               slices, dy, dxbc, ddt, dnorm_of_threads, dtaps_of_rows, dA_of_rows, dD_of_rows, dproj, dweight, dbias,
               dA_log, dD, dnorm, dcolumns, dinitial, ddt_bias)
+TAIPAN_STRUCT(Outranking, batch, tokens, reach, scores, document, counts)
 TAIPAN_STRUCT(SwigluForward, count, gate, up, out)
 TAIPAN_STRUCT(SwigluBackward, count, gate, up, dout, dgate, dup)
 TAIPAN_STRUCT(NormSumSizes, rows, channels, narrow_branch, narrow_out)
@@ -455,6 +463,7 @@ TAIPAN_STRUCT(Unpack, matrix, narrow, out)
   F(norm_backward, NormBackward)             \
   F(mamba2_forward, Mamba2Forward)           \
   F(mamba2_backward, Mamba2Backward)         \
+  F(outranking, Outranking)                  \
   F(swiglu_forward, SwigluForward)           \
   F(swiglu_backward, SwigluBackward)         \
   F(norm_sum_forward, NormSumForward)        \

@@ -10,16 +10,7 @@ _PIECE = 1 << 22  # comparisons at once
 
 
 def outranking(score_BT: FloatBT, recent_BR: FloatBR, segment_BT: IntBT | None) -> IntBT:
-    """Count, for each token, those of the R tokens before it in its document whose score is at least its own.
-
-    Args:
-        score_BT: of the tokens, finite.
-        recent_BR: of the R tokens before the call, `NOTHING` where there are none.
-        segment_BT: running document number of each token, 0 = that of `recent_BR`; None when nothing changes.
-
-    Returns:
-        int64 numbers from 0 to R.
-    """
+    """See `taipan.ops.outranking.outranking`."""
     (batch, length), reach = score_BT.shape, recent_BR.shape[1]
     if reach == 0 or length == 0:
         return torch.zeros(batch, length, dtype=torch.int64, device=score_BT.device)
