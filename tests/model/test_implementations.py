@@ -41,7 +41,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
 def run(face: str, implementation: str, *, training: bool) -> None:
     """A call with a loss, its backward in training, and the logits."""
-    config = small_config("taipan", hidden_size=32, intermediate_size=32, mamba_head_dim=16, state_size=16)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "mamba_head_dim": 16, "state_size": 16}
+    config = small_config("taipan", **sizes, attention_capacity=0.3, capacity_window=9)
     tokens = random_tokens(2, 20)
     if face == "native face":
         model = TaipanLM(config, implementation=implementation).train(training)
