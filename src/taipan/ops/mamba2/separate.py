@@ -14,9 +14,12 @@ from taipan.ops.mamba2.inputs import Mamba2Inputs
 from taipan.ops.ssd import ssd
 from taipan.shapes import FloatBHPN, FloatBLC
 
-
 Kept = Callable[[Tensor, Callable[[], Tensor]], AbstractContextManager[None]]
 """The context in which a result is read: given it and how to make it again."""
+
+
+def _as_it_is(result: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def mamba2_separate(inputs: Mamba2Inputs, names: Mapping[str, str]) -> tuple[Tensor, FloatBLC, FloatBHPN]:
@@ -26,7 +29,7 @@ def mamba2_separate(inputs: Mamba2Inputs, names: Mapping[str, str]) -> tuple[Ten
         inputs: as there.
         names: implementation of `causal_conv1d`, `ssd` and `gated_rms_norm`.
     """
-    norm, conv_BLC, ssm_BHPN = mamba2_scan(inputs, names, kept=lambda *_: nullcontext())
+    norm, conv_BLC, ssm_BHPN = mamba2_scan(inputs, names, kept=_as_it_is)
     return norm(), conv_BLC, ssm_BHPN
 
 
