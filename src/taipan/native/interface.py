@@ -401,7 +401,7 @@ class Mamba2Sizes(Structure):
 
     _fields_ = [
         *_sizes("batch tokens heads head_dim groups state chunk taps narrow"),
-        *((name, ctypes.c_double) for name in ("eps", "dt_low", "dt_high")),
+        ("eps", ctypes.c_double),
     ]
 
 
@@ -410,22 +410,19 @@ class Mamba2Inputs(Structure):
 
     _fields_ = [
         ("proj", Elements),
-        *((name, Reals) for name in ("weight", "bias", "dt_bias", "A_log", "D", "norm")),
+        *((name, Reals) for name in ("weight", "bias", "dt", "A", "D", "norm")),
         ("columns", RealsOrNull),
         ("initial", RealsOrNull),
         ("document", Int32OrNull),
-        ("present", FlagsOrNull),
         ("taps", Reals),
-        ("A", Reals),
         ("xbc", Elements),
-        ("dt", Reals),
         ("y", Elements),
         *((name, Reals) for name in ("scores", "B_rows", "C_rows")),
     ]
 
 
 class Mamba2Forward(Arguments):
-    """Step sizes, convolution, state space duality and gated norm."""
+    """Convolution, state space duality and gated norm."""
 
     function = "mamba2_forward"
     _fields_ = [("sizes", Mamba2Sizes), ("inputs", Mamba2Inputs), ("out", Elements), ("final", Reals)]
@@ -444,12 +441,11 @@ class Mamba2Backward(Arguments):
         ("slices", Index),
         ("dy", Elements),
         ("dxbc", Elements),
-        *((name, Reals) for name in ("ddt", "dnorm_of_threads", "dtaps_of_rows")),
+        *((name, Reals) for name in ("dnorm_of_threads", "dtaps_of_rows")),
         ("dA_of_rows", Double),
         ("dD_of_rows", Double),
         ("dproj", Elements),
-        *((name, Reals) for name in ("dweight", "dbias", "dA_log", "dD", "dnorm", "dcolumns", "dinitial")),
-        ("ddt_bias", Double),
+        *((name, Reals) for name in ("dweight", "dbias", "ddt", "dA", "dD", "dnorm", "dcolumns", "dinitial")),
     ]
 
 

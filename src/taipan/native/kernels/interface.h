@@ -106,20 +106,17 @@ struct NormBackward {
 // What lies between the projections of a Mamba-2 mixer. C channels are convolved: x (inner), then B and C.
 struct Mamba2Sizes {
   Index batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow;
-  double eps, dt_low, dt_high;
+  double eps;
 };
 
 struct Mamba2Inputs {
   const void* proj;  // (B, T, inner + C + heads), contiguous: z, the channels, dt
-  const Real *weight, *bias, *dt_bias, *A_log, *D, *norm;  // weight (C, K)
+  const Real *weight, *bias, *dt, *A, *D, *norm;  // weight (C, K), dt (B, T, heads)
   const Real *columns, *initial;  // of the convolution and the state; may be null
   const std::int32_t* document;   // as above, or null
-  const std::uint8_t* present;    // (B, T): which tokens are not padding; or null
-  // What the forward writes and the backward reads: (K, C), (heads), (B, T, C), (B, T, heads), (B, T, inner).
-  Real *taps, *A;
-  void* xbc;
-  Real* dt;
-  void* y;
+  // What the forward writes and the backward reads: (K, C), (B, T, C), (B, T, inner).
+  Real* taps;
+  void *xbc, *y;
   Real *scores, *B_rows, *C_rows;  // as above
 };
 
@@ -139,12 +136,11 @@ struct Mamba2Backward {
   Real *B_columns, *C_columns, *slices_dB, *slices_dC, *slices_dscores;
   Index slices;
   void *dy, *dxbc;
-  Real *ddt, *dnorm_of_threads, *dtaps_of_rows;
+  Real *dnorm_of_threads, *dtaps_of_rows;
   double *dA_of_rows, *dD_of_rows;
-  // Results.
+  // Results; of dproj all but what belongs to dt.
   void* dproj;
-  Real *dweight, *dbias, *dA_log, *dD, *dnorm, *dcolumns, *dinitial;
-  double* ddt_bias;
+  Real *dweight, *dbias, *ddt, *dA, *dD, *dnorm, *dcolumns, *dinitial;
 };
 
 struct Outranking {
@@ -408,13 +404,12 @@ TAIPAN_STRUCT(ConvBackward, sizes, inputs, dy, dx_t, dx, dcolumns, dtaps)
 TAIPAN_STRUCT(NormSizes, rows, channels, group, y_row, z_row, narrow)
 TAIPAN_STRUCT(NormForward, sizes, eps, y, z, weight, out)
 TAIPAN_STRUCT(NormBackward, sizes, eps, y, z, weight, dout, dy, dz_row, dz, dweight)
-TAIPAN_STRUCT(Mamba2Sizes, batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow, eps, dt_low, dt_high)
-TAIPAN_STRUCT(Mamba2Inputs, proj, weight, bias, dt_bias, A_log, D, norm, columns, initial, document, present, taps, A, xbc,
-              dt, y, scores, B_rows, C_rows)
+TAIPAN_STRUCT(Mamba2Sizes, batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow, eps)
+TAIPAN_STRUCT(Mamba2Inputs, proj, weight, bias, dt, A, D, norm, columns, initial, document, taps, xbc, y, scores, B_rows, C_rows)
 TAIPAN_STRUCT(Mamba2Forward, sizes, inputs, out, final)
 TAIPAN_STRUCT(Mamba2Backward, sizes, inputs, dout, dfinal, B_columns, C_columns, slices_dB, slices_dC, slices_dscores,
-              slices, dy, dxbc, ddt, dnorm_of_threads, dtaps_of_rows, dA_of_rows, dD_of_rows, dproj, dweight, dbias,
-              dA_log, dD, dnorm, dcolumns, dinitial, ddt_bias)
+              slices, dy, dxbc, dnorm_of_threads, dtaps_of_rows, dA_of_rows, dD_of_rows, dproj, dweight, dbias, ddt,
+              dA, dD, dnorm, dcolumns, dinitial)
 TAIPAN_STRUCT(Outranking, batch, tokens, reach, scores, document, counts)
 TAIPAN_STRUCT(SwigluForward, count, gate, up, out)
 TAIPAN_STRUCT(SwigluBackward, count, gate, up, dout, dgate, dup)

@@ -17,6 +17,7 @@ from taipan.ops.causal_conv1d.portable import final_columns
 from taipan.ops.dispatch import AUTO
 from taipan.ops.documents import running_documents
 from taipan.ops.mamba2.inputs import Mamba2Inputs
+from taipan.ops.mamba2.separate import time_steps
 from taipan.ops.precision import no_autocast
 from taipan.ops.ssd.native import slices_of
 from taipan.ops.ssd.portable import best_chunk
@@ -24,6 +25,7 @@ from taipan.shapes import FloatBHPN, FloatBLC
 
 _PITCH = 16  # which rows of a (Q, Q) matrix are a multiple of
 _WIDE = torch.float32
+_DT = 3  # place of the step sizes among what the kernels are given
 
 
 def fits(inputs: Mamba2Inputs, names: Mapping[str, str]) -> bool:
@@ -59,11 +61,11 @@ class _Call:
     """Sizes, inputs and work space of forward and backward."""
 
     def __init__(self, settings: _Settings, proj: Tensor, *given: Tensor | None) -> None:
-        names = ("weight", "bias", "dt_bias", "A_log", "D", "norm", "columns", "initial", "document", "present")
+        names = ("weight", "bias", "dt", "A", "D", "norm", "columns", "initial", "document")
         self.given: dict[str, Tensor | None] = {"proj": proj, **dict(zip(names, given, strict=True))}
         self.settings = settings
         self.batch, self.tokens = proj.shape[:2]
-        heads, inner, channels = (len(cast(Tensor, self.given[name])) for name in ("A_log", "norm", "bias"))
+        heads, inner, channels = (len(cast(Tensor, self.given[name])) for name in ("A", "norm", "bias"))
         self.heads, self.inner, self.channels, self.head_dim = heads, inner, channels, inner // heads
         self.chunk = min(settings.chunk, self.tokens)
         self.sizes = Sizes.of(
@@ -77,8 +79,6 @@ class _Call:
             taps=settings.taps,
             narrow=True,
             eps=settings.eps,
-            dt_low=settings.low,
-            dt_high=settings.high,
         )
         chunks, pitch = -(-self.tokens // self.chunk), -(-self.chunk // _PITCH) * _PITCH
         self.groups = self.batch * settings.groups
@@ -90,9 +90,7 @@ class _Call:
         batch, tokens = self.batch, self.tokens
         return {
             "taps": wide(self.settings.taps, self.channels),
-            "A": wide(self.heads),
             "xbc": torch.empty(batch, tokens, self.channels, dtype=torch.bfloat16),
-            "dt": wide(batch, tokens, self.heads),
             "y": torch.empty(batch, tokens, self.inner, dtype=torch.bfloat16),
         }
 
@@ -124,12 +122,12 @@ class _Call:
             "dproj": torch.empty_like(cast(Tensor, self.given["proj"])),
             "dweight": wide(channels, taps),
             "dbias": wide(channels),
-            "dA_log": wide(heads),
+            "ddt": wide(batch, tokens, heads),
+            "dA": wide(heads),
             "dD": wide(heads),
             "dnorm": wide(self.inner),
             "dcolumns": wide(batch, taps - 1, channels),
             "dinitial": wide(batch, heads, self.head_dim, self.settings.state_size),
-            "ddt_bias": torch.empty(heads, dtype=torch.float64),
         }
         call(
             _WIDE,
@@ -142,7 +140,6 @@ class _Call:
             slices=slices,
             dy=torch.empty_like(kept["y"]),
             dxbc=torch.empty_like(kept["xbc"]),
-            ddt=wide(batch, tokens, heads),
             dnorm_of_threads=wide(threads, self.inner),
             dtaps_of_rows=wide(batch, taps + 1, channels),
             dA_of_rows=torch.empty(batch, heads, dtype=torch.float64),
@@ -157,12 +154,23 @@ def wide(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=_WIDE)
 
 
+def _softened(dt: Tensor, bias: Tensor, real: Tensor | None, settings: _Settings) -> Tensor:
+    return time_steps(dt, bias, (settings.low, settings.high), real)
+
+
+def _steps(proj: Tensor, bias: Tensor, real: Tensor | None, settings: _Settings) -> Tensor:
+    """Step sizes, as the separate ops get them, bit by bit."""
+    return _softened(proj[..., -len(bias) :], bias, real, settings).contiguous()
+
+
 class _Inner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, *given: Any) -> tuple[Tensor, Tensor]:
-        out, final, kept = _Call(settings, *given).forward()
-        ctx.settings, ctx.given = settings, len(given)
-        ctx.save_for_backward(*given, *kept.values())
+        *read, bias, real = given
+        read[_DT] = _steps(read[0], bias, real, settings)
+        out, final, kept = _Call(settings, *read).forward()
+        ctx.settings = settings
+        ctx.save_for_backward(bias, real, *read, *kept.values())
         ctx.set_materialize_grads(False)
         return out, final
 
@@ -170,16 +178,21 @@ class _Inner(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
-        given, names = saved[: ctx.given], ("taps", "A", "xbc", "dt", "y")
-        kept: dict[str, Tensor] = dict(zip(names, saved[ctx.given :], strict=True))
+        bias, real, *read = saved
+        kept: dict[str, Tensor] = dict(zip(("taps", "xbc", "y"), read[-3:], strict=True))
         dout, dfinal = grad_outputs
         dout = torch.zeros_like(kept["y"]) if dout is None else dout.contiguous()
-        made = _Call(ctx.settings, *given).backward(kept, dout, None if dfinal is None else dfinal.contiguous())
-        made["ddt_bias"] = made["ddt_bias"].to(_WIDE)
-        names = ("dproj", "dweight", "dbias", "ddt_bias", "dA_log", "dD", "dnorm", "dcolumns", "dinitial")
+        made = _Call(ctx.settings, *read[:-3]).backward(kept, dout, None if dfinal is None else dfinal.contiguous())
+        heads = len(bias)
+        with torch.enable_grad():
+            leaves = read[0][..., -heads:].detach().requires_grad_(), bias.detach().requires_grad_()
+            steps = _softened(*leaves, real, ctx.settings)
+        ddt, dbias = torch.autograd.grad(steps, leaves, made["ddt"])
+        made["dproj"][..., -heads:] = ddt
+        names = ("dproj", "dweight", "dbias", None, "dA", "dD", "dnorm", "dcolumns", "dinitial", None)
         needed = ctx.needs_input_grad[1:]
-        gradients = [made[name] if needs else None for name, needs in zip(names, needed, strict=False)]
-        return None, *gradients, None, None
+        gradients = [made[name] if name and needs else None for name, needs in zip(names, needed, strict=False)]
+        return None, *gradients, dbias, None
 
 
 _apply = cast(Callable[..., tuple[Tensor, Tensor]], _Inner.apply)
@@ -202,26 +215,22 @@ def mamba2_native(inputs: Mamba2Inputs) -> tuple[Tensor, FloatBLC, FloatBHPN]:
         )
         tensors = (
             proj,
-            *(
-                tensor.to(_WIDE).contiguous()
-                for tensor in (
-                    inputs.conv_weight_CK,
-                    inputs.conv_bias_C,
-                    inputs.dt_bias_H,
-                    inputs.A_log_H,
-                    inputs.D_H,
-                    inputs.norm_weight_D,
-                )
-            ),
+            inputs.conv_weight_CK.to(_WIDE).contiguous(),
+            inputs.conv_bias_C.to(_WIDE).contiguous(),
+            None,  # step sizes are made where they are used
+            -torch.exp(inputs.A_log_H),
+            inputs.D_H.to(_WIDE).contiguous(),
+            inputs.norm_weight_D.to(_WIDE).contiguous(),
             None if columns is None else columns.to(_WIDE).contiguous(),
             None if initial is None else initial.to(_WIDE).contiguous(),
             None if inputs.segment_BT is None else running_documents(inputs.segment_BT),
-            None if inputs.real_BT is None else inputs.real_BT.contiguous(),
         )
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            out, final = _apply(settings, *tensors)
+        bias, real = inputs.dt_bias_H, inputs.real_BT
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, bias)):
+            out, final = _apply(settings, *tensors, bias, real)
         else:
-            out, final, _ = _Call(settings, *tensors).forward()
+            steps = _steps(proj, bias, real, settings)
+            out, final, _ = _Call(settings, *tensors[:_DT], steps, *tensors[_DT + 1 :]).forward()
         convolved = ConvolutionInputs(
             x_BTC=proj[..., inputs.inner : inputs.inner + inputs.channels],
             weight_CK=inputs.conv_weight_CK,

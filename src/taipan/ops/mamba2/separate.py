@@ -60,7 +60,7 @@ def mamba2_scan(
     with kept(xbc, lambda: convolve()[0]):
         y_BTHP, ssm_BHPN = ssd(
             x.unflatten(-1, (-1, inputs.head_dim)),
-            time_steps(inputs, dt),
+            time_steps(dt, inputs.dt_bias_H, inputs.time_step_limit, inputs.real_BT),
             -torch.exp(inputs.A_log_H),
             b.unflatten(-1, (inputs.groups, -1)),
             c.unflatten(-1, (inputs.groups, -1)),
@@ -82,11 +82,10 @@ def mamba2_scan(
     return norm, conv_BLC, ssm_BHPN
 
 
-def time_steps(inputs: Mamba2Inputs, dt: Tensor) -> Tensor:
-    """softplus(dt + bias), clamped, in at least fp32; 0 for padding, which leaves the state unchanged."""
-    precise = inputs.dt_bias_H.dtype
-    dt_BTH = F.softplus(dt.to(precise) + inputs.dt_bias_H)
-    low, high = inputs.time_step_limit
+def time_steps(dt: Tensor, bias_H: Tensor, limit: tuple[float, float], real_BT: Tensor | None) -> Tensor:
+    """softplus(dt + bias), clamped, in the dtype of the bias; 0 for padding, which leaves the state unchanged."""
+    dt_BTH = F.softplus(dt.to(bias_H.dtype) + bias_H)
+    low, high = limit
     if low > 0.0 or high != float("inf"):
         dt_BTH = dt_BTH.clamp(low, high)
-    return dt_BTH if inputs.real_BT is None else dt_BTH * inputs.real_BT[..., None]
+    return dt_BTH if real_BT is None else dt_BTH * real_BT[..., None]
