@@ -301,7 +301,7 @@ def _layer(settings: Settings, progress: Progress | None) -> list[Measurement]:
 
     layers = {"": sal}
     if config.key_value_scope == "all" and config.lookahead == 0:
-        layers[", keys of selected tokens"] = _with_keys_of_selected(sal)
+        layers[", keys of selected tokens"] = _with_keys_of_selected(sal, model.implementations)
     # with every token selected the two are one
     shares = [("", 1.0), *((name, capacity) for name in layers)]
     runs: dict[tuple[str, str, float], Run] = {
@@ -324,9 +324,9 @@ def _layer(settings: Settings, progress: Progress | None) -> list[Measurement]:
     return found
 
 
-def _with_keys_of_selected(sal: SelectiveAttention) -> SelectiveAttention:
+def _with_keys_of_selected(sal: SelectiveAttention, implementations: dict[str, str]) -> SelectiveAttention:
     """The same layer, but keys and values are of the selected tokens only."""
     config = replace(sal.config, key_value_scope="selected")
-    other = SelectiveAttention(config, {"attention": sal.attention.implementation}, sal.gate.layer)
+    other = SelectiveAttention(config, implementations, sal.gate.layer)
     other.load_state_dict(sal.state_dict(), assign=True)
     return other.eval()
