@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from taipan.native.build import KERNELS
-from taipan.ops.ssd.native import _slices
+from taipan.ops.ssd.native import slices_of
 from tests.compilers import REAL, needs_compiler
 
 PROGRAM = """
@@ -54,7 +54,7 @@ def test_the_backward_shares_them_out_in_equal_parts_where_there_are_such(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for groups in range(1, 9):
         for heads in range(1, 49):
-            slices = _slices(groups, heads)
+            slices = slices_of(groups, heads)
             assert 1 <= slices <= heads
             parts = [heads * (number + 1) // slices - heads * number // slices for number in range(slices)]
             possible = any(

@@ -8,7 +8,7 @@ import torch
 from taipan.ops.mamba2 import native
 from taipan.ops.mamba2.inputs import Mamba2Inputs
 from tests.compilers import needs_kernels
-from tests.ops.fuzz import Case, Draw, Tensors, nudged, of_mamba2, results
+from tests.ops.fuzz import Case, Draw, Tensors, of_mamba2, results
 from tests.tolerance import relative_error
 
 pytestmark = needs_kernels
@@ -40,14 +40,12 @@ def check(seeds: range, monkeypatch: pytest.MonkeyPatch) -> int:
             continue
         precise = {name: tensor.double() for name, tensor in case.inputs.items()}
         exact = results(case, case.reference, precise)
-        moved = [results(case, case.reference, nudged(case.inputs, precise, nudge)) for nudge in range(2)]
         for name, truth in exact.items():
             assert together[name].dtype == apart[name].dtype, f"case {seed}: {name}"
             if truth.numel() == 0:
                 continue
             lost, allowed = relative_error(together[name], truth), relative_error(apart[name], truth)
             rounding = torch.finfo(together[name].dtype).eps
-            allowed += max(relative_error(other[name], truth) for other in moved)  # a step size rounds otherwise
             assert lost <= 1.1 * allowed + 4 * rounding, f"case {seed}, {case.about}: {name} {lost} against {allowed}"
     return len(calls)
 

@@ -59,7 +59,7 @@ def linears(
         if module is not None and count > 0:
             weight = module.weight
             assert isinstance(weight, Tensor)
-            found.append(Linear(name, weight.detach().to(kind), count, learnt))
+            found.append(Linear(name=name, weight=weight.detach().to(kind), rows=count, learnt=learnt))
 
     precise = torch.promote_types(dtype, torch.float32)
     for number, block in enumerate(model.model.layers):

@@ -100,7 +100,14 @@ class TaipanDecoder(nn.Module):
             if mixed.gate is not None and not gates and self.training and self.config.measures_gains:
                 branch = None if branch_BTD is None else branch_BTD.detach()
                 arranged = replace(call, layout=layout)
-                at_first_gate = AtFirstGate(number, h_BTD.detach(), branch, arranged, state, selected)
+                at_first_gate = AtFirstGate(
+                    layer=number,
+                    h_BTD=h_BTD.detach(),
+                    branch_BTD=branch,
+                    call=arranged,
+                    state=state,
+                    selected=selected,
+                )
             h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
             if self.keeps_states:  # a builder holds keys and values
                 builders.append(mixed.build_state)

@@ -172,7 +172,8 @@ class TaipanLM(nn.Module):
 
         Args:
             on: switch on or off; or `selective`: of what is inside blocks, compute again only what is quick: Mamba-2's
-                convolution and gated norm, a fifth to a third of what is kept, for a hundredth of the time.
+                convolution and gated norm, a fifth to a third of what is kept, for one or two hundredths of the time
+                (by operations).
             states: whether outputs have a `.state` all the same; it holds the keys and values of every call.
         """
         for layer in self.model.layers:

@@ -36,7 +36,9 @@ def remade(result: Tensor, make: Callable[[], Tensor]) -> Generator[None]:
         if tensor.untyped_storage().data_ptr() != storage or tensor.numel() == 0:
             return tensor
         packed_in_all += 1
-        return _View(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return _View(
+            dtype=tensor.dtype, shape=tensor.shape, stride=tensor.stride(), offset=int(tensor.storage_offset())
+        )
 
     def unpack(packed: Any) -> Tensor:
         nonlocal asked_for, again
