@@ -82,7 +82,7 @@ def test_selective_recomputation_gives_the_same_bits_and_makes_again_what_it_doe
 
         return remade(result, make_and_note)
 
-    monkeypatch.setattr("taipan.layers.mamba2.remade", noted)
+    monkeypatch.setattr("taipan.ops.remade.remade", noted)
     config = small_config("mamba2", hidden_size=64, mamba_head_dim=32, state_size=16)
 
     def run(selective: bool) -> list[Tensor]:

@@ -74,7 +74,7 @@ print(sum(name.startswith("taipan") for name in sys.modules))
     assert verbs.split() == ["console", "generate", "main", "text"]
     unneeded = {"taipan.evaluation", "taipan.sessions", "taipan.serving", "taipan.training", "taipan.hf", "taipan.chat"}
     assert not unneeded & set(rooms.split())
-    assert int(count) <= 139
+    assert int(count) <= 125
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -12,7 +12,6 @@ from taipan.layout import Layout
 from taipan.ops.mamba2 import mamba2_inner
 from taipan.ops.mamba2.inputs import Mamba2Inputs
 from taipan.ops.mamba2.separate import mamba2_scan
-from taipan.ops.remade import remade
 from taipan.shapes import FloatBTD
 from taipan.state import Mamba2State
 
@@ -73,6 +72,8 @@ class Mamba2(Mixer[Mamba2State]):
             real_BT=layout.real_BT,
         )
         if self.recompute_selectively and self.training and torch.is_grad_enabled():
+            from taipan.ops.remade import remade  # here, for only training asks for it
+
             norm, conv_BLC, ssm_BHPN = mamba2_scan(inputs, names, kept=remade)
             normed = norm()
             with remade(normed, norm):

@@ -15,7 +15,6 @@ from torch import Tensor
 from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError, DataError, brief, shown
 from taipan.io import atomic_directory, parse_json_object
-from taipan.model.hub import REMOTE_CODE, hub_config, write_remote_code
 from taipan.model.int4 import METHOD, PARTS, check_int4, description, is_in_int4
 from taipan.model.weights import (
     PRECISE,
@@ -41,6 +40,8 @@ def write_model(
     config: TaipanConfig, weights: dict[str, Tensor], directory: Path, tokenizer: "Tokenizer | None" = None
 ) -> None:
     """Write the files of a model into an existing directory, without any care for what stands there."""
+    from taipan.model.hub import hub_config, write_remote_code  # here, for a model that only reads has no use for it
+
     values = hub_config(config)
     if is_in_int4(weights):
         values[QUANTISATION] = description()
@@ -85,6 +86,8 @@ def save_model(
             "cannot hold: save the model before it is quantised, or quantise it with transformers "
             "(quantization_config=) and save that."
         )
+    from taipan.model.hub import REMOTE_CODE
+
     size = sum(tensor.nbytes for tensor in weights.values())
     with atomic_directory(directory, needed_bytes=size) as temporary:
         if directory.is_dir():

@@ -23,7 +23,6 @@ from taipan.model.implementations import resolve_implementations
 from taipan.model.int4 import FINAL_NORM, is_in_int4, keep_in_int4
 from taipan.model.loss import decode_with_loss
 from taipan.model.output import TaipanOutput
-from taipan.model.sharding import whole
 from taipan.model.weights import weights_file
 from taipan.shapes import IntBT
 from taipan.shipped import model_directory
@@ -269,6 +268,8 @@ def weights_of(model: TaipanLM) -> dict[str, Tensor]:
 
     Of a sharded model every process must ask for them at once.
     """
+    from taipan.model.sharding import whole  # here, for a model that only reads has no use for it
+
     return {
         name: whole(tensor.detach()).contiguous()
         for name, tensor in model.state_dict().items()

@@ -1,8 +1,9 @@
 """Choice of an op's implementation: by name, or the best one for the device of the tensors."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from taipan.ops.cuda import cuda_status
 F = TypeVar("F")
 
 AUTO = "auto"
+
+
+def later(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is first called: an oracle, or what is for another device."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return run
 
 
 def chosen(op: str, implementations: Mapping[str, F], tensor: Tensor) -> str:

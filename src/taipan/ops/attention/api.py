@@ -4,19 +4,19 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from taipan.ops.attention import cuda, native, portable, reference
+from taipan.ops.attention import native, portable
 from taipan.ops.attention.inputs import AttentionInputs
-from taipan.ops.dispatch import select
+from taipan.ops.dispatch import later, select
 from taipan.shapes import FloatBJGE, FloatBQHE, IntBJ, IntBQ
 
 WindowedAttention = Callable[[AttentionInputs], Tensor]
 """Gives what `windowed_attention` documents for inputs that have been validated."""
 
 IMPLEMENTATIONS: Mapping[str, WindowedAttention] = {
-    "cuda": cuda.windowed_attention,
+    "cuda": later("taipan.ops.attention.cuda", "windowed_attention"),
     "native": native.windowed_attention,
     "portable": portable.windowed_attention,
-    "reference": reference.windowed_attention,
+    "reference": later("taipan.ops.attention.reference", "windowed_attention"),
 }
 
 

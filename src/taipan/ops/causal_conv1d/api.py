@@ -4,19 +4,17 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from taipan.ops.causal_conv1d.cuda import causal_conv1d_cuda
 from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.causal_conv1d.portable import causal_conv1d_portable
-from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
-from taipan.ops.dispatch import select
+from taipan.ops.dispatch import later, select
 from taipan.shapes import FloatBLC, FloatBTC, FloatC, FloatCK, IntB, IntBT
 
 IMPLEMENTATIONS: Mapping[str, Callable[[ConvolutionInputs], tuple[Tensor, Tensor]]] = {
-    "cuda": causal_conv1d_cuda,
+    "cuda": later("taipan.ops.causal_conv1d.cuda", "causal_conv1d_cuda"),
     "native": causal_conv1d_native,
     "portable": causal_conv1d_portable,
-    "reference": causal_conv1d_reference,
+    "reference": later("taipan.ops.causal_conv1d.reference", "causal_conv1d_reference"),
 }
 
 

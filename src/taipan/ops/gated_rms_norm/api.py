@@ -5,31 +5,29 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from taipan.errors import InputError
-from taipan.ops.dispatch import select
-from taipan.ops.gated_rms_norm.cuda import gated_rms_norm_cuda, rms_norm_cuda
+from taipan.ops.dispatch import later, select
 from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native, rms_norm_of_sum_native
 from taipan.ops.gated_rms_norm.portable import gated_rms_norm_portable, rms_norm_portable
-from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 from taipan.ops.gated_rms_norm.sums import in_two_steps
 from taipan.shapes import FloatBTC, FloatC, FloatD, FloatXD
 
 GATED_IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
-    "cuda": gated_rms_norm_cuda,
+    "cuda": later("taipan.ops.gated_rms_norm.cuda", "gated_rms_norm_cuda"),
     "native": gated_rms_norm_native,
     "portable": gated_rms_norm_portable,
-    "reference": gated_rms_norm_reference,
+    "reference": later("taipan.ops.gated_rms_norm.reference", "gated_rms_norm_reference"),
 }
 IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
-    "cuda": rms_norm_cuda,
+    "cuda": later("taipan.ops.gated_rms_norm.cuda", "rms_norm_cuda"),
     "native": rms_norm_native,
     "portable": rms_norm_portable,
-    "reference": rms_norm_reference,
+    "reference": later("taipan.ops.gated_rms_norm.reference", "rms_norm_reference"),
 }
 SUM_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "cuda": in_two_steps(rms_norm_cuda),
+    "cuda": in_two_steps(later("taipan.ops.gated_rms_norm.cuda", "rms_norm_cuda")),
     "native": rms_norm_of_sum_native,
     "portable": in_two_steps(rms_norm_portable),
-    "reference": in_two_steps(rms_norm_reference),
+    "reference": in_two_steps(later("taipan.ops.gated_rms_norm.reference", "rms_norm_reference")),
 }
 
 

@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 import torch
 
 from taipan.errors import InputError
-from taipan.ops.dispatch import select
-from taipan.ops.linear_cross_entropy import native, portable, reference
+from taipan.ops.dispatch import later, select
+from taipan.ops.linear_cross_entropy import native, portable
 from taipan.shapes import Float0, FloatM, FloatMD, FloatVD, IntM
 
 IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM], Float0]] = {
-    "reference": reference.linear_cross_entropy,
+    "reference": later("taipan.ops.linear_cross_entropy.reference", "linear_cross_entropy"),
     "native": native.linear_cross_entropy,
     "portable": portable.linear_cross_entropy,
 }
 PER_TOKEN_IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM, int], FloatM]] = {
-    "reference": reference.linear_cross_entropy_per_token,
+    "reference": later("taipan.ops.linear_cross_entropy.reference", "linear_cross_entropy_per_token"),
     "native": native.linear_cross_entropy_per_token,
     "portable": portable.linear_cross_entropy_per_token,
 }

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from taipan.ops.dispatch import select
-from taipan.ops.outranking import native, portable, reference
+from taipan.ops.dispatch import later, select
+from taipan.ops.outranking import native, portable
 from taipan.shapes import FloatBR, FloatBT, IntBT
 
 IMPLEMENTATIONS: Mapping[str, Callable[[FloatBT, FloatBR, IntBT | None], Tensor]] = {
     "native": native.outranking,
     "portable": portable.outranking,
-    "reference": reference.outranking,
+    "reference": later("taipan.ops.outranking.reference", "outranking"),
 }
 
 

@@ -4,22 +4,20 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from taipan.ops.dispatch import select
-from taipan.ops.ssd.cuda import ssd_cuda
+from taipan.ops.dispatch import later, select
 from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.native import ssd_native
 from taipan.ops.ssd.portable import ssd_portable
-from taipan.ops.ssd.reference import ssd_chunked
 from taipan.shapes import FloatBHPN, FloatBTGN, FloatBTH, FloatBTHP, FloatH, IntBT
 
 Implementation = Callable[[SSDInputs], tuple[Tensor, Tensor]]
 """Gives y and the final state of inputs that have been validated."""
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
-    "cuda": ssd_cuda,
+    "cuda": later("taipan.ops.ssd.cuda", "ssd_cuda"),
     "native": ssd_native,
     "portable": ssd_portable,
-    "reference": ssd_chunked,
+    "reference": later("taipan.ops.ssd.reference", "ssd_chunked"),
 }
 
 

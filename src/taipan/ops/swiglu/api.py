@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from taipan.errors import InputError
-from taipan.ops.dispatch import select
+from taipan.ops.dispatch import later, select
 from taipan.ops.swiglu.native import swiglu_native
 from taipan.ops.swiglu.portable import swiglu_portable
-from taipan.ops.swiglu.reference import swiglu_reference
 from taipan.shapes import FloatXD
 
 IMPLEMENTATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "native": swiglu_native,
     "portable": swiglu_portable,
-    "reference": swiglu_reference,
+    "reference": later("taipan.ops.swiglu.reference", "swiglu_reference"),
 }
 
 
