@@ -56,6 +56,11 @@ class LayerState:
         """Bytes that reading one more token of every row must move: all are read and written."""
         return 2.0 * sum(getattr(self, field.name).nbytes for field in fields(self))
 
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes of what every token changes as a whole, by what it brings: they need not be written at every token."""
+        return 0
+
     def with_row(self, row: int, other: Any) -> Any:
         """This state with one row taken from a state of one row of the same layer."""
         new = {f.name: _with_row(getattr(self, f.name), row, getattr(other, f.name)) for f in fields(self)}
@@ -68,6 +73,11 @@ class Mamba2State(LayerState):
 
     conv_BLC: FloatBLC
     ssm_BHPN: FloatBHPN
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """See `LayerState.recurrent_bytes`."""
+        return self.ssm_BHPN.nbytes
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,15 @@ def test_a_recurrent_model_reads_its_weights_and_moves_its_state() -> None:
     assert bytes_per_token(model, state) == weights + 2 * moved
 
 
+def test_states_that_are_written_seldom_move_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("mamba2", dtype=torch.float32)
+    state = model(random_tokens(3, 5)).state
+    always = bytes_per_token(model, state)
+    monkeypatch.setattr("taipan.generation.decoding._STATES_IN_CACHE", 0)  # so that no cache holds them: every third
+    recurrent = sum(layer.ssm_BHPN.nbytes for layer in state.layers)  # type: ignore[union-attr]
+    assert always - bytes_per_token(model, state) == round(recurrent * 2 / 3)
+
+
 def test_of_an_embedding_that_is_not_the_head_nothing_counts() -> None:
     tied = small_model("mamba2", dtype=torch.float32)
     own = small_model("mamba2", dtype=torch.float32, tie_word_embeddings=False)

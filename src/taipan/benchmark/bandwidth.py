@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from taipan.benchmark.timing import interleaved
+from taipan.generation.decoding import tokens_behind
 from taipan.generation.packing import packed_bytes
 from taipan.layer_types import table_of
 from taipan.layers.int4 import Int4Linear
@@ -49,7 +50,8 @@ def bytes_per_token(model: TaipanLM, state: DecoderState, weights: str = "auto")
     """Bytes that decoding one token for every row must move, at least.
 
     Every weight is read once; of an untied embedding one row; the attention of a SAL only for the share C of the
-    tokens. Recurrent states and convolution columns are read and written, keys and values read.
+    tokens. Keys and values are read, convolution columns read and written; recurrent states are read, and written as
+    seldom as decoding writes them (`tokens_behind`).
 
     Args:
         model: what decodes.
@@ -58,10 +60,11 @@ def bytes_per_token(model: TaipanLM, state: DecoderState, weights: str = "auto")
     """
     config = model.config
     total = float(sum(parameter.nbytes for parameter in model.parameters()))
+    unwritten = 1 - 1 / (1 + tokens_behind(state))
     precise: set[int] = set()  # gates' linears, which are never narrowed
     for kind, block, layer in zip(config.layer_types, model.model.layers, state.layers, strict=True):
         table = table_of(kind)
-        total += table.state_share(config) * layer.bytes_per_token
+        total += table.state_share(config) * (layer.bytes_per_token - layer.recurrent_bytes * unwritten)
         for matrix in table.matrices(config):
             linear = cast(Block, block).mixer.get_submodule(matrix.name)
             if matrix.hidden and isinstance(linear, nn.Linear | Int4Linear):

@@ -264,7 +264,7 @@ class NativeDecoding:
         self._state = state.map(lambda tensor: tensor[:0].clone())  # its dtypes; the buffers have the values
         arena = Arena([(tensor.shape, program.real) for tensor in state.tensors().values()])
         pairs = zip(program.native_layers, state.layers, strict=True)
-        self._most_behind = _most_behind(program, state)
+        self._most_behind = tokens_behind(state)
         self._layers = [native.buffers(layer, program.real, arena, self._most_behind) for native, layer in pairs]
         self._behind_B = torch.zeros(state.batch_size, dtype=torch.int64)
         self._position_B = state.position_B.clone()
@@ -462,11 +462,10 @@ class NativeDecoding:
         )
 
 
-def _most_behind(program: DecoderProgram, state: DecoderState) -> int:
+def tokens_behind(state: DecoderState) -> int:
     """How many tokens the recurrent states may be behind: those that no cache holds are written every few tokens."""
-    layers = zip(program.native_layers, state.layers, strict=True)
-    numbers = sum(native.recurrent_numbers(layer) for native, layer in layers)
-    return _MOST_BEHIND if numbers * program.real.itemsize > _STATES_IN_CACHE else 0
+    recurrent = sum(layer.recurrent_bytes for layer in state.layers)
+    return _MOST_BEHIND if recurrent > _STATES_IN_CACHE else 0
 
 
 class Continuation:

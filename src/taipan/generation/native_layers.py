@@ -123,10 +123,6 @@ class NativeLayer(ABC, Generic[MixerT, StateT]):
     def pack(self, mixer: MixerT, packer: Packer) -> dict[str, Any]:
         """The fields of `Layer` that this mixer has."""
 
-    def recurrent_numbers(self, state: StateT) -> int:
-        """How many numbers of a state every token changes, all of them."""
-        return 0
-
     @abstractmethod
     def buffers(self, state: StateT, real: torch.dtype, arena: Arena, most_behind: int = 0) -> Buffers:
         """A copy of a state in the kernel's layout, with room for tokens that the recurrent part may be behind."""
@@ -184,10 +180,6 @@ class NativeMamba2(NativeLayer[Mamba2, Mamba2State]):
             "D": packer.vector(mixer.D),
             "gated_norm": packer.vector(mixer.norm.weight),
         }
-
-    def recurrent_numbers(self, state: Mamba2State) -> int:
-        """See `NativeLayer.recurrent_numbers`."""
-        return state.ssm_BHPN.numel()
 
     def buffers(self, state: Mamba2State, real: torch.dtype, arena: Arena, most_behind: int = 0) -> Mamba2Buffers:
         """See `NativeLayer.buffers`."""
