@@ -193,43 +193,22 @@ _SMALL, _RUNS = LanguageScaleName.small, Path("runs/experiments")
 
 def _command(name: str, entry: Entry) -> Callable[..., None]:
     """The command of an experiment, with the options that it has."""
-    if entry.files:
-
-        def asking(
-            scale: _Scale = _SMALL,
-            text: _Text = None,
-            task: Annotated[
-                list[str] | None,
-                typer.Option(
-                    help=f"NAME=FILE: a local file of questions, repeatable; names: {', '.join(entry.files)}."
-                ),
-            ] = None,
-            seeds: _Seeds = None,
-            out: _Out = _RUNS,
-            workers: _Workers = None,
-        ) -> None:
-            _reproduce(name, entry, scale, out, workers, text, seeds, ("--task", task or []))
-
-        return asking
+    option, words = "--task", f"NAME=FILE: a local file of questions, repeatable; names: {', '.join(entry.files)}."
     if entry.long:
+        option, words = "--long", _LONG
+    if entry.files or entry.long:
 
-        def long_reading(
+        def taking(
             scale: _Scale = _SMALL,
             text: _Text = None,
-            long: Annotated[
-                list[str] | None,
-                typer.Option(
-                    help="NAME=FILE: a long text that no model was trained on, repeatable; its end is read with "
-                    "contexts up to all of it."
-                ),
-            ] = None,
+            given: Annotated[list[str] | None, typer.Option(option, help=words)] = None,
             seeds: _Seeds = None,
             out: _Out = _RUNS,
             workers: _Workers = None,
         ) -> None:
-            _reproduce(name, entry, scale, out, workers, text, seeds, ("--long", long or []))
+            _reproduce(name, entry, scale, out, workers, text, seeds, (option, given or []))
 
-        return long_reading
+        return taking
     if not entry.text:
 
         def alone(scale: _Scale = _SMALL, out: _Out = _RUNS, workers: _Workers = None) -> None:
@@ -322,6 +301,9 @@ def _named_text(text: str) -> tuple[str, Path]:
     return _named(text, "--text")
 
 
+_LONG = (
+    "NAME=FILE: a long text that no model was trained on, repeatable; its end is read with contexts up to all of it."
+)
 _EXAMPLES = {"--task": "squad=dev-v2.0.json", "--text": "enwik8=enwik8.gz", "--long": "pepys=pepys_diary.txt"}
 
 

@@ -169,7 +169,11 @@ class Ending:
         self.vocab_size, self.token_bytes = documents.vocab_size, documents.token_bytes
         # the first token is predicted from the one before it, as every piece of a document is
         self.start_token = int(self.read(0, -1, 0)[0]) if self._first else documents.start_token
-        self.n_bytes = int(self.token_bytes[self.read(0, 0, length)].sum())
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the tokens."""
+        return int(self.token_bytes[self.read(0, 0, int(self.lengths[0]))].sum())
 
     def read(self, document: int, start: int, stop: int) -> Any:
         """See `taipan.evaluation.Documents.read`."""

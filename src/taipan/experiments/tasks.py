@@ -1,6 +1,5 @@
 """Questions: recall over given documents and of what was hidden in a text, and the nine tasks of Table 1."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from taipan.experiments.gate_settings import architectures
 from taipan.experiments.laboratory import Laboratory, Outcome, Table, Training, by_name, spread
 from taipan.experiments.registry import ENTRIES
 from taipan.experiments.retrieval import Kind, question
+from taipan.experiments.texts import sha256_of
 
 if TYPE_CHECKING:
     from taipan.data.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def _files(lab: Laboratory, known: Sequence[str], least: int) -> list[list[str]]
     missing = [str(path) for path in lab.files.values() if not path.is_file()]
     if missing:
         raise InputError(f"{shown(missing[0])} is no file: give the path of a file of questions.")
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in lab.files.items()}
+    digests = {name: sha256_of(path) for name, path in lab.files.items()}
     return [[name, str(lab.files[name].resolve()), digests[name]] for name in known if name in lab.files]
 
 
