@@ -142,6 +142,7 @@ def cross_entropy(**changes: Any) -> dict[str, Any]:
         "rows": 2,
         "columns": 3,
         "narrow": 0,
+        "learns": 1,
         "logits": torch.zeros(2, 3),
         "target": torch.tensor([0, 2]),
         "loss": torch.zeros(2, dtype=torch.float64),

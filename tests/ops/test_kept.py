@@ -11,9 +11,11 @@ from taipan.ops.attention.native import windowed_attention
 from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.native import causal_conv1d_native
 from taipan.ops.gated_rms_norm.native import gated_rms_norm_native, rms_norm_native, rms_norm_of_sum_native
+from taipan.ops.ssd import native as ssd_kernels
 from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.native import ssd_native
 from tests.compilers import needs_kernels
+from tests.ops.fuzz import Case, Draw, of_mamba2, of_ssd, results
 
 TOKENS = 96
 
@@ -62,6 +64,38 @@ def test_nothing_of_the_tokens_is_kept_wide(op: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         RUNS[op]()
-    of_tokens = [tensor for tensor in kept if tensor.numel() >= TOKENS * 32]
+    of_tokens = [tensor for tensor in kept if tensor.numel() >= TOKENS * 32 and tensor.ndim < 5]  # states have five
     assert of_tokens
     assert {tensor.dtype for tensor in of_tokens} == {torch.bfloat16}
+
+
+@needs_kernels
+@pytest.mark.parametrize("of", [of_ssd, of_mamba2])
+def test_states_that_the_forward_leaves_are_those_that_the_backward_computes(
+    of: Callable[[Draw], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, left = ssd_kernels.room_for_entrances, 0
+
+    def counted(*sizes: object) -> Tensor | None:
+        nonlocal left
+        entrances = room(*sizes)  # pyright: ignore[reportArgumentType]
+        left += entrances is not None
+        return entrances
+
+    for module in ("ssd", "mamba2"):
+        monkeypatch.setattr(f"taipan.ops.{module}.native.room_for_entrances", counted)
+    for seed in range(24):
+        case = of(Draw(seed))
+
+        def gradients(case: Case = case) -> dict[str, Tensor]:
+            return results(case, lambda tensors: case.run(tensors, "native"), case.inputs)
+
+        kept = gradients()
+        before = left
+        with monkeypatch.context() as patch:
+            patch.setattr(ssd_kernels, "KEPT_BYTES", 0)
+            computed = gradients()
+        assert left == before
+        for name, gradient in kept.items():
+            assert torch.equal(gradient, computed[name]), f"case {seed}, {case.about}: {name}"
+    assert left >= 12

@@ -1,6 +1,7 @@
 """Linear cross-entropy: the loss and gradients of F.cross_entropy, without its memory."""
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taipan.errors import ConfigError, InputError
-from taipan.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_per_token, portable
-from tests.compilers import NATIVE
+from taipan.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_per_token, native, portable
+from tests.compilers import NATIVE, needs_kernels
 
 
 def problem(tokens: int, width: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,6 +192,29 @@ def test_nats_of_single_tokens_under_autocast_are_those_of_rounded_operands(impl
     assert nats[3] == 0
     bound = 2 * 2.0**-9 * logits.abs().max()  # a rounding of the logit and one of the largest
     torch.testing.assert_close(nats.double(), expected, rtol=0, atol=float(bound))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 5, 64, 100, 333])
+def test_losses_alone_are_those_with_gradients(classes: int, dtype: torch.dtype) -> None:
+    logits = (30 * torch.randn(7, classes)).to(dtype)
+    logits[2, classes // 2], logits[3, classes - 1] = math.inf, math.nan
+    logits[4], logits[5, 0] = -math.inf, -300.0  # an exponential of 0
+    target, given = torch.randint(classes, (7,)), logits.clone()
+    alone, same = native._losses(given, target, learns=False)  # pyright: ignore[reportPrivateUsage]
+    assert torch.equal(given.nan_to_num(), logits.nan_to_num())
+    assert same is given
+    losses, gradient = native._losses(given, target, learns=True)  # pyright: ignore[reportPrivateUsage]
+    torch.testing.assert_close(alone, losses, rtol=0, atol=0, equal_nan=True)
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(wide, target, reduction="none")
+    finite = torch.tensor([0, 1, 5, 6])
+    torch.testing.assert_close(losses[finite], expected[finite].detach(), rtol=1e-6, atol=1e-6)
+    (expected_gradient,) = torch.autograd.grad(expected[finite].sum(), wide)
+    atol = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(gradient[finite].double(), expected_gradient[finite], rtol=0, atol=atol)
+    assert alone[[2, 3, 4]].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

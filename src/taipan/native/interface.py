@@ -281,6 +281,7 @@ class SsdInputs(Structure):
         ("scores", Reals),
         ("B_rows", Reals),
         ("C_rows", Reals),
+        ("entrances", RealsOrNull),
     ]
 
 
@@ -418,6 +419,7 @@ class Mamba2Inputs(Structure):
         ("xbc", Elements),
         ("y", Elements),
         *((name, Reals) for name in ("scores", "B_rows", "C_rows")),
+        ("entrances", RealsOrNull),
     ]
 
 
@@ -588,10 +590,10 @@ class AttentionBackward(Arguments):
 
 
 class CrossEntropy(Arguments):
-    """Loss of rows of logits, which become their gradient."""
+    """Loss of rows of logits, which become their gradient if asked to."""
 
     function = "cross_entropy"
-    _fields_ = [*_sizes("rows columns narrow"), ("logits", Elements), ("target", Int64), ("loss", Double)]
+    _fields_ = [*_sizes("rows columns narrow learns"), ("logits", Elements), ("target", Int64), ("loss", Double)]
 
 
 class AdamW(Arguments):

@@ -28,6 +28,7 @@ struct SsdInputs {
   const Real *D, *initial;        // may be null
   const std::int32_t* document;   // running number of the document of each token, or null
   Real *scores, *B_rows, *C_rows;  // work space that the heads of a group share
+  Real* entrances;  // states at the entrances of the chunks, for the backward: (batch, heads, chunks, N, P); or null
 };
 
 struct SsdForward {
@@ -117,7 +118,7 @@ struct Mamba2Inputs {
   // What the forward writes and the backward reads: (K, C), (B, T, C), (B, T, inner).
   Real* taps;
   void *xbc, *y;
-  Real *scores, *B_rows, *C_rows;  // as above
+  Real *scores, *B_rows, *C_rows, *entrances;  // as above
 };
 
 struct Mamba2Forward {
@@ -230,7 +231,7 @@ struct AttentionBackward {
 
 // logits (rows, columns) contiguous; targets in range.
 struct CrossEntropy {
-  Index rows, columns, narrow;
+  Index rows, columns, narrow, learns;  // learns: the logits become the gradient
   void* logits;
   const std::int64_t* target;
   double* loss;
@@ -393,7 +394,7 @@ struct Unpack {
 
 TAIPAN_STRUCT(SsdSizes, batch, tokens, heads, head_dim, groups, state, chunk, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t,
               narrow)
-TAIPAN_STRUCT(SsdInputs, x, dt, A, B, C, D, initial, document, scores, B_rows, C_rows)
+TAIPAN_STRUCT(SsdInputs, x, dt, A, B, C, D, initial, document, scores, B_rows, C_rows, entrances)
 TAIPAN_STRUCT(SsdForward, sizes, inputs, y, final)
 TAIPAN_STRUCT(SsdBackward, sizes, inputs, B_columns, C_columns, dy, dfinal, slices_dB, slices_dC, slices_dscores, slices,
               dx_t, dx, ddt, dB_t, dB, dC, dinitial, dA, dD)
@@ -405,7 +406,8 @@ TAIPAN_STRUCT(NormSizes, rows, channels, group, y_row, z_row, narrow)
 TAIPAN_STRUCT(NormForward, sizes, eps, y, z, weight, out)
 TAIPAN_STRUCT(NormBackward, sizes, eps, y, z, weight, dout, dy, dz_row, dz, dweight)
 TAIPAN_STRUCT(Mamba2Sizes, batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow, eps)
-TAIPAN_STRUCT(Mamba2Inputs, proj, weight, bias, dt, A, D, norm, columns, initial, document, taps, xbc, y, scores, B_rows, C_rows)
+TAIPAN_STRUCT(Mamba2Inputs, proj, weight, bias, dt, A, D, norm, columns, initial, document, taps, xbc, y, scores, B_rows, C_rows,
+              entrances)
 TAIPAN_STRUCT(Mamba2Forward, sizes, inputs, out, final)
 TAIPAN_STRUCT(Mamba2Backward, sizes, inputs, dout, dfinal, B_columns, C_columns, slices_dB, slices_dC, slices_dscores,
               slices, dy, dxbc, dnorm_of_threads, dtaps_of_rows, dA_of_rows, dD_of_rows, dproj, dweight, dbias, ddt,
@@ -422,7 +424,7 @@ TAIPAN_STRUCT(AttentionPlan, key, query, first, stop, counts, bounds, until)
 TAIPAN_STRUCT(AttentionPlanned, sizes, low, high, code, until, plan)
 TAIPAN_STRUCT(AttentionForward, sizes, q, k, v, plan, out, statistics)
 TAIPAN_STRUCT(AttentionBackward, sizes, q, k, v, plan, out, dout, statistics, delta, parts_dq, dq, dk, dv)
-TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, logits, target, loss)
+TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, learns, logits, target, loss)
 TAIPAN_STRUCT(AdamW, count, block, parameter, gradient, first, second, first_scale, second_scale, beta1, beta2, shrink,
               rate, root, eps)
 TAIPAN_STRUCT(Matrix, weight, scale, rows, columns)

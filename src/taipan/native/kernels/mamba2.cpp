@@ -34,7 +34,7 @@ template <class X>
 SsdInputs ssd_inputs(const Shape& s, const Mamba2Inputs& in) {
   const X* x = static_cast<const X*>(in.xbc);
   return {x, in.dt, in.A, x + s.inner(), x + s.inner() + s.shared(), in.D, in.initial, in.document, in.scores, in.B_rows,
-          in.C_rows};
+          in.C_rows, in.entrances};
 }
 
 NormSizes norm_sizes(const Shape& s) {

@@ -124,10 +124,18 @@ inline Vector<T> at_most(T high, Vector<T> x) {
   return x < splat(-87.0f) ? Vector<float>{} : value;
 }
 
+// The same for x ≤ 0 (or NaN).
+[[gnu::always_inline]] inline Vector<float> exponential_of_negative(Vector<float> x) {
+  const Vector<float> value = exponential_in_range(at_least(-87.0f, x));
+  return x < splat(-87.0f) ? Vector<float>{} : value;
+}
+
 inline Vector<double> exponential(Vector<double> x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
   return x;
 }
+
+inline Vector<double> exponential_of_negative(Vector<double> x) { return exponential(x); }
 
 inline Vector<float> sigmoid(Vector<float> x) {
   return 1.0f / (1.0f + exponential_in_range(at_most(87.0f, at_least(-87.0f, -x))));

@@ -7,7 +7,7 @@
 //
 // and every exponent is ≤ 0, so nothing overflows however fast a head forgets. C Bᵀ is computed once for the heads of
 // a group; the rest chunk by chunk, a few heads at a time, in memory that stays in the cache: no (heads, Q, Q) matrix
-// exists. The backward computes the states again. Sums of exponents are kept in two parts, so a slow token after a fast
+// exists. The backward computes the states at the entrances of the chunks again, unless the forward has left them. Sums of exponents are kept in two parts, so a slow token after a fast
 // one (large sums, small difference) loses no digits. States are (N, P) here: then only x and dy of a chunk have to be
 // transposed for products.
 //
@@ -35,6 +35,7 @@ struct Shape : SsdSizes {
   Index scores(Index b, Index g, Index c) const { return ((b * groups + g) * chunks() + c) * chunk * pitch(); }
   Index rows(Index b, Index g, Index c) const { return ((b * groups + g) * tokens + c * chunk) * state; }
   Index columns(Index b, Index g, Index c) const { return ((b * groups + g) * chunks() + c) * state * pitch(); }
+  Index entrance(Index b, Index h, Index c) const { return ((b * heads + h) * chunks() + c) * state * head_dim; }
 };
 
 // X is the type of the tokens in memory.
@@ -43,6 +44,7 @@ struct Arrays {
   const X *x, *B, *C;
   const T *dt, *A, *D, *initial;  // D and initial may be null
   const std::int32_t* document;   // running number of the document of each token, or null
+  T* entrances;                   // states at the entrances of the chunks, (batch, heads, chunks, N, P), or null
 };
 
 // Shared by the heads of a group: C Bᵀ by chunks, and contiguous copies of B and C, (batch, groups, tokens, N). In the
@@ -106,7 +108,7 @@ struct Decay {
   // e^(s_i - s_j) for the lanes j, j + 1, …; at most 1 (and of no meaning) where j > i.
   Vector<T> between(Index i, Index j) const {
     const Vector<T> difference = (high[i] - load(high + j)) + (low[i] - load(low + j));
-    return exponential(difference > Vector<T>{} ? Vector<T>{} : difference);
+    return exponential_of_negative(difference > Vector<T>{} ? Vector<T>{} : difference);
   }
 };
 
@@ -236,16 +238,20 @@ class Forward {
 
   // All chunks of the heads [from, to).
   void run(Index b, Index from, Index to, X* y, T* final) {
-    const Index g = from / (s.heads / s.groups);
-    for (Index h = from; h < to; ++h) take_state(s, in.initial, b * s.heads + h, states + (h - from) * N * P);
-    for (Index c = 0; c < s.chunks(); ++c) {
+    const Index g = from / (s.heads / s.groups), chunks = s.chunks();
+    // Where the state at the entrance of a chunk lies; behind the last one, always in `states`.
+    const auto state = [&](Index h, Index c) {
+      if (in.entrances != nullptr && c < chunks) return in.entrances + s.entrance(b, h, c);
+      return states + (h - from) * N * P;
+    };
+    for (Index h = from; h < to; ++h) take_state(s, in.initial, b * s.heads + h, state(h, 0));
+    for (Index c = 0; c < chunks; ++c) {
       const Index size = std::min(Q, s.tokens - c * Q);
       C.rows(size, N, common.C + s.rows(b, g, c), N);
       B.columns(N, size, common.B + s.rows(b, g, c), N);
-      for (Index h = from; h < to; ++h) chunk(b, h, g, c, states + (h - from) * N * P, y);
+      for (Index h = from; h < to; ++h) chunk(b, h, g, c, state(h, c), state(h, c + 1), y);
     }
-    for (Index h = from; h < to; ++h)
-      transpose(N, P, states + (h - from) * N * P, P, final + (b * s.heads + h) * P * N, N);
+    for (Index h = from; h < to; ++h) transpose(N, P, state(h, chunks), P, final + (b * s.heads + h) * P * N, N);
   }
 
  private:
@@ -260,7 +266,7 @@ class Forward {
   typename W::ExactRight::Left B;
   typename W::ExactRight::Right x_to_end;
 
-  void chunk(Index b, Index h, Index g, Index c, T* state, X* y) {
+  void chunk(Index b, Index h, Index g, Index c, const T* state, T* next, X* y) {
     const Index begin = c * Q, size = std::min(Q, s.tokens - begin);
     const X* x = in.x + b * s.x_b + begin * s.x_t + h * P;
     const T* dt = in.dt + b * s.dt_b + begin * s.dt_t + h;
@@ -283,7 +289,7 @@ class Forward {
     // S' = e^(s_Q) S + Σ_j e^(s_Q - s_j) B_j x̃_jᵀ
     scale_rows(size, P, decay.end, weighted, weighted);
     x_to_end.rows(size, P, weighted, P);
-    W::ExactRight::run(N, P, size, B, x_to_end, state, P, {state, P, decay.through});
+    W::ExactRight::run(N, P, size, B, x_to_end, next, P, {state, P, decay.through});
   }
 };
 
@@ -366,7 +372,7 @@ class Backward {
   Backward(Scratch& scratch, const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out, const Shared<T>& shared,
            const Common<T>& common, Index heads)
       : s(s), in(in), out(out), shared(shared), common(common), P(s.head_dim), N(s.state), Q(s.chunk), pitch(s.pitch()),
-        states(scratch.take<T>(heads * s.chunks() * N * P)), dstates(scratch.take<T>(heads * N * P)),
+        states(scratch.take<T>(in.entrances == nullptr ? heads * s.chunks() * N * P : 0)), dstates(scratch.take<T>(heads * N * P)),
         x(scratch.take<T>(Q * P)), dy(scratch.take<T>(Q * P)), weighted(scratch.take<T>(Q * P)),
         dweighted(scratch.take<T>(s.rows_up() * P)), matrix(scratch.take<T>(Q * pitch)),
         dmatrix(scratch.take<T>(s.rows_up() * pitch)), between(scratch.take<T>(Q * pitch)),
@@ -383,18 +389,18 @@ class Backward {
     const Index g = from / (s.heads / s.groups);
     for (Index h = from; h < to; ++h) {
       const Index task = b * s.heads + h;
-      take_state(s, in.initial, task, states_of(h - from));
       take_state(s, out.dfinal, task, dstates + (h - from) * N * P);
       out.dA[task] = out.dD[task] = 0;
     }
-    make_states(b, g, from, to);
+    if (in.entrances == nullptr) make_states(b, g, from, to);
+    const T* entrances = in.entrances == nullptr ? states : in.entrances + s.entrance(b, from, 0);
     const Index at = (slice * s.batch + b) * s.groups + g;
     for (Index c = s.chunks() - 1; c >= 0; --c) {
       const Index size = std::min(Q, s.tokens - c * Q), columns = (at * s.chunks() + c) * N * pitch;
       B_left.rows(size, N, common.B + s.rows(b, g, c), N);
       C_exact.columns(N, size, common.C + s.rows(b, g, c), N);
       for (Index h = from; h < to; ++h)
-        chunk(b, h, g, c, states_of(h - from) + c * N * P, dstates + (h - from) * N * P, shared.dB + columns,
+        chunk(b, h, g, c, entrances + ((h - from) * s.chunks() + c) * N * P, dstates + (h - from) * N * P, shared.dB + columns,
               shared.dC + columns, shared.dscores + (at * s.chunks() + c) * Q * pitch);
     }
     for (Index h = from; h < to; ++h)
@@ -423,6 +429,7 @@ class Backward {
 
   // States at the entrance of every chunk.
   void make_states(Index b, Index g, Index from, Index to) {
+    for (Index h = from; h < to; ++h) take_state(s, in.initial, b * s.heads + h, states_of(h - from));
     for (Index c = 0; c + 1 < s.chunks(); ++c) {
       const Index begin = c * Q;
       B_exact.columns(N, Q, common.B + s.rows(b, g, c), N);
@@ -662,7 +669,7 @@ int backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out,
 template <class X>
 Arrays<Real, X> arrays(const SsdInputs& in) {
   const auto of = [](const void* p) { return static_cast<const X*>(p); };
-  return {of(in.x), of(in.B), of(in.C), in.dt, in.A, in.D, in.initial, in.document};
+  return {of(in.x), of(in.B), of(in.C), in.dt, in.A, in.D, in.initial, in.document, in.entrances};
 }
 
 }  // namespace

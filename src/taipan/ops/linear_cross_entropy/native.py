@@ -16,7 +16,7 @@ def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM)
 
 
 def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
-    loss_R, gradient_RV = _losses(logits_RV, target_R)
+    loss_R, gradient_RV = _losses(logits_RV, target_R, learns=True)
     return loss_R.sum().to(accumulation_dtype(logits_RV.dtype)), gradient_RV
 
 
@@ -26,12 +26,15 @@ def linear_cross_entropy_per_token(
     """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
     kept_M = target_M != ignore_index
     target_M = target_M.where(kept_M, 0)
-    loss_M = chunked_per_token(hidden_MD, weight_VD, target_M, lambda logits, target: _losses(logits, target)[0])
-    return loss_M * kept_M
+
+    def loss(logits_RV: Tensor, target_R: Tensor) -> Tensor:
+        return _losses(logits_RV, target_R, learns=False)[0]
+
+    return chunked_per_token(hidden_MD, weight_VD, target_M, loss) * kept_M
 
 
-def _losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each row, fp64, and the gradient of their sum."""
+def _losses(logits_RV: Tensor, target_R: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
+    """The loss of each row, fp64, and the gradient of their sum in place of the logits, or those."""
     logits_RV = logits_RV.to(kernel_dtype(logits_RV.dtype))
     loss_R = torch.empty(len(logits_RV), dtype=torch.float64)
     narrow = int(logits_RV.dtype == torch.bfloat16)
@@ -42,6 +45,7 @@ def _losses(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
         rows=rows,
         columns=columns,
         narrow=narrow,
+        learns=learns,
         logits=logits_RV,
         target=target_R.contiguous(),
         loss=loss_R,

@@ -19,13 +19,14 @@ from taipan.ops.documents import running_documents
 from taipan.ops.mamba2.inputs import Mamba2Inputs
 from taipan.ops.mamba2.separate import time_steps
 from taipan.ops.precision import no_autocast
-from taipan.ops.ssd.native import slices_of
+from taipan.ops.ssd.native import room_for_entrances, slices_of
 from taipan.ops.ssd.portable import best_chunk
 from taipan.shapes import FloatBHPN, FloatBLC
 
 _PITCH = 16  # which rows of a (Q, Q) matrix are a multiple of
 _WIDE = torch.float32
 _DT = 3  # place of the step sizes among what the kernels are given
+_KEPT = ("taps", "xbc", "y", "entrances")  # what the forward leaves for the backward
 
 
 def fits(inputs: Mamba2Inputs, names: Mapping[str, str]) -> bool:
@@ -80,36 +81,40 @@ class _Call:
             narrow=True,
             eps=settings.eps,
         )
-        chunks, pitch = -(-self.tokens // self.chunk), -(-self.chunk // _PITCH) * _PITCH
+        self.chunks = -(-self.tokens // self.chunk)
+        pitch = -(-self.chunk // _PITCH) * _PITCH
         self.groups = self.batch * settings.groups
         self.rows = self.groups * self.tokens * settings.state_size
-        self.scores, self.columns = chunks * self.chunk * pitch, chunks * settings.state_size * pitch
+        self.scores, self.columns = self.chunks * self.chunk * pitch, self.chunks * settings.state_size * pitch
 
-    def kept(self) -> dict[str, Tensor]:
-        """Room for what the forward leaves for the backward."""
+    def kept(self, *, learns: bool) -> dict[str, Tensor | None]:
+        """Room for what the forward leaves for the backward, by the names of `_KEPT`."""
         batch, tokens = self.batch, self.tokens
-        return {
-            "taps": wide(self.settings.taps, self.channels),
-            "xbc": torch.empty(batch, tokens, self.channels, dtype=torch.bfloat16),
-            "y": torch.empty(batch, tokens, self.inner, dtype=torch.bfloat16),
-        }
+        states = (batch, self.heads, self.chunks, self.settings.state_size, self.head_dim)
+        taps = wide(self.settings.taps, self.channels)
+        xbc = torch.empty(batch, tokens, self.channels, dtype=torch.bfloat16)
+        y = torch.empty(batch, tokens, self.inner, dtype=torch.bfloat16)
+        return dict(zip(_KEPT, (taps, xbc, y, room_for_entrances(*states, _WIDE) if learns else None), strict=True))
 
-    def inputs(self, kept: Mapping[str, Tensor]) -> tuple[Given, Tensor]:
+    def inputs(self, kept: Mapping[str, Tensor | None]) -> tuple[Given, Tensor]:
         """What both read, and the work space behind it, to be kept alive."""
         room = wide(self.groups * self.scores + 2 * self.rows)
         scores, b_rows, c_rows = room.split([self.groups * self.scores, self.rows, self.rows])
         return Given.of(_WIDE, **self.given, **kept, scores=scores, B_rows=b_rows, C_rows=c_rows), room
 
-    def forward(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        kept = self.kept()
+    def forward(self, *, learns: bool) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        kept = self.kept(learns=learns)
         given, _room = self.inputs(kept)
-        out = torch.empty_like(kept["y"])
+        out = torch.empty(self.batch, self.tokens, self.inner, dtype=torch.bfloat16)
         final = wide(self.batch, self.heads, self.head_dim, self.settings.state_size)
         call(_WIDE, Mamba2Forward, sizes=self.sizes, inputs=given, out=out, final=final)
         return out, final, kept
 
-    def backward(self, kept: Mapping[str, Tensor], dout: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+    def backward(
+        self, kept: Mapping[str, Tensor | None], dout: Tensor | None, dfinal: Tensor | None
+    ) -> dict[str, Tensor]:
         batch, tokens, heads, channels = self.batch, self.tokens, self.heads, self.channels
+        dy = torch.empty(batch, tokens, self.inner, dtype=torch.bfloat16)
         given, _room = self.inputs(kept)
         slices = slices_of(self.groups, heads // self.settings.groups)
         columns = self.groups * self.columns
@@ -134,12 +139,12 @@ class _Call:
             Mamba2Backward,
             sizes=self.sizes,
             inputs=given,
-            dout=dout,
+            dout=torch.zeros_like(dy) if dout is None else dout,
             dfinal=dfinal,
             **work,
             slices=slices,
-            dy=torch.empty_like(kept["y"]),
-            dxbc=torch.empty_like(kept["xbc"]),
+            dy=dy,
+            dxbc=torch.empty(batch, tokens, channels, dtype=torch.bfloat16),
             dnorm_of_threads=wide(threads, self.inner),
             dtaps_of_rows=wide(batch, taps + 1, channels),
             dA_of_rows=torch.empty(batch, heads, dtype=torch.float64),
@@ -168,7 +173,7 @@ class _Inner(torch.autograd.Function):
     def forward(ctx: Any, settings: _Settings, *given: Any) -> tuple[Tensor, Tensor]:
         *read, bias, real = given
         read[_DT] = _steps(read[0], bias, real, settings)
-        out, final, kept = _Call(settings, *read).forward()
+        out, final, kept = _Call(settings, *read).forward(learns=True)
         ctx.settings = settings
         ctx.save_for_backward(bias, real, *read, *kept.values())
         ctx.set_materialize_grads(False)
@@ -179,10 +184,9 @@ class _Inner(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
         bias, real, *read = saved
-        kept: dict[str, Tensor] = dict(zip(("taps", "xbc", "y"), read[-3:], strict=True))
-        dout, dfinal = grad_outputs
-        dout = torch.zeros_like(kept["y"]) if dout is None else dout.contiguous()
-        made = _Call(ctx.settings, *read[:-3]).backward(kept, dout, None if dfinal is None else dfinal.contiguous())
+        kept: dict[str, Tensor | None] = dict(zip(_KEPT, read[-len(_KEPT) :], strict=True))
+        dout, dfinal = (None if gradient is None else gradient.contiguous() for gradient in grad_outputs)
+        made = _Call(ctx.settings, *read[: -len(_KEPT)]).backward(kept, dout, dfinal)
         heads = len(bias)
         with torch.enable_grad():
             leaves = read[0][..., -heads:].detach().requires_grad_(), bias.detach().requires_grad_()
@@ -230,7 +234,7 @@ def mamba2_native(inputs: Mamba2Inputs) -> tuple[Tensor, FloatBLC, FloatBHPN]:
             out, final = _apply(settings, *tensors, bias, real)
         else:
             steps = _steps(proj, bias, real, settings)
-            out, final, _ = _Call(settings, *tensors[:_DT], steps, *tensors[_DT + 1 :]).forward()
+            out, final, _ = _Call(settings, *tensors[:_DT], steps, *tensors[_DT + 1 :]).forward(learns=False)
         convolved = ConvolutionInputs(
             x_BTC=proj[..., inputs.inner : inputs.inner + inputs.channels],
             weight_CK=inputs.conv_weight_CK,

@@ -1,5 +1,6 @@
 """State space duality by the compiled kernels (native/kernels/ssd.cpp), in fp32 or fp64."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,6 +19,19 @@ from taipan.shapes import FloatBHPN, FloatBTHP
 
 # Head dimension and state are padded to this, which every vector width divides.
 _MULTIPLE = 16
+
+KEPT_BYTES = 12 * 2**20
+"""States at the entrances of a call's chunks up to which the forward leaves them for the backward, which computes those
+of longer calls again: then they would be most of what a layer keeps."""
+
+
+def room_for_entrances(
+    batch: int, heads: int, chunks: int, state: int, head_dim: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Where the forward leaves the states at the entrances of the chunks; None where there are too many, or one."""
+    shape = (batch, heads, chunks, state, head_dim)
+    few = chunks > 1 and math.prod(shape) * dtype.itemsize <= KEPT_BYTES
+    return torch.empty(shape, dtype=dtype) if few else None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -76,13 +90,16 @@ class _Call:
             "initial": initial_BHPN,
             "document": document_BT,
         }
-        chunks = -(-self.tokens // self.chunk)
+        self.chunks = -(-self.tokens // self.chunk)
         pitch = -(-self.chunk // _MULTIPLE) * _MULTIPLE
-        self.scores_size = chunks * self.chunk * pitch
-        self.columns_size = chunks * self.state * pitch
+        self.scores_size = self.chunks * self.chunk * pitch
+        self.columns_size = self.chunks * self.state * pitch
 
-    def arguments(self) -> dict[str, Any]:
-        """Sizes, inputs, and work space that the heads of a group share: C Bᵀ, B and C."""
+    def room_for_entrances(self) -> Tensor | None:
+        return room_for_entrances(self.batch, self.heads, self.chunks, self.state, self.head_dim, self.dtype)
+
+    def arguments(self, entrances: Tensor | None) -> dict[str, Any]:
+        """Sizes, inputs, work space that the heads of a group share (C Bᵀ, B and C), and `entrances`."""
         groups = self.batch * self.groups
         rows = groups * self.tokens * self.state
         self._room = {
@@ -90,16 +107,17 @@ class _Call:
             "B_rows": self.new(rows),
             "C_rows": self.new(rows),
         }
-        return {"sizes": self._sizes, "inputs": SsdInputs.of(self.dtype, **self._tensors, **self._room)}
+        inputs = SsdInputs.of(self.dtype, **self._tensors, **self._room, entrances=entrances)
+        return {"sizes": self._sizes, "inputs": inputs}
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype)
 
 
-def _forward(inputs: _Call) -> tuple[Tensor, Tensor]:
+def _forward(inputs: _Call, entrances: Tensor | None = None) -> tuple[Tensor, Tensor]:
     y_BTHP = inputs.new(inputs.batch, inputs.tokens, inputs.heads, inputs.head_dim, dtype=inputs.token_dtype)
     final_BHPN = inputs.new(inputs.batch, inputs.heads, inputs.head_dim, inputs.state)
-    call(inputs.dtype, SsdForward, **inputs.arguments(), y=y_BTHP, final=final_BHPN)
+    call(inputs.dtype, SsdForward, **inputs.arguments(entrances), y=y_BTHP, final=final_BHPN)
     return y_BTHP, final_BHPN
 
 
@@ -129,18 +147,20 @@ class _SSD(torch.autograd.Function):
         document_BT: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
-        inputs = _Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, chunk)
-        y_BTHP, final_BHPN = _forward(inputs)
+        given = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT)
+        inputs = _Call(*given, chunk)
+        entrances = inputs.room_for_entrances()
+        ctx.save_for_backward(*given, entrances)
+        y_BTHP, final_BHPN = _forward(inputs, entrances)
         return y_BTHP.to(x_BTHP.dtype), final_BHPN
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = cast(tuple[Any, ...], ctx.saved_tensors)
-        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT = saved
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, entrances = saved
         dy_BTHP, dfinal_BHPN = grad_outputs
         dfinal_BHPN = None if dfinal_BHPN is None else dfinal_BHPN.contiguous()
         inputs = _Call(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_BHPN, document_BT, ctx.chunk)
@@ -158,7 +178,7 @@ class _SSD(torch.autograd.Function):
         call(
             inputs.dtype,
             SsdBackward,
-            **inputs.arguments(),
+            **inputs.arguments(entrances),
             B_columns=inputs.new(columns),
             C_columns=inputs.new(columns),
             dy=dy_BTHP,
