@@ -1,4 +1,4 @@
-"""A million tokens take the memory of ten thousand."""
+"""A million tokens, and a thousand texts, take the memory of ten thousand tokens."""
 
 import subprocess
 import sys
@@ -22,6 +22,9 @@ model = TaipanLM(TaipanConfig.preset("taipan-tiny")).eval()
 if sys.argv[1] == "generate":
     pieces = (torch.randint(0, 256, (1, 1000)) for _ in range(tokens // 1000))
     assert len(list(stream(model, pieces, max_new_tokens=5, eos_token_id=()))) == 5
+elif sys.argv[1] == "texts":
+    texts = ["0123456789" * (2 + number % 50) for number in range(tokens // 265)]
+    assert evaluate(model, TextDocuments(texts, Tokenizer.bytes())).documents == tokens // 265
 else:
     assert evaluate(model, TextDocuments(["0123456789" * (tokens // 10)], Tokenizer.bytes())).tokens == tokens
 print(peak_rss_bytes())
@@ -41,3 +44,10 @@ def test_memory_does_not_grow_with_the_context(verb: str) -> None:
     assert long - short <= ALLOWED, (
         f"{verb}: {short / MEGABYTE:.0f} MB at 10,000 tokens, {long / MEGABYTE:.0f} at 1,000,000"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_does_not_grow_with_the_number_of_texts() -> None:
+    one, thousand = peak("evaluate", 10_000), peak("texts", 265_000)
+    assert thousand - one <= ALLOWED, f"{one / MEGABYTE:.0f} MB for one text, {thousand / MEGABYTE:.0f} for a thousand"

@@ -167,7 +167,19 @@ def test_forward_calls_are_bounded_and_ended_rows_are_dropped(model: TaipanLM) -
     hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     evaluate(model, TextDocuments(["z" * 10, "x" * 100, "ab", "y" * 30], BYTES), piece=16, batch_tokens=32)
     hook.remove()
-    assert shapes == [(2, 16), (2, 16), *[(1, 16)] * 4, (1, 4), (2, 10)]
+    assert shapes == [(2, 16)] * 3 + [(1, 16)] * 3 + [(1, 4)]
+
+
+def test_many_short_documents_take_the_memory_of_a_long_one(model: TaipanLM) -> None:
+    """Neither a state for each of them nor another shape for every call, for which libraries keep something."""
+    shapes: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    texts = TextDocuments(["z" * length for length in range(1, 61)], BYTES)
+    result = evaluate(model, texts, piece=64, batch_tokens=256)
+    hook.remove()
+    assert result.tokens == sum(range(1, 61))
+    assert set(shapes[:-1]) == {(4, 64)}
+    assert len(shapes) == -(-result.tokens // 256)
 
 
 def test_progress_is_told_token_by_token(model: TaipanLM) -> None:

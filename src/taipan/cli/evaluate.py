@@ -24,7 +24,7 @@ def register(app: typer.Typer, panel: str) -> None:
             typer.Option(help="Longest context in tokens; repeatable. [default: whole documents]"),
         ] = None,
         piece: Annotated[int, typer.Option(help="Tokens of a document read at once: speed and memory only.")] = 2048,
-        batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 8192,
+        batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 4096,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         tasks: Annotated[
             list[str] | None,

@@ -3,8 +3,10 @@
 import math
 import sys
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from heapq import heapreplace
 from typing import Any, cast
 
 import numpy as np
@@ -74,15 +76,43 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class _Span:
-    """Tokens of a document that are predicted from one empty context."""
+    """Tokens of a document that are predicted from one empty context, and their place among those of a row."""
 
+    number: int
     document: int
     start: int
     stop: int
+    column: int
 
     @property
     def length(self) -> int:
         return self.stop - self.start
+
+    @property
+    def end(self) -> int:
+        return self.column + self.length
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens of a span in one call: where they lie in it, and where in the span they begin."""
+
+    span: _Span
+    row: int
+    columns: slice
+    begin: int
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """One call: what was read and predicted (−100 where nothing is), with places in their spans; on the CPU."""
+
+    parts: tuple[_Part, ...]
+    tokens_BT: Tensor
+    target_BT: Tensor
+    position_BT: Tensor
+    nats_BT: Tensor
+    gates: Sequence[GateOutput]
 
 
 def evaluate(
@@ -91,7 +121,7 @@ def evaluate(
     *,
     context: int | None = None,
     piece: int = 2048,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Predict every token of every document, each document from an empty context.
@@ -100,15 +130,15 @@ def evaluate(
     document is not predicted. With `context`, each document is cut into windows of this length; each starts from an
     empty context with the token before it, so every token is predicted exactly once.
 
-    Memory does not depend on the length of a document: it is read in pieces, the state passed on, and logits are
-    never whole.
+    Documents lie one after the other in a few rows, which are read in pieces of one shape, the state passed on: memory
+    depends neither on how long documents are nor on how many, and logits are never whole.
 
     Args:
         model: runs as at inference (no noise, calibrated thresholds); its mode is restored.
         data: a prepared data set, `TextDocuments`, or anything like it, of the model's tokenizer.
         context: longest context in tokens; None for whole documents.
         piece: most tokens of a row per forward call.
-        batch_tokens: most tokens of all rows per forward call; documents of similar length are read side by side.
+        batch_tokens: most tokens of all rows per forward call.
         progress: called with the tokens predicted so far and in all.
 
     Raises:
@@ -121,10 +151,10 @@ def evaluate(
     begin = time.perf_counter()
     tally = _Tally(torch.from_numpy(documents.token_bytes))
     with inference(model):
-        for spans in _batches(documents, context, piece, batch_tokens):
-            for predicted in _predict(model, documents, spans, piece, tally):
-                if progress is not None:
-                    progress(predicted, total)
+        for call in _predict(model, documents, _rows(documents, context, piece, batch_tokens), piece):
+            tally.add(call)
+            if progress is not None:
+                progress(tally.tokens, total)
     return tally.result(documents, context, time.perf_counter() - begin)
 
 
@@ -157,7 +187,7 @@ def read_tokens(
     *,
     context: int | None = None,
     piece: int = 2048,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
 ) -> Iterator[ReadTokens]:
     """Predict every token as `evaluate` does, and yield the parts of its sums.
 
@@ -169,30 +199,28 @@ def read_tokens(
         batch_tokens: most tokens of all rows per forward call.
 
     Yields:
-        Span after span, the longest first.
+        Every span as soon as all of it is read.
     """
     documents = _checked(model, data, context, piece, batch_tokens)
-    tally = _Tally(torch.from_numpy(documents.token_bytes))
-    for spans in _batches(documents, context, piece, batch_tokens):
-        seen: list[list[tuple[Tensor, ...]]] = [[] for _ in spans]
-
-        def note(
-            target_BT: Tensor, tokens_BT: Tensor, nats_BT: Tensor, gates: Sequence[GateOutput], seen: Any = seen
-        ) -> None:
-            selected_YBT, margin_YBT = torch.zeros(0, *target_BT.shape).bool(), torch.zeros(0, *target_BT.shape)
-            if gates:
-                selected_YBT = torch.stack([gate.selected_BT.cpu() for gate in gates])
-                margin_YBT = torch.stack([gate.margin_BT.float().cpu() for gate in gates])
-            for row, count in enumerate((target_BT >= 0).sum(1).tolist()):
-                own = (target_BT, nats_BT, tokens_BT)
-                gated = (selected_YBT[:, row, :count], margin_YBT[:, row, :count])
-                seen[row].append((*(values[row, :count] for values in own), *gated))
-
-        with inference(model):
-            for _ in _predict(model, documents, spans, piece, tally, note):
-                pass
-        for span, parts in zip(spans, seen, strict=True):
-            ids_T, nats_T, before_T, selected_YT, margin_YT = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    calls = _predict(model, documents, _rows(documents, context, piece, batch_tokens), piece)
+    seen: defaultdict[int, list[tuple[Tensor, ...]]] = defaultdict(list)
+    while True:
+        with inference(model):  # not around what is yielded
+            call = next(calls, None)
+        if call is None:
+            return
+        selected_YBT, margin_YBT = (torch.zeros(0, *call.target_BT.shape, dtype=kind) for kind in (torch.bool, None))
+        if call.gates:
+            selected_YBT = torch.stack([gate.selected_BT.cpu() for gate in call.gates])
+            margin_YBT = torch.stack([gate.margin_BT.float().cpu() for gate in call.gates])
+        values = (call.target_BT, call.nats_BT.float(), call.tokens_BT, selected_YBT, margin_YBT)
+        for part in call.parts:
+            span = part.span
+            seen[span.number].append(tuple(value[..., part.row, part.columns] for value in values))
+            if part.begin + part.columns.stop - part.columns.start < span.length:
+                continue
+            read = (torch.cat(pieces, -1) for pieces in zip(*seen.pop(span.number), strict=True))
+            ids_T, nats_T, before_T, selected_YT, margin_YT = read
             yield ReadTokens(
                 document=span.document,
                 start=span.start,
@@ -221,73 +249,89 @@ def _checked(
     return documents
 
 
-def _batches(documents: Documents, context: int | None, piece: int, batch_tokens: int) -> Iterator[list[_Span]]:
-    """Spans of similar length side by side, the longest first."""
-    spans = [
-        _Span(document, start, min(start + (context or length), length))
+def _rows(documents: Documents, context: int | None, piece: int, batch_tokens: int) -> list[list[_Span]]:
+    """Spans laid one after the other in rows of about one length, the longest first; the longest row first."""
+    places = [
+        (document, start, min(start + (context or length), length))
         for document, length in enumerate(documents.lengths.tolist())
         for start in range(0, length, context or max(1, length))
     ]
-    spans.sort(key=lambda span: -span.length)
-    first = 0
-    while first < len(spans):
-        rows = max(1, batch_tokens // min(piece, spans[first].length))
-        yield spans[first : first + rows]
-        first += rows
+    places.sort(key=lambda place: place[1] - place[2])
+    rows: list[list[_Span]] = [[] for _ in range(min(len(places), max(1, batch_tokens // piece)))]
+    ends = [(0, row) for row in range(len(rows))]
+    for number, (document, start, stop) in enumerate(places):
+        column, row = ends[0]
+        rows[row].append(_Span(number, document, start, stop, column))
+        heapreplace(ends, (column + stop - start, row))
+    return sorted(rows, key=lambda row: -row[-1].end)
 
 
-def _predict(
-    model: TaipanLM,
-    documents: Documents,
-    spans: list[_Span],
-    piece: int,
-    tally: "_Tally",
-    note: Callable[[Tensor, Tensor, Tensor, Sequence[GateOutput]], None] | None = None,
-) -> Iterator[int]:
-    """Read spans (longest first) side by side, piece by piece; rows that have ended are dropped.
+def _predict(model: TaipanLM, documents: Documents, rows: list[list[_Span]], piece: int) -> Iterator[_Predicted]:
+    """Read rows (the longest first) side by side, piece by piece; those that have ended are dropped.
 
-    `note` is called with targets, tokens read, nats and gates of every piece.
+    Every call but the last ones of rows has one shape: what libraries keep for a shape, they keep once.
     """
     state: DecoderState | None = None
     device = model.device
-    for begin in range(0, spans[0].length, piece):
-        rows = [span for span in spans if span.length > begin]
-        if state is not None and len(rows) < state.batch_size:
-            state = state.select(torch.arange(len(rows), device=device))
-        tokens_BT, target_BT = _piece(documents, rows, begin, piece)
+    waiting = [deque(row) for row in rows]
+    length = rows[0][-1].end
+    for begin in range(0, length, piece):
+        width = min(piece, length - begin)
+        waiting = [row for row in waiting if row]
+        if state is not None and len(waiting) < state.batch_size:
+            state = state.select(torch.arange(len(waiting), device=device))
+        parts = tuple(_parts(waiting, begin, begin + width))
+        tokens_BT, target_BT, position_BT, segment_BT = _read(documents, parts, len(waiting), width)
         real_BT = target_BT >= 0
         mask = None if bool(real_BT.all()) else real_BT.to(device)
-        output = model(tokens_BT.to(device), state=state, attention_mask=mask)
-        target_M = target_BT[real_BT]
-        hidden_MD = output.hidden_BTD[real_BT.to(device)]
+        output = model(tokens_BT.to(device), state=state, attention_mask=mask, segment_ids=segment_BT.to(device))
         nats_M = token_nats(
-            model.lm_head, hidden_MD, target_M.to(device), model.implementations["linear_cross_entropy"]
-        )
+            model.lm_head,
+            output.hidden_BTD[real_BT.to(device)],
+            target_BT[real_BT].to(device),
+            model.implementations["linear_cross_entropy"],
+        ).cpu()
         if not bool(nats_M.isfinite().all()):
             raise CheckpointError(f"What the model says of these texts is not finite. {OVERFLOW}")
-        position_BT = (begin + torch.arange(target_BT.shape[1])).expand_as(target_BT)
-        tally.add(nats_M.cpu().double(), target_M, position_BT[real_BT])
-        tally.gates.add(output.gates)
-        if note is not None:
-            nats_BT = torch.zeros(target_BT.shape).masked_scatter(real_BT, nats_M.float().cpu())
-            note(target_BT, tokens_BT, nats_BT, output.gates)
-        if any(span.length > begin + piece for span in rows):
-            state = output.state
-        yield tally.tokens
+        nats_BT = torch.zeros(target_BT.shape, dtype=nats_M.dtype).masked_scatter(real_BT, nats_M)
+        state, gates = output.state if begin + width < length else None, output.gates
+        del output  # not held while the next piece is read
+        yield _Predicted(
+            parts=parts,
+            tokens_BT=tokens_BT,
+            target_BT=target_BT,
+            position_BT=position_BT,
+            nats_BT=nats_BT,
+            gates=gates,
+        )
 
 
-def _piece(documents: Documents, rows: list[_Span], begin: int, piece: int) -> tuple[Tensor, Tensor]:
-    """Tokens to read and tokens to predict from them (−100 where there is none), both (B, T), from `begin` on."""
-    length = min(piece, rows[0].length - begin)
-    tokens = np.full((len(rows), length), documents.start_token, np.int64)
-    target = np.full((len(rows), length), -100, np.int64)
-    for row, span in enumerate(rows):
-        start, stop = span.start + begin, min(span.start + begin + length, span.stop)
-        before = [documents.start_token] if start == 0 else documents.read(span.document, start - 1, start)
-        target[row, : stop - start] = documents.read(span.document, start, stop)
-        tokens[row, :1] = before
-        tokens[row, 1 : stop - start] = target[row, : stop - start - 1]
-    return torch.from_numpy(tokens), torch.from_numpy(target)
+def _parts(waiting: list[deque[_Span]], begin: int, end: int) -> Iterator[_Part]:
+    """What of the spans lies between two columns; spans that end there wait no longer."""
+    for number, row in enumerate(waiting):
+        while row and row[0].column < end:
+            span = row[0]
+            first, last = max(span.column, begin), min(span.end, end)
+            yield _Part(span, number, slice(first - begin, last - begin), first - span.column)
+            if span.end > end:
+                break
+            row.popleft()
+
+
+def _read(documents: Documents, parts: Sequence[_Part], rows: int, width: int) -> tuple[Tensor, ...]:
+    """Tokens to read, tokens to predict from them (−100: none), their places in the spans and the spans; (B, T)."""
+    tokens, target, position, segment = (
+        np.full((rows, width), value, np.int64) for value in (documents.start_token, -100, 0, 0)
+    )
+    for part in parts:
+        span, count = part.span, part.columns.stop - part.columns.start
+        start = span.start + part.begin
+        ids = documents.read(span.document, max(0, start - 1), start + count)
+        target[part.row, part.columns] = ids[-count:]
+        tokens[part.row, part.columns] = ids[:count] if start else [documents.start_token, *ids[:-1]]
+        position[part.row, part.columns] = np.arange(part.begin, part.begin + count)
+        segment[part.row, part.columns] = span.number
+    return tuple(map(torch.from_numpy, (tokens, target, position, segment)))
 
 
 class _Tally:
@@ -302,8 +346,11 @@ class _Tally:
     def tokens(self) -> int:
         return int(self._sums[0].sum())
 
-    def add(self, nats_M: Tensor, target_M: Tensor, position_M: Tensor) -> None:
-        bucket_M = torch.bucketize(position_M, _EDGES, right=True)
+    def add(self, call: _Predicted) -> None:
+        self.gates.add(call.gates)
+        real_BT = call.target_BT >= 0
+        nats_M, target_M = call.nats_BT[real_BT].double(), call.target_BT[real_BT]
+        bucket_M = torch.bucketize(call.position_BT[real_BT], _EDGES, right=True)
         for sums, weight_M in zip(
             self._sums, (torch.ones_like(nats_M), nats_M, self._token_bytes_V[target_M]), strict=True
         ):
