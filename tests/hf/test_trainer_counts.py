@@ -11,6 +11,7 @@ from torch import Tensor
 
 from taipan.errors import ConfigError, InputError
 from taipan.hf import TaipanForCausalLM, prepare_trainer
+from taipan.training.step.optimizer import decays
 from tests.hf.trainers import Counting, new_model, packed, padded, trainer
 
 LAYOUTS: dict[str, Any] = {
@@ -149,3 +150,12 @@ def test_only_a_trainer_of_a_taipan_model_is_prepared(tmp_path: Path) -> None:
     run = trainer(LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)), tmp_path)  # pyright: ignore
     with pytest.raises(ConfigError, match="LlamaForCausalLM without a Taipan decoder"):
         prepare_trainer(run)
+
+
+def test_weight_decay_takes_what_it_takes_in_our_own_training(tmp_path: Path) -> None:
+    model = new_model()
+    prepared = prepare_trainer(trainer(model, tmp_path, weight_decay=0.1))
+    groups = prepared.create_optimizer().param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == decays(name, parameter, decay_embeddings=True), name

@@ -1,10 +1,11 @@
 """What a Trainer and a Taipan model must know of each other: which labels count, what a step is, what a loss holds."""
 
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from taipan.errors import ConfigError
@@ -25,6 +26,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
       the Trainer counts them, so that every layout and every accumulation takes the same step;
     * a trainer that computes its own loss (TRL's, label smoothing) gives the budget of Eq. 7 the right weight when it
       accumulates gradients or scales them (float16);
+    * weight decay spares A_log and D, as `taipan train` does; a Trainer spares what is named a bias or a norm;
     * `evaluate()` reports `eval_cross_entropy` and `eval_budget` beside `eval_loss`, which holds both.
 
     Without this call, whatever is exact without it works; the rest is refused.
@@ -47,8 +49,17 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     for backbone in backbones:
         backbone.link = TrainerLink()
     trainer.data_collator = PredictedLabels(trainer.data_collator)
+    trainer.get_decay_parameter_names = partial(_decayed, trainer.get_decay_parameter_names)
     trainer.add_callback(_Telling(trainer, backbones))
     return trainer
+
+
+_NEVER_DECAYED = ("A_log", "D")
+
+
+def _decayed(by_name: Callable[[nn.Module], list[str]], model: nn.Module) -> list[str]:
+    """The parameters that a Trainer decays, without those of Mamba-2 that are no weights (Mamba-2's own training)."""
+    return [name for name in by_name(model) if name.rpartition(".")[2] not in _NEVER_DECAYED]
 
 
 class PredictedLabels:
