@@ -1,7 +1,7 @@
 """The kernels with products in tile registers (AMX), on a processor that has none: its instructions run in software.
 
 The library is compiled as on a processor with AMX. Each instruction that this one refuses is executed by `amx.cpp`,
-which also grants what the system would: tests of SSD are repeated over it, in processes of their own.
+which also grants what the system would: tests of SSD and of Muon are repeated over it, in processes of their own.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ pytestmark = [
 
 @dataclass
 class Machine:
-    """One with AMX. Of the kernels SSD alone is compiled, once, quickly rather than well; the others do nothing."""
+    """One with AMX. Of the kernels SSD and Muon are compiled, once, quickly rather than well; the others do nothing."""
 
     directory: Path
 
@@ -41,9 +41,9 @@ class Machine:
         kernels = self.directory / "kernels"
         kernels.mkdir()
         for source in build.KERNELS.iterdir():
-            if source.suffix == ".h" or source.name in ("about.cpp", "ssd.cpp"):
+            if source.suffix == ".h" or source.name in ("about.cpp", "ssd.cpp", "muon.cpp"):
                 (kernels / source.name).write_bytes(source.read_bytes())
-        (kernels / "others.cpp").write_text(stubs(besides="ssd"), encoding="utf-8")
+        (kernels / "others.cpp").write_text(stubs("ssd", "muon"), encoding="utf-8")
         compiler = self.directory / "cxx"
         compiler.write_text(f'#!/bin/sh\nexec {REAL} "$@" -O1 -mamx-tile -mamx-bf16\n', encoding="utf-8")
         compiler.chmod(0o755)
@@ -88,7 +88,9 @@ PRODUCTS = "from taipan.native import native_status as s; assert s().library, s(
 TESTS = """
 import pytest
 without = [word for name in ("faulthandler", "cacheprovider", "xdist") for word in ("-p", "no:" + name)]
-arguments = ["-q", "-o", "addopts=", *without, "tests/ops/test_ssd.py", "-k", "native and bfloat16"]
+tests = ["tests/ops/test_ssd.py", "tests/training/step/test_muon.py"]
+chosen = "native and bfloat16 or compiled_step_loses"
+arguments = ["-q", "-o", "addopts=", *without, *tests, "-k", chosen]
 assert pytest.main(arguments) == 0
 """
 
@@ -115,12 +117,12 @@ def check_random_cases(written: str, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_ssd_is_as_exact_as_the_reference(tmp_path: Path) -> None:
+def test_kernels_are_as_exact_as_their_references(tmp_path: Path) -> None:
     """The same library does without tiles where the system does not grant them (see `Machine`)."""
     machine = Machine(tmp_path)
     written = machine.run(PRODUCTS + TESTS + FUZZ, "8")  # in one process, which takes most of its time to start
     assert written.startswith("tiles of bfloat16 (AMX)\n")
-    assert "6 passed" in written
+    assert "7 passed" in written
     check_random_cases(written, 8)
     assert machine.products() > 1000
 

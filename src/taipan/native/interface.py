@@ -615,6 +615,29 @@ class AdamW(Arguments):
 # ---------------------------------------------------------------------- decoding
 
 
+class MuonMatrix(Structure):
+    """A matrix that Muon moves."""
+
+    _fields_ = [
+        *_sizes("rows columns"),
+        ("parameter", Reals),
+        ("gradient", Reals),
+        ("momentum", Reals),
+        ("rate", ctypes.c_double),
+    ]
+
+
+class Muon(Arguments):
+    """A step of Muon, of matrices that caches hold."""
+
+    function = "muon"
+    _fields_ = [
+        ("matrices", ctypes.POINTER(MuonMatrix)),
+        *_sizes("count iterations"),
+        *_doubles("keep a b c shrink"),
+    ]
+
+
 class Matrix(Structure):
     """A matrix as a product reads it."""
 
@@ -807,6 +830,8 @@ STRUCTURES: tuple[type[Structure], ...] = (
     AttentionBackward,
     CrossEntropy,
     AdamW,
+    MuonMatrix,
+    Muon,
     Matrix,
     DecodeSizes,
     Layer,

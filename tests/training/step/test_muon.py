@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taipan.native import call
+from taipan.training.step import muon
 from taipan.training.step.muon import Muon, orthogonalize
+from tests.compilers import needs_kernels
 
 SHAPES = [(12, 20), (20, 12), (12, 20), (16, 16), (3, 40)]
 
@@ -84,3 +87,55 @@ def test_parameters_without_a_gradient_stay() -> None:
     before = [parameter.detach().clone() for parameter in parameters]
     Muon(parameters, lr=0.1, weight_decay=0.5).step()
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+
+
+@needs_kernels
+def test_the_compiled_step_loses_what_bfloat16_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(1, 5), (5, 1), (1, 1), (7, 33), (33, 7), (17, 48), (48, 17), (64, 64), (130, 70), (63, 65), (40, 96)]
+
+    def moved(dtype: torch.dtype, *, compiled: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = Muon(parameters, lr=0.02, weight_decay=0.1, momentum=0.9, dtype=dtype)
+        calls: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(muon, "LARGEST", muon.LARGEST if compiled else 0)
+            patch.setattr(muon, "call", lambda *a, **values: calls.append(values["count"]) or call(*a, **values))
+            for _ in range(3):
+                for parameter in parameters:
+                    parameter.grad = 10 * torch.randn(parameter.shape, generator=generator)
+                optimizer.step()
+        assert calls == ([len(shapes)] * 3 if compiled else [])
+        momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+        return [parameter.detach() for parameter in parameters], momenta
+
+    exact, momenta = moved(torch.float32, compiled=False)
+    portable, _ = moved(torch.bfloat16, compiled=False)
+    compiled, compiled_momenta = moved(torch.bfloat16, compiled=True)
+    for shape, truth, theirs, ours in zip(shapes, exact, portable, compiled, strict=True):
+        lost, allowed = (ours - truth).norm() / truth.norm(), (theirs - truth).norm() / truth.norm()
+        assert lost <= 1.1 * allowed + 1e-6, f"{shape}: {lost} against {allowed}"
+    torch.testing.assert_close(compiled_momenta, momenta, atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+def test_the_compiled_step_of_a_zero_gradient_is_the_decay() -> None:
+    parameter = torch.nn.Parameter(torch.ones(40, 6))
+    parameter.grad = torch.zeros(40, 6)
+    Muon([parameter], lr=0.1, weight_decay=0.5, dtype=torch.bfloat16).step()
+    torch.testing.assert_close(parameter, torch.full((40, 6), 0.95))
+
+
+@needs_kernels
+def test_what_is_not_contiguous_or_large_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "LARGEST", 12 * 20)
+    apart = torch.nn.Parameter(torch.ones(20, 12).mT), torch.nn.Parameter(torch.ones(12, 21))
+    small = torch.nn.Parameter(torch.ones(12, 20))
+    for parameter in (*apart, small):
+        parameter.grad = torch.randn(parameter.shape)
+    taken: list[int] = []
+    monkeypatch.setattr(muon, "call", lambda *a, **values: taken.append(values["count"]) or call(*a, **values))
+    Muon([*apart, small], lr=0.1, dtype=torch.bfloat16).step()
+    assert taken == [1]
+    for parameter in (*apart, small):
+        assert (parameter != 1).any()

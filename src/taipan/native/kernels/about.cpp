@@ -17,8 +17,8 @@ std::string interface() {
   describe_all<SsdSizes, SsdInputs, SsdForward, SsdBackward, ConvSizes, ConvInputs, ConvForward, ConvBackward, NormSizes,
                NormForward, NormBackward, Mamba2Sizes, Mamba2Inputs, Mamba2Forward, Mamba2Backward, Outranking,
                SwigluForward, SwigluBackward, NormSumSizes, NormSumForward, NormSumBackward, AttentionSizes,
-               AttentionPlan, AttentionPlanned, AttentionForward, AttentionBackward, CrossEntropy, AdamW, Matrix,
-               DecodeSizes, Layer, State, Decode, Settle, Choice, Choose, Pen, Write, Piece, Digest, Unpack>(out);
+               AttentionPlan, AttentionPlanned, AttentionForward, AttentionBackward, CrossEntropy, AdamW, MuonMatrix,
+               Muon, Matrix, DecodeSizes, Layer, State, Decode, Settle, Choice, Choose, Pen, Write, Piece, Digest, Unpack>(out);
 #define TAIPAN_DESCRIBE(name, Arguments) out += #name "(" #Arguments ")\n";
   TAIPAN_FUNCTIONS(TAIPAN_DESCRIBE)
   return out;

@@ -249,6 +249,22 @@ struct AdamW {
   double beta1, beta2, shrink, rate, root, eps;
 };
 
+// A matrix (rows, columns), contiguous, with what its step is multiplied by.
+struct MuonMatrix {
+  Index rows, columns;
+  Real* parameter;
+  const Real* gradient;
+  Real* momentum;
+  double rate;
+};
+
+// momentum · keep + gradient · (1 − keep); `iterations` of a, b, c; parameter · shrink − rate · step.
+struct Muon {
+  const MuonMatrix* matrices;
+  Index count, iterations;
+  double keep, a, b, c, shrink;
+};
+
 // ------------------------------------------------------------------ decoding
 
 enum Format : Index { kReal = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
@@ -427,6 +443,8 @@ TAIPAN_STRUCT(AttentionBackward, sizes, q, k, v, plan, out, dout, statistics, de
 TAIPAN_STRUCT(CrossEntropy, rows, columns, narrow, learns, logits, target, loss)
 TAIPAN_STRUCT(AdamW, count, block, parameter, gradient, first, second, first_scale, second_scale, beta1, beta2, shrink,
               rate, root, eps)
+TAIPAN_STRUCT(MuonMatrix, rows, columns, parameter, gradient, momentum, rate)
+TAIPAN_STRUCT(Muon, matrices, count, iterations, keep, a, b, c, shrink)
 TAIPAN_STRUCT(Matrix, weight, scale, rows, columns)
 TAIPAN_STRUCT(DecodeSizes, layers, hidden, vocabulary, intermediate, inner, conv, taps, heads, head_dim, groups, state,
               query_heads, key_heads, width, gate_hidden, lookahead, orders, remembered, window, rank, scores,
@@ -470,6 +488,7 @@ TAIPAN_STRUCT(Unpack, matrix, narrow, out)
   F(attention_backward, AttentionBackward)   \
   F(cross_entropy, CrossEntropy)             \
   F(adamw, AdamW)                            \
+  F(muon, Muon)                              \
   F(decode, Decode)                          \
   F(settle, Settle)                          \
   F(choose, Choose)                          \

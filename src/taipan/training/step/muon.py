@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from taipan.model.sharding import is_sharded, whole
+from taipan.native import call, native_available
+from taipan.native.interface import Muon as Arguments
+from taipan.native.interface import MuonMatrix, array_of
 
 # The quintic iteration x ← ax + b(xxᵀ)x + c(xxᵀ)²x: steep at zero, so that five rounds bring even small singular values
 # near 1 (not to 1: they end roughly between 0.7 and 1.2, which does no harm).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
+LARGEST = 2**19
+"""Elements of a matrix up to which the compiled step takes it: one thread works on it."""
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,6 +58,17 @@ def _spread_like(parameter: Tensor, step: Tensor) -> Tensor:
     return same_everywhere.redistribute(placements=sharded.placements)
 
 
+def _rate(group: dict[str, Any], shape: torch.Size) -> float:
+    return group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+
+
+def _fits(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether the compiled step takes a matrix: a small one on a CPU, in float32, whole and contiguous."""
+    plain = type(gradient) is Tensor and parameter.dtype == gradient.dtype == torch.float32
+    whole_rows = parameter.is_contiguous() and gradient.is_contiguous()
+    return plain and whole_rows and 0 < parameter.numel() <= LARGEST and native_available(parameter)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay, for 2-D parameters, sharded ones too.
 
@@ -64,7 +80,8 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate; the usual scale is 0.02, whatever AdamW takes.
         weight_decay: decoupled decay.
         momentum: of the running sum of gradients.
-        dtype: of the Newton-Schulz iteration; bfloat16 where the hardware multiplies it.
+        dtype: of the Newton-Schulz iteration; bfloat16 where the hardware multiplies it. Then small matrices on a CPU
+            are moved by a compiled kernel, which rounds the operands of products only.
     """
 
     def __init__(
@@ -92,24 +109,61 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             alike: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+            small: list[tuple[Tensor, Tensor]] = []
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if parameter.grad is None:
+                    continue
+                if self.dtype == torch.bfloat16 and _fits(parameter, parameter.grad):
+                    small.append((parameter, parameter.grad))
+                else:
                     alike[parameter.shape].append(parameter)
+            if small:
+                self._native(small, group)
             for shape, parameters in alike.items():
                 directions = [whole(self._direction(parameter, group["momentum"])) for parameter in parameters]
                 steps = orthogonalize(torch.stack(directions), self.dtype)
-                rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+                rate = _rate(group, shape)
                 for parameter, step in zip(parameters, steps, strict=True):
                     parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
                     parameter.add_(_spread_like(parameter, step.to(parameter.dtype)), alpha=-rate)
         return loss
 
-    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Move the momentum of one parameter; returns the Nesterov direction, of the parameter's shape."""
-        assert parameter.grad is not None
+    def _native(self, small: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """The step of matrices that fit, by the compiled kernel; the ones with the most work first."""
+        small = sorted(small, key=lambda pair: pair[0].numel() * min(pair[0].shape), reverse=True)
+        matrices = [
+            MuonMatrix.of(
+                rows=parameter.shape[0],
+                columns=parameter.shape[1],
+                parameter=parameter.detach(),
+                gradient=gradient,
+                momentum=self._momentum(parameter),
+                rate=_rate(group, parameter.shape),
+            )
+            for parameter, gradient in small
+        ]
+        call(
+            torch.float32,
+            Arguments,
+            matrices=array_of(MuonMatrix, matrices),
+            count=len(matrices),
+            iterations=_ITERATIONS,
+            keep=group["momentum"],
+            a=_A,
+            b=_B,
+            c=_C,
+            shrink=1.0 - group["lr"] * group["weight_decay"],
+        )
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
+        return state["momentum_buffer"]
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Move the momentum of one parameter; returns the Nesterov direction, of the parameter's shape."""
+        assert parameter.grad is not None
+        buffer = self._momentum(parameter)
         buffer.lerp_(parameter.grad, 1.0 - momentum)
         return parameter.grad.lerp(buffer, momentum)
