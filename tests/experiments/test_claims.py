@@ -242,6 +242,9 @@ def test_the_default_is_best_or_within_what_seeds_differ_by() -> None:
     near = kept(bits(**values | {"W = 256": 1.19}))
     near.results["W = 1024"][0]["bits_per_byte"] = 1.3
     assert found("window", near).verdict == "holds in part"
+    one = {best: found("window", kept(bits(**values | {"W = 256": best}), seeds=1)) for best in (1.196, 1.19)}
+    assert [finding.verdict for finding in one.values()] == ["holds in part", "does not hold"]
+    assert "one seed, nearer than 0.006 is equal" in one[1.19].because
 
 
 def test_nothing_holds_by_one_seed_or_where_seeds_overlap() -> None:
@@ -254,6 +257,7 @@ def test_nothing_holds_by_one_seed_or_where_seeds_overlap() -> None:
     alone = found("positions", kept(results, seeds=1))
     assert alone.verdict == "holds in part"
     assert alone.because.endswith("With 1 of 3 seeds.")
+    assert found("positions", kept(ends(without=1.495, RoPE=1.5))).verdict == "holds in part"
     apart = kept(results)
     apart.results["without"][0]["by_position"] = [{"start": 2048, "tokens": 10, "bits_per_byte": 1.6}]
     assert found("positions", apart).verdict == "does not hold"
