@@ -1,13 +1,18 @@
 """The experiment of retention: which entry has an answer, and readings that change nothing of each other."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from taipan.data.hidden_keys import KINDS
-from taipan.experiments.execution import settings_of
-from taipan.experiments.retention import EVICTIONS, SCALES, WAYS, ask, config_of, read, share, texts_of
+from taipan.experiments import laboratory
+from taipan.experiments.execution import Result, Run, settings_of
+from taipan.experiments.laboratory import Laboratory, Table, Text
+from taipan.experiments.mqar import mqar
+from taipan.experiments.retention import EVICTIONS, SCALES, WAYS, ask, config_of, read, retention, share, texts_of
 from taipan.layers.gating import Gate
 from taipan.model import TaipanLM
 
@@ -73,3 +78,27 @@ def test_a_run_kept_before_there_was_a_choice_is_the_same_run() -> None:
     for name, value in later.items():
         assert name not in settings_of(config)
         assert settings_of(dataclasses.replace(config, **{name: value})) == {**settings_of(config), name: value}
+
+
+@pytest.mark.parametrize("experiment", [retention, mqar])
+def test_the_seeds_are_those_of_the_laboratory(
+    experiment: Callable[[Laboratory], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+
+    def execute(_: Laboratory, runs: Sequence[Run], *others: object) -> list[Result]:
+        seen.update(run.settings["seed"] for run in runs)
+        tests = [{"accuracy": 1.0, "gates": []}]
+        return [{"tests": tests, "answers": [], "parameters": 1, **run.settings} for run in runs]
+
+    def table(*_: object) -> Table:
+        return Table("", [], [])
+
+    def listener(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(Laboratory, "execute", execute)
+    monkeypatch.setattr("taipan.experiments.retention._table", table)
+    scale = dataclasses.replace(laboratory.SCALES["tiny"], seeds=(5, 6))
+    experiment(Laboratory(scale, Text(), tmp_path, listener))
+    assert seen == {5, 6}

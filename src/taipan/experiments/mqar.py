@@ -44,7 +44,6 @@ class Scale:
         doublings: of the steps, at most.
         rows: of a batch.
         learning_rates: where the sweep begins.
-        seeds: of the last training.
     """
 
     mixture: MQARMixture
@@ -53,7 +52,6 @@ class Scale:
     doublings: int
     rows: int
     learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
 
 
 def _with_examples(mixture: MQARMixture, examples: int) -> MQARMixture:
@@ -69,7 +67,6 @@ SCALES: dict[str, Scale] = {
         doublings=1,
         rows=256,
         learning_rates=(1e-3, 3.16e-3, 1e-2, 3.16e-2),
-        seeds=(1, 2, 3),
     ),
     "small": Scale(
         mixture=_with_examples(MQARMixture.paper(), 256),
@@ -78,7 +75,6 @@ SCALES: dict[str, Scale] = {
         doublings=3,
         rows=64,
         learning_rates=(1e-3, 3e-3, 9e-3),
-        seeds=(1, 2, 3),
     ),
     "tiny": Scale(
         mixture=MQARMixture(64, train=(MQARTask(16, 2, 1), MQARTask(32, 4, 1)), test=(MQARTask(32, 4, 8),)),
@@ -87,7 +83,6 @@ SCALES: dict[str, Scale] = {
         doublings=1,
         rows=4,
         learning_rates=(3e-3,),
-        seeds=(1,),
     ),
 }
 
@@ -184,7 +179,7 @@ def mqar(lab: Laboratory) -> Outcome:
         runs = [declare(name, configs[name], rate, seed, steps, scale) for name, rate, seed, steps in wanted]
         return lab.execute(runs, work, "mqar")
 
-    first = scale.seeds[0]
+    first, *further = lab.scale.seeds
     swept: Swept = sweep(
         list(configs),
         scale.learning_rates,
@@ -201,7 +196,7 @@ def mqar(lab: Laboratory) -> Outcome:
         going = [name for name in going if improves(longer[name])]
         if not going:
             break
-    others = [(name, rates[name], seed, longer[name][-1]["steps"]) for seed in scale.seeds[1:] for name in configs]
+    others = [(name, rates[name], seed, longer[name][-1]["steps"]) for seed in further for name in configs]
     rest = run(others) if others else []
     results = {
         name: [longer[name][-1], *(result for (own, *_), result in zip(others, rest, strict=True) if own == name)]

@@ -38,7 +38,6 @@ class Scale:
         keys: stated in a row of training, at most, and of each kind in a text that is read.
         texts: of each way to state.
         lengths: tokens between statements and questions.
-        seeds: of weights, batches and texts.
     """
 
     hidden: int
@@ -48,7 +47,6 @@ class Scale:
     keys: int
     texts: int
     lengths: tuple[int, ...]
-    seeds: tuple[int, ...]
 
 
 SCALES: dict[str, Scale] = {
@@ -60,9 +58,8 @@ SCALES: dict[str, Scale] = {
         keys=8,
         texts=2,
         lengths=(1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20),
-        seeds=(1, 2, 3),
     ),
-    "tiny": Scale(hidden=32, steps=4, rows=4, context=64, keys=2, texts=1, lengths=(64, 256), seeds=(1,)),
+    "tiny": Scale(hidden=32, steps=4, rows=4, context=64, keys=2, texts=1, lengths=(64, 256)),
 }
 
 
@@ -228,7 +225,7 @@ def ask(model: "TaipanLM", text: Text, state: "DecoderState", kind: str) -> dict
 def retention(lab: Laboratory) -> Outcome:
     """The experiment."""
     scale = SCALES[lab.scale.name]
-    runs = [declare(scale, seed) for seed in scale.seeds]
+    runs = [declare(scale, seed) for seed in lab.scale.seeds]
     results = lab.execute(runs, partial(work, scale, lab.directory), "retention")
     shown = {"found": "Keys found", "kept": "Keys in the window", "asked": "Questions at which the gate is open"}
     return Outcome({"taipan": results}, tuple(_table(what, title, scale, results) for what, title in shown.items()))
