@@ -315,3 +315,19 @@ def test_the_figure_of_the_readme_is_that_of_the_results(tmp_path: Path) -> None
         svg = path.read_text(encoding="utf-8")
         assert svg.startswith("<?xml")
         assert "Taipan 1.1" in svg
+
+
+def test_failures_that_were_warned_of_and_those_that_were_none() -> None:
+    def gate(bits: float, rate: float, *warnings: str) -> list[Any]:
+        config = {"attention_capacity": 0.15}
+        return [{"bits_per_byte": bits, "rate": rate, "config": config, "warnings": dict.fromkeys(warnings, 900)}]
+
+    runs = {"nothing provoked": gate(1.4, 0.16), "open": gate(1.2, 0.99, "selects_all"), "hot": gate(1.41, 0.17)}
+    good = found("failures", kept(runs))
+    assert good.verdict == "holds"
+    assert good.because.startswith("1 of 1 failures were warned of")
+    assert "the model did not fail: hot" in good.because
+    blind = found("failures", kept(runs | {"useless": gate(1.5, 0.15)}))
+    assert blind.verdict == "holds in part"
+    assert "Not: useless." in blind.because
+    assert found("failures", kept({**runs, "open": gate(1.2, 0.99)})).verdict == "does not hold"

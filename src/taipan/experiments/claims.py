@@ -23,6 +23,9 @@ _TIE = 0.005
 """Of bits per byte: what is nearer than that is equal where one seed says it, whose spread is not known."""
 _CLEAR = 0.01
 """Of bits per byte: what is nearer than that is not clearly better."""
+_HEALTHY = "nothing provoked"
+_WORSE, _OFF = 0.02, 0.1
+"""A gate has failed where bits per byte are so much above those of the healthy one, or the rate so far from C."""
 _FLAT = 1.02
 """Loss at the longest context over that at the training length: at most this is flat."""
 _LINEAR = 2.3
@@ -428,13 +431,21 @@ def _gate(kept: Kept) -> Finding:
 
 
 def _failures(kept: Kept) -> Finding:
-    provoked = {name: own for name, own in kept.results.items() if name != "nothing provoked"}
-    warned = [name for name, own in provoked.items() if all(result["warnings"] for result in own)]
-    because = f"{len(warned)} of {len(provoked)} provoked failures were warned of in training with every seed."
-    quiet = [name for name in provoked if name not in warned]
+    base = kept.mean(_HEALTHY, lambda own: own["bits_per_byte"])
+    failed: list[str] = []
+    harmless: list[str] = []
+    for name, own in kept.results.items():
+        worse = kept.mean(name, lambda result: result["bits_per_byte"]) / base - 1
+        off = max(abs(result["rate"] - result["config"]["attention_capacity"]) for result in own)
+        if name != _HEALTHY:
+            (failed if worse > _WORSE or off > _OFF else harmless).append(name)
+    quiet = [name for name in failed if not all(result["warnings"] for result in kept.results[name])]
+    because = f"{len(failed) - len(quiet)} of {len(failed)} failures were warned of in training with every seed."
     if quiet:
         because += f" Not: {'; '.join(quiet)}."
-    return Finding(_verdict(not quiet, bool(warned)), because)
+    if harmless:
+        because += f" Provoked in vain, the model did not fail: {'; '.join(harmless)}."
+    return Finding(_verdict(bool(failed) and not quiet, len(failed) > len(quiet)), because)
 
 
 def _rates(kept: Kept) -> Finding:

@@ -155,9 +155,11 @@ def failures(lab: Laboratory) -> Outcome:
         first = ", ".join(f"{kind} ({step / own['steps']:.0%})" for kind, step in own["warnings"].items())
         last = own["curve"][-1]
         rates = [f"{last['rate']:.3f}", f"{last['noise_free_rate']:.3f}", f"{own['rate']:.3f}"]
-        rows.append([name, first or "–", *rates, f"{own['bits_per_byte']:.3f}"])
+        bits = [f"{own[key]:.3f}" for key in ("bits_per_byte", "bits_per_byte_closed")]
+        rows.append([name, first or "–", *rates, *bits])
     header = ["provoked", "first warned of (at this share of training)", "rate in training", "without noise"]
-    table = Table("Failures and warnings, first seed", [*header, "rate, held out", "bits per byte"], rows)
+    header += ["rate, held out", "bits per byte", "none selected"]
+    table = Table("Failures and warnings, first seed", header, rows)
     return Outcome(results, (table,))
 
 

@@ -182,7 +182,8 @@ def _steps(
     course: Course,
     after: Callable[[Course], None],
 ) -> Course:
-    from taipan.training.watch.diagnostics import gate_warnings
+    from taipan.training.watch.diagnostics import gain_warnings, gate_warnings
+    from taipan.training.watch.validation import validate
 
     model, config = stepper.model, stepper.model.config
     before, told = course.seconds, 0.0
@@ -195,13 +196,20 @@ def _steps(
         point = {"cross_entropy": done.cross_entropy, "capacity": model.model.schedule.capacity}
         for gate in done.gates:
             point |= {"rate": gate.rate, "noise_free_rate": gate.noise_free_rate, "alpha_mean": gate.alpha_mean}
-        for warning in gate_warnings(config, progress, done.gates):
-            course.warnings.setdefault(f"{warning.kind}, layer {warning.layer}", course.step)
+        warnings = [*gate_warnings(config, progress, done.gates)]
         course.recent.append(point)
         if len(course.recent) == _POINT or course.step == steps:
             means = {key: mean(entry[key] for entry in course.recent) for key in point}
+            if model.sals:
+                found = validate(model, [batch(course.step)], 1.0, dtype=stepper.dtype)  # not trained on yet
+                closed = found.loss if found.loss_closed is None else found.loss_closed
+                means["gain"] = closed - found.loss
+                warnings += gain_warnings(config, progress, found.loss, found.loss_closed)
             course.curve.append({"step": float(course.step), **means})
             course.recent.clear()
+        for warning in warnings:
+            where = "" if warning.layer is None else f", layer {warning.layer}"
+            course.warnings.setdefault(f"{warning.kind}{where}", course.step)
         now = time.monotonic()
         course.seconds = before + now - began
         if now - told > _TOLD_SECONDS or course.step == steps:

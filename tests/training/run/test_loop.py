@@ -97,6 +97,15 @@ def assert_equal(one: TrainResult, other: TrainResult) -> None:
 # ---------------------------------------------------------------------- a whole run
 
 
+def test_attention_that_gains_nothing_is_told_once_it_should(make_recipe: MakeRecipe) -> None:
+    watcher = Watcher()
+    train(make_recipe(**{"training.evaluate_every": 1, "model.budget_start": None}), listener=watcher)
+    said = [message for message in watcher.warnings if "Attention of the selected tokens lowers the loss by" in message]
+    assert len(said) == 1
+    late = next(record for record in watcher.records if record["step"] == 5)  # the first in the second half
+    assert f"{late['valid_loss_closed']:.3f} without any to {late['valid_loss']:.3f}" in said[0]
+
+
 def test_a_run_leaves_a_model_its_recipe_and_its_curve(make_recipe: MakeRecipe) -> None:
     watcher = Watcher()
     result = train(make_recipe(), listener=watcher)
@@ -124,6 +133,7 @@ def test_a_run_leaves_a_model_its_recipe_and_its_curve(make_recipe: MakeRecipe) 
         ("final", 8),
     ]
     assert ["valid_loss" in record for record in watcher.records] == [False, True, False, False, True]
+    assert watcher.records[1]["valid_loss_closed"] != watcher.records[1]["valid_loss"]
     for record in watcher.records[:4]:
         assert record["loss"] == pytest.approx(record["cross_entropy"] + record["budget"])
         assert record["lr"] <= 3e-3

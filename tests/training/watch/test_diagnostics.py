@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from taipan.config import TaipanConfig
 from taipan.training.step.statistics import GateStatistics
-from taipan.training.watch.diagnostics import gate_warnings
+from taipan.training.watch.diagnostics import gain_warnings, gate_warnings
 
 CONFIG = TaipanConfig(vocab_size=8, hidden_size=8, layer_types=("selective_attention",), intermediate_size=8)
 HEALTHY = GateStatistics(
@@ -68,6 +68,17 @@ def test_a_weight_that_is_always_one_is_not_saturated_and_a_threshold_has_remedi
         (warning,) = gate_warnings(controlled, 0.95, [dataclasses.replace(HEALTHY, alpha_mean=1.0, **changes)])
         assert "threshold_step" in warning.message
         assert "budget_weight" not in warning.message
+
+
+@pytest.mark.parametrize(("closed", "gains"), [(3.03, False), (3.1, True), (2.9, False)])
+def test_attention_that_gains_nothing_is_a_sign_from_half_of_training_on(closed: float, gains: bool) -> None:
+    constant = CONFIG.replace(budget_start=None)
+    assert not list(gain_warnings(constant, 0.49, 3.0, closed))
+    found = list(gain_warnings(constant, 0.5, 3.0, closed))
+    assert [(warning.kind, warning.layer) for warning in found] == ([] if gains else [("gains_nothing", None)])
+    assert all(f"{closed:.3f} without any to 3.000" in warning.message for warning in found)
+    assert not list(gain_warnings(CONFIG, 0.65, 3.0, closed))  # the budget is still on its way
+    assert not list(gain_warnings(constant, 0.9, 3.0, None))
 
 
 def test_a_late_schedule_is_judged_at_the_end() -> None:

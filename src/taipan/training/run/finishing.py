@@ -26,8 +26,10 @@ def held_out_loss(run: OpenRun, listener: TrainingListener) -> Record:
     batches = run.held_out.first(run.recipe.training.evaluate_batches)
     outcome = validate(run.model, batches, run.held_out.bytes_per_token, dtype=run.dtype.dtype, world=run.world)
     run.parallel.settle()
+    closed: Record = {} if outcome.loss_closed is None else {"valid_loss_closed": outcome.loss_closed}
     return {
         "valid_loss": outcome.loss,
+        **closed,
         "valid_bits_per_byte": outcome.bits_per_byte,
         "valid_gates": [asdict(gate) for gate in outcome.gates],
     }

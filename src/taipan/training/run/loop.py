@@ -20,7 +20,7 @@ from taipan.training.run.interruption import StopRequest
 from taipan.training.run.opening import METRICS, RECIPE, SAMPLES, OpenRun, open_run
 from taipan.training.run.session import Session, session_of
 from taipan.training.step.train_step import StepResult
-from taipan.training.watch.diagnostics import gate_warnings
+from taipan.training.watch.diagnostics import gain_warnings, gate_warnings
 from taipan.training.watch.listener import SilentListener, StepInfo, TrainingListener
 from taipan.training.watch.metrics import Record, append_record
 from taipan.training.watch.samples import sample_text
@@ -209,7 +209,12 @@ class _Loop:
                 "gates": [asdict(gate) for gate in result.gates],
             }
             self._record(record | validation)
-            for warning in gate_warnings(self.run.model.config, progress, result.gates):
+            config = self.run.model.config
+            warnings = [*gate_warnings(config, progress, result.gates)]
+            if validation:
+                loss, closed = validation["valid_loss"], validation.get("valid_loss_closed")
+                warnings += gain_warnings(config, progress, loss, closed)
+            for warning in warnings:
                 if warning.kind not in self.warned:
                     self.warned.add(warning.kind)
                     self.listener.warned(warning.message)

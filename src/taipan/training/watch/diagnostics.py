@@ -7,20 +7,22 @@ from typing import Literal
 from taipan.config import TaipanConfig
 from taipan.training.step.statistics import GateStatistics
 
-WarningKind = Literal["selects_none", "selects_all", "inference_gap", "saturated_alpha"]
+WarningKind = Literal["selects_none", "selects_all", "inference_gap", "saturated_alpha", "gains_nothing"]
 
 _SETTLING = 0.1  # share of training that the gates get to follow the budget once it has arrived at C
 _END_PHASE = 0.9
 _LARGEST_GAP = 0.05
 _SATURATION = 0.01
+_HALF = 0.5  # attention that recalls comes late: before that a small gain says nothing
+_LEAST_GAIN = 0.02  # of the loss with every gate closed
 
 
 @dataclass(frozen=True)
 class GateWarning:
-    """One sign of failure: its kind, the layer, and a sentence for people."""
+    """One sign of failure: its kind, the layer (None: all of them), and a sentence for people."""
 
     kind: WarningKind
-    layer: int
+    layer: int | None
     message: str
 
 
@@ -35,8 +37,7 @@ def gate_warnings(config: TaipanConfig, progress: float, gates: Sequence[GateSta
         gates: statistics of every SAL in this step.
     """
     capacity = config.attention_capacity
-    arrival = config.budget_anneal[1] if config.budget_start is not None else 0.0
-    if capacity == 0.0 or progress < min(arrival + _SETTLING, _END_PHASE):
+    if capacity == 0.0 or progress < _settled(config):
         return
     none = "Start with an open gate (gate_bias_init) and a budget that falls to C (budget_start, budget_anneal)."
     binds = "raise budget_weight"
@@ -74,3 +75,35 @@ def gate_warnings(config: TaipanConfig, progress: float, gates: Sequence[GateSta
                 f"{name} has a mean mixing weight α of {gate.alpha_mean:.4f}: it hardly learns any more. "
                 "Lower the learning rate or budget_weight.",
             )
+
+
+def gain_warnings(
+    config: TaipanConfig, progress: float, loss: float, loss_closed: float | None
+) -> Iterator[GateWarning]:
+    """The sign that what the gates select is of no use: the loss is almost the same without it.
+
+    Nothing is said in the first half of training, nor while the gates still learn to follow the budget.
+
+    Args:
+        config: of the model.
+        progress: fraction of training.
+        loss, loss_closed: of the same held-out text, nats per token, as the gates decide and with all of them closed
+            (`taipan.training.watch.validation`); None if nothing is ever selected.
+    """
+    if loss_closed is None or progress < max(_HALF, _settled(config)):
+        return
+    gain = 1.0 - loss / loss_closed
+    if gain < _LEAST_GAIN:
+        yield GateWarning(
+            "gains_nothing",
+            None,
+            f"Attention of the selected tokens lowers the loss by {gain:.1%}, from {loss_closed:.3f} without any to "
+            f"{loss:.3f} nats a token: the gates do not find the tokens that need it, or the text has few. Let gates "
+            "forecast what is gained (setting recommended), or start them open with a budget that falls to C.",
+        )
+
+
+def _settled(config: TaipanConfig) -> float:
+    """From what progress on the gates are judged: a tenth of training after the budget has arrived at C."""
+    arrival = config.budget_anneal[1] if config.budget_start is not None else 0.0
+    return min(arrival + _SETTLING, _END_PHASE)

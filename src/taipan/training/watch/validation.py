@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,9 +15,14 @@ from taipan.training.step.statistics import GateMeaning, GateStatistics, gathere
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss in nats per token, bits per byte of text, and what the gates select as at inference."""
+    """Loss in nats per token, bits per byte of text, and what the gates select as at inference.
+
+    `loss_closed` is the loss with every gate closed; what the selected tokens' attention gains is the difference. None
+    for a model whose gates never select anything, or which has none.
+    """
 
     loss: float
+    loss_closed: float | None
     bits_per_byte: float
     gates: tuple[GateStatistics, ...]
 
@@ -40,9 +45,11 @@ def validate(
         dtype: `float32`, or `bfloat16` for autocast.
         world: the processes, each of which gives its parts of the batches; the outcome is that of the whole batches.
     """
-    was_training = model.training
+    was_training, schedule = model.training, model.model.schedule
+    selects = bool(model.sals) and model.config.attention_capacity > 0
     model.eval()
     losses: list[Tensor] = []
+    losses_closed: list[Tensor] = []
     counts: list[Tensor] = []
     gates: list[Tensor] = []
     meaning: GateMeaning | None = None
@@ -53,14 +60,26 @@ def validate(
         losses.append(output.cross_entropy.double() * counts[-1])
         gates.append(gathered(model, output.gates))
         meaning = meaning or GateMeaning.of(model, output.gates)
+        if selects:
+            model.model.schedule = replace(schedule, forced="closed")
+            with precision(batch["tokens"].device, dtype):
+                closed = forward_of(model, batch)
+            model.model.schedule = schedule
+            losses_closed.append(closed.cross_entropy.double() * counts[-1])
     model.train(was_training)
     assert meaning is not None
     gates_NSW = torch.stack(gates)
-    sums = world.add_up(torch.cat([_sum(losses)[None], _sum(counts)[None], gates_NSW.flatten()]))
-    total, predictions, *rest = sums.tolist()  # all at once
+    totals = torch.stack([_sum(losses), _sum(losses_closed or losses), _sum(counts)])
+    sums = world.add_up(torch.cat([totals, gates_NSW.flatten()]))
+    total, total_closed, predictions, *rest = sums.tolist()  # all at once
     rows = torch.tensor(rest, dtype=torch.float64).view(gates_NSW.shape).tolist()
     loss = total / max(1.0, predictions)
-    return Validation(loss, loss / math.log(2) / bytes_per_token, statistics(rows, meaning, world.size))
+    return Validation(
+        loss=loss,
+        loss_closed=total_closed / max(1.0, predictions) if selects else None,
+        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        gates=statistics(rows, meaning, world.size),
+    )
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
