@@ -118,7 +118,7 @@ class TextStream:
         for step in self._steps:
             self._step = step
             decoder = decoder or StreamDecoder(self._tokenizer, self._prompt.last)  # the prompt has been read now
-            self._written.append(int(step.tokens_B))
+            self._written.append(step.tokens[0])
             yield decoder.push(self._written[-1])  # "" for an end-of-document token
         if decoder is not None:
             yield decoder.flush()

@@ -116,7 +116,7 @@ class Conversation:
         step: StepOutput | None = None
         try:
             for step in stream(self.model.model, asked, tokenizer=self.model.tokenizer, settings=chosen):
-                written.append(int(step.tokens_B[0]))
+                written.append(step.tokens[0])
                 piece = shown.push(decoder.push(written[-1]))
                 told += piece
                 yield piece

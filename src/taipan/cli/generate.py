@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+_MOMENT = 1e-2
+"""Seconds that nobody sees."""
+
 
 def register(app: typer.Typer, panel: str) -> None:
     """Add the verb to the command line, in a panel of its help."""
@@ -159,10 +162,16 @@ def _run(
         stream = model.generate(
             text, state=state, new_document=new_document, stream=True, draft=guesses, settings=settings
         )
+        # What comes within a moment is shown together; but drafted tokens come many at once, and then none for long.
+        moment = _MOMENT if guesses is None else 0.0
+        shown = 0.0
         for piece in stream:
-            first = time.perf_counter() if stream.tokens_written == 1 else first
+            now = time.perf_counter()
+            first = now if stream.tokens_written == 1 else first
             out.write(piece)
-            out.flush()
+            if now - shown >= moment:
+                out.flush()
+                shown = now
         end = time.perf_counter()
         out.write("\n")
         out.flush()

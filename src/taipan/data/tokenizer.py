@@ -478,6 +478,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._within = False  # a character whose other bytes are still to come
         # For tokenizers whose tokens are not bytes: tokens that the next text depends on, and tokens not shown yet.
         self._context: list[int] = []
         self._shown = ""
@@ -493,7 +494,11 @@ class StreamDecoder:
         tokenizer = self._tokenizer
         data = tokenizer.token_bytes(index)
         if tokenizer.is_byte_level:
-            return self._utf8.decode(data)
+            if not self._within and data.isascii():  # nearly always, and the decoder takes ten times as long
+                return data.decode("ascii")
+            text = self._utf8.decode(data)
+            self._within = bool(self._utf8.getstate()[0])
+            return text
         if tokenizer.is_special(index):
             return ""
         self._held.append(index)
@@ -513,6 +518,7 @@ class StreamDecoder:
         """Return the rest at the end of the stream: U+FFFD for an incomplete character."""
         rest = self._utf8.decode(b"", final=True) + self.held
         self._utf8.reset()
+        self._within = False
         self._stand_after([])
         return rest
 

@@ -185,7 +185,7 @@ class Harness(TemplateLM):
         ids: list[list[int]] = [[] for _ in range(len(reading.logits_BV))]
         for step in stream_tokens(self.text.model, reading, tokenizer=tokenizer, settings=settings):
             for row in step.generated_B.nonzero()[:, 0].tolist():
-                ids[row].append(int(step.tokens_B[row]))
+                ids[row].append(step.tokens[row])
         texts: list[str] = []
         for row in ids:
             text = tokenizer.decode([token for token in row if token != tokenizer.eos_id])

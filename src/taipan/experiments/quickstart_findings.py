@@ -209,5 +209,5 @@ def _sample(model: TaipanLM, tokenizer: Tokenizer) -> str:
     decoder = StreamDecoder(tokenizer, prompt)
     text = ""
     for step in stream(model, torch.tensor([prompt]), tokenizer=tokenizer, settings=SAMPLE_SETTINGS):
-        text += decoder.push(int(step.tokens_B[0]))
+        text += decoder.push(step.tokens[0])
     return text + decoder.flush()

@@ -25,7 +25,8 @@ from taipan.state import DecoderState
 _SPARE = 256  # buffers grow by at least so many entries
 _CALL_SECONDS, _MOST_STEPS = 2e-3, 64  # of one call that writes several tokens: nobody sees that they come together
 _MOST_BEHIND, _STATES_IN_CACHE = 2, 12 << 20  # tokens that recurrent states may be behind, which need so many bytes
-_FEWEST_STEPS = 4  # fewer are not worth a copy of the state
+_FEWEST_STEPS = 4  # fewer are not worth a call of their own
+_KEPT_SECONDS = 0.05  # of reading between copies of the state, for tokens that are asked for when later ones are read
 
 
 @dataclass
@@ -480,10 +481,13 @@ class Continuation:
     def __init__(self, model: RecurrentLM, state: Any, weights: str) -> None:
         self._start = partial(start_decoding, model, weights=weights)
         self._decoding = self._start(state)
-        self._tokens: list[tuple[IntB, BoolB | None]] = []
+        self._tokens: list[int | tuple[IntB, BoolB | None]] = []  # an id: of the only row
         self._read = 0
-        # After how many tokens, and the state then: of the beginning, and of the last call that wrote several.
+        # After how many tokens, and the state then: of the beginning, and of a call not long ago.
         self._known: list[tuple[int, Any]] = [(0, state)]
+        self._since_known = 0.0  # seconds
+        # What was read again, up to which token, and the logits after it.
+        self._again: tuple[int, Decoding, FloatBV] | None = None
         self._room_BV: Tensor | None = None  # the logits, where `write` has them
         self._step_seconds = _CALL_SECONDS
         self._progress = Progress()
@@ -501,13 +505,13 @@ class Continuation:
     def read(self) -> FloatBV:
         """Read the last token; logits of what comes next."""
         if self._read < len(self._tokens):
-            self._logits_BV = self._decoding.step(*self._tokens[self._read])
+            self._logits_BV = self._step(self._decoding, self._read)
             self._read += 1
         return self._logits_BV
 
     def write(
         self, logits_BV: FloatBV, choose: Chooser, most: int, ends: Tensor
-    ) -> list[tuple[IntB, Callable[[], Reading]]]:
+    ) -> list[tuple[int, Callable[[], Reading]]]:
         """Choose the next tokens of the only row and append them, several at once where a step is short.
 
         All but the last of them are read, whoever asks for them or not.
@@ -519,7 +523,7 @@ class Continuation:
             ends: int64 ids, after which no more are chosen.
 
         Returns:
-            At least one token, int64 (1,), each with what gives the reading after it.
+            At least one id, each with what gives the reading after it.
 
         Raises:
             InputError: none can be chosen.
@@ -527,24 +531,35 @@ class Continuation:
         decoding = cast(NativeDecoding, self._decoding)
         steps = min(most, _MOST_STEPS, int(_CALL_SECONDS / self._step_seconds)) if decoding.fixed else 1
         steps = steps if steps >= _FEWEST_STEPS else 1
-        if steps > 1:
-            self._known[1:] = [(self._read, decoding.state)]
+        if steps > 1 and self._since_known >= _KEPT_SECONDS:
+            self._known[1:], self._since_known = [(self._read, decoding.state)], 0.0
         if not self._tokens:
             self._logits_BV = logits_BV
         if self._logits_BV is not self._room_BV:
             self._room_BV = self._logits_BV = self._logits_BV.to(decoding.real, copy=True)
-        unread = int(self._tokens[-1][0]) if self._read < len(self._tokens) else None
+        unread = None
+        if self._read < len(self._tokens):
+            last = self._tokens[-1]
+            unread = last if isinstance(last, int) else int(last[0])
         self._progress.begin(steps, 1)
         began = time.perf_counter()
         decoding.write(
             [Writer(row=0, choose=choose, ends_E=ends, token=unread)], steps, self._progress, self._logits_BV
         )
-        token_T = self._progress.tokens_SR[: self._progress.written, 0]
-        self._step_seconds = (time.perf_counter() - began) / max(1, len(token_T) - (unread is None))
+        token_T, seconds = self._progress.tokens_SR[: self._progress.written, 0], time.perf_counter() - began
+        self._step_seconds = seconds / max(1, len(token_T) - (unread is None))
+        self._since_known += seconds
         choose.checked(token_T[-1:])
-        given = [(token_B, self.append(token_B)) for token_B in token_T.split(1)]
+        tokens: list[int] = token_T.tolist()
+        first = len(self._tokens) + 1
+        self._tokens += tokens
         self._read = len(self._tokens) - 1
-        return given
+        return [(token, partial(self._reading_after, number)) for number, token in enumerate(tokens, first)]
+
+    def _step(self, decoding: Decoding, number: int) -> FloatBV:
+        """Read a token by its number, from 0."""
+        token = self._tokens[number]
+        return decoding.step(torch.tensor([token])) if isinstance(token, int) else decoding.step(*token)
 
     def _reading_after(self, number: int) -> Reading:
         if number > self._read:
@@ -552,6 +567,11 @@ class Continuation:
         if number == self._read:
             return Reading(self._logits_BV.float().clone(), self._decoding.state)
         begin, state = [known for known in self._known if known[0] < number][-1]
-        again = self._start(state)
-        logits_BV = [again.step(*tokens) for tokens in self._tokens[begin:number]][-1]
+        if self._again is None or not begin <= self._again[0] <= number:
+            again = self._start(state)
+            self._again = begin + 1, again, self._step(again, begin)
+        begin, again, logits_BV = self._again
+        for place in range(begin, number):
+            logits_BV = self._step(again, place)
+        self._again = number, again, logits_BV
         return Reading(logits_BV.clone(), again.state)

@@ -21,29 +21,34 @@ from taipan.generation.stopping import Endings, FinishReason
 from taipan.shapes import BoolB, BoolBT, FloatBV, IntB, IntBT
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: setting each field would take twice as long as making the rest
 class StepOutput:
-    """One new token for every row that is not finished.
+    """One new token for every row that is not finished; to be read only.
 
     Attributes:
-        tokens_B: the tokens; the pad token in rows that had finished before.
+        tokens: their ids; the pad token in rows that had finished before.
         generated_B: rows for which that is a new token.
         finished_B: rows that end with this token or ended before.
         finish_reasons: why, row by row; None where the row continues.
     """
 
-    tokens_B: IntB
+    tokens: tuple[int, ...]
     generated_B: BoolB
     finished_B: BoolB
     finish_reasons: tuple[FinishReason | None, ...]
     _reading: Callable[[], Reading] = dataclasses.field(repr=False)
 
     @property
+    def tokens_B(self) -> IntB:
+        """The tokens as a tensor."""
+        return torch.tensor(self.tokens, device=self.generated_B.device)
+
+    @property
     def reading(self) -> Reading:
         """What the model knows after this token: its state, and the logits of the next token of unfinished rows.
 
         Reading it computes the forward that the next step needs anyway (after the last step, one more) and copies.
-        Once a later token has been read, all of them up to this one are read again.
+        Once a later token has been read, what lies between this one and a state that is still known is read again.
         """
         return self._reading()
 
@@ -195,11 +200,12 @@ def _of_rows(
         generated_B = ~finished_B
         token_B = torch.where(generated_B, choose(logits_BV), pad)
         choose.hear(token_B[:, None])  # finished rows are ignored
-        reasons = endings.after(token_B.tolist())
+        tokens = token_B.tolist()
+        reasons = endings.after(tokens)
         finished_B = torch.tensor([reason is not None for reason in reasons], device=logits_BV.device)
         reading_after = text.append(token_B, None if bool(generated_B.all()) else generated_B)
         yield StepOutput(
-            tokens_B=token_B,
+            tokens=tuple(tokens),
             generated_B=generated_B,
             finished_B=finished_B,
             finish_reasons=tuple(reasons),
@@ -218,16 +224,11 @@ def _of_a_row(
     generated_B, going_B = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
     written = 0
     while written < most:
-        for token_B, reading_after in text.write(logits_BV, choose, most - written, ends_E):
+        for token, reading_after in text.write(logits_BV, choose, most - written, ends_E):
             written += 1
-            (reason,) = endings.after(token_B.tolist())
-            yield StepOutput(
-                tokens_B=token_B,
-                generated_B=generated_B,
-                finished_B=going_B if reason is None else generated_B,
-                finish_reasons=(reason,),
-                _reading=reading_after,
-            )
+            reason = endings.after_only(token)
+            finished_B = going_B if reason is None else generated_B
+            yield StepOutput((token,), generated_B, finished_B, (reason,), reading_after)
             if reason is not None:
                 return
 
@@ -285,15 +286,15 @@ def generate(
     Raises:
         InputError, StateError: as `stream`.
     """
-    tokens: list[Tensor] = []
+    tokens: list[tuple[int, ...]] = []
     generated: list[Tensor] = []
     step: StepOutput | None = None
     for step in stream(model, tokens_BT, attention_mask, **options):
-        tokens.append(step.tokens_B)
+        tokens.append(step.tokens)
         generated.append(step.generated_B)
         if streamer is not None:
             streamer(step)
-    new_BT = torch.stack(tokens, 1).to(tokens_BT) if tokens else tokens_BT[:, :0]
+    new_BT = torch.tensor(tokens).T.to(tokens_BT) if tokens else tokens_BT[:, :0]
     sequences = torch.cat([tokens_BT, new_BT], 1)
     if not return_details or step is None:
         return sequences

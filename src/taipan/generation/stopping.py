@@ -38,7 +38,10 @@ class StopWatch:
         held = self._decoder.held
         if held and not held.endswith("\ufffd"):
             text += held  # whole characters, though more bytes may come
-        return any(stop in text for stop in self._strings)
+        for stop in self._strings:  # noqa: SIM110 - a generator for every token takes longer than all else here
+            if stop in text:
+                return True
+        return False
 
 
 class Endings:
@@ -75,15 +78,27 @@ class Endings:
 
     def after(self, tokens: Sequence[int]) -> list[FinishReason | None]:
         """Take the next token of every row; those of rows that have ended are ignored."""
-        self.reasons = self.reasons or [None] * len(tokens)
-        if self._tokenizer is not None and not self._watches:
-            strings, prompts = self._settings.stop_strings, self._prompts or [[] for _ in tokens]
-            self._watches = [StopWatch(strings, self._tokenizer, prompt) for prompt in prompts]
+        if not self.reasons:
+            self._begin(len(tokens))
         self._steps += 1
         for row, token in enumerate(tokens):
             if self.reasons[row] is None:
                 self.reasons[row] = self._reason(row, token)
         return self.reasons
+
+    def after_only(self, token: int) -> FinishReason | None:
+        """As `after`, of a text with one row, which has not ended: why it ends now."""
+        if not self.reasons:
+            self._begin(1)
+        self._steps += 1
+        reason = self.reasons[0] = self._reason(0, token)
+        return reason
+
+    def _begin(self, rows: int) -> None:
+        self.reasons = [None] * rows
+        if self._tokenizer is not None:
+            strings, prompts = self._settings.stop_strings, self._prompts or [[] for _ in range(rows)]
+            self._watches = [StopWatch(strings, self._tokenizer, prompt) for prompt in prompts]
 
     def _reason(self, row: int, token: int) -> FinishReason | None:
         if token in self._ends:

@@ -119,9 +119,10 @@ class Chooser {
       if (count <= kFew) return limit_of_few(count, most, before);
       const int down = std::max(shift, 0);
       const std::uint32_t digits = shift >= 0 ? kDigits - 1 : (1u << (kBits + shift)) - 1;
-      std::fill(sum_, sum_ + digits + 1, 0.0);
+      std::uint32_t digit = 0;  // the highest there is
+      for (Index n = 0; n < count; ++n) digit = std::max(digit, key_[n] >> down & digits);
+      std::fill(sum_, sum_ + digit + 1, 0.0);
       for (Index n = 0; n < count; ++n) sum_[key_[n] >> down & digits] += static_cast<double>(amount_[n]);
-      std::uint32_t digit = digits;
       while (digit > 0 && before + sum_[digit] < most) before += sum_[digit--];
       prefix |= digit << down;
       Index kept = 0;
