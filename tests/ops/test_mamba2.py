@@ -1,5 +1,6 @@
 """The inside of a Mamba-2 mixer: one call of kernels beside the three ops one after the other."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,11 +8,28 @@ import torch
 
 from taipan.ops.mamba2 import native
 from taipan.ops.mamba2.inputs import Mamba2Inputs
+from taipan.ops.mamba2.separate import time_steps, time_steps_backward
 from tests.compilers import needs_kernels
 from tests.ops.fuzz import Case, Draw, Tensors, of_mamba2, results
 from tests.tolerance import relative_error
 
 pytestmark = needs_kernels
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.05, 0.5), (0.05, math.inf)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_step_sizes_are_those_of_autograd(
+    dtype: torch.dtype, limit: tuple[float, float], padded: bool
+) -> None:
+    dt, bias = (12 * torch.randn(3, 17, 5)).to(dtype).requires_grad_(), torch.randn(5).requires_grad_()
+    real = torch.arange(17) < torch.tensor([17, 0, 9])[:, None] if padded else None
+    steps = time_steps(dt, bias, limit, real)
+    above = torch.randn(steps.shape)
+    expected = torch.autograd.grad(steps, (dt, bias), above)
+    found = time_steps_backward(above, dt.detach(), bias.detach(), limit, real)
+    for ours, autograd in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, autograd, rtol=0, atol=0)
 
 
 def check(seeds: range, monkeypatch: pytest.MonkeyPatch) -> int:

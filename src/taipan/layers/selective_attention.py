@@ -240,7 +240,10 @@ class _Entries:
         if tokens == 0 and self._lookahead == 0:
             return self._x
         begin, length = self._lookahead - tokens, self._x.shape[1] - self._lookahead
-        return self._x[:, begin : begin + length] * (self._layout.position_BT >= tokens)[..., None]
+        x_BTD = self._x[:, begin : begin + length]
+        if self._layout.segment_BT is None:  # only zeros lie before the text
+            return x_BTD
+        return x_BTD * (self._layout.position_BT >= tokens)[..., None]
 
     def since(self) -> Tensor:
         """Those of each token and of the K before it, side by side, (B, T, (K + 1)·D)."""

@@ -13,7 +13,7 @@ from taipan.errors import InputError, StateError
 from taipan.layers.gating import GateOutput, GateSchedule
 from taipan.layers.mixer import Mixed
 from taipan.layers.norm import RMSNorm
-from taipan.layout import Arrangement, Layout, Recalled, arrange
+from taipan.layout import Arrangement, Layout, Recalled, arrange, rows_of
 from taipan.model.block import Block, normed_and_sum
 from taipan.ops.recall import recall, remember
 from taipan.shapes import BoolBT, FloatBTD, IntB, IntBT
@@ -150,7 +150,7 @@ class TaipanDecoder(nn.Module):
         layout = at.call.layout if self.config.forced_gates_score else replace(at.call.layout, recalled=None)
         call = replace(at.call, layout=layout).select(rows_R)
         state = None if at.state is None else at.state.select(rows_R)
-        h_BTD, branch_BTD = at.h_BTD[rows_R], None if at.branch_BTD is None else at.branch_BTD[rows_R]
+        h_BTD, branch_BTD = rows_of(at.h_BTD, rows_R), None if at.branch_BTD is None else rows_of(at.branch_BTD, rows_R)
         for number in range(at.layer, len(self.layers)):
             layer_state = None if state is None else state.layers[number]
             schedule = replace(self.schedule, forced=selected.get(number))

@@ -17,7 +17,7 @@ from taipan.ops.causal_conv1d.portable import final_columns
 from taipan.ops.dispatch import AUTO
 from taipan.ops.documents import running_documents
 from taipan.ops.mamba2.inputs import Mamba2Inputs
-from taipan.ops.mamba2.separate import time_steps
+from taipan.ops.mamba2.separate import time_steps, time_steps_backward
 from taipan.ops.precision import no_autocast
 from taipan.ops.ssd.native import room_for_entrances, slices_of
 from taipan.ops.ssd.portable import best_chunk
@@ -159,13 +159,9 @@ def wide(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=_WIDE)
 
 
-def _softened(dt: Tensor, bias: Tensor, real: Tensor | None, settings: _Settings) -> Tensor:
-    return time_steps(dt, bias, (settings.low, settings.high), real)
-
-
 def _steps(proj: Tensor, bias: Tensor, real: Tensor | None, settings: _Settings) -> Tensor:
     """Step sizes, as the separate ops get them, bit by bit."""
-    return _softened(proj[..., -len(bias) :], bias, real, settings).contiguous()
+    return time_steps(proj[..., -len(bias) :], bias, (settings.low, settings.high), real).contiguous()
 
 
 class _Inner(torch.autograd.Function):
@@ -188,10 +184,8 @@ class _Inner(torch.autograd.Function):
         dout, dfinal = (None if gradient is None else gradient.contiguous() for gradient in grad_outputs)
         made = _Call(ctx.settings, *read[: -len(_KEPT)]).backward(kept, dout, dfinal)
         heads = len(bias)
-        with torch.enable_grad():
-            leaves = read[0][..., -heads:].detach().requires_grad_(), bias.detach().requires_grad_()
-            steps = _softened(*leaves, real, ctx.settings)
-        ddt, dbias = torch.autograd.grad(steps, leaves, made["ddt"])
+        dt, limit = read[0][..., -heads:], (ctx.settings.low, ctx.settings.high)
+        ddt, dbias = time_steps_backward(made["ddt"], dt, bias, limit, real)
         made["dproj"][..., -heads:] = ddt
         names = ("dproj", "dweight", "dbias", None, "dA", "dD", "dnorm", "dcolumns", "dinitial", None)
         needed = ctx.needs_input_grad[1:]

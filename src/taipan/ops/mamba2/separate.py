@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -89,3 +90,21 @@ def time_steps(dt: Tensor, bias_H: Tensor, limit: tuple[float, float], real_BT: 
     if low > 0.0 or high != float("inf"):
         dt_BTH = dt_BTH.clamp(low, high)
     return dt_BTH if real_BT is None else dt_BTH * real_BT[..., None]
+
+
+def time_steps_backward(
+    ddt_BTH: Tensor, dt: Tensor, bias_H: Tensor, limit: tuple[float, float], real_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of dt and of the bias from that of `time_steps`, without a graph of its own."""
+    raw_BTH = dt.to(bias_H.dtype) + bias_H
+    if real_BT is not None:
+        ddt_BTH = ddt_BTH * real_BT[..., None]
+    low, high = limit
+    if low > 0.0 or high != float("inf"):
+        step_BTH = F.softplus(raw_BTH)
+        ddt_BTH = ddt_BTH * ((step_BTH >= low) & (step_BTH <= high))
+    ddt_BTH = _softplus_backward(ddt_BTH, raw_BTH, 1.0, 20.0)  # PyTorch's softplus is x itself above 20
+    return ddt_BTH.to(dt.dtype), ddt_BTH.sum((0, 1))
+
+
+_softplus_backward = cast(Callable[..., Tensor], torch.ops.aten.softplus_backward)
