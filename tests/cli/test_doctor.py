@@ -21,6 +21,7 @@ def test_names_what_is_in_use(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         assert line.split()[1:3] == [chosen(op, implementations, torch.zeros(1)), on_gpu]
     assert "native kernels" in finished.out
     assert "decoding step" in finished.out
+    assert "one call in bfloat16" in finished.out or "op by op" in finished.out
     assert "training dtype" in finished.out
     assert "C++ compiler" in finished.out
     assert "pip install" not in finished.out[finished.out.index("transformers") : finished.out.index("mamba-ssm")]

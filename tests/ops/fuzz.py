@@ -30,6 +30,7 @@ from taipan.ops.gated_rms_norm import api as norms
 from taipan.ops.mamba2.inputs import Mamba2Inputs
 from taipan.ops.precision import accumulation_dtype
 from taipan.ops.retention import NEVER
+from taipan.ops.selection import gather, propose, scatter, select_tokens
 from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.reference import ssd_recurrent
 from tests.tolerance import relative_error
@@ -385,6 +386,51 @@ def of_cross_entropy(draw: Draw) -> Case:
     return Case(run, reference, inputs, draw.wanted(sorted(inputs)), about=about)
 
 
+def of_token_losses(draw: Draw) -> Case:
+    """Of single tokens, for evaluation; without a gradient."""
+    tokens, width, classes = draw.length(600), draw.random.randint(1, 60), draw.random.randint(1, 500)
+    dtype, size = draw.random.choice(DTYPES), draw.random.choice([0.1, 1.0, 1.0, 10.0])
+    target = torch.randint(classes, (tokens,), generator=draw.generator)
+    target[draw.uniform(tokens) < draw.random.choice([0.0, 0.3, 1.0])] = -100
+    inputs = {
+        "hidden": draw.view((draw.normal(tokens, width) * size).to(dtype)),
+        "weight": draw.view(draw.normal(classes, width).to(dtype)),
+    }
+
+    def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
+        given = (tensors["hidden"], tensors["weight"], target)
+        return (linear_cross_entropy.linear_cross_entropy_per_token(*given, implementation=implementation),)
+
+    def reference(tensors: Tensors) -> tuple[Tensor, ...]:
+        logits = (tensors["hidden"] @ tensors["weight"].T).to(accumulation_dtype(tensors["hidden"].dtype))
+        return (F.cross_entropy(logits, target, reduction="none"),)
+
+    return Case(run, reference, inputs, set(), about=f"{int((target == -100).sum())} ignored, size {size}")
+
+
+def of_proposal(draw: Draw) -> Case:
+    """What weights of 0 would get of a gradient, beside the sum in which they stand."""
+    batch, tokens, width = draw.number(1, 1, 2, 3), draw.length(140), draw.number(1, 7, 16, 33)
+    dtype = draw.random.choice(DTYPES)
+    proposed_BT = draw.uniform(batch, tokens) < draw.random.choice([0.0, 0.1, 0.85, 1.0])
+    selection = select_tokens(proposed_BT)
+    change = draw.normal(*selection.index_BS.shape, width).to(dtype)
+    inputs = {
+        "base": draw.view(draw.normal(batch, tokens, width).to(dtype)),
+        "weight": draw.view(draw.normal(batch, tokens).masked_fill(proposed_BT, 0).to(dtype)),
+    }
+
+    def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
+        return (propose(tensors["base"], tensors["weight"], change.to(tensors["base"].dtype), selection),)
+
+    def reference(tensors: Tensors) -> tuple[Tensor, ...]:
+        base, weight = tensors["base"], tensors["weight"][..., None]
+        changed = gather(base, selection) + gather(weight, selection) * change.to(base.dtype)
+        return (scatter(changed, selection, base),)
+
+    return Case(run, reference, inputs, draw.wanted(sorted(inputs)), about=f"{int(proposed_BT.sum())} tokens")
+
+
 def magnitudes_of_attention(tensors: Tensors, direction: Tensor, admissible_BQJ: Tensor) -> dict[str, Tensor]:
     """Of the gradients of q and k, the size of the terms whose difference they are.
 
@@ -543,6 +589,8 @@ OPS: Mapping[str, tuple[Callable[[Draw], Case], Mapping[str, object]]] = {
     "linear_cross_entropy": (of_cross_entropy, linear_cross_entropy.api.IMPLEMENTATIONS),
     "attention": (of_attention, attention.api.IMPLEMENTATIONS),
     "swiglu": (of_swiglu, swiglu.api.IMPLEMENTATIONS),
+    "token_losses": (of_token_losses, linear_cross_entropy.api.PER_TOKEN_IMPLEMENTATIONS),
+    "propose": (of_proposal, {"portable": propose}),
 }
 
 

@@ -17,6 +17,8 @@ NAMES = (
     "linear_cross_entropy",
     "attention",
     "swiglu",
+    "token_losses",
+    "propose",
 )
 # What A gets from a token is what its decay lets pass, a sum over pairs of a token before and one after it. It is made
 # of sums over all pairs of either, so that where heads forget at once, the rounding of what cancels is multiplied by

@@ -10,6 +10,7 @@ from taipan.ops.outranking import NOTHING, outranking, portable
 from taipan.ops.outranking.reference import outranking as look_back
 from taipan.ops.recall import remember
 from tests.compilers import needs_kernels
+from tests.ops.fuzz import DTYPES, Draw
 
 
 @st.composite
@@ -37,6 +38,25 @@ def test_comparing_counts_what_looking_back_counts(
             for dtype in (torch.float64, torch.float32):
                 given = (score.to(dtype), recent.to(dtype), documents)
                 assert outranking(*given, implementation=implementation).equal(look_back(*given))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("implementation", ["portable", pytest.param("native", marks=needs_kernels)])
+def test_it_counts_what_looking_back_counts_in_many_cases(implementation: str) -> None:
+    """Longer than a block of the kernel, in every dtype, wherever the scores lie."""
+    for seed in range(500):
+        draw = Draw(seed)
+        batch, tokens, reach = draw.number(1, 2, 3), draw.length(200), draw.number(0, 1, 15, 16, 17, 64, 150)
+        dtype, step = draw.random.choice(DTYPES), draw.random.choice([0.25, 1e-3])  # with equal ones, or hardly any
+        score = draw.view(((draw.normal(batch, tokens) / step).round() * step).to(dtype))
+        recent = draw.view(((draw.normal(batch, reach) / step).round() * step).to(dtype))
+        recent[:, : draw.number(0, reach // 2, reach)] = NOTHING
+        segment = draw.segments(batch, tokens)
+        if segment is not None:
+            segment = (segment != torch.cat([segment[:, :1], segment[:, :-1]], 1)).long().cumsum(1)
+        found = outranking(score, recent, segment, implementation=implementation)
+        assert found.equal(look_back(score, recent, segment)), f"case {seed}: {tokens} tokens, {reach} before, {dtype}"
 
 
 @given(scores(), st.data())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from taipan import hardware
 from taipan.benchmark.models import build, dtype_of, random_tokens
 from taipan.benchmark.results import Measurement, speed_ratio
 from taipan.benchmark.settings import Settings
@@ -149,6 +150,7 @@ def main(arguments: Sequence[str]) -> None:
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     os.sched_setaffinity(0, {int(arguments[2])})
     torch.set_num_threads(1)
+    hardware.tune_allocator()  # as the commands that train and write
     _work(Settings(**values), arguments[1])
 
 
