@@ -93,24 +93,28 @@ def test_the_compiler_is_found_by_name_or_by_CXX(monkeypatch: pytest.MonkeyPatch
 
 
 PEAKS = """
-from taipan.hardware import peak_rss_bytes
+from taipan.hardware import forget_peak_rss, peak_rss_bytes
 
 before = peak_rss_bytes()
 block = b"x" * (1 << 28)
 during = peak_rss_bytes()
 del block
-print(before, during, peak_rss_bytes())
+after = peak_rss_bytes()
+anew = forget_peak_rss()
+print(before, during, after, int(anew), peak_rss_bytes())
 """
 
 
 def test_the_peak_of_memory_is_that_of_this_process_and_stays() -> None:
     block = b"x" * (1 << 28)
     result = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
-    before, during, after = map(int, result.stdout.split())
+    before, during, after, anew, at_last = map(int, result.stdout.split())
     assert before < len(block), "the child has its parent's peak"
     # the kernel counts resident pages in batches of a few per core
     assert during - before == pytest.approx(len(block), abs=1 << 20)
     assert after == pytest.approx(during, abs=1 << 20)
+    assert anew == (sys.platform == "linux")
+    assert at_last == pytest.approx(before if anew else after, abs=1 << 20)
 
 
 FAULTS = """

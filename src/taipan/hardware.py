@@ -167,6 +167,15 @@ def peak_rss_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak_rss() -> bool:
+    """Let `peak_rss_bytes` begin anew; False where that cannot be (not Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 @cache
 def tune_allocator() -> bool:
     """Let glibc keep large freed blocks for the next tensor instead of giving them back to the system.

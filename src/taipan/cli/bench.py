@@ -140,7 +140,8 @@ def _row(measurement: "Measurement") -> Iterator[str]:
     yield "" if rate is None else f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
     yield "\n".join(map(_compared, measurement.comparisons))
     # sizes of the work are for the file
-    rates = {unit: number for unit, number in measurement.details.items() if "/" in unit or "per" in unit}
+    telling = ("/", "per", "memory above")
+    rates = {unit: number for unit, number in measurement.details.items() if any(word in unit for word in telling)}
     yield ", ".join(f"{number:.3g} {unit}" for unit, number in rates.items())
 
 
