@@ -261,7 +261,7 @@ def _rows(documents: Documents, context: int | None, piece: int, batch_tokens: i
     ends = [(0, row) for row in range(len(rows))]
     for number, (document, start, stop) in enumerate(places):
         column, row = ends[0]
-        rows[row].append(_Span(number, document, start, stop, column))
+        rows[row].append(_Span(number=number, document=document, start=start, stop=stop, column=column))
         heapreplace(ends, (column + stop - start, row))
     return sorted(rows, key=lambda row: -row[-1].end)
 
@@ -312,7 +312,8 @@ def _parts(waiting: list[deque[_Span]], begin: int, end: int) -> Iterator[_Part]
         while row and row[0].column < end:
             span = row[0]
             first, last = max(span.column, begin), min(span.end, end)
-            yield _Part(span, number, slice(first - begin, last - begin), first - span.column)
+            columns = slice(first - begin, last - begin)
+            yield _Part(span=span, row=number, columns=columns, begin=first - span.column)
             if span.end > end:
                 break
             row.popleft()

@@ -228,7 +228,13 @@ def _of_a_row(
             written += 1
             reason = endings.after_only(token)
             finished_B = going_B if reason is None else generated_B
-            yield StepOutput((token,), generated_B, finished_B, (reason,), reading_after)
+            yield StepOutput(
+                tokens=(token,),
+                generated_B=generated_B,
+                finished_B=finished_B,
+                finish_reasons=(reason,),
+                _reading=reading_after,
+            )
             if reason is not None:
                 return
 
