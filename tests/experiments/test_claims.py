@@ -184,13 +184,13 @@ def test_copying_says_where_the_lead_is() -> None:
     assert found("copying", kept({name: [sums(*own)] for name, own in behind.items()})).verdict == "does not hold"
 
 
-def test_a_gate_whose_shares_differ() -> None:
-    def gate(training: float, inference: float) -> list[dict[str, Any]]:
-        return [{"curve": [{"rate": 0.5}, {"rate": training}], "as trained": {"rate": inference}}]
+def test_shares_are_one_by_the_default_or_by_another_gate() -> None:
+    def gate(rate: float) -> list[Any]:
+        return [{"as trained": {"rate": rate}, "curve": [{"rate": 0.5}, {"rate": 0.15}]}]
 
-    results = {"the paper: as written": gate(0.15, 0.02), "threshold": gate(0.15, 0.155)}
-    assert found("gap", kept(results)).verdict == "holds"
-    assert found("gap", kept({**results, "threshold": gate(0.15, 0.19)})).verdict == "holds in part"
+    assert found("gap", kept({"paper": gate(0.3), "default": gate(0.16)})).verdict == "holds"
+    assert found("gap", kept({"paper": gate(0.152), "default": gate(0.18)})).verdict == "holds in part"
+    assert found("gap", kept({"paper": gate(0.3), "default": gate(0.18)})).verdict == "does not hold"
 
 
 def test_recall_has_the_order_of_the_paper_or_not() -> None:
