@@ -81,7 +81,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled decay.
         momentum: of the running sum of gradients.
         dtype: of the Newton-Schulz iteration; bfloat16 where the hardware multiplies it. Then small matrices on a CPU
-            are moved by a compiled kernel, which rounds the operands of products only.
+            are moved by a compiled kernel, which adds up in float32 and rounds what products take, also where that is
+            added.
     """
 
     def __init__(
