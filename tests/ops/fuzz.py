@@ -361,8 +361,9 @@ def of_norm(draw: Draw) -> Case:
     return Case(run, lambda tensors: run(tensors, "reference"), inputs, draw.wanted(sorted(inputs)), about=about)
 
 
-def of_cross_entropy(draw: Draw) -> Case:
-    tokens, width, classes = draw.length(130), draw.random.randint(1, 60), draw.random.randint(1, 500)
+def _with_targets(draw: Draw, longest: int) -> tuple[Tensors, Tensor, str]:
+    """Hidden states and a head, what is to be predicted (some or all of it ignored), and words about it."""
+    tokens, width, classes = draw.length(longest), draw.random.randint(1, 60), draw.random.randint(1, 500)
     dtype, size = draw.random.choice(DTYPES), draw.random.choice([0.1, 1.0, 1.0, 10.0])
     target = torch.randint(classes, (tokens,), generator=draw.generator)
     target[draw.uniform(tokens) < draw.random.choice([0.0, 0.3, 1.0])] = -100
@@ -370,6 +371,11 @@ def of_cross_entropy(draw: Draw) -> Case:
         "hidden": draw.view((draw.normal(tokens, width) * size).to(dtype)),
         "weight": draw.view(draw.normal(classes, width).to(dtype)),
     }
+    return inputs, target, f"{int((target == -100).sum())} ignored, size {size}"
+
+
+def of_cross_entropy(draw: Draw) -> Case:
+    inputs, target, about = _with_targets(draw, 130)
 
     def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
         hidden, weight = tensors["hidden"], tensors["weight"]
@@ -382,20 +388,12 @@ def of_cross_entropy(draw: Draw) -> Case:
         logits = (tensors["hidden"] @ tensors["weight"].T).to(accumulation_dtype(tensors["hidden"].dtype))
         return (F.cross_entropy(logits, target, reduction="sum"),)
 
-    about = f"{int((target == -100).sum())} ignored, size {size}"
     return Case(run, reference, inputs, draw.wanted(sorted(inputs)), about=about)
 
 
 def of_token_losses(draw: Draw) -> Case:
     """Of single tokens, for evaluation; without a gradient."""
-    tokens, width, classes = draw.length(600), draw.random.randint(1, 60), draw.random.randint(1, 500)
-    dtype, size = draw.random.choice(DTYPES), draw.random.choice([0.1, 1.0, 1.0, 10.0])
-    target = torch.randint(classes, (tokens,), generator=draw.generator)
-    target[draw.uniform(tokens) < draw.random.choice([0.0, 0.3, 1.0])] = -100
-    inputs = {
-        "hidden": draw.view((draw.normal(tokens, width) * size).to(dtype)),
-        "weight": draw.view(draw.normal(classes, width).to(dtype)),
-    }
+    inputs, target, about = _with_targets(draw, 600)
 
     def run(tensors: Tensors, implementation: str) -> tuple[Tensor, ...]:
         given = (tensors["hidden"], tensors["weight"], target)
@@ -405,7 +403,7 @@ def of_token_losses(draw: Draw) -> Case:
         logits = (tensors["hidden"] @ tensors["weight"].T).to(accumulation_dtype(tensors["hidden"].dtype))
         return (F.cross_entropy(logits, target, reduction="none"),)
 
-    return Case(run, reference, inputs, set(), about=f"{int((target == -100).sum())} ignored, size {size}")
+    return Case(run, reference, inputs, set(), about=about)
 
 
 def of_proposal(draw: Draw) -> Case:
