@@ -214,3 +214,15 @@ def test_what_lies_before_the_first_gate_is_computed_once_in_all_and_the_rest_on
     first = model.config.layer_types.index("selective_attention")
     assert first > 0
     assert calls == [1] * first + [2] * (len(calls) - first)
+
+
+def test_gates_are_forced_for_as_long_as_asked_whatever_happens() -> None:
+    model, tokens = small_model("taipan"), random_tokens(1, 40)
+    with torch.no_grad():
+        own = model(tokens).gates[0].selected_BT
+        for decision in ("open", "closed"):
+            with pytest.raises(InputError), model.gates_forced(decision):
+                assert bool((model(tokens).gates[0].selected_BT == (decision == "open")).all())
+                raise InputError("in the middle")
+        assert model(tokens).gates[0].selected_BT.equal(own)
+    assert 0 < int(own.sum()) < own.numel()

@@ -5,7 +5,7 @@ A Mamba-2, a Jamba and a Taipan with every token selected are the anchors; betwe
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,10 +97,8 @@ def measure(model: "TaipanLM", data: Path, context: int) -> Result:
         "rate_beyond": mean(gate.rate for gate in beyond.gates) if beyond.gates else None,
     }
     for forced in _FORCED if model.sals else ():
-        schedule = model.model.schedule
-        model.model.schedule = replace(schedule, forced=forced)
-        values[f"bits_per_byte_{forced}"] = evaluate(model, valid, context=context).bits_per_byte
-        model.model.schedule = schedule
+        with model.gates_forced(forced):
+            values[f"bits_per_byte_{forced}"] = evaluate(model, valid, context=context).bits_per_byte
     return {**values, "thresholds": [float(sal.gate.threshold) for sal in model.sals]}
 
 

@@ -1,7 +1,10 @@
 """The language model: the decoder with its head, and what is done with the whole of it."""
 
+import collections.abc
 import hashlib
 from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -163,6 +166,16 @@ class TaipanLM(nn.Module):
         if not 0.0 <= fraction <= 1.0:
             raise ConfigError(f"The progress of training is {fraction}, but must be a fraction between 0 and 1.")
         self.model.schedule = GateSchedule.at(self.config, fraction, part)
+
+    @contextmanager
+    def gates_forced(self, decision: Literal["open", "closed"]) -> collections.abc.Generator[None]:
+        """Context in which every gate selects all tokens (`open`) or none (`closed`), whatever it is taught."""
+        schedule = self.model.schedule
+        self.model.schedule = replace(schedule, forced=decision)
+        try:
+            yield
+        finally:
+            self.model.schedule = schedule
 
     def set_recompute(self, on: bool | Literal["selective"], *, states: bool = False) -> None:
         """Train in less memory: keep what stands between the blocks, compute what is inside them twice.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def validate(
         dtype: `float32`, or `bfloat16` for autocast.
         world: the processes, each of which gives its parts of the batches; the outcome is that of the whole batches.
     """
-    was_training, schedule = model.training, model.model.schedule
+    was_training = model.training
     selects = bool(model.sals) and model.config.attention_capacity > 0
     model.eval()
     losses: list[Tensor] = []
@@ -61,10 +61,8 @@ def validate(
         gates.append(gathered(model, output.gates))
         meaning = meaning or GateMeaning.of(model, output.gates)
         if selects:
-            model.model.schedule = replace(schedule, forced="closed")
-            with precision(batch["tokens"].device, dtype):
+            with model.gates_forced("closed"), precision(batch["tokens"].device, dtype):
                 closed = forward_of(model, batch)
-            model.model.schedule = schedule
             losses_closed.append(closed.cross_entropy.double() * counts[-1])
     model.train(was_training)
     assert meaning is not None
