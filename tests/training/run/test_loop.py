@@ -104,6 +104,9 @@ def test_attention_that_gains_nothing_is_told_once_it_should(make_recipe: MakeRe
     assert len(said) == 1
     late = next(record for record in watcher.records if record["step"] == 5)  # the first in the second half
     assert f"{late['valid_loss_closed']:.3f} without any to {late['valid_loss']:.3f}" in said[0]
+    last = Watcher()  # where nothing is evaluated on the way, at the end
+    train(make_recipe(**{"training.evaluate_every": None, "output": f"{make_recipe().output}-last"}), listener=last)
+    assert f"to {last.records[-1]['valid_loss']:.3f} nats" in last.warnings[-1]
 
 
 def test_a_run_leaves_a_model_its_recipe_and_its_curve(make_recipe: MakeRecipe) -> None:

@@ -1,7 +1,7 @@
 """The training run: from a recipe to a model directory, interruptible and resumable at every step."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from taipan.training.run.interruption import StopRequest
 from taipan.training.run.opening import METRICS, RECIPE, SAMPLES, OpenRun, open_run
 from taipan.training.run.session import Session, session_of
 from taipan.training.step.train_step import StepResult
-from taipan.training.watch.diagnostics import gain_warnings, gate_warnings
+from taipan.training.watch.diagnostics import GateWarning, gain_warnings, gate_warnings
 from taipan.training.watch.listener import SilentListener, StepInfo, TrainingListener
 from taipan.training.watch.metrics import Record, append_record
 from taipan.training.watch.samples import sample_text
@@ -209,30 +209,37 @@ class _Loop:
                 "gates": [asdict(gate) for gate in result.gates],
             }
             self._record(record | validation)
-            config = self.run.model.config
-            warnings = [*gate_warnings(config, progress, result.gates)]
-            if validation:
-                loss, closed = validation["valid_loss"], validation.get("valid_loss_closed")
-                warnings += gain_warnings(config, progress, loss, closed)
-            for warning in warnings:
-                if warning.kind not in self.warned:
-                    self.warned.add(warning.kind)
-                    self.listener.warned(warning.message)
+            self._warn(gate_warnings(self.run.model.config, progress, result.gates))
+            self._warn_of_no_gain(progress, validation)
         if settings.sample_every is not None and pace.step % settings.sample_every == 0:
             self._sample()
+
+    def _warn(self, warnings: Iterable[GateWarning]) -> None:
+        """Once of each kind."""
+        for warning in warnings:
+            if warning.kind not in self.warned:
+                self.warned.add(warning.kind)
+                self.listener.warned(warning.message)
+
+    def _warn_of_no_gain(self, progress: float, validation: Record) -> None:
+        if validation:
+            loss, closed = validation["valid_loss"], validation.get("valid_loss_closed")
+            self._warn(gain_warnings(self.run.model.config, progress, loss, closed))
 
     def _finish(self) -> TrainResult:
         run, pace = self.run, self.pace
         calibration = calibrated(run, self.listener)
+        validation = held_out_loss(run, self.listener)
         final: Record = {
             "kind": "final",
             "step": pace.step,
             "tokens": pace.tokens,
             "seconds": round(pace.seconds, 3),
             "calibration": [asdict(entry) for entry in calibration],
-            **held_out_loss(run, self.listener),
+            **validation,
         }
         self._record(final)
+        self._warn_of_no_gain(1.0, validation)
         directory = write_model(run, self.session, final, calibration)
         message = f"Finished after {pace.step} steps and {pace.seconds:.0f} s. The model is in {directory}."
         return self._result(message=message, model_directory=directory, calibration=calibration)
