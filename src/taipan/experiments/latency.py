@@ -20,6 +20,8 @@ PROMPT = 32
 """Tokens before generation; of the prompt's reading nothing is timed then."""
 PIECE = 2048
 """Tokens of a prompt read at once."""
+REPEATS = 3
+"""Of every measurement; a Transformer takes minutes to generate 32K tokens once."""
 _MIB = 2**20
 
 
@@ -125,7 +127,7 @@ def latency(lab: Laboratory) -> Outcome:
             settings={"architecture": name, "model": models[name], "data": lab.data.name, "seed": seed, "job": job}
             | {"lengths": own, "repeat": repeat, "machine": here},
         )
-        for repeat in range(1 if lab.scale.name == "tiny" else 5)
+        for repeat in range(1 if lab.scale.name == "tiny" else REPEATS)
         for job, own in jobs
         for name in _turned(list(configs), repeat)
     ]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SHARE = 0.25
 """Of the rows of models that are trained with retrieval tasks as well."""
 _AMONG = {"passkey": 4, "pairs": 8}  # statements of a question
+LIMIT = 1000
+"""Questions of a file of recall, the first ones: they tell a share to within 0.03."""
 _DEPTHS = (0.0, 0.5, 1.0)
 
 
@@ -68,7 +70,8 @@ def measure_recall(model: "TaipanLM", data: Path, options: Any) -> Result:
             `limit` of the questions of a file, None for all.
 
     Returns:
-        `found`: share by task; `questions`: their number; `hidden`: kind, length, depth and share.
+        `found`: share by task; `intervals`: its 95 % interval; `questions`: their number; `hidden`: kind, length, depth
+        and share.
     """
     import tempfile
 
@@ -82,6 +85,7 @@ def measure_recall(model: "TaipanLM", data: Path, options: Any) -> Result:
     given = [name for name, *_ in options["files"]]
     return {
         "found": {name: answered["results"][name]["contains,none"] for name in given},
+        "intervals": {name: answered["intervals"][name]["contains,none"] for name in given},
         "questions": {name: answered["n-samples"][name]["effective"] for name in given},
         "hidden": [
             [kind, length, depth, hidden["results"][name]["contains,none"]]
@@ -134,7 +138,7 @@ def recall(lab: Laboratory) -> Outcome:
         "files": _files(lab, ENTRIES["recall"].files, 0),
         "lengths": [context // 2] if tiny else [context // 2, context, 4 * context, 16 * context],
         "questions": 2 if tiny else 24,
-        "limit": 2 if tiny else None,
+        "limit": 2 if tiny else LIMIT,
     }
     configs = architectures(lab.scale)
     shares = (SHARE,) if tiny else (0.0, SHARE)
@@ -151,11 +155,10 @@ def recall(lab: Laboratory) -> Outcome:
     if first["found"]:
         given = list(first["found"])
         header = ["model", *(f"{name} ({first['questions'][name]:,} questions)" for name in given)]
-        lines = [
-            [name, *(spread([result["found"][task] for result in own]) for task in given)]
-            for name, own in results.items()
-        ]
-        tables.append(Table("Answers contained in what is generated", header, lines))
+        lines = [[name, *(_found(own, task) for task in given)] for name, own in results.items()]
+        tables.append(
+            Table("Answers contained in what is generated, with 95 % intervals over questions", header, lines)
+        )
     for number, kind in enumerate(("passkey", "pairs")):
         cells = [cell for cell in first["hidden"] if cell[0] == kind]
         header = ["model", *(f"{length:,}, depth {depth:g}" for _, length, depth, _ in cells)]
@@ -168,6 +171,12 @@ def recall(lab: Laboratory) -> Outcome:
     return Outcome(
         results, tuple(tables), {"without a file": [name for name in ENTRIES["recall"].files if name not in lab.files]}
     )
+
+
+def _found(own: Sequence[Result], task: str) -> str:
+    """Seeds answer the same questions, so that their intervals are joined, not averaged."""
+    low, high = (end(result["intervals"][task][side] for result in own) for side, end in enumerate((min, max)))
+    return f"{_mean(result['found'][task] for result in own):.3f} ({low:.3f}–{high:.3f})"
 
 
 def _cell(result: Result, cell: Sequence[Any]) -> float:
