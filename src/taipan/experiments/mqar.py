@@ -131,10 +131,12 @@ def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, st
 def train(scale: Scale, directory: Path, run: Run) -> Result:
     """Train one model on fresh batches of the mixture and test it; a module-level function for worker processes."""
     from taipan.experiments.course import UNFINISHED, from_scratch, seen
+    from taipan.hardware import training_dtype
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.step.batch import Batch
 
     settings = run.settings
+    dtype = training_dtype().dtype
 
     def batch(step: int) -> Batch:
         tokens, labels = scale.mixture.train_batch(step, scale.rows, int(settings["seed"]))
@@ -146,10 +148,10 @@ def train(scale: Scale, directory: Path, run: Run) -> Result:
         OptimizerSection(name="adamw", learning_rate=settings["learning_rate"], weight_decay=0.1),
         ScheduleSection(kind="cosine", warmup=0.05, final=0.0),
         init="mqar-init",
-        dtype="float32",
+        dtype=dtype,
         directory=directory / UNFINISHED,
     )
-    return {"run": run.name, **settings, **seen(model, course), "tests": test(model, scale.mixture)}
+    return {"run": run.name, **settings, "dtype": dtype, **seen(model, course), "tests": test(model, scale.mixture)}
 
 
 def test(model: "TaipanLM", mixture: MQARMixture) -> list[Result]:
