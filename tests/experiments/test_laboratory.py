@@ -255,6 +255,11 @@ def test_every_experiment_at_tiny(name: str, lab: Laboratory, monkeypatch: pytes
             assert result.keys() >= KEYS, model
             if ENTRIES[name].text:
                 assert result["tokens"] == TINY.steps * TINY.rows * TINY.context, model
+            for task in result.get("tasks", {}).values():
+                low, high = task["interval"]
+                assert low < task["score"] < high, model
+            for task, (low, high) in result.get("intervals", {}).items():
+                assert low <= result["found"][task] <= high, model
     # what is written is all that the page of the claims needs; results of `tiny` are not shown there
     about = {"scale": "small", "text": "code"}
     _, written = write(name, ENTRIES[name].claim, outcome, tmp_path / "results", "the command", about)

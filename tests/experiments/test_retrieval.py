@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from taipan.data.corpus import Document
 from taipan.data.shards import TokenDataset, prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.errors import DataError, InputError
+from taipan.experiments import tasks
 from taipan.experiments.retrieval import prepare_tasks, question, with_tasks
 from taipan.experiments.tasks import above_chance, hide
 from taipan.seeding import seeded_generator
+from tests.models import small_model
 
 TOKENIZER = Tokenizer.bytes()
 TEXT = TOKENIZER.encode("It was a dark night. " * 200)
@@ -126,7 +129,30 @@ def test_questions_have_the_same_keys_at_every_depth(tmp_path: Path) -> None:
 
 
 def test_a_score_is_above_chance_if_its_interval_is() -> None:
-    assert above_chance([{"score": 0.60, "error": 0.04, "chance": 0.5}])
-    assert not above_chance([{"score": 0.57, "error": 0.04, "chance": 0.5}])
-    assert not above_chance([{"score": 0.60, "error": None, "chance": 0.5}])
-    assert not above_chance([{"score": 0.60, "error": 0.01, "chance": None}])
+    def score(low: float | None, chance: float | None = 0.5) -> dict[str, Any]:
+        return {"score": 0.6, "interval": None if low is None else [low, 0.7], "chance": chance}
+
+    assert above_chance([score(0.51)])
+    assert not above_chance([score(0.51), score(0.49)])
+    assert not above_chance([score(0.5)])
+    assert not above_chance([score(None)])
+    assert not above_chance([score(0.51, None)])
+
+
+def test_scores_of_tasks_have_intervals_and_the_chance_of_their_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked gives its own intervals, and no standard error of lm-eval; a guess has no score in mc2."""
+    asked = {
+        "results": {
+            "piqa": {"acc,none": 0.5, "acc_norm,none": 0.6},
+            "truthfulqa": {"mc1,none": 0.2, "mc2,none": 0.4},
+        },
+        "intervals": {"piqa": {"acc_norm,none": [0.5, 0.7]}, "truthfulqa": {}},
+        "n-samples": {"piqa": {"effective": 9}, "truthfulqa": {"effective": 9}},
+        "chance": {"piqa": 0.5, "truthfulqa": 0.25},
+    }
+    monkeypatch.setattr(tasks, "_asked", lambda *_: asked)
+    options = {"files": [["piqa", "a", ""], ["truthfulqa", "b", ""]], "limit": None}
+    found = tasks.measure_zero_shot(small_model(dtype=torch.float32), Path(), options)["tasks"]
+    same = {"questions": 9}
+    assert found["piqa"] == {"metric": "acc_norm", "score": 0.6, "interval": [0.5, 0.7], "chance": 0.5, **same}
+    assert found["truthfulqa"] == {"metric": "mc2", "score": 0.4, "interval": None, "chance": None, **same}

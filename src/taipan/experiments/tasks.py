@@ -1,7 +1,6 @@
 """Questions: recall over given documents and of what was hidden in a text, and the nine tasks of Table 1."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +154,14 @@ def recall(lab: Laboratory) -> Outcome:
     if first["found"]:
         given = list(first["found"])
         header = ["model", *(f"{name} ({first['questions'][name]:,} questions)" for name in given)]
-        lines = [[name, *(_found(own, task) for task in given)] for name, own in results.items()]
+        lines = [
+            [name]
+            + [
+                _with_interval([each["found"][task] for each in own], [each["intervals"][task] for each in own])
+                for task in given
+            ]
+            for name, own in results.items()
+        ]
         tables.append(
             Table("Answers contained in what is generated, with 95 % intervals over questions", header, lines)
         )
@@ -173,12 +179,6 @@ def recall(lab: Laboratory) -> Outcome:
     )
 
 
-def _found(own: Sequence[Result], task: str) -> str:
-    """Seeds answer the same questions, so that their intervals are joined, not averaged."""
-    low, high = (end(result["intervals"][task][side] for result in own) for side, end in enumerate((min, max)))
-    return f"{_mean(result['found'][task] for result in own):.3f} ({low:.3f}–{high:.3f})"
-
-
 def _cell(result: Result, cell: Sequence[Any]) -> float:
     return next(own[3] for own in result["hidden"] if own[:3] == cell[:3])
 
@@ -187,28 +187,34 @@ def _cell(result: Result, cell: Sequence[Any]) -> float:
 
 
 def measure_zero_shot(model: "TaipanLM", data: Path, options: Any) -> Result:
-    """Accuracy of tasks in local files, its 95 % interval, and what a guess gets.
+    """Accuracy of tasks in local files, its 95 % interval over questions, and what a guess gets.
 
     Args:
         model: asked.
         data: prepared text, for its tokenizer.
         options: `files`: name, path and digest of each; `limit` of the questions of each, or None.
+
+    Returns:
+        `tasks`: by name `metric`, `score`, `interval` (None of one question), `questions`, and `chance` (None where a
+        guess has no score: `mc2`).
     """
     asked = _asked(model, data, [f"{name}={path}" for name, path, _ in options["files"]], options["limit"])
-    tasks = {name: _score(asked["results"][name]) for name, *_ in options["files"]}
-    for name, values in tasks.items():
-        values |= {"questions": asked["n-samples"][name]["effective"], "chance": asked["chance"].get(name)}
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, *_ in options["files"]:
+        values = asked["results"][name]
+        metric = _TABLED.get(name) or next(metric for metric in _METRICS if f"{metric},none" in values)
+        tasks[name] = {
+            "metric": metric,
+            "score": values[f"{metric},none"],
+            "interval": asked["intervals"][name].get(f"{metric},none"),
+            "questions": asked["n-samples"][name]["effective"],
+            "chance": None if metric == "mc2" else asked["chance"].get(name),
+        }
     return {"tasks": tasks}
 
 
-_METRICS = ("acc_norm", "mc2", "acc", "contains")
-
-
-def _score(values: dict[str, Any]) -> dict[str, Any]:
-    """The metric that lm-eval's tables show of a task, and its standard error."""
-    metric = next(name for name in _METRICS if f"{name},none" in values)
-    error = values.get(f"{metric}_stderr,none")
-    return {"metric": metric, "score": values[f"{metric},none"], "error": error if isinstance(error, float) else None}
+_METRICS = ("acc_norm", "mc2", "acc")
+_TABLED = {"boolq": "acc"}  # lm-eval does not divide yes and no by their length
 
 
 def zero_shot(lab: Laboratory) -> Outcome:
@@ -226,9 +232,12 @@ def zero_shot(lab: Laboratory) -> Outcome:
         line = [f"{task} ({values['metric']})", f"{values['questions']:,}"]
         line.append("–" if values["chance"] is None else f"{values['chance']:.3f}")
         cells = {name: [result["tasks"][task] for result in own] for name, own in results.items()}
-        line += [_with_interval(own) for own in cells.values()]
+        line += [
+            _with_interval([own["score"] for own in seeds], [own["interval"] for own in seeds])
+            for seeds in cells.values()
+        ]
         above = [name for name, own in cells.items() if above_chance(own)]
-        lines.append([*line, ", ".join(above) or "none: chance"])
+        lines.append([*line, "–" if values["chance"] is None else ", ".join(above) or "none: chance"])
     scores = [[_mean(result["tasks"][task]["score"] for result in own) for task in first] for own in results.values()]
     averages = [f"{_mean(own):.3f}" for own in scores]
     lines.append(["average", "", "", *averages, ""])
@@ -241,21 +250,20 @@ def _mean(values: Any) -> float:
     return sum(known) / len(known)
 
 
-def _half_width(own: Sequence[dict[str, Any]]) -> float:
-    """Of the 95 % interval of a mean over seeds: seeds answer the same questions, so that errors do not average out."""
-    return 1.96 * max(values["error"] or 0.0 for values in own)
-
-
-def _with_interval(own: Sequence[dict[str, Any]]) -> str:
-    return f"{_mean(values['score'] for values in own):.3f} ± {_half_width(own):.3f}"
+def _with_interval(scores: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> str:
+    """Their mean; seeds answer the same questions, so that their intervals are joined, not averaged."""
+    ends = [interval for interval in intervals if interval is not None]
+    if not ends:
+        return f"{_mean(scores):.3f}"
+    return f"{_mean(scores):.3f} ({min(low for low, _ in ends):.3f}–{max(high for _, high in ends):.3f})"
 
 
 def above_chance(own: Sequence[dict[str, Any]]) -> bool:
-    """Whether the interval of a score lies above chance; False where chance or error is not known."""
+    """Whether the intervals of a score over all seeds lie above chance; False where one of both is not known."""
     chance = own[0]["chance"]
-    if chance is None or any(values["error"] is None for values in own):
+    if chance is None or any(values["interval"] is None for values in own):
         return False
-    return _mean(values["score"] for values in own) - _half_width(own) > chance + math.ulp(chance)
+    return min(values["interval"][0] for values in own) > chance
 
 
 EXPERIMENTS: dict[str, Callable[[Laboratory], Outcome]] = {"recall": recall, "zero-shot": zero_shot}
