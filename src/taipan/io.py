@@ -65,6 +65,27 @@ def atomic_directory(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> 
             _sync(target.parent)
 
 
+def carry_over(path: Path, new: Path) -> None:
+    """Put what a directory that is about to be replaced holds into the one that takes its place, on the same disk.
+
+    A file is copied; the files of a directory, which may be many and large, get a second name where the file system
+    can give one, and are copied where it cannot. Links stay links, but for one to a file, which becomes that file.
+    """
+    if path.is_file():
+        shutil.copy2(path, new)
+    elif path.is_symlink():
+        new.symlink_to(path.readlink())
+    else:
+        shutil.copytree(path, new, symlinks=True, copy_function=_second_name)
+
+
+def _second_name(path: str, new: str) -> None:
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copy2(path, new)
+
+
 def publish_directory(staged: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Put a directory that was written elsewhere on the same disk in the place of ``path``, as one step.
 
@@ -366,7 +387,8 @@ def _sync(path: Path) -> None:
 def _sync_tree(path: Path) -> None:
     for directory, _, names in os.walk(path):
         for name in names:
-            _sync(Path(directory, name))
+            if not os.path.islink(os.path.join(directory, name)):  # it has nothing of its own, and may lead nowhere
+                _sync(Path(directory, name))
         _sync(Path(directory))
 
 

@@ -1,4 +1,5 @@
 import errno
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,23 @@ def test_the_budget_holds_afterwards(cli: Cli, copy: Path, text_file: Path) -> N
     for layer in trace(TaipanLM.from_pretrained(copy), Tokenizer.bytes().encode(TEXT)):
         assert float(layer.selected_T.float().mean()) == pytest.approx(0.3, abs=0.02)
         assert f"{layer.threshold:.4f}" in finished.out
+
+
+def test_what_else_stands_in_the_directory_stays(cli: Cli, copy: Path, text_file: Path) -> None:
+    """A repository in it (`.git`), other formats of the model, links, and what the tokenizer's settings say."""
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    kept = {"card.md": b"mine", ".git/objects/ab/c": b"history", "onnx/model.onnx": b"weights"}
+    kept["tokenizer_config.json"] = json.dumps({**settings, "chat_template": "{{ messages }}", "mine": 1}).encode()
+    for name, content in kept.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    (copy / "onnx/gone").symlink_to("nowhere")
+    (copy / "beside").symlink_to("onnx")
+    finished = cli("calibrate", copy, text_file, "--context", 32, "--tokens", 64)
+    assert finished.code == 0, finished.err
+    assert {name: (copy / name).read_bytes() for name in kept} == kept
+    assert (copy / "onnx/gone").readlink() == Path("nowhere")
+    assert (copy / "beside").readlink() == Path("onnx")
 
 
 def test_bad_input_is_refused(refused: Callable[..., str], copy: Path, text_file: Path, tmp_path: Path) -> None:

@@ -221,6 +221,29 @@ def test_save_and_load_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Pat
         assert loaded.decode(loaded.encode(text)) == text
 
 
+def test_saving_keeps_the_template_and_the_names_that_stood_there(tmp_path: Path) -> None:
+    said = {
+        "chat_template": "{{ bos_token }}",
+        "bos_token": {"content": "a"},
+        "pad_token": "unknown to it",
+        "add_bos_token": True,
+        "tokenizer_class": "LlamaTokenizer",
+        "padding_side": "right",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    Tokenizer.bytes().save(tmp_path)
+    Tokenizer.load(tmp_path).save(tmp_path)
+    kept = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert kept == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "padding_side": "left",
+        "model_max_length": 2**31 - 1,
+        "chat_template": "{{ bos_token }}",
+        "bos_token": {"content": "a"},
+    }
+
+
 def test_the_end_token_is_taken_from_the_configuration_beside_it(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_str(BYTES._backend.to_str())  # pyright: ignore
     backend.add_special_tokens(["<stop>"])

@@ -19,6 +19,7 @@ from tests.models import random_tokens, small_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.layers.1.norm.weight"
+THRESHOLD = "model.layers.1.mixer.gate.threshold"
 
 
 @pytest.fixture
@@ -58,9 +59,9 @@ VERBS: dict[str, Callable[[Path], list[object]]] = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("name", [NORM, "model.layers.0.mixer.A_log", "model.layers.1.mixer.gate.threshold"])
+@pytest.mark.parametrize("name", [NORM, "model.layers.0.mixer.A_log", THRESHOLD])
 def test_every_verb_refuses_weights_that_are_not_finite_before_it_writes(verb: str, name: str, directory: Path) -> None:
-    change(directory, name, one(float("nan") if name == NORM else float("inf")))
+    change(directory, name, one(float("inf") if name.endswith("A_log") else float("nan")))
     command = VERBS[verb](directory)
     before = {path: path.read_bytes() for path in directory.iterdir()}
     finished = run(*command)
@@ -94,10 +95,21 @@ def test_finite_weights_that_overflow_are_refused_before_anything_is_written(ver
 def test_one_number_that_is_not_finite_is_found(value: float, dtype: torch.dtype, directory: Path) -> None:
     weights = load_file(directory / WEIGHTS)
     for name in weights:
+        if name.endswith("gate.threshold") and value == value:
+            continue
         save_file({**{key: t.to(dtype) for key, t in weights.items()}}, directory / WEIGHTS)
         change(directory, name, one(value))
         with pytest.raises(CheckpointError, match=rf"not finite in 1 of its tensors \({name}\)"):
             TaipanLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(("capacity", "threshold"), [(0.0, float("inf")), (1.0, -float("inf"))])
+def test_gates_that_select_none_or_all_are_read_again(capacity: float, threshold: float, directory: Path) -> None:
+    finished = run("calibrate", directory, text(directory), "--tokens", 64, "--context", 32, "--capacity", capacity)
+    assert finished.code == 0, finished
+    loaded = TaipanLM.from_pretrained(directory)
+    assert [float(sal.gate.threshold) for sal in loaded.sals] == [threshold] * len(loaded.sals)
+    assert [float(gate.rate) for gate in loaded(random_tokens(1, 8)).gates] == [capacity] * len(loaded.sals)
 
 
 @pytest.mark.parametrize(

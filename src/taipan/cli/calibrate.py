@@ -58,7 +58,7 @@ def register(app: typer.Typer, panel: str) -> None:
                 window = sampler.batch(index, 1)
                 batches.append({"tokens": window["tokens"], "segment_ids": window["segment_ids"]})
             results = run(loaded.model, batches, capacity)
-        loaded.model.save_pretrained(model, loaded.tokenizer)
+        loaded.model.save_pretrained(model)  # the tokenizer's files stay as they are
         rows = [
             [
                 str(entry.layer),

@@ -211,8 +211,12 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json`` and a ``tokenizer_config.json`` (which names the end token) into a directory.
 
+        Of a ``tokenizer_config.json`` that stands there the chat template stays, and the names that it may use of
+        special tokens that this tokenizer has.
+
         Raises:
             CheckpointError: the directory cannot be written or the disk is full.
+            DataError: the ``tokenizer_config.json`` that stands there cannot be read.
         """
         atomic_write(Path(directory, TOKENIZER_FILE), self.to_json().encode())
         # on the left, for batched generation with transformers
@@ -221,8 +225,18 @@ class Tokenizer:
             "eos_token": self.eos_token,
             "padding_side": "left",
             "model_max_length": READABLE,  # else evaluation harnesses take 2,048 and cut longer texts
+            **self._kept_of(Path(directory, _CONFIG_FILE)),
         }
         atomic_write(Path(directory, _CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())
+
+    def _kept_of(self, file: Path) -> dict[str, Any]:
+        """What :meth:`save` leaves of a configuration; whatever could change how a text is encoded is none of it."""
+        if not file.is_file():
+            return {}
+        said = parse_json_object(read_text(file), str(file))
+        tokens = {key: _token_name(value) for key, value in said.items() if key.endswith("_token")}
+        known = [key for key, name in tokens.items() if name and self._backend.token_to_id(name) is not None]
+        return {key: said[key] for key in ("chat_template", *known) if key in said and key != "eos_token"}
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without an end-of-document token.
@@ -567,7 +581,11 @@ def _without_added_tokens(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokeni
 def _configured_eos(file: Path) -> str | None:
     if not file.exists():
         return None
-    token = parse_json_object(read_text(file), str(file)).get("eos_token")
+    return _token_name(parse_json_object(read_text(file), str(file)).get("eos_token"))
+
+
+def _token_name(token: object) -> str | None:
+    """The name of a token as a configuration gives it: a text, or an object with its `content`."""
     if isinstance(token, dict):
         token = cast("dict[str, object]", token).get("content")
     return token if isinstance(token, str) else None

@@ -4,7 +4,6 @@ What is read is a configuration and tensors, and so is what is written: nothing 
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from taipan.config import TaipanConfig
 from taipan.errors import CheckpointError, DataError, brief, shown
-from taipan.io import atomic_directory, parse_json_object
+from taipan.io import atomic_directory, carry_over, parse_json_object
 from taipan.model.int4 import METHOD, PARTS, check_int4, description, is_in_int4
 from taipan.model.weights import (
     PRECISE,
@@ -65,7 +64,7 @@ def write_generation_config(config: TaipanConfig, tokenizer: "Tokenizer", direct
 def save_model(
     config: TaipanConfig, weights: dict[str, Tensor], directory: str | Path, tokenizer: "Tokenizer | None" = None
 ) -> None:
-    """Write a model directory whole or not at all; files of another kind that stand there are kept.
+    """Write a model directory whole or not at all; what else stands there, directories too, is kept.
 
     Args:
         config: of the model.
@@ -93,8 +92,8 @@ def save_model(
         if directory.is_dir():
             replaced = {CONFIG, REMOTE_CODE, WEIGHTS, *shards(directory)}
             for entry in directory.iterdir():
-                if entry.is_file() and entry.name not in replaced:
-                    shutil.copy2(entry, temporary / entry.name)
+                if entry.name not in replaced:
+                    carry_over(entry, temporary / entry.name)
         write_model(config, weights, temporary, tokenizer)
 
 

@@ -222,7 +222,7 @@ class TaipanLM(nn.Module):
         *,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write the model's directory whole or not at all; files of another kind that stand there are kept.
+        """Write the model's directory whole or not at all; what else stands there, directories too, is kept.
 
         Args:
             directory: where to; replaced in one step once the new one is complete.

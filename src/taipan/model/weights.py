@@ -16,7 +16,8 @@ from taipan.native.memory import Arena
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PRECISE = ("A_log", "D", "dt_bias", "gate.threshold")
+_THRESHOLD = "gate.threshold"
+PRECISE = ("A_log", "D", "dt_bias", _THRESHOLD)
 """Tensors that keep their dtype where a model is cast, by the end of their names."""
 _READERS = 4  # threads: the first touch of a page takes longer than its copy
 _READ = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -168,6 +169,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 def check_numbers(path: Path, tensors: Mapping[str, Tensor], *, one_dtype: bool = True) -> None:
     """Refuse weights that no forward can compute with: of another type, of several types, or not finite.
 
+    The threshold of a gate may be infinite: such a gate selects every token, or none.
+
     Args:
         path: the file of the weights, for the message.
         tensors: the weights by name.
@@ -194,7 +197,7 @@ def check_numbers(path: Path, tensors: Mapping[str, Tensor], *, one_dtype: bool 
             f"{path} mixes dtypes: {brief(', '.join(odd))}, the others are {_name(most)}. Load them all in one "
             "(dtype=torch.float32, on the command line --dtype float32), or save the model again."
         )
-    odd = [name for name in names if not _is_finite(tensors[name])]
+    odd = [name for name in names if not _is_usable(name, tensors[name])]
     if odd:
         raise CheckpointError(
             f"{path} holds numbers that are not finite in {len(odd)} of its tensors ({brief(', '.join(odd))}): the "
@@ -202,9 +205,11 @@ def check_numbers(path: Path, tensors: Mapping[str, Tensor], *, one_dtype: bool 
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _is_usable(name: str, tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
+    if name.endswith(_THRESHOLD):
+        return not bool(tensor.isnan().any())
     low, high = tensor.aminmax()  # reads once and makes no copy; a NaN is both
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

@@ -1,5 +1,6 @@
 """Starting from a model directory."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def test_weights_and_configuration_come_from_the_directory_and_are_trained_in_fl
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, base.state_dict()[name].float()), name
     assert model.sals[0].gate.threshold == 0.25
+
+
+def test_a_threshold_that_no_step_can_move_does_not_come_along(
+    make_recipe: Callable[..., Recipe], directory: Path
+) -> None:
+    closed = TaipanLM.from_pretrained(directory)
+    closed.sals[0].gate.threshold.fill_(math.inf)  # as calibrated to a budget of 0
+    closed.save_pretrained(directory)
+    assert start(make_recipe(model={"from": str(directory)})).sals[0].gate.threshold == 0
 
 
 def test_what_does_not_fit_is_refused_by_name(

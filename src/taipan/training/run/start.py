@@ -17,7 +17,8 @@ def initial_model(recipe: Recipe, config: TaipanConfig, tokenizer: Tokenizer) ->
     Args:
         recipe: `model.from` names a model directory; without it the weights are drawn from `training.seed`.
         config: of the model. With `model.from` it may differ from the directory's in what shapes no weight (the gate's
-            schedules, the window); thresholds that were calibrated there come along.
+            schedules, the window); thresholds that were calibrated there come along, but for infinite ones (of a
+            budget of 0 or 1), from which no step of training leads away.
         tokenizer: of the data.
 
     Raises:
@@ -54,4 +55,7 @@ def initial_model(recipe: Recipe, config: TaipanConfig, tokenizer: Tokenizer) ->
                 f"`--tokenizer {source}`."
             )
     model.load_state_dict(tensors)  # copied, so in float32 whatever they are stored in
+    for sal in model.sals:
+        if sal.gate.threshold.isinf():
+            sal.gate.threshold.zero_()
     return model
