@@ -59,6 +59,11 @@ def test_bad_input_is_refused(
     assert "is empty" in said(empty)
     assert "offset 2" in said(latin)
     assert "context is 0" in said(text_file, "--context", 0)
+    # what the other way of measuring takes would be ignored
+    assert "--limit, --num-fewshot are of --tasks" in said(text_file, "--num-fewshot", 0, "--limit", 5)
+    assert "--batch-size, --include are of --tasks" in said(text_file, "--batch-size", 8, "--include", tmp_path)
+    message = said("--tasks", "a=b.jsonl", "--context", 5, "--piece", 2048, "--batch-tokens", 9)
+    assert "--batch-tokens, --context, --piece are of texts" in message
     other = tmp_path / "other"
     tokenizer = Tokenizer.train_bpe([TEXT], 280)
     prepare([Document("text", TEXT)], tokenizer, other / "train")

@@ -89,6 +89,28 @@ def test_what_the_harness_cannot_do_is_refused(text: TextModel) -> None:
         Harness(text)._loglikelihood_tokens([(("", "a"), [], [97])])
 
 
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([], "No task was named"),
+        (["a=one.jsonl", "b=two.jsonl", "a=three.jsonl"], "'a' is named twice"),
+        (["piqa", "piqa"], "'piqa' is named twice"),
+        (["=one.jsonl"], "'=one.jsonl' .* must be NAME=FILE"),
+        (["a="], "'a=' .* must be NAME=FILE"),
+    ],
+)
+def test_tasks_that_would_be_lost_are_refused(tasks: list[str], words: str, text: TextModel) -> None:
+    """lm-eval keeps the last of a name only."""
+    with pytest.raises(ConfigError, match=words):
+        evaluate_tasks(text, tasks)
+
+
+def test_more_examples_than_there_are_questions_are_refused(text: TextModel, tmp_path: Path) -> None:
+    tasks = [task for task in written(tmp_path) if task.startswith(("choice", "truth"))]
+    with pytest.raises(ConfigError, match="choice has 3 questions, so at most 2 can stand as examples"):
+        evaluate_tasks(text, tasks, num_fewshot=3)
+
+
 LINES: dict[str, list[dict[str, Any]]] = {
     "choice": [{"query": "Is it?", "choices": ["it is", "never"], "gold": gold} for gold in (0, 1, 0)],
     "digits": [{"query": "12", "choices": ["[3]", "4"], "gold": 0}] * 2,  # what templates would evaluate

@@ -55,6 +55,8 @@ def test_the_command_writes_and_trains_nothing(tmp_path: Path) -> None:
         (["zero-shot", "--scale", "tiny"], "no file of questions was given"),
         (["zero-shot", "--scale", "tiny", "--task", "squad=x"], "is unknown"),
         (["recall", "--scale", "tiny", "--task", "squad"], "must be NAME=FILE"),
+        (["recall", "--scale", "tiny", "--task", "squad=a", "--task", "squad=b"], "--task names 'squad' twice"),
+        (["model", "taipan-small", "--text", "a=a.txt", "--text", "a=b.txt"], "--text names 'a' twice"),
         (["recall", "--scale", "tiny", "--task", "squad=none.json"], "is no file"),
     ],
 )

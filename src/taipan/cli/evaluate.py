@@ -23,8 +23,13 @@ def register(app: typer.Typer, panel: str) -> None:
             list[int] | None,
             typer.Option(help="Longest context in tokens; repeatable. [default: whole documents]"),
         ] = None,
-        piece: Annotated[int, typer.Option(help="Tokens of a document read at once: speed and memory only.")] = 2048,
-        batch_tokens: Annotated[int, typer.Option(help="Tokens of all documents read at once.")] = 4096,
+        piece: Annotated[
+            int | None,
+            typer.Option(help="Tokens of a document read at once: speed and memory only.", show_default="2048"),
+        ] = None,
+        batch_tokens: Annotated[
+            int | None, typer.Option(help="Tokens of all documents read at once.", show_default="4096")
+        ] = None,
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. [default: as stored]")] = None,
         tasks: Annotated[
             list[str] | None,
@@ -32,7 +37,9 @@ def register(app: typer.Typer, panel: str) -> None:
                 help="Instead of texts: tasks of lm-eval, or NAME=FILE, with commas between them; repeatable."
             ),
         ] = None,
-        batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task read side by side.")] = 8,
+        batch_size: Annotated[
+            int | None, typer.Option(min=1, help="Questions of a task read side by side.", show_default="8")
+        ] = None,
         num_fewshot: Annotated[
             int | None, typer.Option(min=0, help="Examples before each question. [default: as the task says]")
         ] = None,
@@ -67,8 +74,14 @@ def register(app: typer.Typer, panel: str) -> None:
             raise InputError(
                 "Name texts to measure (a prepared data set, files), or tasks to ask (--tasks): one of the two."
             )
+        of_texts = {"--batch-tokens": batch_tokens, "--context": context, "--piece": piece}
+        of_tasks = {"--batch-size": batch_size, "--include": include, "--limit": limit, "--num-fewshot": num_fewshot}
+        idle, kind = (of_tasks, "--tasks") if data else (of_texts, "texts")
+        ignored = [option for option, value in idle.items() if value is not None]
+        if ignored:
+            raise InputError(f"{', '.join(ignored)} are of {kind}, and nothing else: leave out what is not measured.")
         if not data:
-            found = _ask(load(model, dtype=dtype), asked, batch_size, num_fewshot, limit, include)
+            found = _ask(load(model, dtype=dtype), asked, batch_size or 8, num_fewshot, limit, include)
             if json_file is not None:
                 _write(json_file, model, [asked], [found])
                 note(f"Results: {json_file}")
@@ -83,8 +96,8 @@ def register(app: typer.Typer, panel: str) -> None:
                             loaded.model,
                             dataset,
                             context=length,
-                            piece=piece,
-                            batch_tokens=batch_tokens,
+                            piece=2048 if piece is None else piece,
+                            batch_tokens=4096 if batch_tokens is None else batch_tokens,
                             progress=report,
                         )
                     )

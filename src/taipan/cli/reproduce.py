@@ -140,7 +140,7 @@ def register(app: typer.Typer, panel: str) -> None:
         def finished(run: Run, result: Result, done: int, of: int) -> None:
             note(f"[{done}/{of}] {run.name} ({duration(result['seconds'])})")
 
-        texts, files = dict(map(_named_text, text)), dict(map(_named, task or []))
+        texts, files = _named(text, "--text"), _named(task or [], "--task")
         amounts = Amounts(contexts=(*(context for context in Amounts().contexts if context < longest), longest))
         directory = out / model.name
         with runs_progress() as progress:
@@ -261,7 +261,7 @@ def _reproduce(
         note(f"[{done}/{of}] {run.name} (seed {run.settings['seed']}{seconds})")
 
     option, values = given
-    files = dict(_named(own, option) for own in values)
+    files = _named(values, option)
     # what reads no text has its own scale of the paper, which runs anywhere, for days
     size = SCALES[scale.value] if scale.value in SCALES else replace(SCALES["small"], name=scale.value)
     if seeds is not None and seeds > len(size.seeds):
@@ -283,22 +283,23 @@ def _reproduce(
         note(f"Written: {path}")
 
 
-def _named(task: str, option: str = "--task") -> tuple[str, Path]:
-    """Name and file of NAME=FILE.
+def _named(values: Sequence[str], option: str) -> dict[str, Path]:
+    """Files by name, of an option that is given NAME=FILE, perhaps several times.
 
     Raises:
-        InputError: it is something else.
+        InputError: one is something else, or a name stands twice.
     """
     from taipan.errors import InputError, shown
 
-    name, equals, file = task.partition("=")
-    if not equals or not name or not file:
-        raise InputError(f"{option} is {shown(task)}, but must be NAME=FILE, for example {_EXAMPLES[option]}.")
-    return name, Path(file)
-
-
-def _named_text(text: str) -> tuple[str, Path]:
-    return _named(text, "--text")
+    files: dict[str, Path] = {}
+    for value in values:
+        name, equals, file = value.partition("=")
+        if not equals or not name or not file:
+            raise InputError(f"{option} is {shown(value)}, but must be NAME=FILE, for example {_EXAMPLES[option]}.")
+        if name in files:
+            raise InputError(f"{option} names {shown(name)} twice: give each file a name of its own.")
+        files[name] = Path(file)
+    return files
 
 
 _LONG = (

@@ -317,9 +317,10 @@ def evaluate_tasks(
         the same; `chance`: what a guess gets in a local task with choices; `tokens`: how many were asked and read.
 
     Raises:
-        ConfigError: a task is unknown.
+        ConfigError: a task is unknown, or named twice; there are fewer questions in a file than examples are wanted.
         DataError: a local file cannot be read, or has no known form.
     """
+    _check_names(tasks)
     local = [LocalTask(*task.split("=", 1)) if "=" in task else task for task in tasks]
     named = [task for task in local if isinstance(task, str)]
     # its own thousands of tasks take half a minute to list
@@ -330,6 +331,9 @@ def evaluate_tasks(
             f"lm-eval knows no task {', '.join(map(shown, unknown))}: `lm-eval ls tasks` lists all. For a local file "
             "write NAME=FILE.jsonl."
         )
+    for task in local:
+        if isinstance(task, LocalTask):
+            task.require_examples(num_fewshot)
     harness = Harness(text, batch_size=batch_size)
     run: Any = simple_evaluate  # its decorator hides what it takes
     found = run(
@@ -359,6 +363,20 @@ def evaluate_tasks(
         },
         "tokens": {"asked": harness.counts.asked, "read": harness.counts.read},
     }
+
+
+def _check_names(tasks: Sequence[str]) -> None:
+    """Refuse names that lm-eval would take for one: it keeps the last."""
+    if not tasks:
+        raise ConfigError("No task was named: give names of lm-eval's tasks, or NAME=FILE for local files.")
+    seen: set[str] = set()
+    for task in tasks:
+        name, equals, file = task.partition("=")
+        if not name or (equals and not file):
+            raise ConfigError(f"{shown(task)} is no task: a local file must be NAME=FILE, for example arc=arc.jsonl.")
+        if name in seen:
+            raise ConfigError(f"The task {shown(name)} is named twice: give each file a name of its own.")
+        seen.add(name)
 
 
 def _truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
@@ -444,6 +462,15 @@ class LocalTask(ConfigurableTask):
         self.questions = read_questions(Path(file))
         options = _KINDS[self.questions.kind]
         super().__init__(config={"task": name, "test_split": "test", "fewshot_split": "test", **options})
+
+    def require_examples(self, wanted: int | None) -> None:
+        """Raise `ConfigError` unless so many questions can stand before each one; the kind `truth` takes none."""
+        count = len(self.questions.items)
+        if self.config.num_fewshot != 0 and (wanted or 0) >= count:
+            raise ConfigError(
+                f"{self.config.task} has {count} questions, so at most {count - 1} can stand as examples before each, "
+                f"not {wanted}."
+            )
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """The questions, as lm-eval holds them."""
