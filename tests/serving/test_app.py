@@ -200,7 +200,18 @@ GOOD: dict[str, Any] = {"model": "small", "prompt": "x", "max_tokens": 1}
         ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
         ({"best_of": 3}, 400, "best_of"),
         ({"max_tokens": 0}, 400, "echo only"),
-        ({"stop": [""]}, 400, "stop"),
+        ({"stop": [""]}, 400, "stop: give up to 16"),
+        ({"prompt": [10**30]}, 400, "does not know"),
+        # what Python takes for a number, or for yes, is none in JSON
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"max_tokens": "3"}, 400, "max_tokens"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"prompt": [True, False]}, 400, "prompt"),
+        ({"stream": "false"}, 400, "stream"),
+        ({"temperature": "1"}, 400, "temperature"),
+        ({"presence_penalty": False}, 400, "presence_penalty"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options goes with stream"),
+        ({"stream_options": {"other": True}, "stream": True}, 400, "stream_options.other"),
         ({"prompt": "y" * 70_000}, 413, "larger than"),
     ],
 )
@@ -212,6 +223,47 @@ def test_what_cannot_be_served_is_refused_in_their_form(
     error = answer.json()["error"]
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"tools": []}, "tools"),
+    ],
+)
+def test_what_a_chat_would_ignore_is_refused(url: str, change: dict[str, Any], message: str) -> None:
+    body = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    answer = post(url, {**body, **change}, path="/v1/chat/completions")
+    assert answer.status_code == 400, answer.text
+    assert message in answer.json()["error"]["message"]
+
+
+def test_null_is_a_field_that_is_not_set(url: str) -> None:
+    """As in OpenAI's reference, and as clients send that write out every field."""
+    unset = ("temperature", "top_p", "n", "stream", "stop", "seed", "logprobs", "echo", "suffix", "tools", "keep")
+    answer = post(url, {**GOOD, **dict.fromkeys(unset)})
+    assert answer.status_code == 200, answer.text
+    assert post(url, {**GOOD, "prompt": None}).json()["error"]["message"] == "prompt: Field required"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (b'{"model": ', "application/json", "The body is no JSON: "),
+        (json.dumps(GOOD).encode(), "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b"[]", "application/json", "The body must be a JSON object"),
+    ],
+)
+def test_a_body_that_is_none_is_named(url: str, body: bytes, kind: str, message: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": kind}
+    answer = httpx2.post(f"{url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] is None
 
 
 def test_a_wrong_key_is_refused(url: str) -> None:

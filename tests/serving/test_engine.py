@@ -325,6 +325,17 @@ def test_too_many_are_refused(model: TextModel) -> None:
     assert first.all()[-1] == EndEvent("cancelled", "The server is stopping.")
 
 
+def test_who_gets_a_row_at_once_does_not_wait(model: TextModel) -> None:
+    """Where none may wait, as many as there are rows are taken; so are several that come together."""
+    engine = Engine(model, rows=2, waiting=0, prefix_bytes=0)
+    streams = [Stream(engine, prompt(4, 0), settings(1_000_000)) for _ in range(2)]
+    for stream in streams:
+        stream.tokens_until(1)
+    with pytest.raises(BusyError, match="0 requests are waiting"):
+        Stream(engine, prompt(4, 0), settings(1))
+    engine.stop()
+
+
 def test_a_failing_stream_ends_alone(engine: Engine, model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     good = Stream(engine, prompt(4, 0), settings(60))
     real = Engine._say  # pyright: ignore[reportPrivateUsage]

@@ -466,6 +466,9 @@ def test_what_cannot_be_done_is_refused_in_their_form(server: Server, tmp_path: 
     refused(post("/v1/sessions", json={"text": "x", "tokens": [1]}), 400, "not both")
     refused(post("/v1/sessions", json={"tokens": [400]}), 400, "does not know")
     refused(post("/v1/sessions", json={"tokens": []}), 400, "tokens")
+    refused(post("/v1/sessions", json={"tokens": [True]}), 400, "tokens")
+    refused(post("/v1/sessions/a/rollback", json={"to": False}), 400, "to")  # it would be a place: the beginning
+    refused(post("/v1/sessions/a/mark", json={"mark": "turn_1"}), 400, "conversations")
     refused(post("/v1/sessions", json={"other": 1}), 400, "other")
     refused(post("/v1/sessions", content=b"{", headers={"Content-Type": "application/json"}), 400, "JSON")
     refused(post("/v1/sessions", content=b"\xff\xfea\0b\0", headers=plain), 400, "UTF-16")

@@ -126,7 +126,7 @@ class Engine:
     Args:
         model: the model and its tokenizer; no other engine should have it, or its long prompts make streams wait.
         rows: streams at once; further ones wait.
-        waiting: streams of one key that may wait; further ones are refused.
+        waiting: streams of one key that may wait for a row; further ones are refused.
         prefix_bytes: memory for states of prompts that were read (see `PrefixStore`).
         block: tokens between the links of a prompt's chain, where such states are kept.
         weights: what new tokens are read with, as in `GenerationSettings`.
@@ -194,13 +194,15 @@ class Engine:
             StoppedError: the engine has stopped.
         """
         config = self.model.model.config
-        ids = np.asarray(request.ids, dtype=np.int64)
+        unknown = f"The prompt holds an id that the model does not know: its ids are 0 to {config.vocab_size - 1}."
+        try:
+            ids = np.asarray(request.ids, dtype=np.int64)
+        except OverflowError as error:
+            raise InputError(unknown) from error
         if not len(ids) and request.before is None:
             raise InputError("The prompt has no tokens: give at least one.")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
-            raise InputError(
-                f"The prompt holds an id that the model does not know: its ids are 0 to {config.vocab_size - 1}."
-            )
+            raise InputError(unknown)
         stream = _Stream(
             replace(request, ids=ids),
             Chain(ids, self._root, self._block),
@@ -214,7 +216,8 @@ class Engine:
             if self._stopping:
                 raise StoppedError("The server is stopping.")
             waiting = sum(other.request.key == request.key for other in self._waiting)
-            if waiting >= self._most_waiting:
+            free = self.rows - len(self._reading) - len(self._running)
+            if waiting >= self._most_waiting and self._pending >= free:  # who gets a row at once does not wait
                 raise BusyError(f"{waiting} requests are waiting already: try again later.")
             self._number += 1
             stream.number = self._number

@@ -1,5 +1,6 @@
 """Errors in OpenAI's form."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -45,14 +46,29 @@ def error_response(
     return JSONResponse({"error": error_body(message, kind, parameter, code)}, status, headers=headers)
 
 
+_OBJECT = "The body must be a JSON object, sent with Content-Type: application/json."
+_WITHIN = ("missing", "extra_forbidden")  # what follows a field in their places are fields too, not types of a union
+
+
+def _told(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Message and field of what pydantic says of a body."""
+    kind, places, reason = error["type"], error["loc"][1:], error["msg"].removeprefix("Value error, ")
+    if kind == "json_invalid":
+        return f"The body is no JSON: {brief(error.get('ctx', {}).get('error', reason))}.", None
+    if not places:
+        return (f"The body: {reason}" if kind == "value_error" else _OBJECT), None
+    field, *within = (brief(place, 40) for place in places)
+    where = ".".join([field, *within]) if kind in _WITHIN else field
+    return f"{where}: {reason}", field
+
+
 def install_errors(app: FastAPI) -> None:
     """Every error in OpenAI's form."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        parameter = ".".join(brief(part, 40) for part in first["loc"][1:2]) or None
-        return error_response(400, f"{parameter or 'The body'}: {first['msg']}", _INVALID, parameter=parameter)
+        message, parameter = _told(error.errors()[0])
+        return error_response(400, message, _INVALID, parameter=parameter)
 
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:

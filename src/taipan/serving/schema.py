@@ -1,6 +1,9 @@
-"""What OpenAI's completion endpoints take, as far as it is honoured here; what is not is refused by name."""
+"""What OpenAI's completion endpoints take, as far as it is honoured here; what is not is refused by name.
 
-from typing import Any, Literal
+A type is taken as it is: "3" and true are no numbers, "false" is not no. A field that is null is not set.
+"""
+
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -10,7 +13,7 @@ from taipan.generation import GenerationSettings
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
 
 
@@ -21,7 +24,7 @@ class Sampling(BaseModel):
     `keep`, which makes what is asked and answered a part of it.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     model: str
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -34,16 +37,18 @@ class Sampling(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
     session: str | None = None
     keep: bool = False
 
-    @field_validator("presence_penalty", "frequency_penalty", mode="before")
+    @field_validator("presence_penalty", "frequency_penalty")
     @classmethod
-    def _zero(cls, value: Any) -> Any:
-        return 0 if value == 0 else value
+    def _zero(cls, value: float | None) -> float | None:
+        if value:
+            raise ValueError("there is no such penalty here, so only 0 is taken (repetition_penalty is one)")
+        return value
 
     @field_validator("stop")
     @classmethod
@@ -53,8 +58,17 @@ class Sampling(BaseModel):
             raise ValueError("give up to 16 texts of at least one character")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _set(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in cast("dict[Any, Any]", values).items() if value is not None}
+
     @model_validator(mode="after")
-    def _kept(self) -> "Sampling":
+    def _together(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream")
         if self.keep and (self.session is None or self.n > 1):
             raise ValueError("keep goes with a session and one choice")
         return self
@@ -97,10 +111,9 @@ class CompletionRequest(Sampling):
 class ChatMessage(BaseModel):
     """One turn."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant", "developer"]
     content: str
-    name: str | None = None
 
 
 class ChatRequest(Sampling):
@@ -111,3 +124,9 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one number: give one of them")
+        return self

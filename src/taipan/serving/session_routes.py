@@ -27,7 +27,7 @@ _PIECE = 1 << 16
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class _Text(_Body):

@@ -325,10 +325,10 @@ class Session:
         with self.changing():
             numbers = sorted(int(match[1]) for name in self.manifest.marks if (match := _TURN.fullmatch(name)))
             if not numbers:
-                self.mark("turn_0")
+                self._mark("turn_0")
                 numbers = [0]
             self.extend(ids, reading)
-            self.mark(f"turn_{numbers[-1] + 1}")
+            self._mark(f"turn_{numbers[-1] + 1}")
             old = {f"turn_{number}" for number in numbers[: max(0, len(numbers) + 1 - _TURNS)]}
             if old:
                 marks = {name: at for name, at in self.manifest.marks.items() if name not in old}
@@ -384,8 +384,13 @@ class Session:
         """Name the place after the last token.
 
         Raises:
-            StateError: the name is none, or the session is being changed.
+            StateError: the name is none, or one that turns of a conversation get; or the session is being changed.
         """
+        if _TURN.fullmatch(name):
+            raise StateError(f"{shown(name)} is a name that conversations give to their turns: choose another.")
+        self._mark(name)
+
+    def _mark(self, name: str) -> None:
         check_mark(name)
         with self.changing():
             self._commit(replace(self.manifest, marks={**self.manifest.marks, name: self.tokens}))
