@@ -16,7 +16,9 @@ def register(app: typer.Typer, panel: str) -> None:
         port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
         name: Annotated[str | None, typer.Option(help="Name of the model in requests; by default its path.")] = None,
         rows: Annotated[int, typer.Option(min=1, help="Streams at once; further ones wait.")] = 16,
-        waiting: Annotated[int, typer.Option(min=0, help="Streams that may wait for a row; further ones are refused.")] = 256,
+        waiting: Annotated[
+            int, typer.Option(min=0, help="Streams that may wait for a row; further ones are refused.")
+        ] = 256,
         prefix_memory: Annotated[
             int, typer.Option(min=0, help="MiB of memory for prompts that were read, to read none twice; 0: none.")
         ] = 1024,
