@@ -1,6 +1,7 @@
 """Errors for people: each message says what was given, what was expected and what to do."""
 
 import difflib
+import errno
 import reprlib
 
 _SHOWN = 200  # characters of a value in a message
@@ -45,6 +46,22 @@ def how_to_install(extra: str) -> str:
     # these packages are compiled against the PyTorch that is there; a build in isolation would not see it
     options = "--no-build-isolation " if extra == "gpu" else ""
     return f"pip install {options}'.[{extra}]' in your clone of Taipan"
+
+
+def explained(error: OSError) -> str:
+    """An operating system's error in words: which path, what went wrong, what to do."""
+    where = error.filename if error.filename is not None else "a file"
+    reason = error.strerror or str(error)
+    advice = {
+        errno.EACCES: "Check its permissions, or choose another place.",
+        errno.EPERM: "Check its permissions, or choose another place.",
+        errno.EROFS: "Choose a place that can be written to.",
+        errno.ENOENT: "Check the spelling of the path.",
+        errno.ENOSPC: "Free some space and run the command again; what was saved before is untouched.",
+        errno.ENOTDIR: "A part of the path is a file where a directory was expected.",
+        errno.EISDIR: "A directory was given where a file was expected.",
+    }.get(error.errno or 0, "TAIPAN_DEBUG=1 before the command shows where it happened.")
+    return f"{where}: {reason}. {advice}"
 
 
 def shown(value: object) -> str:

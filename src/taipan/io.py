@@ -20,7 +20,8 @@ from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, encoding, not_text
 from taipan.errors import CheckpointError, DataError, TaipanError, brief, shown
 
 _CHUNK_BYTES = 1 << 20
-_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the system's errors where a disk or a quota is full."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _JSON_DEPTH = 100
@@ -446,8 +447,8 @@ def _disk_full_explained(target: Path, temporary: Path, needed_bytes: int) -> Ge
 
 def _is_disk_full(error: Exception, temporary: Path) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _FULL_ERRNOS
-    if any(os.strerror(number) in str(error) for number in _FULL_ERRNOS):
+        return error.errno in FULL
+    if any(os.strerror(number) in str(error) for number in FULL):
         return True  # safetensors: an exception of its own, with the system's words
     # torch.save: a RuntimeError without a word about space
     return shutil.disk_usage(temporary.parent).free < _CHUNK_BYTES

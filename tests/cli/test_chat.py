@@ -68,6 +68,11 @@ def test_mistakes_end_no_conversation(chat: Chat, refused: Callable[..., str], t
         assert said.code == 0
         assert message in said.err
         assert said.out.count("\n") == 1
+    (tmp_path / "file").touch()
+    said = chat("Hello", f"/save {tmp_path}/file/x", "And?")  # the system's own refusal
+    assert said.code == 0
+    assert "Not a directory" in said.err
+    assert said.out.count("\n") == 2
     assert "/save [DIRECTORY]" in chat("/help").out
     path = tmp_path / "no model"
     assert "does not exist" in refused("chat", path)

@@ -1,5 +1,6 @@
 """`/v1/sessions` through a real socket: what is read once is asked, forked, rolled back, refused and carried away."""
 
+import errno
 import io
 import json
 import socket
@@ -292,6 +293,32 @@ def test_what_is_kept_becomes_the_sessions(server: Server, stream: bool) -> None
     assert session.tokens == len(ids) + 3 + 8
     assert_knows(session, session.ids())
     assert MODEL.tokenizer.decode(session.ids()[len(ids) :]).startswith("And")
+
+
+def test_a_disk_that_refuses_is_no_bug(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.post("", {"id": "a", "text": "x"})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/a/place/of/ours")
+
+    monkeypatch.setattr(Session, "mark", full)
+    monkeypatch.setattr(Session, "extend", full)
+    monkeypatch.setattr(Session, "append_tokens", full)
+    body = {"model": "small", "prompt": "x", "max_tokens": 1, "session": "a", "keep": True}
+    streamed = {"text": "x", "stream": True}
+    for path, sent in (
+        ("/v1/sessions/a/mark", {"mark": "here"}),
+        ("/v1/completions", body),
+        ("/v1/completions", {**body, "stream": True}),
+        ("/v1/sessions/a/append", streamed),
+    ):
+        answer = server.http.post(path, json=sent)
+        assert answer.status_code == (200 if "stream" in sent else 507), answer.text
+        assert "No space left on device" in answer.text
+        assert "server_error" in answer.text
+        assert "place/of/ours" not in answer.text
+    monkeypatch.undo()
+    server.opened("a").mark("here")  # nobody holds it
 
 
 def test_a_conversation_about_a_session(server: Server) -> None:

@@ -100,7 +100,7 @@ class _Chat:
     def run(self) -> None:
         """Answer until there is nothing more, or /exit."""
         from taipan.cli.console import note
-        from taipan.errors import TaipanError
+        from taipan.errors import TaipanError, explained
 
         while (line := self._line()) is not None:
             name, _, rest = line.strip().partition(" ")
@@ -114,6 +114,10 @@ class _Chat:
                     self._commands[name][0](rest.strip())
             except TaipanError as error:  # a mistake ends no conversation
                 note(str(error))
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                note(explained(error))
             except _ExitError:
                 return
 

@@ -1,6 +1,5 @@
 """`taipan`: all verbs, and how errors are shown."""
 
-import errno
 import gc
 import io
 import logging
@@ -15,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from taipan.cli.console import Notes
-from taipan.errors import TaipanError, brief
+from taipan.errors import TaipanError, brief, explained
 
 EXIT_UNEXPECTED = 1
 EXIT_ERROR = 2
@@ -122,7 +121,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except OSError as error:
         if debug:
             raise
-        _fail(_explain(error), EXIT_ERROR)
+        _fail(explained(error), EXIT_ERROR)
     except Exception as error:
         if debug:
             raise
@@ -167,19 +166,3 @@ def _fail(message: str, code: int) -> NoReturn:
     """Print one red message on standard error and leave."""
     typer.secho(f"Error: {brief(message, _LONGEST)}", fg="red", err=True)
     sys.exit(code)
-
-
-def _explain(error: OSError) -> str:
-    """An operating system's error in words: which path, what went wrong, what to do."""
-    where = error.filename if error.filename is not None else "a file"
-    reason = error.strerror or str(error)
-    advice = {
-        errno.EACCES: "Check its permissions, or choose another place.",
-        errno.EPERM: "Check its permissions, or choose another place.",
-        errno.EROFS: "Choose a place that can be written to.",
-        errno.ENOENT: "Check the spelling of the path.",
-        errno.ENOSPC: "Free some space and run the command again; what was saved before is untouched.",
-        errno.ENOTDIR: "A part of the path is a file where a directory was expected.",
-        errno.EISDIR: "A directory was given where a file was expected.",
-    }.get(error.errno or 0, "TAIPAN_DEBUG=1 before the command shows where it happened.")
-    return f"{where}: {reason}. {advice}"

@@ -14,7 +14,7 @@ from sse_starlette import EventSourceResponse
 from taipan.errors import TaipanError
 from taipan.serving.answers import Choice, Face
 from taipan.serving.events import EndEvent, Event, TokenEvent
-from taipan.serving.failures import error_body
+from taipan.serving.failures import error_body, told_of
 
 _PING_SECONDS = 15  # a comment, so that no proxy takes a long prompt for a dead connection
 _SEND_SECONDS = 60  # a client that takes nothing for so long has gone away
@@ -166,8 +166,8 @@ async def _chunks(
                     if isinstance(event, EndEvent):
                         try:
                             await keeper.settle(choices[0], told)
-                        except TaipanError as error:
-                            lines.append(json.dumps({"error": error_body(str(error), "server_error")}))
+                        except (TaipanError, OSError) as error:
+                            lines.append(json.dumps({"error": error_body(told_of(error), "server_error")}))
                             continue
                 for chunk in face.chunks(choices[index], event):
                     lines.append(json.dumps({**chunk, "usage": None} if usage else chunk))

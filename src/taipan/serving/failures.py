@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from taipan.errors import TaipanError, brief
+from taipan.io import FULL
 from taipan.serving.engine import BusyError, StoppedError
 from taipan.sessions import SessionBusyError
 
@@ -62,6 +63,13 @@ def _told(error: Mapping[str, Any]) -> tuple[str, str | None]:
     return f"{where}: {reason}", field
 
 
+def told_of(error: TaipanError | OSError) -> str:
+    """An error as a client is told it; of the system's own without the server's paths."""
+    if isinstance(error, OSError):
+        return f"The server's files cannot be read or written ({error.strerror or type(error).__name__})."
+    return str(error)
+
+
 def install_errors(app: FastAPI) -> None:
     """Every error in OpenAI's form."""
 
@@ -94,6 +102,10 @@ def install_errors(app: FastAPI) -> None:
     @app.exception_handler(TaipanError)
     async def foreseen(_: Request, error: TaipanError) -> JSONResponse:
         return error_response(400, str(error), _INVALID)
+
+    @app.exception_handler(OSError)
+    async def no_disk(_: Request, error: OSError) -> JSONResponse:
+        return error_response(507 if error.errno in FULL else 500, told_of(error), "server_error")
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:

@@ -18,7 +18,7 @@ from taipan.content import BYTE_ORDER_MARK, HEAD_BYTES, encoding
 from taipan.errors import InputError, TaipanError
 from taipan.io import not_utf8
 from taipan.serving.delivery import disconnected
-from taipan.serving.failures import error_body
+from taipan.serving.failures import error_body, told_of
 from taipan.serving.guards import key_of
 from taipan.serving.sessions import Progress, Sessions, Watch
 
@@ -216,8 +216,9 @@ async def _progress(
             yield json.dumps(told if progress.selection is None else {**told, "selection": progress.selection})
         try:
             yield json.dumps(await done)
-        except TaipanError as error:
-            yield json.dumps({"error": error_body(str(error), "invalid_request_error")})
+        except (TaipanError, OSError) as error:
+            kind = "server_error" if isinstance(error, OSError) else "invalid_request_error"
+            yield json.dumps({"error": error_body(told_of(error), kind)})
         yield "[DONE]"
     finally:  # the client may have gone away
         watch.gone.set()
