@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,14 @@ def test_bad_recipes_are_refused(refused: Callable[..., str], recipe: Path, data
     assert "RECIPE" in refused("train")
     assert "not a run" in refused("train", "--resume", data)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_where_it_is(refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(recipe, tmp_path / "run/recipe.yaml")
+    there = ("train", "--resume", tmp_path / "run", "-o")
+    assert "goes on in its own directory" in refused(*there, f"output={tmp_path / 'other'}")
+    assert "no checkpoint" in refused(*there, f"output={tmp_path}/other/../run")
 
 
 def test_a_finished_run_is_not_overwritten(cli: Cli, refused: Callable[..., str], recipe: Path, tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
+from taipan.errors import TrainingError
+from taipan.experiments import execution
 from taipan.experiments.execution import Result, Run, execute
 
 # a worker notes its process id, then works on for longer than the test lasts
@@ -53,6 +57,33 @@ def test_results_come_in_order_and_are_not_computed_again(tmp_path: Path) -> Non
     assert first == [{"square": 9}, {"square": 1}, {"square": 4}]
     assert execute(runs, failing, tmp_path, listen) == first
     assert heard == [(1, 3), (2, 3), (3, 3)] * 2
+
+
+class DeadPool:
+    """Whose processes the system has ended, as it does where memory is short."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.shutdown = lambda **_: None
+
+    def __enter__(self) -> "DeadPool":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, *_: object) -> Future[Result]:
+        future: Future[Result] = Future()
+        future.set_exception(BrokenProcessPool("terminated abruptly"))
+        return future
+
+
+@pytest.mark.parametrize(("workers", "advice"), [(2, "with fewer than 2 --workers"), (1, "with more memory")])
+def test_a_worker_that_the_system_ended_is_no_bug(
+    workers: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "ProcessPoolExecutor", DeadPool)
+    runs = [Run(name="square", settings={"x": x}) for x in (1, 2)]
+    with pytest.raises(TrainingError, match=rf"died, perhaps for want of memory.* {advice}"):
+        execute(runs, square, tmp_path, lambda *_: None, workers=workers)
 
 
 def test_different_settings_are_different_runs(tmp_path: Path) -> None:

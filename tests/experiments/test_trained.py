@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import InputError
+from taipan.errors import CheckpointError, InputError
 from taipan.evaluation import TextDocuments
 from taipan.evaluation.perplexity import evaluate
 from taipan.experiments import texts
 from taipan.experiments.execution import Result, Run
-from taipan.experiments.trained import CHOICES, Amounts, measure_trained
+from taipan.experiments.trained import CHOICES, Amounts, _measure, measure_trained
 from taipan.model import TaipanLM
 from tests.models import small_model
 
@@ -116,6 +116,13 @@ def test_of_enwik8_the_standard_test_part_is_read(tmp_path: Path, monkeypatch: p
     with pytest.raises(InputError, match=r"tail has 995 bytes of text.*standard enwik8 has 1,000"):
         texts._documents("enwik8", tmp_path / "tail")
     assert texts._documents("other", tmp_path / "tail")[0].text.encode() == text[5:]
+
+
+def test_a_model_that_was_trained_on_meanwhile_is_not_measured_as_the_old_one(place: Path, tmp_path: Path) -> None:
+    """What is kept is kept by the fingerprint that the model had at the beginning."""
+    run = Run(name="whole", settings={"model": "0" * 64, "data": "none", "part": "read", "options": {}})
+    with pytest.raises(CheckpointError, match=r"adder is another model now than when .* began"):
+        _measure(str(place / "adder"), tmp_path, {}, run)
 
 
 def test_what_cannot_be_measured_is_refused(place: Path, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
         texts, files = _named(text, "--text"), _named(task or [], "--task")
         amounts = Amounts(contexts=(*(context for context in Amounts().contexts if context < longest), longest))
+        model = model if model.name not in ("", "..") else model.resolve()
         directory = out / model.name
         with runs_progress() as progress:
             outcome = measure_trained(

@@ -50,6 +50,12 @@ def register(app: typer.Typer, panel: str) -> None:
             raise CheckpointError(f"{resume} is not a run to resume: it has no recipe.yaml. Name a recipe's output.")
         source = recipe if recipe is not None else resume / "recipe.yaml" if resume is not None and override else None
         chosen = None if source is None else Recipe.load(source, override or ())
+        named = any(value.partition("=")[0].strip() == "output" for value in override or ())
+        if named and resume is not None and chosen is not None and Path(chosen.output).resolve() != resume.resolve():
+            raise ConfigError(
+                f"output is {chosen.output}, but {resume} goes on in its own directory: leave it out, or copy the run "
+                "and resume the copy."
+            )
         if auto_resume and resume is None and chosen is not None and checkpoints(Path(chosen.output)):
             resume = Path(chosen.output)
         tune_allocator()

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.queues import SimpleQueue
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from taipan.config import TaipanConfig
+from taipan.errors import TrainingError
 from taipan.hardware import describe
 from taipan.io import atomic_write, parse_json
 
@@ -112,6 +114,9 @@ def execute(
         workers: processes side by side; None for one per core.
         progress: told what runs `tell` while they go on.
         alone: every run has a process of its own, so that its peak of memory is its own.
+
+    Raises:
+        TrainingError: the system has ended a worker, as it does where memory is short.
     """
     directory.mkdir(parents=True, exist_ok=True)
     results: dict[int, Result] = {}
@@ -144,10 +149,16 @@ def execute(
                     results[number] = future.result()
                     atomic_write(runs[number].path(directory), json.dumps(results[number]).encode())
                     listener(runs[number], results[number], len(results), len(runs))
-            except BaseException:
+            except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.terminate()
+                if isinstance(error, BrokenProcessPool):
+                    advice = f"fewer than {count} --workers" if count > 1 else "more memory"
+                    raise TrainingError(
+                        "A process that did a part of this died, perhaps for want of memory. What is finished is kept: "
+                        f"run the same command again, with {advice}."
+                    ) from error
                 raise
     return [results[number] for number in range(len(runs))]
 

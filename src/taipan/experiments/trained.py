@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taipan.errors import InputError, shown
+from taipan.errors import CheckpointError, InputError, shown
 from taipan.experiments.execution import Listener, Progress, Result, Run, execute
 from taipan.experiments.laboratory import Outcome, Table, slug
 from taipan.experiments.registry import ENTRIES
@@ -167,7 +167,13 @@ def _measure(model: str, texts: Path, questions: Mapping[str, str], run: Run) ->
 
     part, options = run.settings["part"], run.settings["options"]
     data = texts / run.settings["data"]
-    loaded, valid = TaipanLM.from_pretrained(model), TokenDataset.open(data / "valid")
+    loaded = TaipanLM.from_pretrained(model)
+    if loaded.fingerprint != run.settings["model"]:
+        raise CheckpointError(
+            f"{model} is another model now than when measuring it began: somebody has trained or calibrated it "
+            "meanwhile. Run the command again to measure this one, or measure a copy."
+        )
+    valid = TokenDataset.open(data / "valid")
     begin = perf_counter()
     if part == "read":
         result = _read(loaded, valid, options)
