@@ -170,6 +170,17 @@ def killed(write: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
+def test_only_a_file_is_replaced(tmp_path: Path) -> None:
+    """A pipe or a device (`/dev/null`) would be gone for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: io.atomic_write(path, b"x"), io.require_writable):
+        for place in (tmp_path / "pipe", tmp_path):
+            with pytest.raises(CheckpointError, match="expected the name of a file"):
+                write(place)
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_directory() -> None:
         with io.atomic_directory(tmp_path / "model") as temporary:

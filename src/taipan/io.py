@@ -112,11 +112,10 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to the file ``path`` as one step: a reader sees the old bytes or the new ones, never a part.
 
     Raises:
-        CheckpointError: the disk is full, ``path`` is a directory, or it cannot be written; the old file is untouched.
+        CheckpointError: the disk is full, ``path`` is a directory, a pipe or a device, or it cannot be written; the
+            old file is untouched.
     """
-    target = Path(path).resolve()
-    if target.is_dir():
-        raise CheckpointError(f"{path} is a directory; expected the name of a file to write.")
+    target = _replaceable(path)
     temporary = _temporary_sibling(target)
     try:
         with _explained(target, temporary), _disk_full_explained(target, temporary, len(data)):
@@ -131,6 +130,28 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     finally:
         with suppress(OSError):  # normally it is gone: it has become the target
             temporary.unlink()
+
+
+def _replaceable(path: str | os.PathLike[str]) -> Path:
+    target = Path(path).resolve()
+    if target.is_file() or not target.exists():
+        return target
+    what = "a directory" if target.is_dir() else "no file but a pipe or a device"
+    raise CheckpointError(f"{path} is {what}; expected the name of a file to write.")
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before long work whether ``atomic_write`` can put its result there; nothing is left.
+
+    Raises:
+        CheckpointError: it cannot: ``path`` is a directory, a pipe or a device, or no file can be made beside it.
+    """
+    target = _replaceable(path)
+    there = next(parent for parent in target.parents if parent.exists())
+    temporary = _temporary_sibling(there / target.name)
+    with _explained(target, temporary):
+        temporary.open("wb").close()
+        temporary.unlink()
 
 
 def remove_abandoned(directory: str | os.PathLike[str], name: str | None = None) -> None:

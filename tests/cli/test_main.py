@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,24 @@ def test_flags_show_no_type(cli: Cli, verb: tuple[str, ...]) -> None:
     assert "--help" in out
     assert "bool" not in out
     assert "--no-" not in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "MODEL", "x", "--save-state"),
+        ("evaluate", "MODEL", "TEXT", "--json"),
+        ("inspect", "MODEL", "TEXT", "-o"),
+        ("bench", "prefill", "--model", "MODEL", "--json"),
+    ],
+)
+def test_a_place_that_takes_nothing_is_named_before_the_work(
+    words: tuple[str, ...], refused: Callable[..., str], text_file: Path, tmp_path: Path
+) -> None:
+    """The model is not there either: what is wrong with the place is said first, not after hours."""
+    named = {"MODEL": tmp_path / "nothing", "TEXT": text_file}
+    out = text_file / "below-a-file"
+    assert f"cannot write {out}" in refused(*(named.get(word, word) for word in words), out)
+    new = tmp_path / "new" / "out"
+    assert "cannot write" not in refused(*(named.get(word, word) for word in words), new)
+    assert not new.exists()

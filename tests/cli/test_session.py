@@ -1,9 +1,11 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from taipan.cli.text import require_text
 from tests.cli.conftest import TEXT, Cli
 
 ASK = ["--greedy", "--max-new-tokens", 8]
@@ -101,6 +103,23 @@ def test_a_stopped_reading_goes_on(
     assert finished.code == 0
     assert "Going on after 1,024 tokens" in finished.err
     assert tokens(path) == len(TEXT.encode()) + 1
+
+
+def test_a_file_that_cannot_be_read_is_named_before_the_others_are(
+    refused: Callable[..., str], book: Path, tmp_path: Path
+) -> None:
+    """What had been read of the first could go on with the same names only."""
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for name, message in (("misspelt.txt", "does not exist"), ("latin.txt", "offset 3"), (".", "is a directory")):
+        made = ("session", "read", tmp_path / "no model", book, tmp_path / name, "-o", tmp_path / "new.session")
+        assert message in refused(*made)
+    assert not (tmp_path / "new.session").exists()
+
+
+def test_of_a_pipe_nothing_is_taken_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    require_text(str(tmp_path / "pipe"))  # opening it would wait for somebody to write
+    require_text("-")
 
 
 def test_mistakes_are_explained(

@@ -82,7 +82,10 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.cli.console import note
         from taipan.cli.progress import progress_bar
         from taipan.hardware import tune_allocator
+        from taipan.io import require_writable
 
+        if json_file is not None:
+            require_writable(json_file)
         settings = Settings(
             model=model,
             tokens=tuple(tokens or (2048,)),

@@ -66,6 +66,7 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.errors import InputError
         from taipan.evaluation import evaluate as run
         from taipan.hardware import tune_allocator
+        from taipan.io import require_writable
         from taipan.text import load
 
         tune_allocator()
@@ -80,6 +81,8 @@ def register(app: typer.Typer, panel: str) -> None:
         ignored = [option for option, value in idle.items() if value is not None]
         if ignored:
             raise InputError(f"{', '.join(ignored)} are of {kind}, and nothing else: leave out what is not measured.")
+        if json_file is not None:
+            require_writable(json_file)
         if not data:
             found = _ask(load(model, dtype=dtype), asked, batch_size or 8, num_fewshot, limit, include)
             if json_file is not None:

@@ -134,8 +134,11 @@ def _run(
     from taipan.cli.console import note, size
     from taipan.cli.text import text_pieces
     from taipan.hardware import tune_allocator
+    from taipan.io import require_writable
     from taipan.text import load
 
+    if save_state is not None:
+        require_writable(save_state)
     tune_allocator()
     model = load(directory, dtype=dtype)
     state = None if load_state is None else model.load_state(load_state)

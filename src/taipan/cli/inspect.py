@@ -26,13 +26,14 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan import __version__
         from taipan.cli.console import note, print_table
         from taipan.hardware import tune_allocator
-        from taipan.io import atomic_write, path_text, read_text, shareable
+        from taipan.io import atomic_write, path_text, read_text, require_writable, shareable
         from taipan.report.page import render
         from taipan.report.selection import margins
         from taipan.report.traced import traced_view
         from taipan.text import load
 
         content = read_text(text)
+        require_writable(out)
         tune_allocator()
         loaded = load(model)
         view = traced_view(loaded.model, loaded.tokenizer, content)

@@ -45,12 +45,14 @@ def register(app: typer.Typer, panel: str) -> None:
         """
         from taipan.cli.console import note, size
         from taipan.cli.progress import progress_bar
-        from taipan.cli.text import text_pieces
+        from taipan.cli.text import require_text, text_pieces
         from taipan.errors import DataError
         from taipan.hardware import tune_allocator
         from taipan.sessions import Session
         from taipan.text import load
 
+        for name in files:  # what was read of the others could go on with the same names only
+            require_text(name)
         tune_allocator()
         loaded = load(model, dtype=dtype)
         if (out / "session.json").is_file():

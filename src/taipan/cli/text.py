@@ -54,5 +54,16 @@ def text_pieces(source: str) -> Iterator[str]:
         raise not_utf8(name, head, _place(offset - held, error)) from error
 
 
+def require_text(source: str) -> None:
+    """Raise what reading the beginning of a file would raise; of what can be read only once nothing is taken.
+
+    Raises:
+        DataError: as `text_pieces`.
+    """
+    path = Path(source)
+    if source != "-" and (path.is_file() or path.is_dir() or not path.exists()):
+        next(text_pieces(source), None)
+
+
 def _place(offset: int, error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start} ({error.reason})"
