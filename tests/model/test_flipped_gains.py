@@ -152,21 +152,6 @@ def test_as_many_selected_ones_are_flipped_as_others() -> None:
         assert known[~selected].double().mean() == pytest.approx(0.2, abs=0.03)
 
 
-def test_tokens_without_a_label_are_not_asked() -> None:
-    model, tokens = flipping(gain_flips=0.5), random_tokens(ROWS, LENGTH)
-    labels = tokens.masked_fill(torch.arange(LENGTH) < 10, -100)
-    _, gains = measured(model, tokens, labels=labels)
-    _, everywhere = measured(model, tokens)
-    assert gains is not None
-    assert everywhere is not None
-    for some, every in zip(gains, everywhere, strict=True):
-        assert some.known_BT[:, 9:].equal(every.known_BT[:, 9:])
-        assert not some.known_BT[:, :9].any()
-    labels = torch.full_like(tokens, -100)
-    output = model(tokens, labels=labels)
-    assert output.forecast == 0
-
-
 @pytest.mark.parametrize(("share", "rows"), [(1.0, [4, 4]), (0.5, [4, 0]), (0.75, [4, 2])])
 def test_a_row_has_the_same_flips_however_the_batch_is_spread(share: float, rows: list[int]) -> None:
     model, tokens = flipping(gain_rows=share), random_tokens(8, LENGTH)

@@ -66,6 +66,30 @@ def test_a_gain_is_the_loss_with_all_gates_closed_less_that_with_all_open(
     assert model.model.schedule.forced is None
 
 
+@pytest.mark.parametrize("variant", [{}, {"gain_measure": "flipped", "gain_flips": 0.5}], ids=["open, closed", "flips"])
+def test_where_nothing_is_to_be_predicted_nothing_is_gained_and_that_is_known(variant: dict[str, Any]) -> None:
+    """Gates that never heard of such tokens spent the budget on them (docs/decisions/0037)."""
+    model, tokens = forecasting(**variant), random_tokens(3, 20)
+    labels = tokens.clone()
+    labels[:, 4:12] = -100
+    masked, whole = measured_by_gate(model, tokens, labels), measured_by_gate(model, tokens, tokens)
+    for some, every in zip(masked, whole, strict=True):
+        assert some.known_BT.equal(every.known_BT)
+        assert some.known_BT[:, 3:11].any()
+        expected = every.gain_BT.clone()
+        expected[:, 3:11] = 0.0
+        assert some.gain_BT[some.known_BT].equal(expected[some.known_BT])
+
+
+def measured_by_gate(model: TaipanLM, tokens: Tensor, labels: Tensor) -> tuple[Gains, ...]:
+    torch.manual_seed(1)  # of the flips
+    gains = measure_gains(
+        model.model, model.lm_head, model.model(tokens), labels=labels, attention_mask=None, segment_ids=None
+    )
+    assert gains is not None
+    return gains
+
+
 def test_gains_of_padded_rows_that_go_on_from_a_state_are_those_of_each_row() -> None:
     model, tokens = forecasting(gain_rows=0.5), random_tokens(4, 20)
     mask = torch.ones(4, 20, dtype=torch.int64)
@@ -138,6 +162,25 @@ def test_the_gate_learns_from_gains_alone_and_nothing_else_does() -> None:
         names = [name for name, _ in model.named_parameters()]
         moved = {name for name, grad in zip(names, map(id, grads), strict=True) if grad != id(None)}
         assert moved == taught
+
+
+def test_a_large_error_of_the_forecast_does_not_clip_what_others_learn() -> None:
+    """One norm over both, and a gate at its beginning takes nine tenths of the model's first steps."""
+    moved: list[dict[str, Tensor]] = []
+    for weight in (1.0, 1e4):
+        model = forecasting(gain_weight=weight)
+        optimizer = build_optimizer(model, OptimizerSection(name="adamw", learning_rate=1e-3))
+        result = train_step(model, optimizer, [{"tokens": random_tokens(2, 20)}], clip=1e-2)
+        assert result.grad_norm > 1e-2 * weight  # the gradient that is told is the whole one
+        moved.append({name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None})
+    gates = {name for name in moved[0] if ".gate." in name}
+    assert gates
+    for name in moved[0].keys() - gates:
+        assert moved[0][name].equal(moved[1][name]), name
+    for own in moved:
+        for part in (gates, own.keys() - gates):
+            norm = torch.stack([own[name].norm() for name in part]).norm()
+            assert norm == pytest.approx(1e-2, rel=1e-3)
 
 
 @pytest.mark.unchecked_shapes

@@ -23,7 +23,8 @@ class Gains:
 
     Attributes:
         gain_BT: the loss of the next token without it less that with it, in nats, cut to ± `gain_clip`.
-        known_BT: where it was measured: there is a next token to predict.
+        known_BT: where it is known: the token has a successor. Where labels say −100, nothing is predicted and nothing
+            gained: the budget is not for these tokens.
     """
 
     gain_BT: FloatBT
@@ -90,18 +91,21 @@ def measure_gains(
         return None
     mask = None if attention_mask is None else attention_mask[:rows]
     documents = None if segment_ids is None else segment_ids[:rows]
-    target = next_tokens(labels[:rows], output.hidden_BTD[:rows].shape, mask, documents)
+    shape = output.hidden_BTD[:rows].shape
+    target = next_tokens(labels[:rows], shape, mask, documents)
+    followed = next_tokens(torch.zeros_like(labels[:rows]), shape, mask, documents) != -100
 
     def nats(hidden_MD: Tensor, target_M: Tensor) -> Tensor:
         return token_nats(head, hidden_MD, target_M, implementation)
 
     if flips_GRT is None:
-        gains = _open_against_closed(decoder, at, target, nats)
+        gains = Gains(_open_against_closed(decoder, at, target, nats), F.pad(followed, (0, 1)))
         return tuple(gains for _ in output.gates)
-    return tuple(_flipped(decoder, at, output, flips_GRT, F.pad(target, (0, 1), value=-100), nats))
+    target_RT, followed_RT = F.pad(target, (0, 1), value=-100), F.pad(followed, (0, 1))
+    return tuple(_flipped(decoder, at, output, flips_GRT, target_RT, followed_RT, nats))
 
 
-def _open_against_closed(decoder: TaipanDecoder, at: AtFirstGate, target: Tensor, nats: Nats) -> Gains:
+def _open_against_closed(decoder: TaipanDecoder, at: AtFirstGate, target: Tensor, nats: Nats) -> FloatBT:
     """The gains of all gates together, both readings at once."""
     rows, clip = len(target), decoder.config.gain_clip
     open_BT = torch.arange(2 * rows, device=target.device)[:, None].expand(-1, at.h_BTD.shape[1]) >= rows
@@ -109,12 +113,17 @@ def _open_against_closed(decoder: TaipanDecoder, at: AtFirstGate, target: Tensor
     hidden_BTD = decoder.decided_as(at, twice_R, dict.fromkeys(at.selected, open_BT))
     losses = nats(hidden_BTD[:, :-1].flatten(0, 1), target.flatten().repeat(2)).float()
     closed_RT, open_RT = losses.view(2, *target.shape).unbind()
-    gain_RT = (closed_RT - open_RT).clamp(-clip, clip)
-    return Gains(F.pad(gain_RT, (0, 1)), F.pad(target != -100, (0, 1)))
+    return F.pad((closed_RT - open_RT).clamp(-clip, clip), (0, 1))
 
 
 def _flipped(
-    decoder: TaipanDecoder, at: AtFirstGate, output: DecoderOutput, flips_GRT: Tensor, target_RT: Tensor, nats: Nats
+    decoder: TaipanDecoder,
+    at: AtFirstGate,
+    output: DecoderOutput,
+    flips_GRT: Tensor,
+    target_RT: Tensor,
+    followed_RT: Tensor,
+    nats: Nats,
 ) -> Iterator[Gains]:
     """The gains of each gate at its flips."""
     rows, clip = len(target_RT), decoder.config.gain_clip
@@ -125,8 +134,8 @@ def _flipped(
     }
     hidden_RTD = decoder.decided_as(at, rows_R, selected)
     call = at.call.select(rows_R)
-    known_GRT = torch.stack([call.restore(flips_RT) for flips_RT in flips_GRT]) & (target_RT != -100)
-    asked_RT = known_GRT.any(0)
+    known_GRT = torch.stack([call.restore(flips_RT) for flips_RT in flips_GRT]) & followed_RT
+    asked_RT = known_GRT.any(0) & (target_RT != -100)
     target_M = target_RT[asked_RT]
     change_M = nats(hidden_RTD[asked_RT], target_M) - nats(output.hidden_BTD[:rows].detach()[asked_RT], target_M)
     change_RT = change_M.new_zeros(target_RT.shape).masked_scatter(asked_RT, change_M)

@@ -108,7 +108,7 @@ def train_step(
         model: in training mode, with its progress set.
         optimizer: over the model's parameters, with its learning rate set.
         micro_batches: at least one.
-        clip: largest gradient norm, or None.
+        clip: largest gradient norm, or None; gates that forecast gains have it for themselves.
         dtype: `float32`, or `bfloat16` for autocast.
         step: number of the step, for the error.
         states: what comes before each micro-batch; replaced, once the step is taken, by what comes after it (detached:
@@ -154,7 +154,7 @@ def train_step(
         gates.append(gathered(model, decided))
         meaning = meaning or GateMeaning.of(model, decided)
         told("gates")
-    norm = _clip(optimizer.parameters(), clip).double() / world.size
+    norm = _clip(optimizer.parameters(), _forecasting(model), clip).double() / world.size
     told("clipping")
     parts = [torch.stack(losses), norm[None], torch.stack(gates)]
     sums = world.add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
@@ -185,10 +185,22 @@ def train_step(
     return result
 
 
-def _clip(parameters: list[Tensor], clip: float | None) -> Tensor:
-    """Scale the gradients to a norm of at most `clip`; returns the norm before."""
+def _forecasting(model: TaipanLM) -> set[Tensor]:
+    """Parameters that a loss of their own teaches: those of gates that forecast gains."""
+    if not model.config.measures_gains:
+        return set()
+    return {parameter for sal in model.sals for parameter in sal.gate.parameters()}
+
+
+def _clip(parameters: list[Tensor], apart: set[Tensor], clip: float | None) -> Tensor:
+    """Scale the gradients to a norm of at most `clip`; returns the norm before.
+
+    Those of the parameters `apart` have a limit of their own: what gates learn changes nothing but the gates.
+    """
     limit = math.inf if clip is None else clip
-    return whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    parts = [[own for own in parameters if own not in apart], [own for own in parameters if own in apart]]
+    norms = [whole(torch.nn.utils.clip_grad_norm_(part, limit)) for part in parts if part]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def _budget_share(model: TaipanLM, output: TaipanOutput, world: World) -> Tensor:
