@@ -165,8 +165,8 @@ class TaipanConfig:
             itself (Eq. 4). Needs scope `all`.
         gate_objective: what teaches the gate. `straight_through`: the cross-entropy, through the mask of Eq. 3. `gain`:
             the score s_1 − s_0 is regressed on what the token's attention gained: the next token's loss without it
-            less that with it, measured in training without a gradient; then no other gradient reaches the gate, and
-            none of the gate's the rest of the model.
+            less that with it, measured in training without a gradient, 0 where labels say that nothing is predicted;
+            then no other gradient reaches the gate, and none of the gate's the rest of the model.
         gain_measure: how the gain is measured. `open_closed`: rows are read twice more, with every gate closed and with
             every gate open. `flipped`: once more, with some decisions taken the other way, and the gain is known of
             these tokens alone; then it is that of one more, or one less, among the tokens the gates selected

@@ -193,7 +193,7 @@ class Training:
 
 
 _TRAINING = "training"
-_SETTINGS = ("config", "seed", "choice", "steps", "context", "rows", "data", "learning_rate", "tasks")
+_SETTINGS = ("config", "seed", "choice", "steps", "context", "rows", "data", "learning_rate", "tasks", "clipping")
 
 
 def _told(settings: dict[str, Any]) -> str:
@@ -251,6 +251,8 @@ class Laboratory:
         # what a run is called by stays what it was before there was a choice
         settings |= {} if rate == LEARNING_RATE else {"learning_rate": rate}
         settings |= {} if training.tasks == 0.0 else {"tasks": training.tasks}
+        # they were clipped with all else once (docs/decisions/0037): another run, and a better one
+        settings |= {"clipping": "gates apart"} if config.measures_gains else {}
         return Run(name=self._kept().get(_told(settings), slug(training.name)), settings=settings)
 
     def _kept(self) -> dict[str, str]:

@@ -145,7 +145,7 @@ class OptimizerSection:
         betas, eps: AdamW's.
         moments: what AdamW keeps its two moments in. `int8`: of parameters of 4,096 elements and more a byte each, and
             a scale for each 128 (docs/decisions/0033-moments-in-eight-bits.md); not with sharded parameters.
-        clip: largest gradient norm, or None for no clipping.
+        clip: largest gradient norm, or None for no clipping; of gates that forecast gains by themselves.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
