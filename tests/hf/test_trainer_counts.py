@@ -97,10 +97,24 @@ def test_an_evaluation_is_the_loss_of_the_model_with_its_parts_beside_it(
         assert run.evaluate()["eval_budget"] == pytest.approx(found["eval_budget"])
 
 
-def test_the_parts_of_an_evaluation_are_those_of_its_loss_over_several_batches(tmp_path: Path) -> None:
-    run = prepare_trainer(trainer(new_model(budget_weight=30.0), tmp_path, per_device_eval_batch_size=5))
+@pytest.mark.parametrize("size", [16, 5, 1])
+def test_the_cross_entropy_of_an_evaluation_is_that_of_a_token_whatever_the_batches(size: int, tmp_path: Path) -> None:
+    model = new_model(budget_weight=0.0)
+    run = prepare_trainer(trainer(model, tmp_path, per_device_eval_batch_size=size))
     found = run.evaluate(metric_key_prefix="test")
-    assert found["test_loss"] == pytest.approx(found["test_cross_entropy"] + found["test_budget"], rel=1e-5)
+    own = model.eval()(**padded(ROWS))
+    assert found["test_cross_entropy"] == pytest.approx(float(own.cross_entropy), rel=1e-5)
+    # a Trainer weighs the batches by their rows (findings/an_evaluation_depends_on_the_batch_size.sh)
+    assert (found["test_loss"] == pytest.approx(float(own.loss), rel=1e-5)) == (size == 16)
+
+
+def test_the_budget_of_an_evaluation_is_the_mean_over_rows(tmp_path: Path) -> None:
+    model = new_model(budget_weight=30.0)
+    found = prepare_trainer(trainer(model, tmp_path, per_device_eval_batch_size=5)).evaluate()
+    batches = [ROWS[start : start + 5] for start in range(0, 16, 5)]
+    budgets = [float(model.eval()(**padded(rows)).budget) * len(rows) for rows in batches]
+    assert found["eval_budget"] == pytest.approx(sum(budgets) / 16, rel=1e-5)
+    assert sum(budgets) > 0.1
 
 
 def smoothed(model: TaipanForCausalLM, rows: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

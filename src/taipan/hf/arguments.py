@@ -87,6 +87,11 @@ def read_call(
     return Call(input_ids=input_ids, attention_mask=attention_mask, segment_ids=segment_ids, cache=cache)
 
 
+def predicted_items(call: Call, labels: Tensor) -> Tensor:
+    """() int64, the number of labels that a token predicts."""
+    return (next_tokens(labels, call.input_ids.shape, call.attention_mask, call.segment_ids) != -100).sum()
+
+
 def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
     """The number of targets to divide a sum of losses by: the Trainer's, if it counts predicted tokens.
 
@@ -99,7 +104,7 @@ def counted_items(call: Call, labels: Tensor, num_items_in_batch: Tensor | int |
     """
     if num_items_in_batch is None:
         return None
-    predicted = (next_tokens(labels, call.input_ids.shape, call.attention_mask, call.segment_ids) != -100).sum()
+    predicted = predicted_items(call, labels)
     counted = (labels[:, 1:] != -100).sum()
     if bool(predicted == counted):
         return num_items_in_batch

@@ -33,11 +33,11 @@ class TrainerLink:
     Attributes:
         share: weight of one call's budget in the loss of a step that is computed outside of the model; None outside of
             training.
-        evaluated: rows, cross-entropy and budget of the last call with labels in eval mode.
+        evaluated: rows, predicted tokens, cross-entropy and budget of the last call with labels in eval mode.
     """
 
     share: float | None = None
-    evaluated: tuple[int, float, float] | None = None
+    evaluated: tuple[int, int, float, float] | None = None
 
 
 @dataclass(frozen=True)

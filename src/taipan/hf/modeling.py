@@ -10,7 +10,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from taipan.errors import InputError, shown
-from taipan.hf.arguments import HOW_TO_COUNT, check_arguments, counted_items, read_call
+from taipan.hf.arguments import HOW_TO_COUNT, check_arguments, counted_items, predicted_items, read_call
 from taipan.hf.backbone import BackboneOutput
 from taipan.hf.cache import TaipanCache
 from taipan.hf.configuration import TaipanHFConfig
@@ -210,8 +210,9 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         )
         if loss is not None:
             link = self.model.link
-            if link is not None and not self.training:
-                link.evaluated = (len(call.input_ids), float(loss.cross_entropy.detach()), float(loss.budget.detach()))
+            if link is not None and labels is not None and not self.training:
+                rows, tokens = len(call.input_ids), int(predicted_items(call, labels))
+                link.evaluated = (rows, tokens, float(loss.cross_entropy.detach()), float(loss.budget.detach()))
         else:
             if num_items_in_batch is not None and self.model.link is None and call.hides_starts:
                 raise InputError(

@@ -27,7 +27,8 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     * a trainer that computes its own loss (TRL's, label smoothing) gives the budget of Eq. 7 the right weight when it
       accumulates gradients or scales them (float16);
     * weight decay spares A_log and D, as `taipan train` does; a Trainer spares what is named a bias or a norm;
-    * `evaluate()` reports `eval_cross_entropy` and `eval_budget` beside `eval_loss`, which holds both.
+    * `evaluate()` reports `eval_cross_entropy`, of a predicted token, and `eval_budget` beside `eval_loss`, which holds
+      both and weighs batches by their rows.
 
     Without this call, whatever is exact without it works; the rest is refused.
 
@@ -94,7 +95,7 @@ class _Telling(TrainerCallback):
     def __init__(self, trainer: "Trainer", backbones: list[TaipanBackbone]) -> None:
         self._trainer = trainer
         self._links = [backbone.link for backbone in backbones if backbone.link is not None]
-        self._evaluated = torch.zeros(3, dtype=torch.float64)
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,8 +118,9 @@ class _Telling(TrainerCallback):
     ) -> None:
         """A batch of an evaluation has just been read."""
         for link in self._links:
-            rows, cross_entropy, budget = link.evaluated or (0, 0.0, 0.0)
-            self._evaluated += torch.tensor([rows, rows * cross_entropy, rows * budget], dtype=torch.float64)
+            rows, tokens, cross_entropy, budget = link.evaluated or (0, 0, 0.0, 0.0)
+            sums = [rows, tokens, tokens * cross_entropy, rows * budget]
+            self._evaluated += torch.tensor(sums, dtype=torch.float64)
             link.evaluated = None
 
     def on_predict(
@@ -135,18 +137,20 @@ class _Telling(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the parts of the loss to the metrics: means over rows, like the loss."""
+        """Add the parts of the loss to the metrics: cross-entropy by predicted tokens, the budget by rows.
+
+        The loss itself weighs every batch by its rows, whatever they hold: where lengths differ it depends on the size
+        of the batches, and is not the sum of its parts.
+        """
         accelerator = self._trainer.accelerator
-        parts = cast(Tensor, accelerator.reduce(self._evaluated.float().to(accelerator.device)))
+        reduced = cast(Tensor, accelerator.reduce(self._evaluated.float().to(accelerator.device)))
+        rows, tokens, cross_entropy, budget = reduced.tolist()
         self._evaluated.zero_()
         loss = next((name for name in metrics or {} if name.endswith("_loss")), None)
-        if metrics is None or loss is None or not float(parts[0]):
+        if metrics is None or loss is None or not rows:
             return
         prefix = loss.removesuffix("loss")
-        found = {
-            f"{prefix}cross_entropy": float(parts[1] / parts[0]),
-            f"{prefix}budget": float(parts[2] / parts[0]),
-        }
+        found = {f"{prefix}cross_entropy": cross_entropy / max(tokens, 1.0), f"{prefix}budget": budget / rows}
         metrics.update(found)
         if state.log_history and loss in state.log_history[-1]:
             state.log_history[-1].update(found)
