@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,6 +23,7 @@ from taipan.serving.failures import error_body, told_of
 from taipan.serving.guards import key_of
 from taipan.serving.sessions import Progress, Sessions, Watch
 
+_log = logging.getLogger(__name__)
 _READERS = 8  # texts that are read at once; further ones wait
 _PIECE = 1 << 16
 
@@ -222,6 +224,14 @@ async def _progress(
         yield "[DONE]"
     finally:  # the client may have gone away
         watch.gone.set()
+        done.add_done_callback(_end_of_a_reading)
+
+
+def _end_of_a_reading(done: asyncio.Future[dict[str, Any]]) -> None:
+    """Take the end of a reading that perhaps nobody waits for: that its client has gone is no error."""
+    error = None if done.cancelled() else done.exception()
+    if error is not None and not isinstance(error, TaipanError | OSError):
+        _log.error("A text was not read to its end: this is a bug in taipan.", exc_info=error)
 
 
 def _chunks(file: Any) -> Iterator[bytes]:
