@@ -106,8 +106,11 @@ def test_one_process_at_a_run(tmp_path: Path) -> None:
 def test_what_a_run_is_has_not_changed(tmp_path: Path) -> None:
     lab = Laboratory(TINY, Text(), tmp_path, nobody)
     lab.__dict__["_data"] = tmp_path / "code"
+    known = ["config", "seed", "choice", "steps", "context", "rows", "data"]
     settings = lab.declare(Training(name="one", config=_config("gate"), seed=1)).settings
-    assert list(settings) == ["config", "seed", "choice", "steps", "context", "rows", "data"]
+    assert list(settings) == [*known, "clipping"]  # of gates that forecast (docs/decisions/0037)
+    plain = TaipanConfig.from_dict({**_config("gate").to_dict(), "layer_types": ["mamba2"]})
+    assert list(lab.declare(Training(name="one", config=plain, seed=1)).settings) == known
 
 
 def telling(run: Run) -> dict[str, Any]:
