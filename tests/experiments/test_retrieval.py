@@ -145,14 +145,16 @@ def test_scores_of_tasks_have_intervals_and_the_chance_of_their_metric(monkeypat
         "results": {
             "piqa": {"acc,none": 0.5, "acc_norm,none": 0.6},
             "truthfulqa": {"mc1,none": 0.2, "mc2,none": 0.4},
+            "race": {"contains,none": 0.3},  # a file of questions that are answered with a text
         },
-        "intervals": {"piqa": {"acc_norm,none": [0.5, 0.7]}, "truthfulqa": {}},
-        "n-samples": {"piqa": {"effective": 9}, "truthfulqa": {"effective": 9}},
+        "intervals": {"piqa": {"acc_norm,none": [0.5, 0.7]}, "truthfulqa": {}, "race": {}},
+        "n-samples": {"piqa": {"effective": 9}, "truthfulqa": {"effective": 9}, "race": {"effective": 9}},
         "chance": {"piqa": 0.5, "truthfulqa": 0.25},
     }
     monkeypatch.setattr(tasks, "_asked", lambda *_: asked)
-    options = {"files": [["piqa", "a", ""], ["truthfulqa", "b", ""]], "limit": None}
+    options = {"files": [["piqa", "a", ""], ["truthfulqa", "b", ""], ["race", "c", ""]], "limit": None}
     found = tasks.measure_zero_shot(small_model(dtype=torch.float32), Path(), options)["tasks"]
     same = {"questions": 9}
     assert found["piqa"] == {"metric": "acc_norm", "score": 0.6, "interval": [0.5, 0.7], "chance": 0.5, **same}
     assert found["truthfulqa"] == {"metric": "mc2", "score": 0.4, "interval": None, "chance": None, **same}
+    assert found["race"] == {"metric": "contains", "score": 0.3, "interval": None, "chance": None, **same}

@@ -213,7 +213,7 @@ def measure_zero_shot(model: "TaipanLM", data: Path, options: Any) -> Result:
     return {"tasks": tasks}
 
 
-_METRICS = ("acc_norm", "mc2", "acc")
+_METRICS = ("acc_norm", "mc2", "acc", "contains")
 _TABLED = {"boolq": "acc"}  # lm-eval does not divide yes and no by their length
 
 
