@@ -173,3 +173,40 @@ def test_weight_decay_takes_what_it_takes_in_our_own_training(tmp_path: Path) ->
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == decays(name, parameter, decay_embeddings=True), name
+
+
+class Apart(torch.optim.SGD):
+    """Trains other weights than it answers for, as schedule-free optimizers do: larger by one."""
+
+    training = True
+
+    def shift(self, training: bool) -> None:
+        if training != self.training:
+            self.training = training
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data += 1.0 if training else -1.0
+
+    def train(self) -> None:
+        self.shift(True)
+
+    def eval(self) -> None:
+        self.shift(False)
+
+
+@pytest.mark.parametrize("by", ["steps", "epoch"])
+def test_what_is_saved_is_what_is_evaluated(by: str, tmp_path: Path) -> None:
+    """The rate is 0: the weights that the optimizer answers for are those of the start, less one."""
+    model = new_model()
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    when: dict[str, Any] = (
+        {"max_steps": 3, "save_steps": 2} if by == "steps" else {"max_steps": -1, "num_train_epochs": 2}
+    )
+    run = trainer(model, tmp_path, per_device_train_batch_size=128, save_strategy=by, **when)
+    run.optimizer = Apart(model.parameters(), lr=0.0)
+    prepare_trainer(run).train()
+    run.save_model(str(tmp_path / "last"))
+    for place in ("checkpoint-2", "last"):
+        saved = TaipanForCausalLM.from_pretrained(tmp_path / place)
+        for name, weight in saved.named_parameters():
+            torch.testing.assert_close(weight, start[name] - 1.0, msg=f"{place}: {name}")

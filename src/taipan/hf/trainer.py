@@ -27,6 +27,8 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     * a trainer that computes its own loss (TRL's, label smoothing) gives the budget of Eq. 7 the right weight when it
       accumulates gradients or scales them (float16);
     * weight decay spares A_log and D, as `taipan train` does; a Trainer spares what is named a bias or a norm;
+    * what is saved is what `evaluate()` reads, with optimizers that train other weights than those of the model
+      (`optim="schedule_free_adamw"`); a Trainer saves those that are trained;
     * `evaluate()` reports `eval_cross_entropy`, of a predicted token, and `eval_budget` beside `eval_loss`, which holds
       both and weighs batches by their rows.
 
@@ -52,6 +54,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     trainer.data_collator = PredictedLabels(trainer.data_collator)
     trainer.get_decay_parameter_names = partial(_decayed, trainer.get_decay_parameter_names)
     trainer.add_callback(_Telling(trainer, backbones))
+    trainer.add_callback(_Settling())
     return trainer
 
 
@@ -154,3 +157,38 @@ class _Telling(TrainerCallback):
         metrics.update(found)
         if state.log_history and loss in state.log_history[-1]:
             state.log_history[-1].update(found)
+
+
+class _Settling(TrainerCallback):
+    """Puts the weights that an optimizer answers for into the model before they are saved, and at the end of training.
+
+    A Trainer (transformers 5.23.0) does so before it evaluates only, and back before the next step.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """A checkpoint, or the end, comes next."""
+        if control.should_save or control.should_training_stop:
+            _settle(optimizer)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """The same for checkpoints by epochs."""
+        self.on_step_end(args, state, control, optimizer)
+
+
+def _settle(optimizer: Any) -> None:
+    if callable(settle := getattr(optimizer, "eval", None)):
+        settle()
