@@ -233,6 +233,13 @@ def test_time_adds_up_over_resumes(make_recipe: MakeRecipe) -> None:
     assert 22.0 <= second.seconds <= 26.0
 
 
+def test_evaluating_without_held_out_data_is_told(make_recipe: MakeRecipe) -> None:
+    watcher = Watcher()
+    train(make_recipe(**{"training.steps": 1, "training.evaluate_every": 7, "data.valid": None}), listener=watcher)
+    (told,) = watcher.warnings
+    assert told.startswith("training.evaluate_every is 7, but the recipe has no data.valid: nothing will be evaluated.")
+
+
 def test_logging_and_evaluating_do_not_change_the_weights(make_recipe: MakeRecipe, whole: TrainResult) -> None:
     changes = {"training.log_every": 100, "training.evaluate_every": None, "data.valid": None}
     quiet = train(make_recipe(**changes))
