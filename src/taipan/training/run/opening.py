@@ -83,15 +83,15 @@ class OpenRun:
 
     @property
     def problems(self) -> list[str]:
-        """What the user should know before the first step: newer checkpoints that are not whole, what will not happen."""
+        """What the user should know before the first step: checkpoints that are not whole, what will not happen."""
         told: list[str] = []
         if self.found is not None:
             told += [f"{text} Going back to {self.found.path}." for text in self.found.problems]
         every = self.recipe.training.evaluate_every
         if every is not None and self.held_out is None:
             told.append(
-                f"training.evaluate_every is {every}, but the recipe has no data.valid: nothing will be evaluated. Name "
-                "held-out data there (taipan data prepare --valid-fraction makes some)."
+                f"training.evaluate_every is {every}, but the recipe has no data.valid: nothing will be evaluated. "
+                "Name held-out data there (taipan data prepare --valid-fraction makes some)."
             )
         return told
 
