@@ -121,10 +121,10 @@ def stream(
         raise InputError("A Reading holds its own state: pass no state and no attention_mask beside it.")
     if isinstance(tokens, Tensor):
         check_prompt(tokens, attention_mask, vocabulary)
-    if chosen.weights != "auto" and (reason := why_no_program(model, chosen.weights)) is not None:
-        require_native(reason, chosen.weights)
     if draft is not None:
         _check_draft(draft, vocabulary, chosen, tokens)
+    if chosen.weights != "auto" and (reason := why_no_program(model, chosen.weights)) is not None:
+        require_native(reason, chosen.weights)
     excluded = () if tokenizer is None else tokenizer.ids_without_token(vocabulary)
     ends = chosen.end_tokens(model.config.eos_token_id)
     pad = chosen.pad_token(model.config.pad_token_id, ends)
