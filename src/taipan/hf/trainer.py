@@ -165,30 +165,10 @@ class _Settling(TrainerCallback):
     A Trainer (transformers 5.23.0) does so before it evaluates only, and back before the next step.
     """
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint, or the end, comes next."""
-        if control.should_save or control.should_training_stop:
-            _settle(optimizer)
+        settle = getattr(kwargs.get("optimizer"), "eval", None)
+        if (control.should_save or control.should_training_stop) and callable(settle):
+            settle()
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """The same for checkpoints by epochs."""
-        self.on_step_end(args, state, control, optimizer)
-
-
-def _settle(optimizer: Any) -> None:
-    if callable(settle := getattr(optimizer, "eval", None)):
-        settle()
+    on_epoch_end = on_step_end  # the same for checkpoints by epochs
