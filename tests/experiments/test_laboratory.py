@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,24 @@ def test_a_tiny_experiment_by_its_command_goes_on(tmp_path: Path) -> None:
     assert run(*arguments).code == 0
     assert (model / "model.safetensors").stat().st_mtime_ns == before
 
+    written, published = path.read_bytes(), path.rename(tmp_path / "gate-novels.json").parent
+    for kept in ("training", "measured", "models"):
+        shutil.rmtree(tmp_path / "lab" / "tiny" / kept)
+    again = run(*arguments, "--published", str(published))
+    assert again.code == 0, again.err
+    assert "results of 1 runs of this command" in again.err
+    assert path.read_bytes() == written
+    assert not (tmp_path / "lab" / "tiny" / "models").exists()  # nothing was trained
+
+
+def test_results_that_cannot_be_taken_are_refused(tmp_path: Path) -> None:
+    nowhere = run("reproduce", "copying", "--scale", "tiny", "--published", str(tmp_path / "none"))
+    assert nowhere.code == 2
+    assert "is no directory; expected one with results" in nowhere.err
+    times = run("reproduce", "latency-by-length", "--scale", "tiny", "--published", str(tmp_path))
+    assert times.code == 2
+    assert "latency-by-length measures times, which are of one machine." in times.err
+
 
 def nobody(*_: object) -> None:
     """Listens to nothing."""
@@ -238,6 +257,44 @@ def local_files(name: str, directory: Path) -> dict[str, Path]:
 
 
 KEYS = {"seed", "tokens", "machine", "commits", "parameters", "curve"}
+
+
+def test_what_is_published_is_not_made_again(lab: Laboratory, tmp_path: Path) -> None:
+    configs = architectures(lab.scale)
+    trainings = [Training(name="jamba", config=configs["jamba"], seed=seed) for seed in (1, 2)]
+    settings = [lab.declare(training).settings for training in trainings]
+    told: dict[str, Any] = {"experiment": "copying", "command": "taipan reproduce copying --scale tiny --seeds 1"}
+    told["results"] = {"jamba": [{"run": "jamba", **settings[0], "loss": 1.0}]}
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    others: dict[str, dict[str, str]] = {
+        "b": {"experiment": "gap"},
+        "c": {"command": "taipan reproduce copying --scale small"},
+        "d": {"command": "taipan reproduce copying --scale tiny --text novels.jsonl.gz"},
+    }
+    for name, changed in others.items():
+        result = {"run": "jamba", **settings[1], "loss": 9.0}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**told, "results": {"jamba": [result]}, **changed}))
+    (tmp_path / "e.json").write_text("[1, 2]")
+    known = laboratory.published(tmp_path, "copying", "taipan reproduce copying --scale tiny")
+
+    fresh = Laboratory(lab.scale, lab.text, lab.directory, nobody, published=known)
+    trained: list[str] = []
+
+    def execute(runs: Sequence[Run], work: object, kind: str) -> list[Result]:
+        trained.extend(f"{kind} {run.settings['seed']}" for run in runs)
+        return [{"run": run.name, "loss": 2.0} for run in runs]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fresh, "execute", execute)
+        found = fresh.measure(reading.measure_copying, trainings)
+        # another rate is another run, though the name is the same
+        quicker = replace(trainings[0], learning_rate=0.5)
+        (other,) = fresh.measure(reading.measure_copying, [quicker])
+    assert [result["loss"] for result in (*found, other)] == [1.0, 2.0, 2.0]
+    assert trained == ["training 2", "measured 2", "training 1", "measured 1"]
+    (tmp_path / "f.json").write_text("{")
+    with pytest.raises(DataError, match=r"f\.json"):
+        laboratory.published(tmp_path, "copying", "taipan reproduce copying --scale tiny")
 
 
 @pytest.mark.slow
@@ -288,7 +345,7 @@ def test_models_that_are_one_are_trained_once(lab: Laboratory, monkeypatch: pyte
     config = architectures(lab.scale)["taipan"]
     monkeypatch.setattr(lab, "directory", tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(laboratory, "_train", lambda _, run: {"run": run.name, **run.settings})
+        patched.setattr(laboratory, "_train", lambda _, __, run: {"run": run.name, **run.settings})
         lab.train([Training(name="taipan", config=config, seed=1)])
     assert lab.declare(Training(name="another name", config=config, seed=1)).name == "taipan"
     assert lab.declare(Training(name="another seed", config=config, seed=2)).name == "another-seed"

@@ -186,6 +186,16 @@ _Out = Annotated[
 _Workers = Annotated[
     int | None, typer.Option(min=1, help="Runs side by side, one thread each. [default: one per core]")
 ]
+_Dtype = Annotated[
+    str, typer.Option(help="To train in: float32, bfloat16, or auto: bfloat16 where the processor multiplies it.")
+]
+_Published = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory with results (JSON files of this experiment): runs that stand there are taken from there, "
+        "others are made beside them."
+    ),
+]
 _Seeds = Annotated[
     int | None, typer.Option(min=1, help="How many seeds, the first ones. [default: all three of small]")
 ]
@@ -206,8 +216,11 @@ def _command(name: str, entry: Entry) -> Callable[..., None]:
             seeds: _Seeds = None,
             out: _Out = _RUNS,
             workers: _Workers = None,
+            dtype: _Dtype = "auto",
+            published: _Published = None,
         ) -> None:
-            _reproduce(name, entry, scale, out, workers, text, seeds, (option, given or []))
+            asked = (option, given or [])
+            _reproduce(name, entry, scale, out, workers, text, seeds, asked, dtype, published)
 
         return taking
     if not entry.text:
@@ -223,8 +236,10 @@ def _command(name: str, entry: Entry) -> Callable[..., None]:
         seeds: _Seeds = None,
         out: _Out = _RUNS,
         workers: _Workers = None,
+        dtype: _Dtype = "auto",
+        published: _Published = None,
     ) -> None:
-        _reproduce(name, entry, scale, out, workers, text, seeds)
+        _reproduce(name, entry, scale, out, workers, text, seeds, dtype=dtype, published=published)
 
     return reading
 
@@ -238,6 +253,8 @@ def _reproduce(
     text: Path | None = None,
     seeds: int | None = None,
     given: tuple[str, Sequence[str]] = ("", ()),
+    dtype: str = "auto",
+    published: Path | None = None,
 ) -> None:
     from dataclasses import replace
 
@@ -247,6 +264,7 @@ def _reproduce(
     from taipan.experiments import paper_scale
     from taipan.experiments.execution import Result, Run
     from taipan.experiments.laboratory import SCALES, Laboratory, Text, write
+    from taipan.experiments.laboratory import published as published_in
     from taipan.experiments.registry import experiment
 
     if scale is LanguageScaleName.paper and entry.text:
@@ -268,15 +286,30 @@ def _reproduce(
     if seeds is not None and seeds > len(size.seeds):
         raise InputError(f"--seeds is {seeds}, but the scale {scale.value} has {len(size.seeds)}: give fewer, or none.")
     size = replace(size, seeds=size.seeds[:seeds])
+    head = f"taipan reproduce {name} --scale {scale.value}{'' if text is None else f' --text {text.name}'}"
+    tail = "".join(f" {option} {own}={path.name}" for own, path in files.items())
+    known: dict[str, Result] = {}
+    if published is not None:
+        if entry.timed:
+            raise InputError(f"--published is {published}, but {name} measures times, which are of one machine.")
+        known = published_in(published, name, head + tail)
+        note(f"{published}: results of {len(known)} runs of this command; those that are asked for are not made again.")
     with runs_progress() as progress:
-        directory = out / scale.value
-        lab = Laboratory(size, Text(text), directory, finished, workers=workers, progress=progress, files=files)
+        lab = Laboratory(
+            size,
+            Text(text),
+            out / scale.value,
+            finished,
+            workers=workers,
+            progress=progress,
+            files=files,
+            dtype=dtype,
+            published=known,
+        )
         outcome = experiment(name)(lab)
     for table in outcome.tables:
         print_table(table.title, table.header, table.rows)
-    words = f"taipan reproduce {name} --scale {scale.value}{'' if text is None else f' --text {text.name}'}"
-    words += "" if seeds is None else f" --seeds {seeds}"
-    words += "".join(f" {option} {own}={path.name}" for own, path in files.items())
+    words = head + ("" if seeds is None else f" --seeds {seeds}") + tail
     reports, about = lab.directory / "reports", {"scale": scale.value}
     if entry.text:
         reports, about = reports / lab.data.name, {**about, "text": lab.text.settings()["text"]}

@@ -6,17 +6,19 @@ trained or measured is kept under the laboratory's directory: an interrupted exp
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from taipan.config import TaipanConfig
 from taipan.errors import DataError, InputError, shown
 from taipan.experiments.course import UNFINISHED, forget, from_scratch, seen
 from taipan.experiments.execution import Listener, Progress, Result, Run, execute, settings_of
+from taipan.hardware import training_dtype
 from taipan.io import atomic_write, parse_json
 
 if TYPE_CHECKING:
@@ -200,6 +202,36 @@ def _told(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def _settings(result: Result) -> dict[str, Any]:
+    """The settings of the run that a result is of."""
+    return {key: result[key] for key in _SETTINGS if key in result}
+
+
+def published(directory: Path, experiment: str, command: str) -> dict[str, Result]:
+    """Results of single runs in the JSON files of an experiment, by their settings.
+
+    They are taken as they stand, whatever machine and commit they are of (each tells its own).
+
+    Args:
+        directory: of JSON files, as `write` makes them; others are passed over.
+        experiment: its id.
+        command: of the experiment, without `--seeds`: a file of another scale, text or other questions is passed over.
+
+    Raises:
+        DataError: there is no such directory, or a file of it cannot be read.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory} is no directory; expected one with results (the JSON files of experiments).")
+    found: dict[str, Result] = {}
+    for path in sorted(directory.glob("*.json")):
+        report = parse_json(path.read_bytes(), str(path))
+        if not isinstance(report, dict) or cast(Result, report).get("experiment") != experiment:
+            continue
+        if re.sub(r" --seeds \d+", "", report["command"]) == command:
+            found |= {_told(_settings(result)): result for own in report["results"].values() for result in own}
+    return found
+
+
 class Laboratory:
     """Trains what is declared and measures it, each once.
 
@@ -211,6 +243,8 @@ class Laboratory:
         workers: processes side by side; None for one per core.
         progress: told how far runs have come.
         files: local files by name, of questions or of long texts, for the experiments that take them.
+        dtype: to train in, as `taipan.hardware.training_dtype` takes it; told with a result, and identifies no run.
+        published: what `measure` would find of some models, by their settings (`published`): they are not trained.
     """
 
     def __init__(
@@ -223,9 +257,13 @@ class Laboratory:
         workers: int | None = None,
         progress: Progress | None = None,
         files: Mapping[str, Path] | None = None,
+        dtype: str = "auto",
+        published: Mapping[str, Result] | None = None,
     ) -> None:
         self.scale = scale
         self.files = dict(files or {})
+        self.dtype = training_dtype(dtype).dtype
+        self._published = dict(published or {})
         self.text = text
         self.directory = directory
         self._listener = listener
@@ -260,13 +298,13 @@ class Laboratory:
         for path in sorted((self.directory / _TRAINING).glob("*.json")):
             if path not in self._names:
                 result: Result = parse_json(path.read_bytes(), str(path))
-                self._names[path] = (_told({key: result[key] for key in _SETTINGS if key in result}), result["run"])
+                self._names[path] = (_told(_settings(result)), result["run"])
         return dict(self._names.values())
 
     def train(self, trainings: Sequence[Training]) -> list[Result]:
         """Train what is not there yet; what was seen in training, in their order."""
         runs = [self.declare(training) for training in trainings]
-        work = partial(_train, self.directory)
+        work = partial(_train, self.directory, self.dtype)
         return self.execute(runs, work, _TRAINING)
 
     def execute(
@@ -301,6 +339,14 @@ class Laboratory:
         Returns:
             In their order: what was seen in training, and what was measured.
         """
+        known = [self._published.get(_told(self.declare(training).settings)) for training in trainings]
+        new = [training for training, result in zip(trainings, known, strict=True) if result is None]
+        found = iter(self._train_and_measure(function, new, options))
+        return [next(found) if result is None else result for result in known]
+
+    def _train_and_measure(
+        self, function: "Callable[[TaipanLM, Path, Any], Result]", trainings: Sequence[Training], options: Any
+    ) -> list[Result]:
         trained = self.train(trainings)
         name = f"{function.__module__.rpartition('.')[2]}-{function.__name__}"
         runs = [
@@ -315,12 +361,11 @@ class Laboratory:
         return [{**seen, **found} for seen, found in zip(trained, measured, strict=True)]
 
 
-def _train(directory: Path, run: Run) -> Result:
+def _train(directory: Path, dtype: str, run: Run) -> Result:
     """Train one model from scratch, or from its last checkpoint on, and keep it; for worker processes."""
     from taipan.data.sampler import WindowSampler
     from taipan.data.shards import TokenDataset
     from taipan.experiments.retrieval import with_tasks
-    from taipan.hardware import training_dtype
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.step.batch import Batch
 
@@ -336,7 +381,6 @@ def _train(directory: Path, run: Run) -> Result:
             windows = with_tasks(windows, tokenizer, share=share, step=step, seed=seed)
         return {"tokens": windows["tokens"], "segment_ids": windows["segment_ids"]}
 
-    dtype = training_dtype().dtype
     model, course = from_scratch(
         run,
         batch,

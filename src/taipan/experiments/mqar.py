@@ -128,15 +128,13 @@ def declare(name: str, config: TaipanConfig, learning_rate: float, seed: int, st
     return Run(name=slug(name), settings=settings)
 
 
-def train(scale: Scale, directory: Path, run: Run) -> Result:
+def train(scale: Scale, directory: Path, dtype: str, run: Run) -> Result:
     """Train one model on fresh batches of the mixture and test it; a module-level function for worker processes."""
     from taipan.experiments.course import UNFINISHED, from_scratch, seen
-    from taipan.hardware import training_dtype
     from taipan.training.recipe import OptimizerSection, ScheduleSection
     from taipan.training.step.batch import Batch
 
     settings = run.settings
-    dtype = training_dtype().dtype
 
     def batch(step: int) -> Batch:
         tokens, labels = scale.mixture.train_batch(step, scale.rows, int(settings["seed"]))
@@ -175,7 +173,7 @@ def mqar(lab: Laboratory) -> Outcome:
     """The experiment."""
     scale = SCALES[lab.scale.name]
     configs = models(scale)
-    work = partial(train, scale, lab.directory)
+    work = partial(train, scale, lab.directory, lab.dtype)
 
     def run(wanted: Sequence[tuple[str, float, int, int]]) -> list[Result]:
         runs = [declare(name, configs[name], rate, seed, steps, scale) for name, rate, seed, steps in wanted]

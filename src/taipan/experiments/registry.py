@@ -16,6 +16,7 @@ class Entry:
         text: whether its models are trained on text.
         files: names of the local files of questions that it asks.
         long: whether it reads long texts of the reader.
+        timed: whether it measures times and memory, which only the machine at hand can tell.
     """
 
     claim: str
@@ -23,6 +24,7 @@ class Entry:
     text: bool = True
     files: tuple[str, ...] = ()
     long: bool = False
+    timed: bool = False
 
 
 ENTRIES: dict[str, Entry] = {
@@ -31,7 +33,9 @@ ENTRIES: dict[str, Entry] = {
     ),
     "learning-rates": Entry("Which learning rate is best, four architectures", "learning_rates"),
     "perplexity-by-context": Entry("Loss by context and position, four architectures", "reading", long=True),
-    "latency-by-length": Entry("Time and memory of generation and prefill by length, four architectures", "latency"),
+    "latency-by-length": Entry(
+        "Time and memory of generation and prefill by length, four architectures", "latency", timed=True
+    ),
     "copying": Entry(
         "Loss of tokens that repeat a bigram, by distance, and of all others, four architectures", "reading"
     ),
