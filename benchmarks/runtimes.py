@@ -252,7 +252,10 @@ def our_runs(model: TaipanLM, ids: Tensor, steps: int) -> dict[str, Callable[[],
     wide.load_state_dict(model.state_dict())
     narrow = wide.bfloat16()
     state = prefill(narrow, ids[None]).state
-    runs: dict[str, Callable[[], Any]] = {"prefill, taipan, bf16": partial(prefill, narrow, ids[None])}
+    runs: dict[str, Callable[[], Any]] = {
+        "prefill, taipan, fp32": partial(prefill, model, ids[None]),
+        "prefill, taipan, bf16": partial(prefill, narrow, ids[None]),
+    }
     for label, weights in (("bf16", "auto"), ("int8", "int8"), ("int4", "int4")):
         same = TaipanLM(model.config).bfloat16().eval()
         same.load_state_dict(narrow.state_dict())
