@@ -124,6 +124,8 @@ def float32_products() -> Float32Products:
     amd = "AMD" in str(capabilities.get("cpu_name", ""))
     if amd and capabilities.get("avx512_f") and torch.backends.mkldnn.is_available():
         return Float32Products("oneDNN", "on AMD PyTorch's own, MKL, does without AVX-512")
+    if amd:
+        return Float32Products("PyTorch's own", "in AVX2 MKL was measured to be the quicker")
     return Float32Products("PyTorch's own", "nothing quicker is known for this processor")
 
 
