@@ -71,6 +71,7 @@ SCALES: dict[str, Scale] = {
         training_bytes=16_000_000,
         held_out_bytes=1_250_000,
         larger={"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 576, "state_size": 32, "heads": 3},
+        learning_rates={"jamba": 0.02},
     ),
     "tiny": Scale(
         name="tiny",
