@@ -341,6 +341,15 @@ def test_a_long_text_that_is_not_there_is_asked_for(lab: Laboratory, monkeypatch
         reading._long_texts(lab)
 
 
+def test_a_rate_that_was_swept_is_of_its_text(tmp_path: Path) -> None:
+    small, configs = SCALES["small"], architectures(SCALES["small"])
+    for text, rates in ((Text(), {"jamba": 0.02}), (Text(prose(tmp_path)), {})):
+        own = Laboratory(small, text, tmp_path, nobody)
+        assert {name: own.learning_rate(config) for name, config in configs.items()} == {
+            name: rates.get(name, laboratory.LEARNING_RATE) for name in configs
+        }
+
+
 def test_models_that_are_one_are_trained_once(lab: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = architectures(lab.scale)["taipan"]
     monkeypatch.setattr(lab, "directory", tmp_path)

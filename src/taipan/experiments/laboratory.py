@@ -42,8 +42,8 @@ class Scale:
         model: sizes, as fields of `TaipanConfig`; `heads` stands for `num_attention_heads`.
         training_bytes, held_out_bytes: of text, at most (a document more or less); None for all.
         larger: the sizes of a second model, as `model`, where an experiment has two.
-        learning_rates: peaks by architecture (`architecture_of`), as `learning-rates` found them; others are
-            `LEARNING_RATE`.
+        learning_rates: peaks by architecture (`architecture_of`) on the standard library, where `learning-rates` found
+            another best than `LEARNING_RATE`, which all others have, and all on other texts.
     """
 
     name: str
@@ -286,13 +286,18 @@ class Laboratory:
         settings = {"config": settings_of(config), "seed": training.seed, "choice": training.choice}
         settings |= {"steps": training.steps or scale.steps, "context": scale.context, "rows": scale.rows}
         settings["data"] = self.data.name
-        rate = training.learning_rate or scale.learning_rates.get(architecture_of(config), LEARNING_RATE)
+        rate = training.learning_rate or self.learning_rate(config)
         # what a run is called by stays what it was before there was a choice
         settings |= {} if rate == LEARNING_RATE else {"learning_rate": rate}
         settings |= {} if training.tasks == 0.0 else {"tasks": training.tasks}
         # they were clipped with all else once (docs/decisions/0037): another run, and a better one
         settings |= {"clipping": "gates apart"} if config.measures_gains else {}
         return Run(name=self._kept().get(_told(settings), slug(training.name)), settings=settings)
+
+    def learning_rate(self, config: TaipanConfig) -> float:
+        """The peak that a model has here where none is declared."""
+        swept = self.scale.learning_rates if self.text.path is None else {}
+        return swept.get(architecture_of(config), LEARNING_RATE)
 
     def _kept(self) -> dict[str, str]:
         """Names of the runs that are kept, by their settings."""

@@ -24,7 +24,7 @@ def learning_rates(lab: Laboratory) -> Outcome:
     tiny = lab.scale.name == "tiny"
     swept = sweep(list(configs), RATES[1:] if tiny else RATES, run, loss, rounds=0 if tiny else MOST_ROUNDS)
     header, lines = rows(swept, loss)
-    taken = {name: lab.scale.learning_rates.get(name, LEARNING_RATE) for name in configs}
+    taken = {name: lab.learning_rate(config) for name, config in configs.items()}
     lines = [[*line, f"{taken[line[0]]:g}"] for line in lines]
     results = {name: list(found.values()) for name, found in swept.items()}
     more = {
