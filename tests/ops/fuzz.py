@@ -531,7 +531,7 @@ def of_mamba2(draw: Draw) -> Case:
     """What lies between the projections: one call beside its parts (see test_mamba2.py)."""
     batch, tokens, groups = draw.number(1, 1, 2, 3), draw.length(140), draw.number(1, 1, 2)
     heads, head_dim, state = groups * draw.number(1, 2, 3), draw.number(16, 16, 32), draw.number(16, 16, 48)
-    dtype, taps = torch.bfloat16, draw.number(2, 3, 4, 4)
+    dtype, taps = draw.random.choice([torch.float32, torch.bfloat16]), draw.number(2, 3, 4, 4)
     inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
     segment, length, real = draw.segments(batch, tokens), None, None
     if draw.chance(0.4):

@@ -99,8 +99,8 @@ def _choices() -> Iterator[tuple[str, str, str]]:
         yield "4-bit products", kernels.int4, "of decoding: AVX512-VNNI, else AVX2, else numbers one by one"
     ops = "portable" if kernels.library is None else "native"
     yield "ops", f"{ops} (below)", "compiled kernels where there are any; else PyTorch's operations"
-    inside = "op by op" if kernels.library is None else "one call in bfloat16"
-    yield "Mamba-2's inside", inside, "one call: convolution, ssd and gated norm compiled together; float32 op by op"
+    inside = "op by op" if kernels.library is None else "one call"
+    yield "Mamba-2's inside", inside, "one call: convolution, ssd and gated norm compiled together"
     decoding = "the model's forward" if kernels.library is None else "native"
     yield "decoding step", decoding, "one call a token; --weights bfloat16, int8 or int4 is faster and less exact"
 

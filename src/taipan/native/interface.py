@@ -302,6 +302,7 @@ class SsdBackward(Arguments):
         ("B_columns", Reals),
         ("C_columns", Reals),
         ("dy", Elements),
+        ("dy_t", Index),
         ("dfinal", RealsOrNull),
         ("slices_dB", Reals),
         ("slices_dC", Reals),
@@ -352,7 +353,7 @@ class ConvBackward(Arguments):
         ("sizes", ConvSizes),
         ("inputs", ConvInputs),
         ("dy", Elements),
-        ("dx_t", Index),
+        *_sizes("dy_t dx_t"),
         ("dx", Elements),
         ("dcolumns", Reals),
         ("dtaps", Reals),
@@ -390,6 +391,7 @@ class NormBackward(Arguments):
         ("z", ElementsOrNull),
         ("weight", Reals),
         ("dout", Elements),
+        ("dy_row", Index),
         ("dy", Elements),
         ("dz_row", Index),
         ("dz", ElementsOrNull),
@@ -401,7 +403,7 @@ class Mamba2Sizes(Structure):
     """Sizes of what lies between the projections of a Mamba-2 mixer, and its numbers."""
 
     _fields_ = [
-        *_sizes("batch tokens heads head_dim groups state chunk taps narrow"),
+        *_sizes("batch tokens heads head_dim groups state chunk taps proj_row narrow"),
         ("eps", ctypes.c_double),
     ]
 
@@ -441,13 +443,11 @@ class Mamba2Backward(Arguments):
         ("dfinal", RealsOrNull),
         *((name, Reals) for name in ("B_columns", "C_columns", "slices_dB", "slices_dC", "slices_dscores")),
         ("slices", Index),
-        ("dy", Elements),
-        ("dxbc", Elements),
-        *((name, Reals) for name in ("dnorm_of_threads", "dtaps_of_rows")),
-        ("dA_of_rows", Double),
-        ("dD_of_rows", Double),
         ("dproj", Elements),
-        *((name, Reals) for name in ("dweight", "dbias", "ddt", "dA", "dD", "dnorm", "dcolumns", "dinitial")),
+        *((name, Reals) for name in ("dtaps", "dcolumns", "ddt")),
+        ("dA", Double),
+        ("dD", Double),
+        *((name, Reals) for name in ("dinitial", "dnorm")),
     ]
 
 

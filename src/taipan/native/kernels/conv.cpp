@@ -115,9 +115,9 @@ void forward(const Shape& s, const Arrays<T, X>& in, X* y, int threads) {
 
 template <class T, class X>
 struct Gradients {
-  const X* dy;          // (B, T, C)
-  X* dx;                // rows of C, `dx_t` apart
-  Index dx_t;
+  const X* dy;          // rows of C, `dy_t` apart
+  X* dx;                // `dx_t` apart; may be dy, of which each number is read before its place is written
+  Index dy_t, dx_t;
   T *dcolumns, *dtaps;  // (B, K - 1, C); of weight and bias by row of the batch, (B, K + 1, C), bias last
 };
 
@@ -147,8 +147,8 @@ void backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out
         taps.stand_at(end);
         for (Index t = end - 1; t >= begin; --t) {
           taps.go_back(t);
-          const Index at = (b * s.tokens + t) * s.channels + c, reached = reach[t - begin];
-          Vector<T> dsum = widen<T>(out.dy + at);
+          const Index token = b * s.tokens + t, reached = reach[t - begin];
+          Vector<T> dsum = widen<T>(out.dy + token * out.dy_t + c);
           if (s.silu) {
             const Vector<T> total = taps.sum(reached), open = sigmoid(total);
             dsum *= open * (T(1) + total * (T(1) - open));
@@ -160,7 +160,7 @@ void backward(const Shape& s, const Arrays<T, X>& in, const Gradients<T, X>& out
             part[k] += dsum * taps.weight[k];
             dtaps[k] += dsum * taps.input[k];
           }
-          narrow(out.dx + (b * s.tokens + t) * out.dx_t + c, part[K - 1]);
+          narrow(out.dx + token * out.dx_t + c, part[K - 1]);
           for (int k = K - 1; k > 0; --k) part[k] = part[k - 1];
         }
         for (int k = 0; k < K - 1; ++k) rest[k] = part[k + 1];
@@ -210,7 +210,7 @@ TAIPAN_FUNCTION(conv_backward, ConvBackward) {
   if (s.channels % kMultiple != 0) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
     return with_taps(s.taps, [&]<int K>() {
-      const Gradients<Real, X> out{static_cast<const X*>(call->dy), static_cast<X*>(call->dx), call->dx_t, call->dcolumns,
+      const Gradients<Real, X> out{static_cast<const X*>(call->dy), static_cast<X*>(call->dx), call->dy_t, call->dx_t, call->dcolumns,
                                       call->dtaps};
       backward<Real, X, K>(s, arrays<X>(call->inputs), out, threads);
     });

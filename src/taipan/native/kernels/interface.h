@@ -43,6 +43,7 @@ struct SsdBackward {
   SsdInputs inputs;
   Real *B_columns, *C_columns;
   const void* dy;
+  Index dy_t;  // from token to token; dx may be dy
   const Real* dfinal;  // may be null
   Real *slices_dB, *slices_dC, *slices_dscores;
   Index slices, dx_t;  // and from token to token of dx
@@ -75,7 +76,7 @@ struct ConvBackward {
   ConvSizes sizes;
   ConvInputs inputs;
   const void* dy;
-  Index dx_t;
+  Index dy_t, dx_t;  // from token to token; dx may be dy
   void* dx;
   Real *dcolumns, *dtaps;
 };
@@ -98,6 +99,7 @@ struct NormBackward {
   const void *y, *z;  // z may be null, and then dz
   const Real* weight;
   const void* dout;
+  Index dy_row;
   void* dy;
   Index dz_row;
   void* dz;
@@ -106,12 +108,12 @@ struct NormBackward {
 
 // What lies between the projections of a Mamba-2 mixer. C channels are convolved: x (inner), then B and C.
 struct Mamba2Sizes {
-  Index batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow;
+  Index batch, tokens, heads, head_dim, groups, state, chunk, taps, proj_row, narrow;  // proj_row: from token to token
   double eps;
 };
 
 struct Mamba2Inputs {
-  const void* proj;  // (B, T, inner + C + heads), contiguous: z, the channels, dt
+  const void* proj;  // (B, T, inner + C + heads): z, the channels, dt
   const Real *weight, *bias, *dt, *A, *D, *norm;  // weight (C, K), dt (B, T, heads)
   const Real *columns, *initial;  // of the convolution and the state; may be null
   const std::int32_t* document;   // as above, or null
@@ -136,12 +138,11 @@ struct Mamba2Backward {
   // Work space, as above.
   Real *B_columns, *C_columns, *slices_dB, *slices_dC, *slices_dscores;
   Index slices;
-  void *dy, *dxbc;
-  Real *dnorm_of_threads, *dtaps_of_rows;
-  double *dA_of_rows, *dD_of_rows;
-  // Results; of dproj all but what belongs to dt.
+  // Results, each as the kernel of its part gives it; of dproj all but what belongs to dt.
   void* dproj;
-  Real *dweight, *dbias, *ddt, *dA, *dD, *dnorm, *dcolumns, *dinitial;
+  Real *dtaps, *dcolumns, *ddt;
+  double *dA, *dD;
+  Real *dinitial, *dnorm;
 };
 
 struct Outranking {
@@ -412,22 +413,21 @@ TAIPAN_STRUCT(SsdSizes, batch, tokens, heads, head_dim, groups, state, chunk, x_
               narrow)
 TAIPAN_STRUCT(SsdInputs, x, dt, A, B, C, D, initial, document, scores, B_rows, C_rows, entrances)
 TAIPAN_STRUCT(SsdForward, sizes, inputs, y, final)
-TAIPAN_STRUCT(SsdBackward, sizes, inputs, B_columns, C_columns, dy, dfinal, slices_dB, slices_dC, slices_dscores, slices,
+TAIPAN_STRUCT(SsdBackward, sizes, inputs, B_columns, C_columns, dy, dy_t, dfinal, slices_dB, slices_dC, slices_dscores, slices,
               dx_t, dx, ddt, dB_t, dB, dC, dinitial, dA, dD)
 TAIPAN_STRUCT(ConvSizes, batch, tokens, channels, taps, x_b, x_t, silu, narrow)
 TAIPAN_STRUCT(ConvInputs, x, weight, bias, columns, document)
 TAIPAN_STRUCT(ConvForward, sizes, inputs, y)
-TAIPAN_STRUCT(ConvBackward, sizes, inputs, dy, dx_t, dx, dcolumns, dtaps)
+TAIPAN_STRUCT(ConvBackward, sizes, inputs, dy, dy_t, dx_t, dx, dcolumns, dtaps)
 TAIPAN_STRUCT(NormSizes, rows, channels, group, y_row, z_row, narrow)
 TAIPAN_STRUCT(NormForward, sizes, eps, y, z, weight, out)
-TAIPAN_STRUCT(NormBackward, sizes, eps, y, z, weight, dout, dy, dz_row, dz, dweight)
-TAIPAN_STRUCT(Mamba2Sizes, batch, tokens, heads, head_dim, groups, state, chunk, taps, narrow, eps)
+TAIPAN_STRUCT(NormBackward, sizes, eps, y, z, weight, dout, dy_row, dy, dz_row, dz, dweight)
+TAIPAN_STRUCT(Mamba2Sizes, batch, tokens, heads, head_dim, groups, state, chunk, taps, proj_row, narrow, eps)
 TAIPAN_STRUCT(Mamba2Inputs, proj, weight, bias, dt, A, D, norm, columns, initial, document, taps, xbc, y, scores, B_rows, C_rows,
               entrances)
 TAIPAN_STRUCT(Mamba2Forward, sizes, inputs, out, final)
 TAIPAN_STRUCT(Mamba2Backward, sizes, inputs, dout, dfinal, B_columns, C_columns, slices_dB, slices_dC, slices_dscores,
-              slices, dy, dxbc, dnorm_of_threads, dtaps_of_rows, dA_of_rows, dD_of_rows, dproj, dweight, dbias, ddt,
-              dA, dD, dnorm, dcolumns, dinitial)
+              slices, dproj, dtaps, dcolumns, ddt, dA, dD, dinitial, dnorm)
 TAIPAN_STRUCT(Outranking, batch, tokens, reach, scores, document, counts)
 TAIPAN_STRUCT(SwigluForward, count, gate, up, out)
 TAIPAN_STRUCT(SwigluBackward, count, gate, up, dout, dgate, dup)

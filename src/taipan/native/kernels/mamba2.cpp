@@ -11,12 +11,12 @@ struct Shape : Mamba2Sizes {
   Index inner() const { return heads * head_dim; }
   Index shared() const { return groups * state; }  // of B, and of C
   Index channels() const { return inner() + 2 * shared(); }
-  Index row() const { return inner() + channels() + heads; }  // of proj: z; x, B, C; dt
+  Index row() const { return inner() + channels() + heads; }  // of dproj: z; x, B, C; dt
   Index rows() const { return batch * tokens; }
 };
 
 ConvSizes conv_sizes(const Shape& s) {
-  return {s.batch, s.tokens, s.channels(), s.taps, s.tokens * s.row(), s.row(), 1, s.narrow};
+  return {s.batch, s.tokens, s.channels(), s.taps, s.tokens * s.proj_row, s.proj_row, 1, s.narrow};
 }
 
 template <class X>
@@ -38,7 +38,7 @@ SsdInputs ssd_inputs(const Shape& s, const Mamba2Inputs& in) {
 }
 
 NormSizes norm_sizes(const Shape& s) {
-  return {s.rows(), s.inner(), s.inner() / s.groups, s.inner(), s.row(), s.narrow};
+  return {s.rows(), s.inner(), s.inner() / s.groups, s.inner(), s.proj_row, s.narrow};
 }
 
 template <class X>
@@ -57,44 +57,22 @@ int forward(const Shape& s, const Mamba2Forward& call, int threads) {
 template <class X>
 int backward(const Shape& s, const Mamba2Backward& call, int threads) {
   const Mamba2Inputs& in = call.inputs;
-  const Index inner = s.inner(), channels = s.channels();
-  X *dproj = static_cast<X*>(call.dproj), *dxbc = static_cast<X*>(call.dxbc);
+  const Index inner = s.inner(), row = s.row();
+  // The gradients of y, of the convolution's result and of what it read follow each other in one place.
+  X *dproj = static_cast<X*>(call.dproj), *dxbc = dproj + inner;
   const NormBackward norm{norm_sizes(s), s.eps,   in.y,    in.proj, in.norm,
-                          call.dout,     call.dy, s.row(), dproj,   call.dnorm_of_threads};
+                          call.dout,     row,     dxbc,    row,     dproj,   call.dnorm};
   if (const int status = taipan_norm_backward(&norm, threads)) return status;
   const SsdBackward ssd{ssd_sizes(s),      ssd_inputs<X>(s, in), call.B_columns,
-                        call.C_columns,    call.dy,              call.dfinal,
+                        call.C_columns,    dxbc,                 row,            call.dfinal,
                         call.slices_dB,    call.slices_dC,       call.slices_dscores,
-                        call.slices,       channels,             dxbc,
-                        call.ddt,          channels,             dxbc + inner,
-                        dxbc + inner + s.shared(), call.dinitial, call.dA_of_rows,
-                        call.dD_of_rows};
+                        call.slices,       row,                  dxbc,
+                        call.ddt,          row,                  dxbc + inner,
+                        dxbc + inner + s.shared(), call.dinitial, call.dA,
+                        call.dD};
   if (const int status = taipan_ssd_backward(&ssd, threads)) return status;
-  const ConvBackward conv{conv_sizes(s), conv_inputs<X>(s, in), dxbc, s.row(), dproj + inner, call.dcolumns,
-                          call.dtaps_of_rows};
-  if (const int status = taipan_conv_backward(&conv, threads)) return status;
-  for (Index c = 0; c < inner; ++c) {
-    Real total = 0;
-    for (int part = 0; part < threads; ++part) total += call.dnorm_of_threads[part * inner + c];
-    call.dnorm[c] = total;
-  }
-  const Index of_row = (s.taps + 1) * channels;
-  for (Index k = 0; k <= s.taps; ++k)
-    for (Index c = 0; c < channels; ++c) {
-      Real total = 0;
-      for (Index b = 0; b < s.batch; ++b) total += call.dtaps_of_rows[b * of_row + k * channels + c];
-      (k < s.taps ? call.dweight[c * s.taps + k] : call.dbias[c]) = total;
-    }
-  for (Index h = 0; h < s.heads; ++h) {
-    double through_A = 0, through_D = 0;
-    for (Index b = 0; b < s.batch; ++b) {
-      through_A += call.dA_of_rows[b * s.heads + h];
-      through_D += call.dD_of_rows[b * s.heads + h];
-    }
-    call.dA[h] = static_cast<Real>(through_A);
-    call.dD[h] = static_cast<Real>(through_D);
-  }
-  return kOk;
+  const ConvBackward conv{conv_sizes(s), conv_inputs<X>(s, in), dxbc, row, row, dxbc, call.dcolumns, call.dtaps};
+  return taipan_conv_backward(&conv, threads);
 }
 
 }  // namespace

@@ -65,8 +65,8 @@ int forward(const Shape& s, const X* y, const X* z, const T* weight, double eps,
 
 // With n = u · scale and g = dout · weight: du = scale (g - n mean(g n)). dweight is per thread, (threads, C).
 template <class T, class X>
-int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps, const X* dout, X* dy, X* dz,
-             Index dz_row, T* dweight, int threads) {
+int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps, const X* dout, X* dy, Index dy_row,
+             X* dz, Index dz_row, T* dweight, int threads) {
   int status = kOk;
   std::memset(dweight, 0, sizeof(T) * threads * s.channels);
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : status)
@@ -100,11 +100,11 @@ int backward(const Shape& s, const X* y, const X* z, const T* weight, double eps
           store(own + at, load(own + at) + d * value * scale);
           const Vector<T> du = scale * (d * load(weight + at) - value * mean);
           if (z == nullptr) {
-            narrow(dy + row * s.channels + at, du);
+            narrow(dy + row * dy_row + at, du);
             continue;
           }
           const Vector<T> gate = widen<T>(z_row + at), open = load(opening + c);
-          narrow(dy + row * s.channels + at, du * gate * open);
+          narrow(dy + row * dy_row + at, du * gate * open);
           narrow(dz + row * dz_row + at, du * widen<T>(y_row + at) * open * (T(1) + gate * (T(1) - open)));
         }
       }
@@ -193,8 +193,8 @@ TAIPAN_FUNCTION(norm_backward, NormBackward) {
   if (!fits(s) || (call->z == nullptr) != (call->dz == nullptr)) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
     return backward<Real, X>(s, static_cast<const X*>(call->y), static_cast<const X*>(call->z), call->weight, call->eps,
-                             static_cast<const X*>(call->dout), static_cast<X*>(call->dy), static_cast<X*>(call->dz),
-                             call->dz_row, call->dweight, threads);
+                             static_cast<const X*>(call->dout), static_cast<X*>(call->dy), call->dy_row,
+                             static_cast<X*>(call->dz), call->dz_row, call->dweight, threads);
   });
 }
 

@@ -314,11 +314,11 @@ int forward(const Shape& s, const Arrays<T, X>& in, const Common<T>& common, X* 
 }
 
 template <class T, class X>
-struct Gradients {  // contiguous but for dx, dB and dC, which say how far it is from token to token
-  const X* dy;
+struct Gradients {  // contiguous but for dy, dx, dB and dC, which say how far it is from token to token
+  const X* dy;      // a chunk of a head is read before its dx is written, which may be the same place
   const T* dfinal;  // may be null
   X *dx, *dB, *dC;
-  Index dx_t, dB_t;
+  Index dy_t, dx_t, dB_t;
   T *ddt, *dinitial;
   double *dA, *dD;  // (batch, heads)
 };
@@ -451,7 +451,7 @@ class Backward {
 
   void chunk(Index b, Index h, Index g, Index c, const T* state, T* dstate, T* dB, T* dC, T* dscores) {
     const Index begin = c * Q, size = std::min(Q, s.tokens - begin), columns = round_up(size, kLanes<T>);
-    const Index token = b * s.tokens + begin, row = s.heads * P, task = b * s.heads + h;
+    const Index token = b * s.tokens + begin, row = out.dy_t, task = b * s.heads + h;
     const X *x_from = in.x + b * s.x_b + begin * s.x_t + h * P, *dy_from = out.dy + token * row + h * P;
     if (c > 0) {
       fetch(Q, P, x_from - Q * s.x_t, s.x_t);
@@ -696,8 +696,8 @@ TAIPAN_FUNCTION(ssd_backward, SsdBackward) {
     const SsdInputs& in = call->inputs;
     const Gradients<Real, X> out{
         static_cast<const X*>(call->dy), call->dfinal, static_cast<X*>(call->dx), static_cast<X*>(call->dB),
-        static_cast<X*>(call->dC),       call->dx_t,   call->dB_t,                call->ddt,
-        call->dinitial,                  call->dA,     call->dD};
+        static_cast<X*>(call->dC),       call->dy_t,   call->dx_t,                call->dB_t,
+        call->ddt,                       call->dinitial, call->dA,              call->dD};
     return with_products<Real, X>([&]<class W>() {
       return backward<W>(s, arrays<X>(in), out, {call->slices_dB, call->slices_dC, call->slices_dscores, call->slices},
                          {in.scores, in.B_rows, in.C_rows, call->B_columns, call->C_columns}, threads);

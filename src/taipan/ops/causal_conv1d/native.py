@@ -55,6 +55,7 @@ class _CausalConv1d(torch.autograd.Function):
             sizes=_sizes(x_BTC, taps, ctx.silu),
             inputs=_inputs(x_BTC, *saved[1:]),
             dy=dy_BTC,
+            dy_t=channels,
             dx_t=channels,
             dx=dx_BTC,
             dcolumns=dcolumns_BLC,

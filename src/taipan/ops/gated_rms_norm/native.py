@@ -52,6 +52,7 @@ class _Norm(torch.autograd.Function):
             z=z_RC,
             weight=weight_C,
             dout=dout,
+            dy_row=y_RC.shape[1],
             dy=dy,
             dz_row=y_RC.shape[1],
             dz=dz,

@@ -14,8 +14,8 @@ def mamba2_inner(inputs: Mamba2Inputs, names: Mapping[str, str]) -> tuple[Tensor
     """Convolution, state space duality and gated norm, as mamba-ssm's `mamba_split_conv1d_scan_combined`.
 
     dt = softplus(dt + dt_bias) clamped, A = −exp(A_log); `causal_conv1d`, `ssd` and `gated_rms_norm` say the rest. In
-    bfloat16 with the native implementations of all three it is one call of compiled kernels, which keep, split and copy
-    less between the parts; each part rounds as it does alone.
+    bfloat16 and fp32 with the native implementations of all three it is one call of compiled kernels, which keep, split
+    and copy less between the parts; each part rounds as it does alone, and the results are those of the ops bit by bit.
 
     Args:
         inputs: proj_BTX, what in_proj gives of every token: z, then the convolved channels x, B and C, then dt; taps

@@ -1,4 +1,4 @@
-"""The inner part of a Mamba-2 mixer in one call of compiled kernels (native/kernels/mamba2.cpp); bfloat16."""
+"""The inner part of a Mamba-2 mixer in one call of compiled kernels (native/kernels/mamba2.cpp)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -25,18 +25,19 @@ from taipan.shapes import FloatBHPN, FloatBLC
 
 _PITCH = 16  # which rows of a (Q, Q) matrix are a multiple of
 _WIDE = torch.float32
+_DTYPES = (torch.bfloat16, _WIDE)  # of the projection
 _DT = 3  # place of the step sizes among what the kernels are given
 _KEPT = ("taps", "xbc", "y", "entrances")  # what the forward leaves for the backward
 
 
 def fits(inputs: Mamba2Inputs, names: Mapping[str, str]) -> bool:
-    """Whether this runs here: all three ops native, bfloat16, sizes that vectors divide, and more than one token."""
+    """Whether this runs here: all ops native, bfloat16 or float32, sizes that vectors divide, more than one token."""
     native = {names["causal_conv1d"], names["ssd"], names["gated_rms_norm"]} <= {AUTO, "native"}
     proj, taps = inputs.proj_BTX, inputs.conv_weight_CK.shape[1]
     divides = all(size % MULTIPLE == 0 for size in (inputs.head_dim, inputs.state_size))
     return (
         native
-        and proj.dtype == torch.bfloat16
+        and proj.dtype in _DTYPES
         and proj.shape[0] > 0
         and proj.shape[1] > 1
         and taps in TAPS
@@ -63,8 +64,8 @@ class _Call:
 
     def __init__(self, settings: _Settings, proj: Tensor, *given: Tensor | None) -> None:
         names = ("weight", "bias", "dt", "A", "D", "norm", "columns", "initial", "document")
-        self.given: dict[str, Tensor | None] = {"proj": proj, **dict(zip(names, given, strict=True))}
-        self.settings = settings
+        self.given: dict[str, Tensor | None] = {"proj": _in_rows(proj), **dict(zip(names, given, strict=True))}
+        self.settings, self.dtype = settings, proj.dtype
         self.batch, self.tokens = proj.shape[:2]
         heads, inner, channels = (len(cast(Tensor, self.given[name])) for name in ("A", "norm", "bias"))
         self.heads, self.inner, self.channels, self.head_dim = heads, inner, channels, inner // heads
@@ -78,7 +79,8 @@ class _Call:
             state=settings.state_size,
             chunk=self.chunk,
             taps=settings.taps,
-            narrow=True,
+            proj_row=cast(Tensor, self.given["proj"]).stride(1),
+            narrow=proj.dtype == torch.bfloat16,
             eps=settings.eps,
         )
         self.chunks = -(-self.tokens // self.chunk)
@@ -92,8 +94,8 @@ class _Call:
         batch, tokens = self.batch, self.tokens
         states = (batch, self.heads, self.chunks, self.settings.state_size, self.head_dim)
         taps = wide(self.settings.taps, self.channels)
-        xbc = torch.empty(batch, tokens, self.channels, dtype=torch.bfloat16)
-        y = torch.empty(batch, tokens, self.inner, dtype=torch.bfloat16)
+        xbc = torch.empty(batch, tokens, self.channels, dtype=self.dtype)
+        y = torch.empty(batch, tokens, self.inner, dtype=self.dtype)
         return dict(zip(_KEPT, (taps, xbc, y, room_for_entrances(*states, _WIDE) if learns else None), strict=True))
 
     def inputs(self, kept: Mapping[str, Tensor | None]) -> tuple[Given, Tensor]:
@@ -105,7 +107,9 @@ class _Call:
     def forward(self, *, learns: bool) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         kept = self.kept(learns=learns)
         given, _room = self.inputs(kept)
-        out = torch.empty(self.batch, self.tokens, self.inner, dtype=torch.bfloat16)
+        # The norm writes a row when it has read it.
+        out = torch.empty(self.batch, self.tokens, self.inner, dtype=self.dtype) if learns else kept["y"]
+        assert out is not None
         final = wide(self.batch, self.heads, self.head_dim, self.settings.state_size)
         call(_WIDE, Mamba2Forward, sizes=self.sizes, inputs=given, out=out, final=final)
         return out, final, kept
@@ -114,7 +118,6 @@ class _Call:
         self, kept: Mapping[str, Tensor | None], dout: Tensor | None, dfinal: Tensor | None
     ) -> dict[str, Tensor]:
         batch, tokens, heads, channels = self.batch, self.tokens, self.heads, self.channels
-        dy = torch.empty(batch, tokens, self.inner, dtype=torch.bfloat16)
         given, _room = self.inputs(kept)
         slices = slices_of(self.groups, heads // self.settings.groups)
         columns = self.groups * self.columns
@@ -122,36 +125,38 @@ class _Call:
         room = wide(sum(sizes))
         names = ("B_columns", "C_columns", "slices_dB", "slices_dC", "slices_dscores")
         work: dict[str, Tensor] = dict(zip(names, room.split(sizes), strict=True))
-        threads, taps = torch.get_num_threads(), self.settings.taps
+        taps = self.settings.taps
         results = {
-            "dproj": torch.empty_like(cast(Tensor, self.given["proj"])),
-            "dweight": wide(channels, taps),
-            "dbias": wide(channels),
-            "ddt": wide(batch, tokens, heads),
-            "dA": wide(heads),
-            "dD": wide(heads),
-            "dnorm": wide(self.inner),
+            "dproj": torch.empty(cast(Tensor, self.given["proj"]).shape, dtype=self.dtype),
+            "dtaps": wide(batch, taps + 1, channels),
             "dcolumns": wide(batch, taps - 1, channels),
+            "ddt": wide(batch, tokens, heads),
+            "dA": torch.empty(batch, heads, dtype=torch.float64),
+            "dD": torch.empty(batch, heads, dtype=torch.float64),
             "dinitial": wide(batch, heads, self.head_dim, self.settings.state_size),
+            "dnorm": wide(torch.get_num_threads(), self.inner),
         }
         call(
             _WIDE,
             Mamba2Backward,
             sizes=self.sizes,
             inputs=given,
-            dout=torch.zeros_like(dy) if dout is None else dout,
+            dout=torch.zeros(batch, tokens, self.inner, dtype=self.dtype) if dout is None else dout,
             dfinal=dfinal,
             **work,
             slices=slices,
-            dy=dy,
-            dxbc=torch.empty(batch, tokens, channels, dtype=torch.bfloat16),
-            dnorm_of_threads=wide(threads, self.inner),
-            dtaps_of_rows=wide(batch, taps + 1, channels),
-            dA_of_rows=torch.empty(batch, heads, dtype=torch.float64),
-            dD_of_rows=torch.empty(batch, heads, dtype=torch.float64),
             **results,
         )
-        return results
+        sums = {name: results.pop(name).sum(0).to(_WIDE) for name in ("dtaps", "dA", "dD", "dnorm")}  # as the ops do
+        dtaps = sums.pop("dtaps")
+        return {**results, **sums, "dweight": dtaps[:taps].t(), "dbias": dtaps[taps]}
+
+
+def _in_rows(proj_BTX: Tensor) -> Tensor:
+    """The tensor with tokens at one distance from each other, each in one piece."""
+    batch, row, one = proj_BTX.stride()
+    even = len(proj_BTX) == 1 or batch == proj_BTX.shape[1] * row
+    return proj_BTX if one == 1 and even else proj_BTX.contiguous()
 
 
 def wide(*shape: int) -> Tensor:
@@ -199,7 +204,7 @@ _apply = cast(Callable[..., tuple[Tensor, Tensor]], _Inner.apply)
 def mamba2_native(inputs: Mamba2Inputs) -> tuple[Tensor, FloatBLC, FloatBHPN]:
     """See `taipan.ops.mamba2.mamba2_inner`."""
     with no_autocast("cpu"):
-        proj = inputs.proj_BTX.contiguous()
+        proj = inputs.proj_BTX  # as it lies: the bits of its step sizes depend on that
         columns, initial = inputs.initial_columns_BLC, inputs.initial_state_BHPN
         low, high = inputs.time_step_limit
         settings = _Settings(

@@ -102,7 +102,7 @@ def time_steps_backward(
     low, high = limit
     if low > 0.0 or high != float("inf"):
         step_BTH = F.softplus(raw_BTH)
-        ddt_BTH = ddt_BTH * ((step_BTH >= low) & (step_BTH <= high))
+        ddt_BTH = torch.where((step_BTH >= low) & (step_BTH <= high), ddt_BTH, 0.0)  # in the layout that autograd takes
     ddt_BTH = _softplus_backward(ddt_BTH, raw_BTH, 1.0, 20.0)  # PyTorch's softplus is x itself above 20
     return ddt_BTH.to(dt.dtype), ddt_BTH.sum((0, 1))
 

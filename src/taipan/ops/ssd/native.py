@@ -182,6 +182,7 @@ class _SSD(torch.autograd.Function):
             B_columns=inputs.new(columns),
             C_columns=inputs.new(columns),
             dy=dy_BTHP,
+            dy_t=heads * inputs.head_dim,
             dfinal=dfinal_BHPN,
             slices_dB=inputs.new(shared),
             slices_dC=inputs.new(shared),
