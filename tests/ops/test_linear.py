@@ -203,6 +203,28 @@ def test_float32_by_onednn_is_within_rounding_of_fp64_with_its_gradients(monkeyp
         assert kind(linear(*given)) != "_OneDNNBackward"
 
 
+@pytest.mark.parametrize("outputs", [24, 21])
+def test_rows_of_an_aligned_result_begin_at_a_vector(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL is a third slower else. Each number is a sum of 40 products, whoever sums them, and so is each gradient."""
+    monkeypatch.setattr(MODULE, "_ONEDNN", False)
+    monkeypatch.setattr(MODULE, "MIN_PRODUCTS", 2 * 30 * 40 * outputs)
+    x, weight = torch.randn(2, 30, 40).requires_grad_(), torch.randn(outputs, 40).requires_grad_()
+    out = linear(x, weight, aligned=True)
+    assert out.shape == (2, 30, outputs)
+    assert out.stride() == (30 * 24, 24, 1)
+    assert linear(x, weight).is_contiguous()
+    assert linear(x[:, :29], weight, aligned=True).is_contiguous()  # a small one
+    direction, exact = torch.randn(out.shape), [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    truth = F.linear(*exact)
+    found = (out, *torch.autograd.grad(out, (x, weight), direction))
+    wanted = (truth, *torch.autograd.grad(truth, exact, direction.double()))
+    sizes = [tensor.detach().abs() for tensor in (*exact, direction.double())]
+    flat = [tensor.flatten(0, -2) for tensor in sizes]
+    terms = (F.linear(sizes[0], sizes[1]), sizes[2] @ sizes[1], flat[2].T @ flat[0])
+    for ours, true, size, count in zip(found, wanted, terms, (40, outputs, 60), strict=True):
+        assert ((ours - true).abs() <= count * torch.finfo(torch.float32).eps * size).all()
+
+
 @pytest.mark.parametrize(
     ("cpu", "avx512", "library"),
     [("AMD EPYC", True, "oneDNN"), ("AMD EPYC", False, "PyTorch's own"), ("Intel Xeon", True, "PyTorch's own")],

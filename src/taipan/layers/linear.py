@@ -10,14 +10,18 @@ from taipan.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias; stays fast in bfloat16 on CPUs without bfloat16 units (`taipan.ops.linear`)."""
+    """``nn.Linear`` without a bias; stays fast in bfloat16 on CPUs without bfloat16 units (`taipan.ops.linear`).
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    Where results may be `aligned`, their rows need not follow each other: see there.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, aligned: bool = False) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.aligned = aligned
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (…, K) to (…, N)."""
-        return linear(input, self.weight)
+        return linear(input, self.weight, aligned=self.aligned)
 
 
 class PreciseLinear(NonDynamicallyQuantizableLinear):

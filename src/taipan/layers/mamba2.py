@@ -36,7 +36,7 @@ class Mamba2(Mixer[Mamba2State]):
         self.config = config
         self.implementations = implementations
         heads, inner = config.num_mamba_heads, config.inner_size
-        self.in_proj = Linear(config.hidden_size, inner + config.conv_size + heads)
+        self.in_proj = Linear(config.hidden_size, inner + config.conv_size + heads, aligned=True)
         self.conv1d = nn.Conv1d(config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size)
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
