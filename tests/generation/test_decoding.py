@@ -241,6 +241,28 @@ def test_int8_products_of_one_row_and_of_many(rows: int) -> None:
         assert relative_error(native.step(token_B), plain.step(token_B).double()) < 4e-4
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("columns", [4096, 4096 + 80, 3 * 4096])
+def test_sums_of_int8_at_their_largest(columns: int, rows: int) -> None:
+    """Every weight at the end of its range and every number of the vector at its own: no sum of 32 bits overflows."""
+    model = small_model(("full_attention",), hidden_size=64, intermediate_size=columns, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)
+        layer = model.model.layers[0]
+        for name, parameter in layer.named_parameters():
+            if "o_proj" in name:
+                parameter.zero_()
+            elif "gate_proj" in name or "up_proj" in name:
+                parameter.fill_(0.1)
+            elif "down_proj" in name:  # rows of either sign: the norm after it sees their difference
+                parameter.copy_((1e-5 * torch.tensor([1.0, -1.0]).repeat(32))[:, None].expand_as(parameter))
+    native, plain = start_decoding(model.float(), model.empty_state(rows), weights="int8"), rounded(model, "int8")
+    found = native.step(torch.arange(rows))
+    expected = ModelDecoding(plain, model.empty_state(rows)).step(torch.arange(rows))
+    # vectors are rounded to 16 bits (above); a sum that wraps around is off by more than itself
+    assert relative_error(found, expected.double()) < 4e-4
+
+
 @pytest.mark.parametrize(("weights", "bound"), [("auto", 4e-6), ("bfloat16", 4e-6), ("int8", 4e-4), ("int4", 8e-4)])
 @pytest.mark.parametrize("hidden", [64, 104, 200])  # whole registers, and not
 def test_products_of_any_number_of_rows(hidden: int, weights: Any, bound: float) -> None:

@@ -48,6 +48,29 @@ inline V held(V v) {
   return v;
 }
 
+// left · right + total, fused where the processor can: left to the compiler, one shape of a loop is and another is not
+// (GCC on Zen 2 and 3), and a row would get other bits alone than beside others.
+template <class T>
+inline Vector<T> add_product(Vector<T> total, Vector<T> left, Vector<T> right) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return reinterpret_cast<Vector<T>>(_mm512_fmadd_ps(reinterpret_cast<__m512>(left), reinterpret_cast<__m512>(right),
+                                                       reinterpret_cast<__m512>(total)));
+  else
+    return reinterpret_cast<Vector<T>>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(left), reinterpret_cast<__m512d>(right),
+                                                       reinterpret_cast<__m512d>(total)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  if constexpr (std::is_same_v<T, float>)
+    return reinterpret_cast<Vector<T>>(_mm256_fmadd_ps(reinterpret_cast<__m256>(left), reinterpret_cast<__m256>(right),
+                                                       reinterpret_cast<__m256>(total)));
+  else
+    return reinterpret_cast<Vector<T>>(_mm256_fmadd_pd(reinterpret_cast<__m256d>(left), reinterpret_cast<__m256d>(right),
+                                                       reinterpret_cast<__m256d>(total)));
+#else
+  return total + left * right;
+#endif
+}
+
 // Rows to prefetch while several vectors take the present ones: the same rows one panel further, from `first` on. This
 // keeps memory busy with the last vectors as well. One vector needs no prefetching.
 struct Ahead {
@@ -106,16 +129,20 @@ inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[C][R
   for (; k + kLanes<T> <= count; k += kLanes<T>) {
     ahead.fetch(w, count, k);
     Vector<T> left[R];
-    for (int r = 0; r < R; ++r) left[r] = widen<T>(w + r * count + k);
+    for (int r = 0; r < R; ++r) {
+      left[r] = widen<T>(w + r * count + k);
+      if constexpr (C > 1) left[r] = held(left[r]);
+    }
     for (int c = 0; c < C; ++c) {
       const Vector<T> right = held(load(x + c * x_row + k));
-      for (int r = 0; r < R; ++r) total[r][c] += left[r] * right;
+      for (int r = 0; r < R; ++r) total[r][c] = add_product<T>(total[r][c], left[r], right);
     }
   }
   if (k < count)  // the rest as a vector, too: of single numbers compilers round some products and others not
     for (int r = 0; r < R; ++r) {
       const Vector<T> left = widen_some<T>(w + r * count + k, count - k);
-      for (int c = 0; c < C; ++c) total[r][c] += left * load_some(x + c * x_row + k, count - k);
+      for (int c = 0; c < C; ++c)
+        total[r][c] = add_product<T>(total[r][c], left, load_some(x + c * x_row + k, count - k));
     }
   sum_all(total, out);
 }
@@ -236,53 +263,97 @@ struct Pairs {
       for (int c = 0; c < C; ++c) {
         const Vector<float> first = held(load(of + c * columns + k));
         const Vector<float> second = held(load(of + c * columns + k + kLanes<float>));
-        for (int r = 0; r < R; ++r) total[r][c] += even[r] * first;
-        for (int r = 0; r < R; ++r) total[r][c] += odd[r] * second;
+        for (int r = 0; r < R; ++r) {
+          if constexpr (kBytes == 32) {  // one addition for both: with two, one after the other, a row takes as long as memory
+            total[r][c] += add_product<float>(even[r] * first, odd[r], second);
+          } else {
+            total[r][c] = add_product<float>(total[r][c], even[r], first);
+            total[r][c] = add_product<float>(total[r][c], odd[r], second);
+          }
+        }
       }
     }
     sum_all(total, out);
   }
 };
 
+// What one vector fetches while it takes a row: the memory `bytes` further on, or nothing.
+template <Index bytes>
+struct Along {
+  template <class W>
+  [[gnu::always_inline]] void fetch(const W* w, Index, Index k) const {
+    if constexpr (bytes > 0) __builtin_prefetch(reinterpret_cast<const char*>(w + k) + bytes, 0, 0);
+  }
+};
+
 // Rows of weights W times vectors X, one step of a Kind at a time: the Kind knows how many columns a step has, how it is
-// read, added and summed, and the unit of a vector.
+// read and added, how many columns fit a sum, the unit of a vector, and how far ahead one vector fetches.
 template <class Kind, class W, class X>
 struct Stepped {
+  static constexpr Index kLine = 64 / sizeof(W);  // columns of a line of memory
   const W* weight;
   Index columns;
   X* x;
 
   float one(Index row) const {
     float out[1][1];
-    dots(row, 0, out, Ahead{});
+    dots(row, 0, out, Along<Kind::kFetched>{});
     return out[0][0];
   }
 
-  template <int R, int C>
-  [[gnu::always_inline]] void dots(Index row, Index column, float (&out)[C][R], const Ahead& ahead) const {
-    const W* w = weight + row * columns;
-    const X* of = x + column * columns;
-    typename Kind::Sums total[R][C];
-    for (auto& sums : total)
-      for (auto& one : sums) one = typename Kind::Sums{};
-    for (Index k = 0; k < columns; k += Kind::kStep) {
-      ahead.fetch(w, columns, k);
-      typename Kind::Operand left[R];
-      for (int r = 0; r < R; ++r) left[r] = held(Kind::read(w + r * columns + k));
-      for (int c = 0; c < C; ++c) {
-        const auto right = held(Kind::read(of + c * columns + k));
-        for (int r = 0; r < R; ++r) total[r][c] = Kind::add(total[r][c], left[r], right);
-      }
-    }
-    Vector<float> floats[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) floats[r][c] = Kind::floats(total[r][c]);
-    sum_all(floats, out);
+  template <int R, int C, class Fetched>
+  [[gnu::always_inline]] void dots(Index row, Index column, float (&out)[C][R], const Fetched& ahead) const {
+    sums(row, column, 0, std::min(Kind::kMost, columns), out, ahead);
+    if (columns > Kind::kMost) add_rest(row, column, out, ahead);
     for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r) out[c][r] *= kind().unit_of(column + c);
   }
 
  private:
+  // Of columns [k, end).
+  template <int R, int C, class Fetched>
+  [[gnu::always_inline]] void sums(Index row, Index column, Index k, Index end, float (&out)[C][R],
+                                   const Fetched& ahead) const {
+    const W* w = weight + row * columns;
+    const X* of = x + column * columns;
+    typename Kind::Sums total[R][C];
+    for (auto& sums : total)
+      for (auto& one : sums) one = typename Kind::Sums{};
+    const auto step = [&](Index k) __attribute__((always_inline)) {
+      typename Kind::Operand left[R];
+      for (int r = 0; r < R; ++r) left[r] = held(Kind::read(w + r * columns + k));
+      for (int c = 0; c < C; ++c) {
+        auto right = Kind::read(of + c * columns + k);
+        if constexpr (R > 1) right = held(right);  // else the instruction that uses it reads it
+        for (int r = 0; r < R; ++r) {
+          total[r][c] = Kind::add(total[r][c], left[r], right);
+          // or GCC has all products of a line first, which no registers hold
+          if constexpr (R > 1) total[r][c] = held(total[r][c]);
+        }
+      }
+    };
+    for (; k + kLine <= end; k += kLine) {
+      ahead.fetch(w, columns, k);
+#pragma GCC unroll 4
+      for (Index part = 0; part < kLine; part += Kind::kStep) step(k + part);
+    }
+    for (; k < end; k += Kind::kStep) step(k);
+    Vector<float> floats[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) floats[r][c] = Kind::floats(total[r][c]);
+    sum_all(floats, out);
+  }
+
+  template <int R, int C, class Fetched>
+  [[gnu::noinline]] void add_rest(Index row, Index column, float (&out)[C][R], const Fetched& ahead) const {
+    for (Index k = Kind::kMost; k < columns; k += Kind::kMost) {
+      float more[C][R];
+      sums(row, column, k, std::min(k + Kind::kMost, columns), more, ahead);
+      for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) out[c][r] += more[c][r];
+    }
+  }
+
   const Kind& kind() const { return static_cast<const Kind&>(*this); }
 };
 
@@ -293,6 +364,8 @@ struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
   using Sums = __m512;
   using Operand = __m512bh;
   static constexpr Index kStep = 2 * kLanes<float>;
+  static constexpr Index kMost = PTRDIFF_MAX;
+  static constexpr Index kFetched = 0;
 
   static bool fits(Index columns) { return columns % kStep == 0; }
 
@@ -326,10 +399,12 @@ struct Short : Stepped<Short, std::int8_t, std::int16_t> {
   using Sums = Integers;
   using Operand = Integers;
   static constexpr Index kStep = sizeof(Integers) / 2;
-  static constexpr Index kMost = 4096;  // columns whose sum fits 32 bits
+  static constexpr Index kMost = 4096;  // 512 products of 128 · 32767 in a lane fit 32 bits
+  // Bytes. With AVX-512 the processor foresees by itself what is read, and fetching past the caches undoes that.
+  static constexpr Index kFetched = kBytes == 64 ? 0 : 1024;
   float* unit;  // of each vector
 
-  static bool fits(Index columns) { return columns % kStep == 0 && columns <= kMost; }
+  static bool fits(Index columns) { return columns % kStep == 0; }
 
   Short(const void* weight, Index columns, const float* from, Index from_row, Index count, float* room)
       : Stepped{static_cast<const std::int8_t*>(weight), columns,
