@@ -70,9 +70,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         if name == "interrupted":
             with monkeypatch.context() as patched, pytest.raises(Stopped):
                 stop_at(STOP, patched)
-                laboratory._train(tmp_path / name, run)
+                laboratory._train(tmp_path / name, "float32", run)
             assert [step for step, _ in checkpoints(unfinished)] == [4, 8]
-        result = laboratory._train(tmp_path / name, run)
+        result = laboratory._train(tmp_path / name, "float32", run)
         weights = tmp_path / name / "models" / run.identity / "model.safetensors"
         kept.append((timeless(result), weights.read_bytes()))
         assert result["tokens"] == TINY.steps * TINY.rows * TINY.context
