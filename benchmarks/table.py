@@ -139,6 +139,39 @@ class Row:
     target: str = ""
 
 
+# Small models, with the aims of their training loop and of a step beside a compiled GPT.
+SMALL = (("quickstart", "≤ 1.65", "≥ 1.7"), ("mamba2-6m", "≤ 1.6", "≥ 1.5"), ("taipan-30m", "≤ 1.5", "≥ 1.4"))
+
+
+def decoding_rows() -> Iterator[Row]:
+    """Several rows, whole programs and narrow weights: the same on every processor."""
+    decode = " tokens after "
+    for many, target in ((8, "≥ 4.5"), (16, "≥ 7"), (32, "≥ 10")):
+        yield Row(f"mamba2-115m-bf16-decode-{many}", "mamba2-115m, bf16", decode, "speed", ONE, target)
+    for how in ("generate()", "taipan generate"):
+        yield Row("mamba2-115m-bf16-generate", "mamba2-115m, bf16", f"drawn, {how}", "speed", READ, "≥ 0.85")
+        yield Row("taipan-tiny-generate", "taipan-tiny", f"drawn, {how}", "speed", "the bare step", "≥ 0.9")
+    yield Row("mamba2-115m-int8-decode", "mamba2-115m, int8", decode, "speed", READ, "≥ 0.75")
+    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", READ)
+    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", "weights int8", "≥ 1.6")
+
+
+def program_rows(dtype: str) -> Iterator[Row]:
+    """Start, evaluation, and training beside writing, whose models are called so in a dtype."""
+    model, reading = "mamba2-115m, bf16", "importing torch and reading the file"
+    yield Row("start", model, "to the first token", "time", reading, "≤ 1.2")
+    yield Row("start", model, "importing the model", "time", "importing torch", "≤ 1.15")
+    token = "a token of one text of 16,384 tokens"
+    for run, name, tokens in (
+        ("evaluate-30m", f"taipan-30m{dtype}", "262,144"),
+        ("evaluate-tiny", "taipan-tiny", "10,000,000"),
+    ):
+        yield Row(run, name, f"one text of {tokens} tokens", "time", token, "≤ 1.05")
+        yield Row(run, name, "1,000 texts", "time", token, "≤ 1.25")
+    for job in ("training", "writing"):
+        yield Row("mixed", f"mamba2-6m{dtype}", f"{job} on one core", "speed", "alone", "≥ 0.9")
+
+
 def rows() -> Iterator[Row]:
     prefill, train, decode = "prefill 2,048 ", "forward and backward, 2,048 ", " tokens after "
     for model in ("mamba2-115m", "taipan-190m"):
@@ -152,14 +185,7 @@ def rows() -> Iterator[Row]:
         yield Row(f"{model}-bf16-train-mamba2", f"{model}, bf16", train, "speed", MAMBA, "≥ 30")
         yield Row(f"{model}-bf16-train", f"{model}, bf16", train, "speed", LLAMA, "≥ 3.5")
         yield Row(f"{model}-bf16-decode", f"{model}, bf16", decode, "speed", READ, "≥ 0.85")
-    for many, target in ((8, "≥ 4.5"), (16, "≥ 7"), (32, "≥ 10")):
-        yield Row(f"mamba2-115m-bf16-decode-{many}", "mamba2-115m, bf16", decode, "speed", ONE, target)
-    for how in ("generate()", "taipan generate"):
-        yield Row("mamba2-115m-bf16-generate", "mamba2-115m, bf16", f"drawn, {how}", "speed", READ, "≥ 0.85")
-        yield Row("taipan-tiny-generate", "taipan-tiny", f"drawn, {how}", "speed", "the bare step", "≥ 0.9")
-    yield Row("mamba2-115m-int8-decode", "mamba2-115m, int8", decode, "speed", READ, "≥ 0.75")
-    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", READ)
-    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", "weights int8", "≥ 1.6")
+    yield from decoding_rows()
     for tokens, run, target in (("8,192", "8k", "≥ 2.8"), ("32,768", "32k", "≥ 7")):
         yield Row(f"mamba2-115m-bf16-{run}", "mamba2-115m, bf16", f"prefill {tokens} ", "speed", LLAMA, target)
         yield Row(f"mamba2-115m-fp32-{run}", "mamba2-115m", f"prefill {tokens} ", "speed", LLAMA)
@@ -178,8 +204,7 @@ def rows() -> Iterator[Row]:
     for run, model, both, read in (("bf16", f"{quickstart}, bf16", "≤ 1.45", "≤ 1.7"), ("fp32", quickstart, "", "")):
         yield Row(f"quickstart-{run}", model, "forward and backward, 512 ", "time", LINEAR, both)
         yield Row(f"quickstart-{run}", model, "prefill 512 ", "time", LINEAR, read)
-    small = (("quickstart", "≤ 1.65", "≥ 1.7"), ("mamba2-6m", "≤ 1.6", "≥ 1.5"), ("taipan-30m", "≤ 1.5", "≥ 1.4"))
-    for model, loop, gpt in small:
+    for model, loop, gpt in SMALL:
         words = f"{quickstart if model == 'quickstart' else model}, bf16"
         yield Row(f"{model}-bf16-loop", words, "training loop, ", "time", LINEAR, loop)
         yield Row(f"{model}-bf16-gpt", words, "training step, ", "speed", GPT, gpt)
@@ -198,18 +223,7 @@ def rows() -> Iterator[Row]:
     for name in ("median", "99th percentile"):
         work = f"gap while a prompt of 100,000 tokens is read, {name}"
         yield Row("serve-gap", model, work, "time", f"undisturbed, {name}", "≤ 3")
-    reading = "importing torch and reading the file"
-    yield Row("start", model, "to the first token", "time", reading, "≤ 1.2")
-    yield Row("start", model, "importing the model", "time", "importing torch", "≤ 1.15")
-    token = "a token of one text of 16,384 tokens"
-    for run, name, tokens in (
-        ("evaluate-30m", "taipan-30m, bf16", "262,144"),
-        ("evaluate-tiny", "taipan-tiny", "10,000,000"),
-    ):
-        yield Row(run, name, f"one text of {tokens} tokens", "time", token, "≤ 1.05")
-        yield Row(run, name, "1,000 texts", "time", token, "≤ 1.25")
-    for job in ("training", "writing"):
-        yield Row("mixed", "mamba2-6m, bf16", f"{job} on one core", "speed", "alone", "≥ 0.9")
+    yield from program_rows(", bf16")
     yield Row("serve-session", "taipan-30m, bf16", "open a session of 1,000,000 ", "speed", "reading", "≥ 1000")
 
 
@@ -222,43 +236,19 @@ def avx2_rows() -> Iterator[Row]:
         yield Row(f"{model}-fp32", model, train, "time", LINEAR, target)
         yield Row(f"{model}-fp32", model, prefill, "time", LINEAR, "≤ 1.7")
         yield Row(f"{model}-fp32", model, decode, "speed", READ)
-    for model, loop, gpt in (
-        ("quickstart", "≤ 1.65", "≥ 1.7"),
-        ("mamba2-6m", "≤ 1.6", "≥ 1.5"),
-        ("taipan-30m", "≤ 1.5", "≥ 1.4"),
-    ):
+    for model, loop, gpt in SMALL:
         words = "quickstart, 4 rows" if model == "quickstart" else model
         yield Row(f"{model}-fp32-loop", words, "training loop, ", "time", LINEAR, loop)
         yield Row(f"{model}-fp32-gpt", words, "training step, ", "speed", GPT, gpt)
     yield Row("mamba2-115m-bf16-decode", "mamba2-115m, bf16", decode, "speed", READ, "≥ 0.85")
-    for many, target in ((8, "≥ 4.5"), (16, "≥ 7"), (32, "≥ 10")):
-        yield Row(f"mamba2-115m-bf16-decode-{many}", "mamba2-115m, bf16", decode, "speed", ONE, target)
-    for how in ("generate()", "taipan generate"):
-        yield Row("mamba2-115m-bf16-generate", "mamba2-115m, bf16", f"drawn, {how}", "speed", READ, "≥ 0.85")
-        yield Row("taipan-tiny-generate", "taipan-tiny", f"drawn, {how}", "speed", "the bare step", "≥ 0.9")
-    yield Row("mamba2-115m-int8-decode", "mamba2-115m, int8", decode, "speed", READ, "≥ 0.75")
-    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", READ)
-    yield Row("mamba2-115m-int4-decode", "mamba2-115m, int4", decode, "speed", "weights int8", "≥ 1.6")
+    yield from decoding_rows()
     for keys in ("", ", keys of selected tokens"):
         for way in ("forward", "forward and backward"):
             share = f"selective attention layer, 8,192 tokens, 15 % selected{keys}, {way}"
             yield Row("selective-layer", "taipan-30m", share, "time", "every token selected", "≤ 0.19")
     yield Row("serve-streams", "mamba2-115m, bf16", "tokens, 1 stream", "speed", "taipan generate", "≥ 0.9")
     yield Row("serve-streams", "mamba2-115m, bf16", "tokens each, 16 streams", "speed", "one stream", "≥ 6")
-    for what, other, target in (
-        ("to the first token", "importing torch and reading the file", "≤ 1.2"),
-        ("importing the model", "importing torch", "≤ 1.15"),
-    ):
-        yield Row("start", "mamba2-115m, bf16", what, "time", other, target)
-    token = "a token of one text of 16,384 tokens"
-    for run, name, tokens in (
-        ("evaluate-30m", "taipan-30m", "262,144"),
-        ("evaluate-tiny", "taipan-tiny", "10,000,000"),
-    ):
-        yield Row(run, name, f"one text of {tokens} tokens", "time", token, "≤ 1.05")
-        yield Row(run, name, "1,000 texts", "time", token, "≤ 1.25")
-    for job in ("training", "writing"):
-        yield Row("mixed", "mamba2-6m", f"{job} on one core", "speed", "alone", "≥ 0.9")
+    yield from program_rows("")
 
 
 def compared(record: dict[str, Any], row: Row) -> tuple[dict[str, Any], dict[str, Any]] | None:
