@@ -13,6 +13,7 @@ MKL's products in float32 are a third slower where rows of the result do not beg
 caller can read rows that lie apart, they do. The bits are the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +30,6 @@ MIN_PRODUCTS = 2**23
 """Multiplications of a float32 product below which the call decides, not the library."""
 
 _ONEDNN = float32_products().library == "oneDNN"
-
-
 _ALIGNED = 8  # numbers of a row, 32 bytes
 
 
@@ -94,10 +93,7 @@ def _product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
 class _Aligned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x_MK = x.flatten(0, -2)
-        ctx.save_for_backward(x_MK, weight)
-        ctx.shape = x.shape
-        outputs = len(weight)
+        x_MK, outputs = _kept(ctx, x, weight), len(weight)
         y_MN = x_MK.new_empty(len(x_MK), -(-outputs // _ALIGNED) * _ALIGNED)[:, :outputs]
         return torch.mm(x_MK, weight.T, out=y_MN).unflatten(0, x.shape[:-1])
 
@@ -106,30 +102,39 @@ class _Aligned(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        x_MK, weight = ctx.saved_tensors
-        grad_MN, (needs_x, needs_weight) = grad.flatten(0, -2), ctx.needs_input_grad
-        dx = (grad_MN @ weight).view(ctx.shape) if needs_x else None
-        return dx, grad_MN.T @ x_MK if needs_weight else None
+        return _gradients(ctx, grad, torch.mm)
 
 
 class _OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x_MK = x.flatten(0, -2)
-        ctx.save_for_backward(x_MK, weight)
-        ctx.shape = x.shape
-        return _product(x_MK, weight).unflatten(0, x.shape[:-1])
+        return _product(_kept(ctx, x, weight), weight).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        x_MK, weight = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
-        grad_MN = grad.flatten(0, -2)
-        dx = _product(grad_MN, weight.T).view(ctx.shape) if needs_x else None
-        return dx, grad_MN.T @ x_MK if needs_weight else None
+        return _gradients(ctx, grad, lambda grad_MN, weight: _product(grad_MN, weight.T))
+
+
+def _kept(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """x as a matrix, kept with the weight for `_gradients`."""
+    x_MK = x.flatten(0, -2)
+    ctx.save_for_backward(x_MK, weight)
+    ctx.shape = x.shape
+    return x_MK
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x, by a product of matrices, and of the weight."""
+    x_MK, weight = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad
+    grad_MN = grad.flatten(0, -2)
+    dx = product(grad_MN, weight).view(ctx.shape) if needs_x else None
+    return dx, grad_MN.T @ x_MK if needs_weight else None
 
 
 class _Rounded(torch.autograd.Function):
