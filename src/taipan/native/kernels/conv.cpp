@@ -210,8 +210,8 @@ TAIPAN_FUNCTION(conv_backward, ConvBackward) {
   if (s.channels % kMultiple != 0) return kUnsupported;
   return with_element<Real>(s.narrow, [&]<class X>() {
     return with_taps(s.taps, [&]<int K>() {
-      const Gradients<Real, X> out{static_cast<const X*>(call->dy), static_cast<X*>(call->dx), call->dy_t, call->dx_t, call->dcolumns,
-                                      call->dtaps};
+      const Gradients<Real, X> out{static_cast<const X*>(call->dy), static_cast<X*>(call->dx), call->dy_t, call->dx_t,
+                                   call->dcolumns, call->dtaps};
       backward<Real, X, K>(s, arrays<X>(call->inputs), out, threads);
     });
   });

@@ -413,8 +413,8 @@ TAIPAN_STRUCT(SsdSizes, batch, tokens, heads, head_dim, groups, state, chunk, x_
               narrow)
 TAIPAN_STRUCT(SsdInputs, x, dt, A, B, C, D, initial, document, scores, B_rows, C_rows, entrances)
 TAIPAN_STRUCT(SsdForward, sizes, inputs, y, final)
-TAIPAN_STRUCT(SsdBackward, sizes, inputs, B_columns, C_columns, dy, dy_t, dfinal, slices_dB, slices_dC, slices_dscores, slices,
-              dx_t, dx, ddt, dB_t, dB, dC, dinitial, dA, dD)
+TAIPAN_STRUCT(SsdBackward, sizes, inputs, B_columns, C_columns, dy, dy_t, dfinal, slices_dB, slices_dC, slices_dscores,
+              slices, dx_t, dx, ddt, dB_t, dB, dC, dinitial, dA, dD)
 TAIPAN_STRUCT(ConvSizes, batch, tokens, channels, taps, x_b, x_t, silu, narrow)
 TAIPAN_STRUCT(ConvInputs, x, weight, bias, columns, document)
 TAIPAN_STRUCT(ConvForward, sizes, inputs, y)

@@ -72,7 +72,7 @@ inline Vector<T> add_product(Vector<T> total, Vector<T> left, Vector<T> right) {
 }
 
 // Rows to prefetch while several vectors take the present ones: the same rows one panel further, from `first` on. This
-// keeps memory busy with the last vectors as well. One vector needs no prefetching.
+// keeps memory busy with the last vectors as well. One vector needs none, but `Along`.
 struct Ahead {
   Index first = 0, rows = 0;
 
