@@ -10,7 +10,7 @@ import torch
 from taipan.data.hidden_keys import KINDS
 from taipan.experiments import laboratory
 from taipan.experiments.execution import Result, Run, settings_of
-from taipan.experiments.laboratory import Laboratory, Table, Text
+from taipan.experiments.laboratory import Laboratory, Outcome, Table, Text
 from taipan.experiments.mqar import mqar
 from taipan.experiments.retention import EVICTIONS, SCALES, WAYS, ask, config_of, read, retention, share, texts_of
 from taipan.layers.gating import Gate
@@ -80,25 +80,42 @@ def test_a_run_kept_before_there_was_a_choice_is_the_same_run() -> None:
         assert settings_of(dataclasses.replace(config, **{name: value})) == {**settings_of(config), name: value}
 
 
-@pytest.mark.parametrize("experiment", [retention, mqar])
-def test_the_seeds_are_those_of_the_laboratory(
-    experiment: Callable[[Laboratory], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: set[int] = set()
+class Made:
+    """In place of `Laboratory.execute`: what each run would be, told of without training."""
 
-    def execute(_: Laboratory, runs: Sequence[Run], *others: object) -> list[Result]:
-        seen.update(run.settings["seed"] for run in runs)
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+    def __call__(self, runs: Sequence[Run], *_: object) -> list[Result]:
+        self.runs += runs
         tests = [{"accuracy": 1.0, "gates": []}]
-        return [{"tests": tests, "answers": [], "parameters": 1, **run.settings} for run in runs]
+        return [{"run": run.name, "tests": tests, "answers": [], "parameters": 1, **run.settings} for run in runs]
 
+
+@pytest.mark.parametrize("experiment", [retention, mqar])
+def test_the_seeds_are_those_of_the_laboratory_and_what_is_published_is_taken(
+    experiment: Callable[[Laboratory], Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def table(*_: object) -> Table:
         return Table("", [], [])
 
     def listener(*_: object) -> None:
         pass
 
-    monkeypatch.setattr(Laboratory, "execute", execute)
+    made, name = Made(), experiment.__name__
+    monkeypatch.setattr(Laboratory, "execute", lambda _, runs, *others: made(runs))
     monkeypatch.setattr("taipan.experiments.retention._table", table)
     scale = dataclasses.replace(laboratory.SCALES["tiny"], seeds=(5, 6))
-    experiment(Laboratory(scale, Text(), tmp_path, listener))
-    assert seen == {5, 6}
+    outcome = experiment(Laboratory(scale, Text(), tmp_path, listener))
+    assert {run.settings["seed"] for run in made.runs} == {5, 6}
+
+    every = len({run.identity for run in made.runs})
+    laboratory.write(name, "", outcome, tmp_path, f"taipan reproduce {name}", {"scale": "tiny"})
+    known = laboratory.published(tmp_path, name, f"taipan reproduce {name}")
+    assert len(known) == every  # those of a sweep, and of shorter trainings, too
+    made.runs.clear()
+    assert experiment(Laboratory(scale, Text(), tmp_path, listener, published=known)) == outcome
+    assert made.runs == []
+    longer = dataclasses.replace(scale, seeds=(5, 6, 7))
+    experiment(Laboratory(longer, Text(), tmp_path, listener, published=known))
+    assert {run.settings["seed"] for run in made.runs} == {7}

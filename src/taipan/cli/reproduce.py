@@ -225,8 +225,15 @@ def _command(name: str, entry: Entry) -> Callable[..., None]:
         return taking
     if not entry.text:
 
-        def alone(scale: _Scale = _SMALL, out: _Out = _RUNS, workers: _Workers = None) -> None:
-            _reproduce(name, entry, scale, out, workers)
+        def alone(
+            scale: _Scale = _SMALL,
+            seeds: _Seeds = None,
+            out: _Out = _RUNS,
+            workers: _Workers = None,
+            dtype: _Dtype = "auto",
+            published: _Published = None,
+        ) -> None:
+            _reproduce(name, entry, scale, out, workers, seeds=seeds, dtype=dtype, published=published)
 
         return alone
 

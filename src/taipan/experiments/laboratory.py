@@ -195,8 +195,13 @@ class Training:
     steps: int | None = None
 
 
+RUNS = "runs"
+"""In what else an experiment found: the runs that chose those of its results, such as those of a sweep."""
 _TRAINING = "training"
-_SETTINGS = ("config", "seed", "choice", "steps", "context", "rows", "data", "learning_rate", "tasks", "clipping")
+_SETTINGS = (
+    *("config", "seed", "choice", "steps", "context", "rows", "data", "learning_rate", "tasks", "clipping"),
+    *("vocabulary", "keys", "texts", "lengths"),  # of experiments that make their own texts
+)
 
 
 def _told(settings: dict[str, Any]) -> str:
@@ -229,7 +234,8 @@ def published(directory: Path, experiment: str, command: str) -> dict[str, Resul
         if not isinstance(report, dict) or cast(Result, report).get("experiment") != experiment:
             continue
         if re.sub(r" --seeds \d+", "", report["command"]) == command:
-            found |= {_told(_settings(result)): result for own in report["results"].values() for result in own}
+            runs = [result for own in report["results"].values() for result in own] + report.get("more", {}).get(RUNS, [])
+            found |= {_told(_settings(result)): result for result in runs}
     return found
 
 
@@ -312,6 +318,12 @@ class Laboratory:
         runs = [self.declare(training) for training in trainings]
         work = partial(_train, self.directory, self.dtype)
         return self.execute(runs, work, _TRAINING)
+
+    def complete(self, runs: Sequence[Run], work: Callable[[Run], Result], kind: str) -> list[Result]:
+        """`execute` for runs whose result is all that is asked of them: those that are published are not made again."""
+        known = [self._published.get(_told(run.settings)) for run in runs]
+        made = iter(self.execute([run for run, own in zip(runs, known, strict=True) if own is None], work, kind))
+        return [next(made) if own is None else own for own in known]
 
     def execute(
         self, runs: Sequence[Run], work: Callable[[Run], Result], kind: str, *, alone: bool = False

@@ -15,7 +15,7 @@ from taipan.config import TaipanConfig
 from taipan.data.mqar import MQARMixture, MQARTask
 from taipan.experiments.execution import Result, Run, settings_of
 from taipan.experiments.gate_settings import WINNER
-from taipan.experiments.laboratory import Laboratory, Outcome, Table, slug, spread
+from taipan.experiments.laboratory import RUNS, Laboratory, Outcome, Table, slug, spread
 from taipan.experiments.sweep import Swept, best, rows, sweep
 
 if TYPE_CHECKING:
@@ -174,10 +174,13 @@ def mqar(lab: Laboratory) -> Outcome:
     scale = SCALES[lab.scale.name]
     configs = models(scale)
     work = partial(train, scale, lab.directory, lab.dtype)
+    every: dict[str, Result] = {}
 
     def run(wanted: Sequence[tuple[str, float, int, int]]) -> list[Result]:
         runs = [declare(name, configs[name], rate, seed, steps, scale) for name, rate, seed, steps in wanted]
-        return lab.execute(runs, work, "mqar")
+        results = lab.complete(runs, work, "mqar")
+        every.update({one.identity: result for one, result in zip(runs, results, strict=True)})
+        return results
 
     first, *further = lab.scale.seeds
     swept: Swept = sweep(
@@ -206,6 +209,7 @@ def mqar(lab: Laboratory) -> Outcome:
         "sweep": {name: {f"{rate:g}": accuracy(found) for rate, found in swept[name].items()} for name in configs},
         "longer": {name: [[found["steps"], accuracy(found)] for found in longer[name]] for name in configs},
         "still improving": going,
+        RUNS: list(every.values()),
     }
     return Outcome(results, _tables(results, swept, longer, scale), more)
 

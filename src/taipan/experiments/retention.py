@@ -104,7 +104,7 @@ def declare(scale: Scale, seed: int) -> Run:
     return Run(name="retention", settings={**settings, "lengths": list(scale.lengths)})
 
 
-def work(scale: Scale, directory: Path, run: Run) -> Result:
+def work(scale: Scale, directory: Path, dtype: str, run: Run) -> Result:
     """Train the model and read the texts both ways; a module-level function for worker processes."""
     import torch
 
@@ -124,7 +124,7 @@ def work(scale: Scale, directory: Path, run: Run) -> Result:
         OptimizerSection(name="muon", learning_rate=0.01, muon_learning_rate=0.01, weight_decay=0.01),
         ScheduleSection(kind="linear", warmup=0.02, final=0.02),
         init="retention-init",
-        dtype="float32",
+        dtype=dtype,
         directory=directory / UNFINISHED,
     )
     trained = seen(model, course)
@@ -133,7 +133,7 @@ def work(scale: Scale, directory: Path, run: Run) -> Result:
     answers = [
         {"eviction": eviction, **answer} for eviction in EVICTIONS for answer in read(model, eviction, scale, seed)
     ]
-    return {"run": run.name, **run.settings, **trained, "answers": answers}
+    return {"run": run.name, **run.settings, "dtype": dtype, **trained, "answers": answers}
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def retention(lab: Laboratory) -> Outcome:
     """The experiment."""
     scale = SCALES[lab.scale.name]
     runs = [declare(scale, seed) for seed in lab.scale.seeds]
-    results = lab.execute(runs, partial(work, scale, lab.directory), "retention")
+    results = lab.complete(runs, partial(work, scale, lab.directory, lab.dtype), "retention")
     shown = {"found": "Keys found", "kept": "Keys in the window", "asked": "Questions at which the gate is open"}
     return Outcome({"taipan": results}, tuple(_table(what, title, scale, results) for what, title in shown.items()))
 
