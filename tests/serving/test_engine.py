@@ -1,7 +1,7 @@
 """The engine of the server: every stream gets what it would get alone."""
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +33,22 @@ def model(request: pytest.FixtureRequest) -> TextModel:
 
 
 @pytest.fixture
-def engine(model: TextModel) -> Iterator[Engine]:
-    engine = Engine(model, rows=3, block=8, prefix_bytes=0)
-    yield engine
-    engine.stop()
+def make(model: TextModel) -> Iterator[Callable[..., Engine]]:
+    """Engines that end with the test, also with one that fails: none goes on beside the tests that follow."""
+    engines: list[Engine] = []
+
+    def make(**options: Any) -> Engine:
+        engines.append(Engine(model, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def engine(make: Callable[..., Engine]) -> Engine:
+    return make(rows=3, block=8, prefix_bytes=0)
 
 
 def settings(tokens: int, **options: Any) -> GenerationSettings:
@@ -194,9 +206,9 @@ def quiet(_: object) -> None:
     """An error of the engine's thread is what is tested here."""
 
 
-def test_an_engine_that_fails_ends_every_stream(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_fails_ends_every_stream(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("threading.excepthook", quiet)
-    engine = Engine(model, rows=2, prefix_bytes=0)
+    engine = make(rows=2, prefix_bytes=0)
 
     def fails(*_: Any) -> None:
         raise ZeroDivisionError
@@ -208,7 +220,6 @@ def test_an_engine_that_fails_ends_every_stream(model: TextModel, monkeypatch: p
     with pytest.raises(StoppedError, match="start the server again"):
         Stream(engine, prompt(4, 0), settings(9))
     assert not engine.alive
-    engine.stop()
 
 
 def test_events(engine: Engine, model: TextModel) -> None:
@@ -239,19 +250,18 @@ def test_logprobs_of_the_prompt(engine: Engine, model: TextModel) -> None:
     assert end == EndEvent("length")
 
 
-def test_who_leaves_frees_a_row(model: TextModel) -> None:
-    engine = Engine(model, rows=1, prefix_bytes=0)
-    endless = Stream(engine, prompt(4, 0), settings(1_000_000))
+def test_who_leaves_frees_a_row(make: Callable[..., Engine]) -> None:
+    engine = make(rows=1, prefix_bytes=0)
+    endless = Stream(engine, prompt(4, 0), settings(ENDLESS))
     waits = Stream(engine, prompt(4, 1), settings(2))
     endless.next()
     endless.cancel()
     assert len(waits.tokens()) == 2
     assert endless.all()[-1] == EndEvent("cancelled")
-    engine.stop()
 
 
-def test_keys_get_rows_in_turn(model: TextModel) -> None:
-    engine = Engine(model, rows=1, prefix_bytes=0)
+def test_keys_get_rows_in_turn(make: Callable[..., Engine]) -> None:
+    engine = make(rows=2, prefix_bytes=0)
     ended: list[str] = []
     done = queue.Queue[None]()
 
@@ -263,25 +273,19 @@ def test_keys_get_rows_in_turn(model: TextModel) -> None:
 
         return event
 
-    running = Stream(engine, prompt(4, 0), settings(1_000_000), key="greedy")
-    running.next()
+    running = [Stream(engine, prompt(4, 0), settings(ENDLESS), key=key) for key in ("greedy", "leaves")]
+    for stream in running:
+        stream.next()  # both rows are taken before anybody waits: who asks first has nothing of it
     for name in ("greedy 1", "greedy 2", "modest"):
-        engine.submit(Request(prompt(4, 1), settings(3), tell(name), key=name.split()[0]))
-    # the running one holds its key's only row: who has none comes first
-    second = Engine(model, rows=2, prefix_bytes=0)
-    Stream(second, prompt(4, 0), settings(1_000_000), key="greedy").next()
-    for name in ("greedy 3", "other"):
-        second.submit(Request(prompt(4, 1), settings(30), tell(name), key=name.split()[0]))
-    running.cancel()
-    for _ in range(5):
+        engine.submit(Request(prompt(4, 1), settings(30), tell(name), key=name.split()[0]))
+    running[1].cancel()
+    for _ in range(3):
         done.get(timeout=60)
-    assert ended.index("other") < ended.index("greedy 3")
-    engine.stop()
-    second.stop()
+    assert ended == ["modest", "greedy 1", "greedy 2"]  # who has no row comes first
 
 
-def test_known_prefixes_are_not_read_again(model: TextModel) -> None:
-    engine = Engine(model, rows=2, block=8, prefix_bytes=1 << 24)
+def test_known_prefixes_are_not_read_again(make: Callable[..., Engine], model: TextModel) -> None:
+    engine = make(rows=2, block=8, prefix_bytes=1 << 24)
     shared, chosen = prompt(19, 5), settings(6)
     asked = [[*shared, *prompt(5, seed)] for seed in (1, 2)]
     events = [Stream(engine, ids, chosen).all() for ids in [*asked, asked[0]]]
@@ -290,7 +294,6 @@ def test_known_prefixes_are_not_read_again(model: TextModel) -> None:
     tokens = [[event.id for event in run if isinstance(event, TokenEvent)] for run in events]
     assert tokens == [alone(model, ids, chosen) for ids in [*asked, asked[0]]]
     assert engine.counts["prefix_hits"] == 2
-    engine.stop()
 
 
 def test_the_store_is_bounded_and_drops_what_was_not_used(model: TextModel) -> None:
@@ -314,9 +317,9 @@ def test_prompts_that_cannot_be_are_refused(engine: Engine, ids: list[int], mess
         Stream(engine, ids, settings(1))
 
 
-def test_too_many_are_refused(model: TextModel) -> None:
-    engine = Engine(model, rows=1, waiting=1, prefix_bytes=0)
-    first = Stream(engine, prompt(4, 0), settings(1_000_000))
+def test_too_many_are_refused(make: Callable[..., Engine]) -> None:
+    engine = make(rows=1, waiting=1, prefix_bytes=0)
+    first = Stream(engine, prompt(4, 0), settings(ENDLESS))
     first.next()
     Stream(engine, prompt(4, 0), settings(1))
     with pytest.raises(BusyError, match="1 requests are waiting"):
@@ -325,15 +328,14 @@ def test_too_many_are_refused(model: TextModel) -> None:
     assert first.all()[-1] == EndEvent("cancelled", "The server is stopping.")
 
 
-def test_who_gets_a_row_at_once_does_not_wait(model: TextModel) -> None:
+def test_who_gets_a_row_at_once_does_not_wait(make: Callable[..., Engine]) -> None:
     """Where none may wait, as many as there are rows are taken; so are several that come together."""
-    engine = Engine(model, rows=2, waiting=0, prefix_bytes=0)
-    streams = [Stream(engine, prompt(4, 0), settings(1_000_000)) for _ in range(2)]
+    engine = make(rows=2, waiting=0, prefix_bytes=0)
+    streams = [Stream(engine, prompt(4, 0), settings(ENDLESS)) for _ in range(2)]
     for stream in streams:
         stream.tokens_until(1)
     with pytest.raises(BusyError, match="0 requests are waiting"):
         Stream(engine, prompt(4, 0), settings(1))
-    engine.stop()
 
 
 def test_a_failing_stream_ends_alone(engine: Engine, model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:

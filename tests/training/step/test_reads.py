@@ -1,5 +1,6 @@
 """What a step reads back from the device: on a GPU every read is a wait."""
 
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -31,13 +32,16 @@ WRITES_ONLY = ("nonzero_static",)
 
 
 class Reads(TorchDispatchMode):
-    """Counts what Python reads of tensors, by the line of `taipan` that asks."""
+    """Counts what Python reads of tensors on this thread, by the line of `taipan` that asks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: Counter[str] = Counter()
+        self._thread = threading.get_ident()
 
     def note(self) -> None:
+        if threading.get_ident() != self._thread:
+            return
         last = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)][-1]
         self.lines[f"{last.filename}:{last.lineno}: {last.line}"] += 1
 
@@ -72,12 +76,13 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many numbers each `tolist` hands out: one read each."""
+    """How many numbers each `tolist` of this thread hands out: one read each."""
     seen: list[int] = []
-    tolist = torch.Tensor.tolist
+    tolist, own = torch.Tensor.tolist, threading.get_ident()
 
     def counted(tensor: torch.Tensor) -> Any:
-        seen.append(tensor.numel())
+        if threading.get_ident() == own:
+            seen.append(tensor.numel())
         return tolist(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
