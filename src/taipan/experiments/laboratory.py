@@ -234,8 +234,8 @@ def published(directory: Path, experiment: str, command: str) -> dict[str, Resul
         if not isinstance(report, dict) or cast(Result, report).get("experiment") != experiment:
             continue
         if re.sub(r" --seeds \d+", "", report["command"]) == command:
-            runs = [result for own in report["results"].values() for result in own] + report.get("more", {}).get(RUNS, [])
-            found |= {_told(_settings(result)): result for result in runs}
+            every = [*report["results"].values(), report.get("more", {}).get(RUNS, [])]
+            found |= {_told(_settings(result)): result for own in every for result in own}
     return found
 
 

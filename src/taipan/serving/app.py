@@ -104,7 +104,7 @@ def create_app(
     app = FastAPI(title="Taipan", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyGuard, most=bounds.body_bytes)
     app.add_middleware(KeyGuard, keys=keys)  # the last one added is asked first
-    install_errors(app)
+    install_errors(app, None if sessions is None else sessions.directory)
 
     @app.get("/health")
     async def health() -> Response:

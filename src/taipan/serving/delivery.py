@@ -5,6 +5,7 @@ import json
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import HTTPException, Request, Response
@@ -75,6 +76,11 @@ class Mailbox:
 
 class Keeper(Protocol):
     """Settles what the first choice of a request said, before its end is told."""
+
+    @property
+    def directory(self) -> Path:
+        """Where it keeps that; no client is told."""
+        ...
 
     async def settle(self, choice: Choice, events: Sequence[Event]) -> None:
         """Take all that was told of it.
@@ -167,7 +173,9 @@ async def _chunks(
                         try:
                             await keeper.settle(choices[0], told)
                         except (TaipanError, OSError) as error:
-                            lines.append(json.dumps({"error": error_body(told_of(error), "server_error")}))
+                            lines.append(
+                                json.dumps({"error": error_body(told_of(error, keeper.directory), "server_error")})
+                            )
                             continue
                 for chunk in face.chunks(choices[index], event):
                     lines.append(json.dumps({**chunk, "usage": None} if usage else chunk))

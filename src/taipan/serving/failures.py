@@ -1,6 +1,8 @@
 """Errors in OpenAI's form."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -63,15 +65,20 @@ def _told(error: Mapping[str, Any]) -> tuple[str, str | None]:
     return f"{where}: {reason}", field
 
 
-def told_of(error: TaipanError | OSError) -> str:
-    """An error as a client is told it; of the system's own without the server's paths."""
+def told_of(error: TaipanError | OSError, directory: Path | None) -> str:
+    """An error as a client is told it: without the server's paths, whose sessions lie in `directory`."""
     if isinstance(error, OSError):
         return f"The server's files cannot be read or written ({error.strerror or type(error).__name__})."
-    return str(error)
+    return str(error) if directory is None else str(error).replace(f"{directory}{os.sep}", "")
 
 
-def install_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's form."""
+def install_errors(app: FastAPI, directory: Path | None) -> None:
+    """Every error in OpenAI's form.
+
+    Args:
+        app: of the server.
+        directory: of its sessions; no error names it.
+    """
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -97,15 +104,15 @@ def install_errors(app: FastAPI) -> None:
 
     @app.exception_handler(SessionBusyError)
     async def in_use(_: Request, error: SessionBusyError) -> JSONResponse:
-        return error_response(409, str(error), _INVALID, code="session_busy")
+        return error_response(409, told_of(error, directory), _INVALID, code="session_busy")
 
     @app.exception_handler(TaipanError)
     async def foreseen(_: Request, error: TaipanError) -> JSONResponse:
-        return error_response(400, str(error), _INVALID)
+        return error_response(400, told_of(error, directory), _INVALID)
 
     @app.exception_handler(OSError)
     async def no_disk(_: Request, error: OSError) -> JSONResponse:
-        return error_response(507 if error.errno in FULL else 500, told_of(error), "server_error")
+        return error_response(507 if error.errno in FULL else 500, told_of(error, directory), "server_error")
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:

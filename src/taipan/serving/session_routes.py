@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -79,7 +80,7 @@ def session_routes(sessions: Sessions) -> APIRouter:
         done = loop.run_in_executor(readers, work, watch)
         done.add_done_callback(lambda _: news.put_nowait(None))
         if stream:
-            return EventSourceResponse(_progress(news, done, watch, total), ping=3600, sep="\n")
+            return EventSourceResponse(_progress(news, done, watch, total, sessions.directory), ping=3600, sep="\n")
         leaving = asyncio.ensure_future(disconnected(request))
         try:
             await asyncio.wait({done, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -210,7 +211,11 @@ def _told(stream: bool, selection: bool) -> dict[str, bool]:
 
 
 async def _progress(
-    news: asyncio.Queue[Progress | None], done: asyncio.Future[dict[str, Any]], watch: Watch, total: int | None
+    news: asyncio.Queue[Progress | None],
+    done: asyncio.Future[dict[str, Any]],
+    watch: Watch,
+    total: int | None,
+    directory: Path,
 ) -> AsyncIterator[str]:
     try:
         while (progress := await news.get()) is not None:
@@ -220,7 +225,7 @@ async def _progress(
             yield json.dumps(await done)
         except (TaipanError, OSError) as error:
             kind = "server_error" if isinstance(error, OSError) else "invalid_request_error"
-            yield json.dumps({"error": error_body(told_of(error), kind)})
+            yield json.dumps({"error": error_body(told_of(error, directory), kind)})
         yield "[DONE]"
     finally:  # the client may have gone away
         watch.gone.set()

@@ -22,7 +22,7 @@ from taipan.generation.stopping import CONTEXT
 from taipan.serving.answers import Choice
 from taipan.serving.engine import Engine, Request
 from taipan.serving.events import EndEvent, Event, ReadEvent, TokenEvent
-from taipan.serving.failures import NotFoundError
+from taipan.serving.failures import NotFoundError, told_of
 from taipan.serving.schema import Sampling
 from taipan.sessions import Manifest, ReadingCache, Session
 from taipan.sessions.session import DELETED, Read
@@ -180,7 +180,8 @@ class Sessions:
                     found.append(self.describe(name))
                 except StateError as error:
                     nothing: dict[str, Any] = {"created": 0, "tokens": 0, "bytes": 0, "marks": {}, "unfinished": []}
-                    found.append({"id": name, "object": "session", **nothing, "usable": False, "error": str(error)})
+                    why = told_of(error, self.directory)
+                    found.append({"id": name, "object": "session", **nothing, "usable": False, "error": why})
         return found
 
     @contextmanager
@@ -467,6 +468,11 @@ class Held:
         self.tokens = self._session.tokens
         self.start = None if known is None or known.logits_BV is None else Reading(known.logits_BV, known.decoder)
         self.context = () if known is None else known.last
+
+    @property
+    def directory(self) -> Path:
+        """Of the server's sessions."""
+        return self._sessions.directory
 
     @property
     def talks(self) -> bool:
