@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from taipan import DecoderState, TaipanLM
 from tests.models import STACKS, VARIANTS, random_tokens, small_model
 
+pytestmark = pytest.mark.unchecked_shapes  # test_state.py and test_model_oracles.py check the same calls
+
 CASES = [(stack, {}) for stack in STACKS] + [("taipan", options) for options in VARIANTS.values()]
 IDS = [*STACKS, *(f"taipan-{name}" for name in VARIANTS)]
 EXACT = 1e-11  # fp64, relative to the largest value compared

@@ -82,7 +82,9 @@ main(["train", "recipe.yaml"])
 """
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(
+    "name", [next(iter(STARTS)), *(pytest.param(name, marks=pytest.mark.slow) for name in [*STARTS][1:])]
+)
 def test_from_files_to_a_model_that_writes(
     cli: Cli, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

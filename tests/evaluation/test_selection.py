@@ -8,6 +8,7 @@ from taipan.evaluation import trace
 from tests.models import VARIANTS, random_tokens, small_model
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(
     ("variant", "piece"), [*((name, 5) for name in VARIANTS), ("all-positions", 1), ("all-positions", 2048)]
 )

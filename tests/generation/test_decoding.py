@@ -78,6 +78,7 @@ def test_every_layer_type_is_the_models_own_step(reading: str, dtype: torch.dtyp
     assert state < bounds[1]
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("margin", [-5.0, 5.0])
 @pytest.mark.parametrize("reading", ["all-positions", "selected-selected"])
 def test_gates_all_open_or_all_closed(reading: str, margin: float) -> None:
@@ -215,6 +216,7 @@ def rounded(model: TaipanLM, weights: str) -> TaipanLM:
     return copy
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_narrow_weights_are_the_model_with_rounded_matrices(weights: Any, dtype: torch.dtype) -> None:
@@ -263,6 +265,7 @@ def test_sums_of_int8_at_their_largest(columns: int, rows: int) -> None:
     assert relative_error(found, expected.double()) < 4e-4
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(("weights", "bound"), [("auto", 4e-6), ("bfloat16", 4e-6), ("int8", 4e-4), ("int4", 8e-4)])
 @pytest.mark.parametrize("hidden", [64, 104, 200])  # whole registers, and not
 def test_products_of_any_number_of_rows(hidden: int, weights: Any, bound: float) -> None:
@@ -278,6 +281,7 @@ def test_products_of_any_number_of_rows(hidden: int, weights: Any, bound: float)
             assert relative_error(found, expected) < bound, rows
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("threads", [2, 3, 7])  # more than any of our machines has cores
 def test_it_does_not_matter_who_computes_what(threads: int) -> None:
     model = small_model(EVERY_LAYER_TYPE, dtype=torch.float32, hidden_size=96, num_attention_heads=4)
@@ -332,6 +336,7 @@ def test_a_model_in_bfloat16_is_read_where_it_is() -> None:
     assert again.step(token_B).equal(native.step(token_B))
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_model_in_bfloat16_decodes_rows_alone_and_together(rows: int) -> None:
     """Several rows are rounded on their way into a product, as in the model's forward; widths are what kernels like."""

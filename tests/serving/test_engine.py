@@ -105,7 +105,7 @@ def test_rows_that_join_and_leave_get_what_they_would_get_alone(engine: Engine, 
 
 
 def test_rows_of_every_kind_beside_each_other_get_what_they_would_get_alone(engine: Engine, model: TextModel) -> None:
-    greedy = alone(model, prompt(9, 1), settings(60))
+    greedy = alone(model, prompt(9, 1), settings(40))
     stop = model.tokenizer.decode(greedy[20:22])
     kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({}, {}),
@@ -116,7 +116,7 @@ def test_rows_of_every_kind_beside_each_other_get_what_they_would_get_alone(engi
         ({"eos_token_id": greedy[25]}, {"keep": True}),
         ({}, {"logprobs": 1}),
     ]
-    asked = [(prompt(9, 1), replace(settings(60, seed=3), **how), more) for how, more in [*kinds, *kinds[:4]]]
+    asked = [(prompt(9, 1), replace(settings(40, seed=3), **how), more) for how, more in [*kinds, *kinds[:4]]]
     streams = [(Stream(engine, ids, how, **more), how) for ids, how, more in asked]
     for stream, how in streams:
         told = stream.all()
