@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from taipan.data.tokenizer import Tokenizer
-from taipan.errors import CheckpointError, InputError
+from taipan.errors import CheckpointError, DataError, InputError
 from taipan.evaluation import TextDocuments
 from taipan.evaluation.perplexity import evaluate
 from taipan.experiments import texts
 from taipan.experiments.execution import Result, Run
-from taipan.experiments.trained import CHOICES, Amounts, _measure, measure_trained
+from taipan.experiments.trained import CHOICES, Amounts, _measure, measure_trained, report_name
 from taipan.model import TaipanLM
 from tests.models import small_model
 
@@ -136,3 +136,13 @@ def test_what_cannot_be_measured_is_refused(place: Path, tmp_path: Path) -> None
     assert "no file" in refuse({"novel": tmp_path / "missing"})
     assert "swde, fda, squad" in refuse(novel, {"squid": place / "squad.json"})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_another_model_of_this_name_stays(tmp_path: Path) -> None:
+    assert report_name("adder", "0123456789", tmp_path) == "adder"
+    (tmp_path / "adder.json").write_text(json.dumps({"more": {"fingerprint": "0123456789"}}))
+    assert report_name("adder", "0123456789", tmp_path) == "adder"
+    assert report_name("adder", "abcdefghij", tmp_path) == "adder-abcdefgh"
+    (tmp_path / "adder.json").write_text("[]")
+    with pytest.raises(DataError, match=r"adder\.json"):
+        report_name("adder", "0123456789", tmp_path)

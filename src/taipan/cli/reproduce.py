@@ -135,7 +135,7 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.cli.progress import runs_progress
         from taipan.experiments.execution import Result, Run
         from taipan.experiments.laboratory import write
-        from taipan.experiments.trained import Amounts, measure_trained
+        from taipan.experiments.trained import Amounts, measure_trained, report_name
 
         def finished(run: Run, result: Result, done: int, of: int) -> None:
             note(f"[{done}/{of}] {run.name} ({duration(result['seconds'])})")
@@ -160,7 +160,9 @@ def register(app: typer.Typer, panel: str) -> None:
         )
         about = {"scale": "trained", "text": ", ".join(texts)}
         claim = f"What {model.name} can do"
-        for path in write(model.name, claim, outcome, directory / "reports", words, about):
+        reports = directory / "reports"
+        name = report_name(model.name, str(outcome.more["fingerprint"]), reports)
+        for path in write(name, claim, outcome, reports, words, about):
             note(f"Written: {path}")
 
     for name, entry in ENTRIES.items():

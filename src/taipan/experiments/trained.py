@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from taipan.errors import CheckpointError, InputError, shown
 from taipan.experiments.execution import Listener, Progress, Result, Run, execute
 from taipan.experiments.laboratory import Outcome, Table, slug
 from taipan.experiments.registry import ENTRIES
 from taipan.experiments.texts import prepare_text, sha256_of
+from taipan.io import parse_json_object
 
 if TYPE_CHECKING:
     from taipan.data.shards import TokenDataset
@@ -109,6 +110,26 @@ def measure_trained(
     named = [{"name": name, "file": path.name, "sha256": digests[name]} for name, path in texts.items()]
     about = {"parameters": parameters, "fingerprint": loaded.model.fingerprint, "texts": named}
     return Outcome({Path(model).name: [found]}, tuple(_tables(found, list(texts), amounts)), about)
+
+
+def report_name(name: str, fingerprint: str, reports: Path) -> str:
+    """What the report of a model is called: its name, and more where the report of another model has that name.
+
+    Args:
+        name: of the model's directory.
+        fingerprint: of the model.
+        reports: where reports are.
+
+    Raises:
+        DataError: the report there cannot be read.
+    """
+    kept = reports / f"{name}.json"
+    if not kept.is_file():
+        return name
+    report = parse_json_object(kept.read_bytes(), str(kept))
+    more = report.get("more")
+    own = isinstance(more, dict) and cast(Result, more).get("fingerprint") == fingerprint
+    return name if own else f"{name}-{fingerprint[:8]}"
 
 
 def _check(texts: Mapping[str, Path], files: Mapping[str, Path]) -> None:
