@@ -1,7 +1,8 @@
 """Multi-query associative recall as zoology trains and tests it, with zoology's published numbers beside ours.
 
 The mixture is zoology's (`MQARMixture.paper`); the models are two layers, as there. Every model is trained at several
-learning rates, then at its best one for twice as long, and twice as long again, until it stops improving.
+learning rates, then at its best one for twice as long, and twice as long again, until it stops improving or has nothing
+left to gain.
 """
 
 from collections.abc import Sequence
@@ -191,12 +192,12 @@ def mqar(lab: Laboratory) -> Outcome:
     )
     rates = {name: best(results, error) for name, results in swept.items()}
     longer = {name: [results[rates[name]]] for name, results in swept.items()}
-    going = list(configs)
+    going = [name for name in configs if improvable(longer[name])]
     for doubling in range(1, scale.doublings + 1):
         steps = scale.steps * 2**doubling
         for name, result in zip(going, run([(name, rates[name], first, steps) for name in going]), strict=True):
             longer[name].append(result)
-        going = [name for name in going if improves(longer[name])]
+        going = [name for name in going if improves(longer[name]) and improvable(longer[name])]
         if not going:
             break
     others = [(name, rates[name], seed, longer[name][-1]["steps"]) for seed in further for name in configs]
@@ -219,6 +220,11 @@ def improves(results: Sequence[Result]) -> bool:
     return accuracy(results[-1]) - accuracy(results[-2]) >= IMPROVES
 
 
+def improvable(results: Sequence[Result]) -> bool:
+    """Whether there is as much left to gain as says that a model improves."""
+    return accuracy(results[-1]) <= 1 - IMPROVES
+
+
 def _tables(
     results: dict[str, list[Result]], swept: Swept, longer: dict[str, list[Result]], scale: Scale
 ) -> tuple[Table, ...]:
@@ -238,7 +244,7 @@ def _tables(
             name,
             *(f"{accuracy(found):.3f}" for found in own),
             *["–"] * (scale.doublings + 1 - len(own)),
-            "yes" if len(own) > scale.doublings and scale.doublings and improves(own) else "no",
+            "yes" if len(own) > scale.doublings and scale.doublings and improves(own) and improvable(own) else "no",
         ]
         for name, own in longer.items()
     ]
