@@ -41,9 +41,9 @@ def test_names_what_is_in_use(kernels: str, cli: Cli, monkeypatch: pytest.Monkey
     assert said["ops"] == ("native (below)" if there else "portable (below)")
     assert torch.__version__ in finished.out
     lines = [line.rstrip() for line in finished.out.splitlines()]
-    lines = lines[lines.index("Ops") :]  # a reason above may break before the name of an op
+    lines = lines[lines.index("Ops") :]
     for op, implementations in IMPLEMENTATIONS.items():
-        (line,) = (line for line in lines if line.split()[:1] == [op])
+        (line,) = (line for line in lines if line.startswith(f"  {op} "))  # a reason may break before this name
         on_gpu = "cuda" if cuda_status(op).available else "portable"
         assert line.split()[1:3] == [chosen(op, implementations, torch.zeros(1)), on_gpu]
     assert "native kernels" in finished.out

@@ -24,7 +24,7 @@ from taipan.ops.attention.inputs import AttentionInputs
 from taipan.ops.attention.reference import windowed_attention
 from taipan.ops.causal_conv1d.inputs import ConvolutionInputs
 from taipan.ops.causal_conv1d.reference import causal_conv1d_reference
-from taipan.ops.cuda import ATTENTION, CONVOLUTION, NORM, SCAN, TRITON_CONVOLUTION, Kernel
+from taipan.ops.cuda import ATTENTION, CONVOLUTION, NORM, SCAN, TRITON_CONVOLUTION, Kernel, cuda_status
 from taipan.ops.gated_rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 from taipan.ops.ssd.inputs import SSDInputs
 from taipan.ops.ssd.reference import ssd_recurrent
@@ -242,7 +242,7 @@ def stand_ins(**others: Any) -> Iterator[dict[str, int]]:
         call.__signature__ = inspect.signature(function)
         return call
 
-    with pytest.MonkeyPatch.context() as patch, allow_reduced_precision():
+    with _forgotten(), pytest.MonkeyPatch.context() as patch, allow_reduced_precision():
         for kernel, function in STAND_INS.items():
             module = varlen if kernel is ATTENTION else ModuleType(kernel.module)
             patch.setitem(sys.modules, kernel.module, module)
@@ -251,6 +251,16 @@ def stand_ins(**others: Any) -> Iterator[dict[str, int]]:
             )
         run_on_cpu(patch)
         yield calls
+
+
+@contextmanager
+def _forgotten() -> Iterator[None]:
+    """Which packages are there is looked up anew within, and again after it."""
+    cuda_status.cache_clear()
+    try:
+        yield
+    finally:
+        cuda_status.cache_clear()
 
 
 def run_on_cpu(patch: pytest.MonkeyPatch) -> None:
