@@ -13,10 +13,9 @@ BYTE_ORDER_MARK = codecs.BOM_UTF8
 """What some programs put before UTF-8 text; it is no part of the text."""
 
 _COMPRESSED = {
-    b"\x1f\x8b": "gzip",
+    b"\x1f\x8b\x08": "gzip",  # two bytes are the first id of many a token file
     b"BZh": "bzip2",
     b"\xfd7zXZ\0": "xz",
-    b"]\0\0": "xz",  # its predecessor, .lzma
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")  # the first one, or the end of an empty file
@@ -56,7 +55,19 @@ def compression(head: bytes) -> str | None:
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             return name if name != "bzip2" or head[4:10] in _BZIP2_BLOCKS else None
-    return None
+    return "xz" if _is_lzma(head) else None
+
+
+def _is_lzma(head: bytes) -> bool:
+    """Whether it is xz's predecessor, .lzma: no signature, but few beginnings are one (as xz itself tells them).
+
+    One byte of settings, a dictionary of 2ⁿ or 2ⁿ + 2ⁿ⁻¹ bytes, and the size, which may be unknown.
+    """
+    if len(head) < 13 or head[0] != 0x5D:
+        return False
+    dictionary, size = int.from_bytes(head[1:5], "little"), head[5:13]
+    known = dictionary in {base << n for base in (2, 3) for n in range(11, 31)}
+    return known and (size == b"\xff" * 8 or int.from_bytes(size, "little") < 1 << 38)
 
 
 def is_parquet(head: bytes) -> bool:

@@ -225,7 +225,9 @@ def _require_uint16(path: Path, head: bytes, vocab_size: int) -> None:
     """Refuse to read a file without a header as uint16 ids if it may be something else."""
     name = path_text(path)
     if what := other_format(head):
-        raise DataError(f"{name} is no file of token ids: {what}")
+        raise DataError(
+            f"{name} is no file of token ids: {what} If these are ids, say by --dtype uint16 that they are."
+        )
     if vocab_size > 1 << 16:
         raise DataError(
             f"{name} has no header that says what type its ids have, and {vocab_size:,} ids do not fit uint16, which "
