@@ -1,6 +1,7 @@
 """Errors in OpenAI's form."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def told_of(error: TaipanError | OSError, directory: Path | None) -> str:
     """An error as a client is told it: without the server's paths, whose sessions lie in `directory`."""
     if isinstance(error, OSError):
         return f"The server's files cannot be read or written ({error.strerror or type(error).__name__})."
-    return str(error) if directory is None else str(error).replace(f"{directory}{os.sep}", "")
+    if directory is None:
+        return str(error)
+    # where a path begins, not within one: a directory `n` is no part of `a.session/session.json`
+    return re.sub(rf"(?<![^\s'\"(]){re.escape(f'{directory}{os.sep}')}", "", str(error))
 
 
 def install_errors(app: FastAPI, directory: Path | None) -> None:
