@@ -33,22 +33,8 @@ def model(request: pytest.FixtureRequest) -> TextModel:
 
 
 @pytest.fixture
-def make(model: TextModel) -> Iterator[Callable[..., Engine]]:
-    """Engines that end with the test, also with one that fails: none goes on beside the tests that follow."""
-    engines: list[Engine] = []
-
-    def make(**options: Any) -> Engine:
-        engines.append(Engine(model, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.stop()
-
-
-@pytest.fixture
 def engine(make: Callable[..., Engine]) -> Engine:
-    return make(rows=3, block=8, prefix_bytes=0)
+    return make(rows=3, block=8)
 
 
 def settings(tokens: int, **options: Any) -> GenerationSettings:
@@ -208,7 +194,7 @@ def quiet(_: object) -> None:
 
 def test_an_engine_that_fails_ends_every_stream(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("threading.excepthook", quiet)
-    engine = make(rows=2, prefix_bytes=0)
+    engine = make(rows=2)
 
     def fails(*_: Any) -> None:
         raise ZeroDivisionError
@@ -251,7 +237,7 @@ def test_logprobs_of_the_prompt(engine: Engine, model: TextModel) -> None:
 
 
 def test_who_leaves_frees_a_row(make: Callable[..., Engine]) -> None:
-    engine = make(rows=1, prefix_bytes=0)
+    engine = make(rows=1)
     endless = Stream(engine, prompt(4, 0), settings(ENDLESS))
     waits = Stream(engine, prompt(4, 1), settings(2))
     endless.next()
@@ -261,7 +247,7 @@ def test_who_leaves_frees_a_row(make: Callable[..., Engine]) -> None:
 
 
 def test_keys_get_rows_in_turn(make: Callable[..., Engine]) -> None:
-    engine = make(rows=2, prefix_bytes=0)
+    engine = make(rows=2)
     ended: list[str] = []
     done = queue.Queue[None]()
 
@@ -318,7 +304,7 @@ def test_prompts_that_cannot_be_are_refused(engine: Engine, ids: list[int], mess
 
 
 def test_too_many_are_refused(make: Callable[..., Engine]) -> None:
-    engine = make(rows=1, waiting=1, prefix_bytes=0)
+    engine = make(rows=1, waiting=1)
     first = Stream(engine, prompt(4, 0), settings(ENDLESS))
     first.next()
     Stream(engine, prompt(4, 0), settings(1))
@@ -330,7 +316,7 @@ def test_too_many_are_refused(make: Callable[..., Engine]) -> None:
 
 def test_who_gets_a_row_at_once_does_not_wait(make: Callable[..., Engine]) -> None:
     """Where none may wait, as many as there are rows are taken; so are several that come together."""
-    engine = make(rows=2, waiting=0, prefix_bytes=0)
+    engine = make(rows=2, waiting=0)
     streams = [Stream(engine, prompt(4, 0), settings(ENDLESS)) for _ in range(2)]
     for stream in streams:
         stream.tokens_until(1)

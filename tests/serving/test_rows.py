@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,19 +24,6 @@ ENDLESS = 1_000_000
 def model() -> TextModel:
     stack = ("mamba2", "selective_attention", "full_attention", "mamba2")
     return TextModel(small_model(stack, vocab_size=257, dtype=torch.float32), Tokenizer.bytes())
-
-
-@pytest.fixture
-def make(model: TextModel) -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def make(prefix_bytes: int = 0, **options: Any) -> Engine:
-        engines.append(Engine(model, prefix_bytes=prefix_bytes, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.stop()
 
 
 class Stream:
