@@ -192,12 +192,12 @@ def mqar(lab: Laboratory) -> Outcome:
     )
     rates = {name: best(results, error) for name, results in swept.items()}
     longer = {name: [results[rates[name]]] for name, results in swept.items()}
-    going = [name for name in configs if improvable(longer[name])]
+    going = [name for name in configs if may_gain(longer[name])]
     for doubling in range(1, scale.doublings + 1):
         steps = scale.steps * 2**doubling
         for name, result in zip(going, run([(name, rates[name], first, steps) for name in going]), strict=True):
             longer[name].append(result)
-        going = [name for name in going if improves(longer[name]) and improvable(longer[name])]
+        going = [name for name in going if may_gain(longer[name])]
         if not going:
             break
     others = [(name, rates[name], seed, longer[name][-1]["steps"]) for seed in further for name in configs]
@@ -212,21 +212,17 @@ def mqar(lab: Laboratory) -> Outcome:
         "still improving": going,
         RUNS: list(every.values()),
     }
-    return Outcome(results, _tables(results, swept, longer, scale), more)
+    return Outcome(results, _tables(results, swept, longer, going, scale), more)
 
 
-def improves(results: Sequence[Result]) -> bool:
-    """Whether the last of ever longer trainings gained something over the one before."""
-    return accuracy(results[-1]) - accuracy(results[-2]) >= IMPROVES
-
-
-def improvable(results: Sequence[Result]) -> bool:
-    """Whether there is as much left to gain as says that a model improves."""
-    return accuracy(results[-1]) <= 1 - IMPROVES
+def may_gain(results: Sequence[Result]) -> bool:
+    """Whether training for twice as long may show more: the last doubling did, and as much is left to gain."""
+    gained = len(results) == 1 or accuracy(results[-1]) - accuracy(results[-2]) >= IMPROVES
+    return gained and accuracy(results[-1]) <= 1 - IMPROVES
 
 
 def _tables(
-    results: dict[str, list[Result]], swept: Swept, longer: dict[str, list[Result]], scale: Scale
+    results: dict[str, list[Result]], swept: Swept, longer: dict[str, list[Result]], going: Sequence[str], scale: Scale
 ) -> tuple[Table, ...]:
     tests = [f"{task.pairs} pairs in {task.length}" for task in scale.mixture.test]
     lines: list[list[str]] = []
@@ -244,7 +240,7 @@ def _tables(
             name,
             *(f"{accuracy(found):.3f}" for found in own),
             *["–"] * (scale.doublings + 1 - len(own)),
-            "yes" if len(own) > scale.doublings and scale.doublings and improves(own) and improvable(own) else "no",
+            "yes" if name in going else "no",
         ]
         for name, own in longer.items()
     ]
