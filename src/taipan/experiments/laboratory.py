@@ -321,8 +321,12 @@ class Laboratory:
 
     def complete(self, runs: Sequence[Run], work: Callable[[Run], Result], kind: str) -> list[Result]:
         """`execute` for runs whose result is all that is asked of them: those that are published are not made again."""
+        return self._beside_published(runs, lambda new: self.execute([runs[at] for at in new], work, kind))
+
+    def _beside_published(self, runs: Sequence[Run], make: Callable[[list[int]], list[Result]]) -> list[Result]:
+        """Results of all runs; `make` gives those that are not published, whose places it is told."""
         known = [self._published.get(_told(run.settings)) for run in runs]
-        made = iter(self.execute([run for run, own in zip(runs, known, strict=True) if own is None], work, kind))
+        made = iter(make([at for at, own in enumerate(known) if own is None]))
         return [next(made) if own is None else own for own in known]
 
     def execute(
@@ -357,10 +361,10 @@ class Laboratory:
         Returns:
             In their order: what was seen in training, and what was measured.
         """
-        known = [self._published.get(_told(self.declare(training).settings)) for training in trainings]
-        new = [training for training, result in zip(trainings, known, strict=True) if result is None]
-        found = iter(self._train_and_measure(function, new, options))
-        return [next(found) if result is None else result for result in known]
+        return self._beside_published(
+            [self.declare(training) for training in trainings],
+            lambda new: self._train_and_measure(function, [trainings[at] for at in new], options),
+        )
 
     def _train_and_measure(
         self, function: "Callable[[TaipanLM, Path, Any], Result]", trainings: Sequence[Training], options: Any
