@@ -1,5 +1,6 @@
 """`taipan reproduce`: the experiments, each a command that prints and plots its numbers."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -209,48 +210,24 @@ def _command(name: str, entry: Entry) -> Callable[..., None]:
     option, words = "--task", f"NAME=FILE: a local file of questions, repeatable; names: {', '.join(entry.files)}."
     if entry.long:
         option, words = "--long", _LONG
-    if entry.files or entry.long:
 
-        def taking(
-            scale: _Scale = _SMALL,
-            text: _Text = None,
-            given: Annotated[list[str] | None, typer.Option(option, help=words)] = None,
-            seeds: _Seeds = None,
-            out: _Out = _RUNS,
-            workers: _Workers = None,
-            dtype: _Dtype = "auto",
-            published: _Published = None,
-        ) -> None:
-            asked = (option, given or [])
-            _reproduce(name, entry, scale, out, workers, text, seeds, asked, dtype, published)
-
-        return taking
-    if not entry.text:
-
-        def alone(
-            scale: _Scale = _SMALL,
-            seeds: _Seeds = None,
-            out: _Out = _RUNS,
-            workers: _Workers = None,
-            dtype: _Dtype = "auto",
-            published: _Published = None,
-        ) -> None:
-            _reproduce(name, entry, scale, out, workers, seeds=seeds, dtype=dtype, published=published)
-
-        return alone
-
-    def reading(
+    def command(
         scale: _Scale = _SMALL,
         text: _Text = None,
+        given: Annotated[list[str] | None, typer.Option(option, help=words)] = None,
         seeds: _Seeds = None,
         out: _Out = _RUNS,
         workers: _Workers = None,
         dtype: _Dtype = "auto",
         published: _Published = None,
     ) -> None:
-        _reproduce(name, entry, scale, out, workers, text, seeds, dtype=dtype, published=published)
+        _reproduce(name, entry, scale, out, workers, text, seeds, (option, given or []), dtype, published)
 
-    return reading
+    has = {"text": entry.text, "given": bool(entry.files) or entry.long}
+    signature = inspect.signature(command)
+    options = [own for own in signature.parameters.values() if has.get(own.name, True)]
+    command.__signature__ = signature.replace(parameters=options)
+    return command
 
 
 def _reproduce(
@@ -259,11 +236,11 @@ def _reproduce(
     scale: LanguageScaleName,
     out: Path,
     workers: int | None,
-    text: Path | None = None,
-    seeds: int | None = None,
-    given: tuple[str, Sequence[str]] = ("", ()),
-    dtype: str = "auto",
-    published: Path | None = None,
+    text: Path | None,
+    seeds: int | None,
+    given: tuple[str, Sequence[str]],
+    dtype: str,
+    published: Path | None,
 ) -> None:
     from dataclasses import replace
 
