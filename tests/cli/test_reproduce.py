@@ -1,6 +1,10 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from taipan.experiments.laboratory import Laboratory, Outcome, Table
 from tests.cli.conftest import Cli
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -35,3 +39,22 @@ def test_numbers_of_something_else_are_refused(refused: Callable[..., str], tmp_
     for numbers, message in ((other, "associative_recall.json"), (tmp_path / "missing.json", "missing.json")):
         assert message in refused("reproduce", "associative-recall", "--redraw", numbers, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_results_are_kept_before_they_are_shown(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the tables may have seen enough after the first lines, and hours of work are not lost."""
+
+    def found(lab: Laboratory) -> Outcome:
+        return Outcome({"attention": []}, (Table("Accuracy", ["model"], [["attention"]]),))
+
+    def leaves(*_: object) -> None:
+        raise BrokenPipeError
+
+    def experiment(_: str) -> Callable[[Laboratory], Outcome]:
+        return found
+
+    monkeypatch.setattr("taipan.experiments.registry.experiment", experiment)
+    monkeypatch.setattr("taipan.cli.console.print_table", leaves)
+    cli("reproduce", "mqar", "--scale", "tiny", "--out", tmp_path)
+    report = json.loads((tmp_path / "tiny" / "reports" / "mqar.json").read_text(encoding="utf-8"))
+    assert report["tables"] == [{"title": "Accuracy", "header": ["model"], "rows": [["attention"]]}]

@@ -1,7 +1,7 @@
 """`taipan reproduce`: the experiments, each a command that prints and plots its numbers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +60,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
             taipan reproduce associative-recall --redraw docs/results/associative_recall.json --out docs/results
         """
-        from taipan.cli.console import duration, note, print_table
+        from taipan.cli.console import duration, note
         from taipan.cli.progress import runs_progress
         from taipan.experiments.associative_recall import SCALES, accuracy, reproduce
         from taipan.experiments.associative_recall_figure import FigureData, write_figure
@@ -80,11 +80,8 @@ def register(app: typer.Typer, panel: str) -> None:
 
         with runs_progress() as progress:
             report = reproduce(SCALES[scale.value], out, finished, workers=workers, progress=progress)
-        for title, header, rows in sections(report):
-            print_table(title, header, rows)
         command = f"taipan reproduce associative-recall --scale {scale.value}"
-        for path in write(report, out / scale.value, command):
-            note(f"Written: {path}")
+        _tell(sections(report), write(report, out / scale.value, command))
 
     @reproduce.command("report")
     def report(
@@ -132,7 +129,7 @@ def register(app: typer.Typer, panel: str) -> None:
 
             taipan reproduce model taipan-small --text enwik8=enwik8.gz --text novel=novel.txt --task squad=dev.json
         """
-        from taipan.cli.console import duration, note, print_table
+        from taipan.cli.console import duration, note
         from taipan.cli.progress import runs_progress
         from taipan.experiments.execution import Result, Run
         from taipan.experiments.laboratory import write
@@ -149,8 +146,6 @@ def register(app: typer.Typer, panel: str) -> None:
             outcome = measure_trained(
                 model, texts, directory, finished, files=files, amounts=amounts, workers=workers, progress=progress
             )
-        for table in outcome.tables:
-            print_table(table.title, table.header, table.rows)
         words = " ".join(
             [
                 f"taipan reproduce model {model.name}",
@@ -163,8 +158,10 @@ def register(app: typer.Typer, panel: str) -> None:
         claim = f"What {model.name} can do"
         reports = directory / "reports"
         name = report_name(model.name, str(outcome.more["fingerprint"]), reports)
-        for path in write(name, claim, outcome, reports, words, about):
-            note(f"Written: {path}")
+        _tell(
+            ((own.title, own.header, own.rows) for own in outcome.tables),
+            write(name, claim, outcome, reports, words, about),
+        )
 
     for name, entry in ENTRIES.items():
         reproduce.command(name, help=f"{entry.claim}.{_HELP}")(_command(name, entry))
@@ -244,7 +241,7 @@ def _reproduce(
 ) -> None:
     from dataclasses import replace
 
-    from taipan.cli.console import duration, note, print_table
+    from taipan.cli.console import duration, note
     from taipan.cli.progress import runs_progress
     from taipan.errors import InputError
     from taipan.experiments import paper_scale
@@ -293,13 +290,23 @@ def _reproduce(
             published=known,
         )
         outcome = experiment(name)(lab)
-    for table in outcome.tables:
-        print_table(table.title, table.header, table.rows)
     words = head + ("" if seeds is None else f" --seeds {seeds}") + tail
     reports, about = lab.directory / "reports", {"scale": scale.value}
     if entry.text:
         reports, about = reports / lab.data.name, {**about, "text": lab.text.settings()["text"]}
-    for path in write(name, entry.claim, outcome, reports, words, about):
+    _tell(
+        ((own.title, own.header, own.rows) for own in outcome.tables),
+        write(name, entry.claim, outcome, reports, words, about),
+    )
+
+
+def _tell(tables: Iterable[tuple[str, list[str], list[list[str]]]], written: Sequence[Path]) -> None:
+    """Print tables (title, header, rows) once they are kept: who reads them may stop (`| head`)."""
+    from taipan.cli.console import note, print_table
+
+    for title, header, rows in tables:
+        print_table(title, header, rows)
+    for path in written:
         note(f"Written: {path}")
 
 
