@@ -37,6 +37,27 @@ def test_measures_a_model_and_writes_it_down(cli: Cli, model_directory: Path, tm
     assert str(file) in finished.err
 
 
+def leaves(*_: object, **__: object) -> None:
+    """In place of a table, for a reader who has gone."""
+    raise BrokenPipeError
+
+
+def test_results_are_kept_before_they_are_shown(
+    cli: Cli, model_directory: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taipan.cli.console.print_table", leaves)
+    file, tasks = tmp_path / "result.json", tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "a", "answers": ["b"]}\n')
+    for words in (
+        ["bench", "prefill", "--model", model_directory, "--tokens", 8, "--repeats", 1],
+        ["evaluate", model_directory, text_file],
+        ["evaluate", model_directory, "--tasks", f"own={tasks}"],
+    ):
+        cli(*words, "--json", file)
+        assert json.loads(file.read_text())["command"].startswith(f"taipan {words[0]}")
+        file.unlink()
+
+
 def test_memory_is_shown_as_sizes(cli: Cli, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("taipan.benchmark.suites.memory._peak", lambda *arguments: 3.0 * 2**30)
     finished = cli("bench", "memory", "--model", model_directory)

@@ -105,10 +105,10 @@ def register(app: typer.Typer, panel: str) -> None:
         tune_allocator()
         with progress_bar("measuring", "tokens" if suites == ["serve-session"] else "runs") as bar:
             report = run(suites or [], settings, lambda suite, done, total: bar(done, total))
-        _print(report)
-        if json_file is not None:
+        if json_file is not None:  # first: who reads the tables may stop (`| head`)
             _write(json_file, report)
             note(f"Results: {json_file}")
+        _print(report)
 
 
 def _print(report: "Session") -> None:

@@ -85,9 +85,10 @@ def register(app: typer.Typer, panel: str) -> None:
             require_writable(json_file)
         if not data:
             found = _ask(load(model, dtype=dtype), asked, batch_size or 8, num_fewshot, limit, include)
-            if json_file is not None:
+            if json_file is not None:  # first: who reads the tables may stop (`| head`)
                 _write(json_file, model, [asked], [found])
                 note(f"Results: {json_file}")
+            _print_tasks(found)
             return
         loaded = load(model, dtype=dtype)
         results: list[EvaluationResult] = []
@@ -104,10 +105,10 @@ def register(app: typer.Typer, panel: str) -> None:
                             progress=report,
                         )
                     )
-        _print(results)
-        if json_file is not None:
+        if json_file is not None:  # first: who reads the tables may stop (`| head`)
             _write(json_file, model, data, [result.to_dict() for result in results])
             note(f"Results: {json_file}")
+        _print(results)
 
 
 def _print(results: "list[EvaluationResult]") -> None:
@@ -152,17 +153,16 @@ def _print(results: "list[EvaluationResult]") -> None:
 def _ask(
     text: "TextModel", tasks: str, batch_size: int, num_fewshot: int | None, limit: int | None, include: Path | None
 ) -> dict[str, Any]:
-    """Run tasks of lm-eval, and print what came out."""
+    """Run tasks of lm-eval."""
     from importlib.util import find_spec
 
-    from taipan.cli.console import note, print_table
     from taipan.errors import ConfigError, how_to_install
 
     if find_spec("lm_eval") is None:
         raise ConfigError(f"--tasks needs lm-eval, which is not installed: {how_to_install('evaluate')}.")
     from taipan.evaluation.harness import evaluate_tasks
 
-    found = evaluate_tasks(
+    return evaluate_tasks(
         text,
         [task.strip() for task in tasks.split(",") if task.strip()],
         batch_size=batch_size,
@@ -170,6 +170,11 @@ def _ask(
         limit=limit,
         include=include,
     )
+
+
+def _print_tasks(found: dict[str, Any]) -> None:
+    from taipan.cli.console import note, print_table
+
     rows = [
         [
             task,
@@ -187,7 +192,6 @@ def _ask(
     print_table("", ["task", "metric", "value", "95 %", "a guess", "questions"], rows, text_columns=2)
     tokens = found["tokens"]
     note(f"{tokens['read']:,} of {tokens['asked']:,} tokens were read; what questions share, once.")
-    return found
 
 
 def _write(path: Path, model: Path, data: list[str], results: list[dict[str, Any]]) -> None:
