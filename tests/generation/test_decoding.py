@@ -244,9 +244,9 @@ def test_int8_products_of_one_row_and_of_many(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("columns", [4096, 4096 + 80, 3 * 4096])
-def test_sums_of_int8_at_their_largest(columns: int, rows: int) -> None:
-    """Every weight at the end of its range and every number of the vector at its own: no sum of 32 bits overflows."""
+@pytest.mark.parametrize(("weights", "columns"), [("int8", 4096), ("int8", 4176), ("int8", 3 * 4096), ("int4", 4176)])
+def test_sums_at_their_largest(weights: Any, columns: int, rows: int) -> None:
+    """Weights at the end of their range and all numbers of the vector at theirs: no sum of 16 or 32 bits overflows."""
     model = small_model(("full_attention",), hidden_size=64, intermediate_size=columns, tie_word_embeddings=False)
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(1.0)
@@ -256,13 +256,17 @@ def test_sums_of_int8_at_their_largest(columns: int, rows: int) -> None:
                 parameter.zero_()
             elif "gate_proj" in name or "up_proj" in name:
                 parameter.fill_(0.1)
-            elif "down_proj" in name:  # rows of either sign: the norm after it sees their difference
-                parameter.copy_((1e-5 * torch.tensor([1.0, -1.0]).repeat(32))[:, None].expand_as(parameter))
-    native, plain = start_decoding(model.float(), model.empty_state(rows), weights="int8"), rounded(model, "int8")
+            elif "down_proj" in name:  # rows of either end: the norm after it sees their difference
+                high = 127.0 if weights == "int8" else 113.0
+                end = torch.tensor([high, -127.0]).repeat(32)[:, None].expand_as(parameter).clone()
+                if weights == "int4":  # the other end once in a group, so that its scale fits both
+                    end[:, ::64] = high - 127 - end[:, :1]
+                parameter.copy_(1e-7 * end)
+    native, plain = start_decoding(model.float(), model.empty_state(rows), weights=weights), rounded(model, weights)
     found = native.step(torch.arange(rows))
     expected = ModelDecoding(plain, model.empty_state(rows)).step(torch.arange(rows))
-    # vectors are rounded to 16 bits (above); a sum that wraps around is off by more than itself
-    assert relative_error(found, expected.double()) < 4e-4
+    # vectors are rounded to 16 or 15 bits (above); a sum that wraps around is off by more than itself
+    assert relative_error(found, expected.double()) < {"int8": 4e-4, "int4": 8e-4}[weights]
 
 
 @pytest.mark.unchecked_shapes

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "interface.h"
@@ -85,7 +86,13 @@ struct PlainTiles : Tiles {
 };
 
 #if defined(__AVX2__)
-// Sums of 4 products of 8 bits in each of 16 lanes.
+inline std::int32_t word_at(const char* from) {
+  std::int32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
+// Sums of products in 16 lanes, of which each has a row.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Lanes {
   static constexpr const char* kName = "AVX512-VNNI";
@@ -100,23 +107,44 @@ struct Lanes {
       for (int n = 0; n < 16; ++n) each[n] = static_cast<std::uint8_t>(kLevels[n] + kBelow);
       levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(each)));
     }
-    // Of the lower and the upper halves of 64 bytes.
-    void read(const std::uint8_t* from, Integers& lower, Integers& upper) const {
-      const __m512i both = _mm512_loadu_si512(from), mask = _mm512_set1_epi8(15);
-      lower = _mm512_shuffle_epi8(levels, _mm512_and_si512(both, mask));
-      upper = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
+  };
+
+  // A block's numbers of a vector: as the instruction takes 8 bits, x = 128 h + l; of its 8 columns h, then l.
+  static void keep(__m256i x, char* to) {
+    const __m256i high = _mm256_srai_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(64)), 7);
+    const __m256i words = _mm256_packs_epi32(high, _mm256_sub_epi32(x, _mm256_slli_epi32(high, 7)));
+    const __m256i bytes = _mm256_packs_epi16(words, words);  // four of each in either half
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+  }
+
+  // Of a group with one vector: two sums of each part, which do not wait for each other.
+  struct Products {
+    Integers high[2], low[2];
+
+    explicit Products(std::int32_t from)
+        : high{_mm512_setzero_si512(), _mm512_setzero_si512()}, low{_mm512_set1_epi32(from), _mm512_setzero_si512()} {}
+
+    Integers total() const {
+      const __m512i of_high = _mm512_add_epi32(high[0], high[1]);
+      return _mm512_add_epi32(_mm512_slli_epi32(of_high, 7), _mm512_add_epi32(low[0], low[1]));
     }
   };
 
-  static Integers all(std::int32_t value) { return _mm512_set1_epi32(value); }
-  static Integers plus(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
-  static Integers times_128(Integers a) { return _mm512_slli_epi32(a, 7); }
-
-  // Four numbers of x with the levels of every row.
-  static Integers add(Integers total, Integers levels, const std::int8_t* x) {
-    std::int32_t four;
-    std::memcpy(&four, x, sizeof four);
-    return _mm512_dpbusd_epi32(total, levels, _mm512_set1_epi32(four));
+  // A block with C vectors, the numbers of the next one `x_row` bytes further on.
+  template <int C>
+  static void add(const Table& table, const std::uint8_t* block, const char* x, Index x_row,
+                  std::array<Products, C>& products) {
+    const __m512i both = _mm512_loadu_si512(block), mask = _mm512_set1_epi8(15);
+    const __m512i lower = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(both, mask));
+    const __m512i upper = _mm512_shuffle_epi8(table.levels, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
+    for (int c = 0; c < C; ++c) {
+      const auto four = [&](int n) { return _mm512_set1_epi32(word_at(x + c * x_row + 4 * n)); };
+      products[c].high[0] = _mm512_dpbusd_epi32(products[c].high[0], lower, four(0));
+      products[c].low[0] = _mm512_dpbusd_epi32(products[c].low[0], lower, four(2));
+      products[c].high[1] = _mm512_dpbusd_epi32(products[c].high[1], upper, four(1));
+      products[c].low[1] = _mm512_dpbusd_epi32(products[c].low[1], upper, four(3));
+    }
   }
 
   struct Sums {
@@ -134,41 +162,53 @@ struct Lanes {
   struct Integers {
     __m256i of[2];
   };
-  static constexpr int kBelow = 0;
+  // Levels are counted from the lowest on, so that the first is 0: the shuffle leaves the upper half of 16 bits empty.
+  static constexpr int kBelow = 127;
 
   struct Table {
     __m256i levels;
     Table() {
-      alignas(16) std::int8_t each[16];
-      std::copy(kLevels, kLevels + 16, each);
+      alignas(16) std::uint8_t each[16];
+      for (int n = 0; n < 16; ++n) each[n] = static_cast<std::uint8_t>(kLevels[n] + kBelow);
       levels = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(each)));
-    }
-    void read(const std::uint8_t* from, Integers& lower, Integers& upper) const {
-      const __m256i mask = _mm256_set1_epi8(15);
-      for (int n = 0; n < 2; ++n) {
-        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * n));
-        lower.of[n] = _mm256_shuffle_epi8(levels, _mm256_and_si256(both, mask));
-        upper.of[n] = _mm256_shuffle_epi8(levels, _mm256_and_si256(_mm256_srli_epi16(both, 4), mask));
-      }
     }
   };
 
-  static Integers all(std::int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
-  static Integers plus(Integers a, Integers b) {
-    return {_mm256_add_epi32(a.of[0], b.of[0]), _mm256_add_epi32(a.of[1], b.of[1])};
+  // A block's numbers of a vector: 16 bits of columns 0, 2, 4, 6, 1, 3, 5, 7, as shifts bring the levels.
+  static void keep(__m256i x, char* to) {
+    const __m256i words = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   }
-  static Integers times_128(Integers a) { return {_mm256_slli_epi32(a.of[0], 7), _mm256_slli_epi32(a.of[1], 7)}; }
 
-  // One side of the instruction has no sign: that of x is given to the levels. 2 · 127 · 127 fits 16 bits.
-  static Integers add(Integers total, Integers levels, const std::int8_t* x) {
-    std::int32_t four;
-    std::memcpy(&four, x, sizeof four);
-    const __m256i value = _mm256_set1_epi32(four), size = _mm256_abs_epi8(value);
-    for (int n = 0; n < 2; ++n) {
-      const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(levels.of[n], value));
-      total.of[n] = _mm256_add_epi32(total.of[n], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // Of a group with one vector.
+  struct Products {
+    Integers sums;
+
+    explicit Products(std::int32_t from) : sums{_mm256_set1_epi32(from), _mm256_set1_epi32(from)} {}
+
+    Integers total() const { return sums; }
+  };
+
+  // A block with C vectors, the numbers of the next one `x_row` bytes further on. Two products of 16 bits fit 32.
+  template <int C>
+  static void add(const Table& table, const std::uint8_t* block, const char* x, Index x_row,
+                  std::array<Products, C>& products) {
+    const __m256i mask = _mm256_set1_epi16(15);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      __m256i levels[2];
+      for (int n = 0; n < 2; ++n) {  // read again for each pair: kept, the words would drive a sum out of its register
+        const __m256i words = held(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * n)));
+        levels[n] = _mm256_shuffle_epi8(table.levels, _mm256_and_si256(_mm256_srli_epi16(words, 4 * pair), mask));
+      }
+      for (int c = 0; c < C; ++c) {
+        const __m256i both = _mm256_set1_epi32(word_at(x + c * x_row + 4 * pair));
+        for (int n = 0; n < 2; ++n)
+          // held, or GCC has all products of a block first, which no registers hold
+          products[c].sums.of[n] = held(_mm256_add_epi32(products[c].sums.of[n], _mm256_madd_epi16(levels[n], both)));
+      }
     }
-    return total;
   }
 
   struct Sums {
@@ -177,7 +217,11 @@ struct Lanes {
       for (int n = 0; n < 2; ++n) {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + 8 * n)));
         const __m256 factor = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+#if defined(__FMA__)
+        of[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.of[n]), factor, of[n]);
+#else
         of[n] = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums.of[n]), factor), of[n]);
+#endif
       }
     }
     void store(float unit, float* to) const {
@@ -187,30 +231,30 @@ struct Lanes {
 };
 #endif
 
-// Times vectors rounded to 15 bits (1 / 32512 of their largest value), in two parts of 8 bits: x = 128 h + l. Sums within
-// a group are exact integers. What the levels count too much is taken off beforehand: `less`.
+// Times vectors rounded to 15 bits (1 / 32512 of their largest value). Sums within a group are exact integers. What the
+// levels count too much is taken off beforehand: `less`.
 struct ShortTiles : Tiles {
-  const std::int8_t* parts;  // of each vector: h, l
+  const char* numbers;       // of each vector, 16 bytes for a block
   const std::int32_t* less;  // of each group of it
   const float* unit;
   Index padded;
+  static constexpr Index kNumbers = 16;  // bytes
   // Bytes ahead. Past the outer caches: weights do not fit there, but states may, if nothing else drives them out.
   static constexpr Index kFetched = 4096;
 
   ShortTiles(const Matrix& m, const float* from, Index from_row, Index count, float* room)
-      : Tiles(m), padded(groups * kGroup) {
+      : Tiles(m), padded(groups * kGroup / kBlockColumns * kNumbers) {
     float* units = room;
-    auto* to = reinterpret_cast<std::int8_t*>(room + round_up(count, 16));
-    auto* off = reinterpret_cast<std::int32_t*>(to + 2 * padded * count);
-    for (Index c = 0; c < count; ++c)
-      units[c] = round(from + c * from_row, to + 2 * c * padded, off + c * groups);
-    parts = to;
+    auto* to = reinterpret_cast<char*>(room + round_up(count, 16));
+    auto* off = reinterpret_cast<std::int32_t*>(to + padded * count);
+    for (Index c = 0; c < count; ++c) units[c] = round(from + c * from_row, to + c * padded, off + c * groups);
+    numbers = to;
     less = off;
     unit = units;
   }
 
   // Returns the unit.
-  float round(const float* x, std::int8_t* to, std::int32_t* off) const {
+  float round(const float* x, char* to, std::int32_t* off) const {
     Vector<float> most{};
     for (Index k = 0; k < columns; k += kLanes<float>) {
       const Vector<float> value = load_part(x + k, columns - k), size = value < Vector<float>{} ? -value : value;
@@ -224,9 +268,7 @@ struct ShortTiles : Tiles {
       for (Index k = g * kGroup; k < (g + 1) * kGroup; k += 8) {
         const __m256 value = _mm256_mul_ps(eight(x + k, columns - k), _mm256_set1_ps(per_unit));
         const __m256i whole = _mm256_cvtps_epi32(value);
-        const __m256i high = _mm256_srai_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(64)), 7);
-        narrow_eight(to + k, high);
-        narrow_eight(to + padded + k, _mm256_sub_epi32(whole, _mm256_slli_epi32(high, 7)));
+        Lanes::keep(whole, to + k / kBlockColumns * kNumbers);
         sum += sum_of(whole);
       }
       off[g] = -Lanes::kBelow * sum;
@@ -248,12 +290,6 @@ struct ShortTiles : Tiles {
     return v;
   }
 
-  // Whole numbers of 8 bits.
-  static void narrow_eight(std::int8_t* to, __m256i v) {
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
-  }
-
   static std::int32_t sum_of(__m256i v) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
@@ -263,35 +299,21 @@ struct ShortTiles : Tiles {
   template <int C>
   void products(Index tile, Index column, float (&out)[C][kTile]) const {
     const Lanes::Table table;
-    const std::int8_t* high = parts + 2 * column * padded;
+    const char* x = numbers + column * padded;
     const std::int32_t* off = less + column * groups;
     Lanes::Sums sums[C];
     for (Index g = 0; g < groups; ++g) {
       const std::uint8_t* packed = bytes(tile, g);
       const Bfloat16* scale = scales(tile, g);
       __builtin_prefetch(scale + kFetched / kGroupBytes * kTile, 0, 0);
-      // two sums each, which do not wait for each other
-      Lanes::Integers of_high[C][2], of_low[C][2];
-      for (int c = 0; c < C; ++c) {
-        of_low[c][0] = Lanes::all(off[c * groups + g]);
-        of_low[c][1] = of_high[c][0] = of_high[c][1] = Lanes::all(0);
-      }
-      for (Index b = 0; b < kGroup / kBlockColumns; ++b) {
+      auto products = [&]<int... c>(std::integer_sequence<int, c...>) {
+        return std::array{Lanes::Products(off[c * groups + g])...};
+      }(std::make_integer_sequence<int, C>());
+      for (Index b = 0; b < kGroup / kBlockColumns; ++b, x += kNumbers) {
         __builtin_prefetch(packed + b * kBlock + kFetched, 0, 0);
-        Lanes::Integers lower, upper;
-        table.read(packed + b * kBlock, lower, upper);
-        for (int c = 0; c < C; ++c) {
-          const std::int8_t* h = high + 2 * c * padded + g * kGroup + b * kBlockColumns;
-          of_high[c][0] = Lanes::add(of_high[c][0], lower, h);
-          of_low[c][0] = Lanes::add(of_low[c][0], lower, h + padded);
-          of_high[c][1] = Lanes::add(of_high[c][1], upper, h + 4);
-          of_low[c][1] = Lanes::add(of_low[c][1], upper, h + padded + 4);
-        }
+        Lanes::add<C>(table, packed + b * kBlock, x, padded, products);
       }
-      for (int c = 0; c < C; ++c) {
-        const Lanes::Integers whole = Lanes::times_128(Lanes::plus(of_high[c][0], of_high[c][1]));
-        sums[c].add(Lanes::plus(whole, Lanes::plus(of_low[c][0], of_low[c][1])), scale);
-      }
+      for (int c = 0; c < C; ++c) sums[c].add(products[c].total(), scale);
     }
     for (int c = 0; c < C; ++c) sums[c].store(unit[column + c], out[c]);
   }

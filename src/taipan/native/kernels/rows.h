@@ -39,15 +39,6 @@ constexpr Index kPanel = 16;  // rows that are multiplied with all vectors befor
 // Rows of a tile: its sums leave room in 32 registers, or in 16.
 constexpr int kRows = kBytes == 64 ? 4 : 2;
 
-// Keeps v in a register: the compiler would load it again for every use, which takes longer than the use.
-template <class V>
-inline V held(V v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#endif
-  return v;
-}
-
 // left · right + total, fused where the processor can: left to the compiler, one shape of a loop is and another is not
 // (GCC on Zen 2 and 3), and a row would get other bits alone than beside others.
 template <class T>

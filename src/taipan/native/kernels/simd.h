@@ -88,6 +88,15 @@ inline Vector<T> rounded(Vector<T> v) {
   return v;
 }
 
+// Keeps v in a register: the compiler would load it again for every use, which takes longer than the use.
+template <class V>
+inline V held(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 inline Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // e^x for x in [-87, 88], to about 2 units in the last place; NaN for NaN. Reduces by ln 2 in two parts; the polynomial
