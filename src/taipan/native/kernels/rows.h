@@ -69,10 +69,26 @@ struct Ahead {
 
   template <class W>
   [[gnu::always_inline]] void fetch(const W* w, Index columns, Index k) const {
-    if (k * sizeof(W) % 64 != 0) return;
     for (Index row = first; row < first + rows; ++row) __builtin_prefetch(w + (kPanel + row) * columns + k, 0, 2);
   }
 };
+
+// What one vector fetches while it takes a row: the memory a few rows further on, which the processor does not foresee well
+// by itself but with AVX-512, where fetching past the caches undoes what it does. Not measured with shorter registers.
+struct Along {
+  static constexpr Index kFetched = kBytes == 32 ? 1024 : 0;  // bytes ahead
+
+  template <class W>
+  [[gnu::always_inline]] void fetch(const W* w, Index, Index k) const {
+    if constexpr (kFetched > 0) __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kFetched, 0, 0);
+  }
+};
+
+// Whether a line of memory begins with a row's column k.
+template <class W>
+inline bool begins_line(Index k) {
+  return k * sizeof(W) % 64 == 0;
+}
 
 // The first n weights, n less than a vector, and zeros.
 template <class T, class W>
@@ -111,14 +127,14 @@ inline void sum_all(const Vector<T> (&total)[R][C], T (&out)[C][R]) {
 }
 
 // out(c, r) = Σ_k w(r, k) x(c, k)
-template <class T, class W, int R, int C>
-inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[C][R], const Ahead& ahead = {}) {
+template <class T, class W, int R, int C, class Fetched = Ahead>
+inline void dots(Index count, const W* w, const T* x, Index x_row, T (&out)[C][R], const Fetched& ahead = {}) {
   Vector<T> total[R][C];
   for (auto& row : total)
     for (auto& one : row) one = Vector<T>{};
   Index k = 0;
   for (; k + kLanes<T> <= count; k += kLanes<T>) {
-    ahead.fetch(w, count, k);
+    if (begins_line<W>(k)) ahead.fetch(w, count, k);
     Vector<T> left[R];
     for (int r = 0; r < R; ++r) {
       left[r] = widen<T>(w + r * count + k);
@@ -185,7 +201,7 @@ struct Plain {
   // The product of a row with the first vector.
   T one(Index row) const {
     T out[1][1];
-    taipan::dots(columns, weight + row * columns, x, x_row, out);
+    taipan::dots(columns, weight + row * columns, x, x_row, out, Along{});
     return out[0][0];
   }
 
@@ -230,19 +246,19 @@ struct Pairs {
 
   float one(Index row) const {
     float out[1][1];
-    dots(row, 0, out, Ahead{});
+    dots(row, 0, out, Along{});
     return out[0][0];
   }
 
-  template <int R, int C>
-  void dots(Index row, Index column, float (&out)[C][R], const Ahead& ahead) const {
+  template <int R, int C, class Fetched>
+  void dots(Index row, Index column, float (&out)[C][R], const Fetched& ahead) const {
     const std::uint16_t* w = weight + row * columns;
     const float* of = x + column * columns;
     Vector<float> total[R][C];
     for (auto& row : total)
       for (auto& one : row) one = Vector<float>{};
     for (Index k = 0; k < columns; k += kBoth) {
-      ahead.fetch(w, columns, k);
+      if (begins_line<std::uint16_t>(k)) ahead.fetch(w, columns, k);
       Vector<float> even[R], odd[R];
       for (int r = 0; r < R; ++r) {
         Words words;
@@ -268,17 +284,8 @@ struct Pairs {
   }
 };
 
-// What one vector fetches while it takes a row: the memory `bytes` further on, or nothing.
-template <Index bytes>
-struct Along {
-  template <class W>
-  [[gnu::always_inline]] void fetch(const W* w, Index, Index k) const {
-    if constexpr (bytes > 0) __builtin_prefetch(reinterpret_cast<const char*>(w + k) + bytes, 0, 0);
-  }
-};
-
 // Rows of weights W times vectors X, one step of a Kind at a time: the Kind knows how many columns a step has, how it is
-// read and added, how many columns fit a sum, the unit of a vector, and how far ahead one vector fetches.
+// read and added, how many columns fit a sum, and the unit of a vector.
 template <class Kind, class W, class X>
 struct Stepped {
   static constexpr Index kLine = 64 / sizeof(W);  // columns of a line of memory
@@ -288,7 +295,7 @@ struct Stepped {
 
   float one(Index row) const {
     float out[1][1];
-    dots(row, 0, out, Along<Kind::kFetched>{});
+    dots(row, 0, out, Along{});
     return out[0][0];
   }
 
@@ -356,7 +363,6 @@ struct Rounded : Stepped<Rounded, Bfloat16, Bfloat16> {
   using Operand = __m512bh;
   static constexpr Index kStep = 2 * kLanes<float>;
   static constexpr Index kMost = PTRDIFF_MAX;
-  static constexpr Index kFetched = 0;
 
   static bool fits(Index columns) { return columns % kStep == 0; }
 
@@ -391,8 +397,6 @@ struct Short : Stepped<Short, std::int8_t, std::int16_t> {
   using Operand = Integers;
   static constexpr Index kStep = sizeof(Integers) / 2;
   static constexpr Index kMost = 4096;  // 512 products of 128 · 32767 in a lane fit 32 bits
-  // Bytes. With AVX-512 the processor foresees by itself what is read, and fetching past the caches undoes that.
-  static constexpr Index kFetched = kBytes == 64 ? 0 : 1024;
   float* unit;  // of each vector
 
   static bool fits(Index columns) { return columns % kStep == 0; }
