@@ -237,17 +237,17 @@ struct ShortTiles : Tiles {
   const char* numbers;       // of each vector, 16 bytes for a block
   const std::int32_t* less;  // of each group of it
   const float* unit;
-  Index padded;
+  Index x_row;  // bytes of a vector's numbers
   static constexpr Index kNumbers = 16;  // bytes
   // Bytes ahead. Past the outer caches: weights do not fit there, but states may, if nothing else drives them out.
   static constexpr Index kFetched = 4096;
 
   ShortTiles(const Matrix& m, const float* from, Index from_row, Index count, float* room)
-      : Tiles(m), padded(groups * kGroup / kBlockColumns * kNumbers) {
+      : Tiles(m), x_row(groups * kGroup / kBlockColumns * kNumbers) {
     float* units = room;
     auto* to = reinterpret_cast<char*>(room + round_up(count, 16));
-    auto* off = reinterpret_cast<std::int32_t*>(to + padded * count);
-    for (Index c = 0; c < count; ++c) units[c] = round(from + c * from_row, to + c * padded, off + c * groups);
+    auto* off = reinterpret_cast<std::int32_t*>(to + x_row * count);
+    for (Index c = 0; c < count; ++c) units[c] = round(from + c * from_row, to + c * x_row, off + c * groups);
     numbers = to;
     less = off;
     unit = units;
@@ -299,7 +299,7 @@ struct ShortTiles : Tiles {
   template <int C>
   void products(Index tile, Index column, float (&out)[C][kTile]) const {
     const Lanes::Table table;
-    const char* x = numbers + column * padded;
+    const char* x = numbers + column * x_row;
     const std::int32_t* off = less + column * groups;
     Lanes::Sums sums[C];
     for (Index g = 0; g < groups; ++g) {
@@ -311,7 +311,7 @@ struct ShortTiles : Tiles {
       }(std::make_integer_sequence<int, C>());
       for (Index b = 0; b < kGroup / kBlockColumns; ++b, x += kNumbers) {
         __builtin_prefetch(packed + b * kBlock + kFetched, 0, 0);
-        Lanes::add<C>(table, packed + b * kBlock, x, padded, products);
+        Lanes::add<C>(table, packed + b * kBlock, x, x_row, products);
       }
       for (int c = 0; c < C; ++c) sums[c].add(products[c].total(), scale);
     }
