@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from taipan.content import compression
+from taipan.content import compression, other_format
 
 
 @pytest.mark.parametrize("preset", range(10))
@@ -25,3 +25,14 @@ def test_ids_of_two_bytes_are_not_compressed_data(first: list[int]) -> None:
     for rest in ([], [*range(300, 320)]):
         assert compression(np.array([*first, *rest], "<u2").tobytes()) is None
     assert compression(gzip.compress(b"taipan")) == "gzip"
+
+
+@pytest.mark.parametrize("following", [2, 300, 0x90 << 8, 0xFF])
+def test_nor_are_the_two_bytes_that_compress_begins_with(following: int) -> None:
+    """An id of GPT-2's vocabulary again: compress says in its third byte how many bits it has, 9 to 16."""
+    assert other_format(np.array([0x9D1F, following, 400], "<u2").tobytes()) is None
+
+
+@pytest.mark.parametrize("third", [0x90, 0x8C, 0x89, 0x10, 0x09])
+def test_what_compress_wrote_is_recognised(third: int) -> None:
+    assert "uncompress FILE" in str(other_format(bytes((0x1F, 0x9D, third)) + b"taipan"))

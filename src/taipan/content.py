@@ -30,7 +30,11 @@ _NO_TEXT: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"Rar!\x1a\x07", "a rar archive", f"{_UNPACK}: unrar x FILE"),
     (0, b"!<arch>\n", "an ar archive", f"{_UNPACK}: ar x FILE"),
     (0, b"\x04\x22\x4d\x18", "lz4 data", "Unpack it: lz4 -d FILE"),
-    (0, b"\x1f\x9d", "data of compress (.Z)", "Unpack it: uncompress FILE"),
+    *(  # two bytes are an id of token files, as gzip's are: the third says how many bits, and whether codes begin anew
+        (0, bytes((0x1F, 0x9D, flag | bits)), "data of compress (.Z)", "Unpack it: uncompress FILE")
+        for flag in (0, 0x80)
+        for bits in range(9, 17)
+    ),
     (0, b"%PDF-", "a PDF document", "Extract its text: pdftotext FILE"),
     (0, b"\x93NUMPY", "a NumPy array", "If it holds token ids, `taipan data import` takes them over"),
     (0, b"MMIDIDX\0", "an index of Megatron", "`taipan data import` takes its tokens over"),
