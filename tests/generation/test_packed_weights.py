@@ -236,7 +236,8 @@ def test_what_did_not_change_is_not_packed_again() -> None:
 def test_the_digest_is_that_of_the_bytes_whoever_reads_them() -> None:
     """Over more than one block of memory, at any length, by any number of threads."""
     from taipan.native import call
-    from taipan.native.interface import Digest, Piece, array_of
+    from taipan.native.fields import array_of
+    from taipan.native.interface import Digest, Piece
 
     def digest(tensor: Tensor) -> int:
         out = torch.empty(1, dtype=torch.int64)

@@ -15,7 +15,8 @@ from taipan.errors import InputError
 from taipan.generation import start_decoding
 from taipan.generation.decoding import NativeDecoding
 from taipan.native import build, call, interface, invoke, library, native_status
-from taipan.native.interface import FUNCTIONS, Index, fields_of, mismatch
+from taipan.native.fields import Index, Int32, Structure, fields_of
+from taipan.native.interface import FUNCTIONS, mismatch
 from tests.compilers import answer, needs_compiler, needs_kernels, reason, tiny_kernels, write_kernels
 from tests.models import VARIANTS, small_model
 
@@ -63,17 +64,17 @@ SLIPS: dict[str, Callable[[Fields], Fields]] = {
     "a word too many": lambda fields: [*fields, ("more", Index)],
     "another order": lambda fields: [fields[1], fields[0], *fields[2:]],
     "another name": lambda fields: [("another", fields[0][1]), *fields[1:]],
-    "another type": lambda fields: [*fields[:-1], (fields[-1][0], interface.Int32)],
+    "another type": lambda fields: [*fields[:-1], (fields[-1][0], Int32)],
     "another size": lambda fields: [*fields[:-1], (fields[-1][0], ctypes.c_int32)],
     "more of them": lambda fields: [*fields[:-1], (fields[-1][0], Index * 4)],
 }
 
 
-def planted(name: str, slip: str) -> tuple[type[interface.Structure], ...]:
+def planted(name: str, slip: str) -> tuple[type[Structure], ...]:
     """The structures, one of them declared wrongly."""
     given = next(structure for structure in interface.STRUCTURES if structure.__name__ == name)
     fields = SLIPS[slip](list(fields_of(given)))
-    wrong = type(name, (interface.Structure,), {"_fields_": fields})
+    wrong = type(name, (Structure,), {"_fields_": fields})
     return tuple(wrong if structure is given else structure for structure in interface.STRUCTURES)
 
 

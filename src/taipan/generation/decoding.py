@@ -17,7 +17,8 @@ from taipan.generation.program import DecoderProgram, check_weights, program_of
 from taipan.generation.protocol import RecurrentLM
 from taipan.generation.sampling import greedy
 from taipan.native import call, invoke
-from taipan.native.interface import Decode, Pen, Settle, State, Write, array_of
+from taipan.native.fields import array_of
+from taipan.native.interface import Decode, Pen, Settle, State, Write
 from taipan.native.memory import Arena
 from taipan.shapes import BoolB, FloatBV, IntB, IntBT
 from taipan.state import DecoderState

@@ -22,7 +22,8 @@ from taipan.layers.mixer import AnyMixer
 from taipan.layers.mlp import SwiGLU
 from taipan.layers.norm import RMSNorm
 from taipan.native import call, native_status
-from taipan.native.interface import DecodeSizes, Digest, Index, Layer, Matrix, Piece, array_of, fields_of
+from taipan.native.fields import Index, array_of, fields_of
+from taipan.native.interface import DecodeSizes, Digest, Layer, Matrix, Piece
 from taipan.ops.dispatch import AUTO
 
 WEIGHTS: tuple[str, ...] = ("auto", "bfloat16", "int8", "int4")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from taipan.errors import InputError
 from taipan.native.build import CACHE_VARIABLE, BuildError, found_or_built
-from taipan.native.interface import FUNCTIONS, Arguments, Value, mismatch
+from taipan.native.fields import Arguments, Value
+from taipan.native.interface import FUNCTIONS, mismatch
 
 SWITCH = "TAIPAN_NATIVE"
 _REALS = {torch.float32: "float", torch.float64: "double"}

@@ -12,7 +12,7 @@ namespace taipan {
 template <class S>
 struct Layout;
 
-// The name of a field's type, as in native/interface.py.
+// The name of a field's type, as in native/fields.py.
 template <class T>
 std::string type_name() {
   if constexpr (std::is_array_v<T>)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from taipan.model.sharding import is_sharded, whole
 from taipan.native import call, native_available
+from taipan.native.fields import array_of
 from taipan.native.interface import Muon as Arguments
-from taipan.native.interface import MuonMatrix, array_of
+from taipan.native.interface import MuonMatrix
 
 # The quintic iteration x ← ax + b(xxᵀ)x + c(xxᵀ)²x: steep at zero, so that five rounds bring even small singular values
 # near 1 (not to 1: they end roughly between 0.7 and 1.2, which does no harm).
