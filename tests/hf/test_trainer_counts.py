@@ -1,5 +1,6 @@
 """What a Trainer counts and what the model predicts are the same, in every layout, accumulation and evaluation."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,26 @@ def test_what_is_saved_is_what_is_evaluated(by: str, tmp_path: Path) -> None:
         saved = TaipanForCausalLM.from_pretrained(tmp_path / place)
         for name, weight in saved.named_parameters():
             torch.testing.assert_close(weight, start[name] - 1.0, msg=f"{place}: {name}")
+
+
+def moved(directory: Path, *, prepare: bool, **options: Any) -> tuple[float, float, float]:
+    """One step of SGD at a rate of 1: how far gates and all else went, and the norm that is logged."""
+    model = new_model(gate_objective="gain", budget_control="threshold")
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    settings = {"max_steps": 1, "logging_steps": 1, "optim": "sgd", "learning_rate": 1.0, **options}
+    run = trainer(model, directory, gradient_accumulation_steps=2, **settings)
+    (prepare_trainer(run) if prepare else run).train()
+    moves = {name: float((weight.detach() - start[name]).norm()) for name, weight in model.named_parameters()}
+    parts = [[move for name, move in moves.items() if (".gate." in name) == gates] for gates in (True, False)]
+    gates, rest = (math.hypot(*part) for part in parts)
+    return gates, rest, run.state.log_history[0]["grad_norm"]
+
+
+def test_gates_that_forecast_gains_are_clipped_by_themselves(tmp_path: Path) -> None:
+    gates, rest, norm = moved(tmp_path, prepare=True, max_grad_norm=1e9)
+    assert norm == pytest.approx(math.hypot(gates, rest), rel=1e-4)
+    for limit in (min(gates, rest) / 10, math.sqrt(gates * rest)):  # both are above it, or one
+        expected = (min(gates, limit), min(rest, limit), norm)
+        assert moved(tmp_path, prepare=True, max_grad_norm=limit) == pytest.approx(expected, rel=1e-3)
+    together = moved(tmp_path, prepare=False, max_grad_norm=norm / 10)
+    assert (math.hypot(*together[:2]), together[2]) == pytest.approx((norm / 10, norm), rel=1e-3)

@@ -1,6 +1,7 @@
 """What a Trainer and a Taipan model must know of each other: which labels count, what a step is, what a loss holds."""
 
-from collections.abc import Callable, Mapping, MutableMapping
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +28,8 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     * a trainer that computes its own loss (TRL's, label smoothing) gives the budget of Eq. 7 the right weight when it
       accumulates gradients or scales them (float16);
     * weight decay spares A_log and D, as `taipan train` does; a Trainer spares what is named a bias or a norm;
+    * gates that forecast gains are clipped by themselves, as by `taipan train` (not with FSDP or DeepSpeed, which clip
+      in ways of their own);
     * what is saved is what `evaluate()` reads, with optimizers that train other weights than those of the model
       (`optim="schedule_free_adamw"`); a Trainer saves those that are trained;
     * `evaluate()` reports `eval_cross_entropy`, of a predicted token, and `eval_budget` beside `eval_loss`, which holds
@@ -55,6 +58,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     trainer.get_decay_parameter_names = partial(_decayed, trainer.get_decay_parameter_names)
     trainer.add_callback(_Telling(trainer, backbones))
     trainer.add_callback(_Settling())
+    trainer.add_callback(_Clipping(trainer, backbones))
     return trainer
 
 
@@ -172,3 +176,41 @@ class _Settling(TrainerCallback):
             settle()
 
     on_epoch_end = on_step_end  # the same for checkpoints by epochs
+
+
+class _Clipping(TrainerCallback):
+    """Gives gates that forecast gains a limit of their own, where the Accelerator clips lists of parameters."""
+
+    def __init__(self, trainer: "Trainer", backbones: list[TaipanBackbone]) -> None:
+        self._trainer, self._backbones = trainer, backbones
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The Accelerator is the one of this training now."""
+        accelerator = self._trainer.accelerator
+        plain = accelerator.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU")
+        if plain and not isinstance(accelerator.clip_grad_norm_, _ClippedApart):
+            accelerator.clip_grad_norm_ = _ClippedApart(cast(Any, accelerator.clip_grad_norm_), self._backbones)
+
+
+class _ClippedApart:
+    """`Accelerator.clip_grad_norm_` with one limit for gates that forecast gains, and one for all else.
+
+    What these gates learn changes nothing but them, and in the first steps of a training theirs is most of the gradient
+    (docs/decisions/0037).
+    """
+
+    def __init__(self, clip: Callable[..., Tensor], backbones: list[TaipanBackbone]) -> None:
+        self._clip, self._backbones = clip, backbones
+
+    def __call__(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+        """Clip; returns the norm of everything before."""
+        every = list(parameters)
+        apart = {parameter for backbone in self._backbones for parameter in backbone.forecasting}
+        if not apart:
+            return self._clip(every, max_norm, norm_type)
+        norm = self._clip(every, math.inf, norm_type)  # also takes the scale off, once a step
+        torch.nn.utils.clip_grad_norm_([one for one in every if one not in apart], max_norm, norm_type)
+        torch.nn.utils.clip_grad_norm_([one for one in every if one in apart], max_norm, norm_type)
+        return norm

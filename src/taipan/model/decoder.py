@@ -13,6 +13,7 @@ from taipan.errors import InputError, StateError
 from taipan.layers.gating import GateOutput, GateSchedule
 from taipan.layers.mixer import Mixed
 from taipan.layers.norm import RMSNorm
+from taipan.layers.selective_attention import SelectiveAttention
 from taipan.layout import Arrangement, Layout, Recalled, arrange, rows_of
 from taipan.model.block import Block, normed_and_sum
 from taipan.ops.recall import recall, remember
@@ -71,6 +72,21 @@ class TaipanDecoder(nn.Module):
         self.keeps_states = True
         self.between_layers: Callable[[], object] | None = None
         """Called after every layer: whoever must do something else in time, in the middle of a long call."""
+
+    @property
+    def sals(self) -> list[SelectiveAttention]:
+        """The Selective Attention Layers, in order."""
+        return [module for module in self.modules() if isinstance(module, SelectiveAttention)]
+
+    @property
+    def forecasting(self) -> set[nn.Parameter]:
+        """Parameters of gates that forecast gains.
+
+        A loss of their own teaches them, which changes nothing else, so that their gradient is clipped by itself.
+        """
+        if not self.config.measures_gains:
+            return set()
+        return {parameter for sal in self.sals for parameter in sal.gate.parameters()}
 
     def empty_state(self, batch_size: int) -> DecoderState:
         """State before any token."""

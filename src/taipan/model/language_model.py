@@ -197,7 +197,7 @@ class TaipanLM(nn.Module):
     @property
     def sals(self) -> list[SelectiveAttention]:
         """The Selective Attention Layers, in order."""
-        return [module for module in self.modules() if isinstance(module, SelectiveAttention)]
+        return self.model.sals
 
     # ------------------------------------------------------------------ weights
 

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward over its micro-batches, checks, clipping, update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -154,7 +154,7 @@ def train_step(
         gates.append(gathered(model, decided))
         meaning = meaning or GateMeaning.of(model, decided)
         told("gates")
-    norm = _clip(optimizer.parameters(), _forecasting(model), clip).double() / world.size
+    norm = _clip(optimizer.parameters(), model.model.forecasting, clip).double() / world.size
     told("clipping")
     parts = [torch.stack(losses), norm[None], torch.stack(gates)]
     sums = world.add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
@@ -185,14 +185,7 @@ def train_step(
     return result
 
 
-def _forecasting(model: TaipanLM) -> set[Tensor]:
-    """Parameters that a loss of their own teaches: those of gates that forecast gains."""
-    if not model.config.measures_gains:
-        return set()
-    return {parameter for sal in model.sals for parameter in sal.gate.parameters()}
-
-
-def _clip(parameters: list[Tensor], apart: set[Tensor], clip: float | None) -> Tensor:
+def _clip(parameters: list[Tensor], apart: Collection[Tensor], clip: float | None) -> Tensor:
     """Scale the gradients to a norm of at most `clip`; returns the norm before.
 
     Those of the parameters `apart` have a limit of their own: what gates learn changes nothing but the gates.
