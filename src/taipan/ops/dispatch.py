@@ -10,7 +10,6 @@ from torch import Tensor
 
 from taipan.errors import ConfigError, shown
 from taipan.native import native_available, native_status
-from taipan.ops.cuda import cuda_status
 
 F = TypeVar("F")
 
@@ -26,6 +25,9 @@ def later(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
+_cuda_status = later("taipan.ops.cuda", "cuda_status")  # what has no CUDA tensor has no use for it
+
+
 def chosen(op: str, implementations: Mapping[str, F], tensor: Tensor) -> str:
     """Name of the implementation of ``op`` that ``auto`` stands for.
 
@@ -33,7 +35,7 @@ def chosen(op: str, implementations: Mapping[str, F], tensor: Tensor) -> str:
     """
     if "native" in implementations and native_available(tensor):
         return "native"
-    return "cuda" if "cuda" in implementations and tensor.is_cuda and cuda_status(op).available else "portable"
+    return "cuda" if "cuda" in implementations and tensor.is_cuda and _cuda_status(op).available else "portable"
 
 
 def select(op: str, implementations: Mapping[str, F], name: str, tensor: Tensor) -> F:
@@ -54,8 +56,8 @@ def select(op: str, implementations: Mapping[str, F], name: str, tensor: Tensor)
     why = ""
     if name == "native" and not native_available(tensor):
         why = native_status().reason if native_status().library is None else f"the tensor is on {tensor.device}"
-    if name == "cuda" and not (tensor.is_cuda and cuda_status(op).available):
-        why = f"the tensor is on {tensor.device}" if cuda_status(op).available else cuda_status(op).reason
+    if name == "cuda" and not (tensor.is_cuda and _cuda_status(op).available):
+        why = f"the tensor is on {tensor.device}" if _cuda_status(op).available else _cuda_status(op).reason
     if why:
         raise ConfigError(f"{op}: the {name} implementation cannot run: {why}. Use 'auto' or 'portable'")
     return implementations[name]
