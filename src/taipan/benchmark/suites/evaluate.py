@@ -17,7 +17,7 @@ from taipan.evaluation import evaluate
 SHORT = 1000
 """Short documents, of 16 to 512 tokens."""
 ENOUGH_SECONDS = 30.0
-"""What is read faster is read again, and the mean taken: hours are compared with more than a moment."""
+"""All repetitions read a text for as long at least, again and again: hours are compared with more than a moment."""
 _BLOCK = 1 << 16
 MEMORY = "MB of memory above the shortest text's"
 """Peak of the first reading, over that of the shortest text."""
@@ -66,7 +66,8 @@ def measure(settings: Settings, progress: Progress | None = None) -> list[Measur
     runs: dict[str, Callable[[], None]] = {
         work: partial(read, work, RandomDocuments(sizes, vocabulary, settings.seed)) for work, sizes in texts.items()
     }
-    seconds = interleaved(runs, settings.repeats, progress, least_seconds=ENOUGH_SECONDS)
+    least = ENOUGH_SECONDS / settings.repeats
+    seconds = interleaved(runs, settings.repeats, progress, least_seconds=least)
     first = next(iter(texts))
     per_token = {work: [value / int(texts[work].sum()) for value in values] for work, values in seconds.items()}
     return [
