@@ -3,7 +3,7 @@
 python benchmarks/table.py                     write both tables from the runs in benchmarks/results
 python benchmarks/table.py --run               make the runs (hours without bfloat16 units), then write them
 python benchmarks/table.py --run NAME          make some of them
-python benchmarks/table.py --avx2 --run …      the same for the second table, of a processor with AVX2 alone
+python benchmarks/table.py --avx2 --run …      the same for the second table, of a processor with AVX2 alone (two hours)
 """
 
 import argparse
