@@ -1,4 +1,4 @@
-"""The experiment `mqar`: what is trained for longer, and what is not."""
+"""The experiment `mqar`: its models against zoology's, what is trained for longer, and what is not."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 from taipan.experiments import laboratory
 from taipan.experiments.execution import Result, Run
 from taipan.experiments.laboratory import Laboratory, Text, slug
-from taipan.experiments.mqar import SCALES, mqar
+from taipan.experiments.mqar import PUBLISHED, SCALES, models, mqar, state_bytes
 
 FIRST = SCALES["tiny"].steps
 SOLVES, STOPS, GOES_ON = "attention", "Mamba-2, 16 KiB", "Mamba-2, 32 KiB"
@@ -42,3 +42,16 @@ def test_trained_for_longer_is_what_improves_and_can(tmp_path: Path, monkeypatch
     assert outcome.more["still improving"] == [GOES_ON]
     last = {row[0]: row[-1] for row in outcome.tables[1].rows}
     assert (last[SOLVES], last[STOPS], last[GOES_ON]) == ("no", "no", "yes")
+
+
+def test_models_are_those_of_the_published_plot() -> None:
+    """One layer that attends, without positions, over one that does not; states of the sizes the plot has."""
+    own = models(SCALES["small"])
+    for name in ("attention", "sliding window of 128"):
+        below, above = own[name].layer_types
+        assert (below, "attention" in above, own[name].attention_rope) == ("mamba2", True, False)
+    sizes = {name: state_bytes(own[name]) for name in PUBLISHED}
+    assert {name: sizes[f"Mamba-2, {name} KiB"][0] for name in (16, 32, 48)} == {16: 16384, 32: 32768, 48: 49152}
+    # 2 * 128 tokens * 128 numbers of fp32; what the layer below keeps is 1 KiB
+    assert sizes["sliding window of 128"] == (1024, 131072)
+    assert sizes["attention"][0] == 1024

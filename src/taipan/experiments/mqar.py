@@ -89,21 +89,26 @@ SCALES: dict[str, Scale] = {
 
 
 def models(scale: Scale) -> dict[str, TaipanConfig]:
-    """Two layers each; attention has a narrow MLP, which zoology's has not, and our layers of attention always have."""
+    """Two layers each, as zoology's: below its attention stands a gated convolution of three tokens, and no position.
+
+    Ours there is a Mamba-2 layer with one number of state per channel, whose convolution sees four. Attention has a
+    narrow MLP, which zoology's has not, and our layers of attention always have.
+    """
     hidden = scale.hidden
-    base: dict[str, Any] = {"vocab_size": scale.mixture.vocab_size, "hidden_size": hidden, "mamba_head_dim": hidden}
-    base |= {"intermediate_size": hidden // 2, "state_size": 16, "num_attention_heads": 1}
+    base: dict[str, Any] = {"vocab_size": scale.mixture.vocab_size, "hidden_size": hidden, "state_size": 16}
+    base |= {"mamba_head_dim": min(hidden, 64), "intermediate_size": hidden // 2, "num_attention_heads": 1}
     longest = max(task.length for task in scale.mixture.test)
     gate = {**WINNER, "lookahead": 0, "capacity_window": 0}
+    attends: dict[str, Any] = {"state_size": 1, "attention_rope": False}
 
     def model(layers: Sequence[str], **overrides: Any) -> TaipanConfig:
         return TaipanConfig.from_dict({**base, "layer_types": list(layers), **overrides})
 
     mamba, sal = "mamba2", "selective_attention"
     return {
-        "attention": model(["full_attention"] * 2),
-        "sliding window of 128": model(["sliding_attention"] * 2, sliding_window=128),
-        "Mamba-2, 16 KiB": model([mamba] * 2, hidden_size=hidden // 2, mamba_head_dim=hidden // 2),
+        "attention": model([mamba, "full_attention"], **attends),
+        "sliding window of 128": model([mamba, "sliding_attention"], sliding_window=128, **attends),
+        "Mamba-2, 16 KiB": model([mamba] * 2, hidden_size=hidden // 2),
         "Mamba-2, 32 KiB": model([mamba] * 2),
         "Mamba-2, 48 KiB": model([mamba] * 2, state_size=24),
         "Taipan, recurrent state of 32 KiB": model([mamba, sal], state_size=32, sliding_window=longest, **gate),
