@@ -12,8 +12,9 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
 from torch.utils import deterministic
+
+from tests.shapes import check_shapes
 
 SOURCE = Path(__file__).parents[1] / "src"
 TESTS = Path(__file__).parent
@@ -30,7 +31,7 @@ def annotated() -> Iterator[str]:
             yield ".".join(file.relative_to(SOURCE).with_suffix("").parts)
 
 
-install_import_hook(list(annotated()), "beartype.beartype")  # of what is imported from here on: nothing of taipan yet
+check_shapes(list(annotated()))  # of what is imported from here on: nothing of taipan yet
 
 
 settings.register_profile("taipan", deadline=None)  # of one example: a busy machine takes longer for any
@@ -54,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def live_shapes(request: pytest.FixtureRequest) -> None:
-    """Shapes are checked at every call, but where that would take half of the time and show nothing new."""
+    """Shapes are checked at every call that differs (`tests.shapes`), but in rooms that would show nothing new."""
     room = request.path.relative_to(TESTS).parts[0]
     marked = request.node.get_closest_marker("unchecked_shapes") is not None
     jaxtyping.config.update("jaxtyping_disable", marked or room in UNCHECKED)
