@@ -50,12 +50,19 @@ def everything(tensors: list[Tensor], **options: object) -> list[Tensor]:
 FAST = "portable"
 
 
-@pytest.fixture(params=[NATIVE, "portable, one tile", "portable, small tiles"], autouse=True)
+IMPLEMENTATIONS = [NATIVE, "portable, one tile", "portable, small tiles"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested; with small tiles, rows of a few tokens already cross their borders."""
     monkeypatch.setattr(sys.modules[__name__], "FAST", request.param.split(",")[0])
     if "small tiles" in request.param:
         monkeypatch.setattr(portable, "_TILE_ELEMENTS", 5 * CHANNELS)
+
+
+reference_too = pytest.mark.parametrize("fast", [*IMPLEMENTATIONS, "reference"], indirect=True)
+reference_only = pytest.mark.parametrize("fast", ["reference"], indirect=True)
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
@@ -77,22 +84,23 @@ def test_fast_is_the_reference(tokens: int, taps: int, packed: bool, ragged: boo
             assert_equal_to(run(tensors, **options), exact[:2], 1e-12, f"{FAST} without gradients")
 
 
+@reference_only
 def test_reference_is_a_grouped_convolution() -> None:
     x, weight, bias, initial = make(2, 9)
-    y, columns = run([x, weight, bias, initial], implementation="reference", activation=None)
+    y, columns = run([x, weight, bias, initial], activation=None)
     whole = torch.cat([initial, x], dim=1)
     expected = F.conv1d(whole.transpose(1, 2), weight[:, None], bias, groups=CHANNELS).transpose(1, 2)
     assert_equal_to([y, columns], [expected, whole[:, -3:]], 1e-12, "conv1d")
 
 
-@pytest.mark.parametrize("reference", [False, True])
+@reference_too
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_gradcheck(reference: bool, tokens: int) -> None:
+def test_gradcheck(tokens: int) -> None:
     leaves = [tensor.requires_grad_() for tensor in make(2, tokens, taps=3)]
     segment = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 2, 3, 3]])[:, :tokens]
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return run(list(tensors), segment_BT=segment, implementation="reference" if reference else FAST)
+        return run(list(tensors), segment_BT=segment)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -133,12 +141,12 @@ def test_any_split_is_the_whole(data: st.DataObject, tokens: int, packed: bool) 
     assert_equal_to([torch.cat(outputs, dim=1), columns], whole, 1e-12, f"cuts {cuts}")
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_segments_are_separate_runs(reference: bool) -> None:
+@reference_too
+def test_segments_are_separate_runs() -> None:
     x, weight, bias, initial = make(1, 20)
     x[:, :8] *= 1e100  # not even what is infinitely larger shows in another document
     segment = torch.repeat_interleave(torch.arange(4), torch.tensor([8, 1, 2, 9]))[None]
-    y, columns = run([x, weight, bias, initial], segment_BT=segment, implementation="reference" if reference else FAST)
+    y, columns = run([x, weight, bias, initial], segment_BT=segment)
     for begin, end in pairwise([8, 9, 11, 20]):
         alone = run([x[:, begin:end], weight, bias], implementation="reference")
         assert_equal_to([y[:, begin:end]], alone[:1], 1e-12, f"tokens {begin} … {end}")

@@ -19,12 +19,19 @@ WIDTH = 48
 FAST = "portable"
 
 
-@pytest.fixture(params=[NATIVE, "portable, one tile", "portable, small tiles"], autouse=True)
+IMPLEMENTATIONS = [NATIVE, "portable, one tile", "portable, small tiles"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested."""
     monkeypatch.setattr(sys.modules[__name__], "FAST", request.param.split(",")[0])
     if "small tiles" in request.param:
         monkeypatch.setattr(portable, "_TILE_ELEMENTS", 3 * WIDTH)
+
+
+reference_too = pytest.mark.parametrize("fast", [*IMPLEMENTATIONS, "reference"], indirect=True)
+reference_only = pytest.mark.parametrize("fast", ["reference"], indirect=True)
 
 
 def make(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -85,20 +92,21 @@ def test_plain_fast_is_the_reference(shape: tuple[int, ...]) -> None:
     assert actual[2].isfinite().all()
 
 
+@reference_only
 def test_references_are_the_formulas_of_torch() -> None:
     y, z, weight = make()
-    assert_equal_to([plain([y, z, weight], "reference")], [F.rms_norm(y, (WIDTH,), weight, EPS)], 1e-12, "plain")
+    assert_equal_to([plain([y, z, weight])], [F.rms_norm(y, (WIDTH,), weight, EPS)], 1e-12, "plain")
     u = (y * F.silu(z)).unflatten(-1, (3, 16))
     expected = F.rms_norm(u, (16,), None, EPS).flatten(-2) * weight
-    assert_equal_to([gated([y, z, weight], 16, "reference")], [expected], 1e-12, "gated")
+    assert_equal_to([gated([y, z, weight], 16)], [expected], 1e-12, "gated")
 
 
-@pytest.mark.parametrize("implementation", ["reference", None])
-def test_gradcheck(implementation: str | None) -> None:
+@reference_too
+def test_gradcheck() -> None:
     y, z, weight = (tensor.detach().clone() for tensor in make())
     leaves = [y[:, :2].requires_grad_(), z[:, :2].requires_grad_(), weight.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda *tensors: gated(list(tensors), 16, implementation), leaves)
-    assert torch.autograd.gradcheck(lambda x, w: plain([x, x, w], implementation), (leaves[0], leaves[2]))
+    assert torch.autograd.gradcheck(lambda *tensors: gated(list(tensors), 16), leaves)
+    assert torch.autograd.gradcheck(lambda x, w: plain([x, x, w]), (leaves[0], leaves[2]))
 
 
 @pytest.mark.parametrize("op", [gated, plain])
@@ -112,15 +120,15 @@ def test_fast_is_as_exact_as_the_reference(op: Callable[..., Tensor], dtype: tor
         assert_as_exact_as(actual, [near], truth, dtype, f"{op.__name__}[{index}]")
 
 
-@pytest.mark.parametrize("implementation", ["reference", None])
-def test_statistics_are_not_narrow(implementation: str | None) -> None:
+@reference_too
+def test_statistics_are_not_narrow() -> None:
     """Squares of 300 are beyond fp16, whose largest number is 65504; rms is 300 all the same, and so are gradients."""
     x = 300 * torch.randn(1, 3, WIDTH).sign().to(torch.float16)
     ones = torch.ones(WIDTH, dtype=torch.float16)
     for op in (plain, gated):
         narrow = [x, torch.ones_like(x), ones]
         exact = everything(op, [tensor.double() for tensor in narrow], implementation="reference")
-        assert_equal_to(everything(op, narrow, implementation=implementation), exact, 1e-3, op.__name__)
+        assert_equal_to(everything(op, narrow), exact, 1e-3, op.__name__)
 
 
 @pytest.mark.parametrize("used", [slice(None), slice(0, 1), slice(1, 2)], ids=["both", "normed", "sum"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,12 +32,24 @@ NAMES = ("y", "final state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
 FAST = [ssd_portable]  # what is tested
 
 
-@pytest.fixture(
-    params=[pytest.param(ssd_native, marks=needs_kernels), ssd_portable], ids=["native", "portable"], autouse=True
-)
+IMPLEMENTATIONS = [
+    pytest.param(ssd_native, marks=needs_kernels, id="native"),
+    pytest.param(ssd_portable, id="portable"),
+]
+ORACLES = [
+    pytest.param(oracle, id=name)
+    for name, oracle in (("recurrent", ssd_recurrent), ("quadratic", ssd_quadratic), ("chunked", ssd_chunked))
+]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, autouse=True)
 def fast(request: pytest.FixtureRequest) -> None:
     """Every test for both fast implementations."""
     FAST[:] = [request.param]
+
+
+oracles_too = pytest.mark.parametrize("fast", [*IMPLEMENTATIONS, *ORACLES], indirect=True)
+oracles_only = pytest.mark.parametrize("fast", ORACLES, indirect=True)
 
 
 def ssd_fast(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -107,20 +120,25 @@ def everything(op: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, **optio
     return [y.detach(), state.detach(), *filled]
 
 
-def assert_as_exact_as_the_oracles(draws: list[Inputs]) -> None:
-    """Over several draws together: how far a sum of cancelling terms is off is luck in one."""
+class Judged:
+    """Several draws together, and what the oracles make of them: how far cancelling terms are off is luck in one."""
 
-    def together(op: Callable[..., tuple[Tensor, Tensor]], precise: bool = False) -> list[Tensor]:
-        results = [everything(op, draw.map(lambda tensor: tensor.double()) if precise else draw) for draw in draws]
-        return [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+    def __init__(self, draws: list[Inputs]) -> None:
+        self.draws = draws
+        self.exact = self.together(ssd_recurrent, precise=True)
+        self.oracles = [self.together(op) for op in (ssd_recurrent, ssd_quadratic, ssd_chunked)]
+        self.magnitude_of_dA = torch.stack([magnitude_of_dA(draw) for draw in draws])
 
-    exact = together(ssd_recurrent, precise=True)
-    oracles = [together(op) for op in (ssd_recurrent, ssd_quadratic, ssd_chunked)]
-    narrow = ("y", "dx", "dB", "dC")
-    for name, actual, truth, *near in zip(NAMES, together(ssd_fast), exact, *oracles, strict=True):
-        dtype = draws[0].x.dtype if name in narrow else torch.float32
-        magnitude = torch.stack([magnitude_of_dA(draw) for draw in draws]) if name == "dA" else None
-        assert_as_exact_as(actual, near, truth, dtype, name, magnitude)
+    def together(self, op: Callable[..., tuple[Tensor, Tensor]], precise: bool = False) -> list[Tensor]:
+        draws = [draw.map(lambda tensor: tensor.double()) if precise else draw for draw in self.draws]
+        return [torch.stack(tensors) for tensors in zip(*(everything(op, draw) for draw in draws), strict=True)]
+
+    def assert_fast_is_as_exact(self) -> None:
+        narrow = ("y", "dx", "dB", "dC")
+        for name, actual, truth, *near in zip(NAMES, self.together(ssd_fast), self.exact, *self.oracles, strict=True):
+            dtype = self.draws[0].x.dtype if name in narrow else torch.float32
+            magnitude = self.magnitude_of_dA if name == "dA" else None
+            assert_as_exact_as(actual, near, truth, dtype, name, magnitude)
 
 
 def magnitude_of_dA(inputs: Inputs) -> Tensor:
@@ -144,14 +162,22 @@ def directions(outputs: tuple[Tensor, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_agree_in_fp64(tokens: int, heads: int, groups: int, packed: bool) -> None:
+    inputs, segment, exact = agreed(tokens, heads, groups, packed)
+    for chunk in (16, 64):
+        fast = everything(ssd_fast, inputs, segment_BT=segment, chunk_size=chunk)
+        assert_equal_to(fast, exact, 1e-10, "fast")
+
+
+@cache
+def agreed(tokens: int, heads: int, groups: int, packed: bool) -> tuple[Inputs, Tensor | None, list[Tensor]]:
+    """Inputs and what all oracles make of them, once for the implementations: every test has the same seed."""
     inputs = make(3, tokens, heads, groups)
     segment = make_segments(3, tokens) if packed else None
     exact = everything(ssd_recurrent, inputs, segment_BT=segment)
     assert_equal_to(everything(ssd_quadratic, inputs, segment_BT=segment), exact, 1e-10, "quadratic")
     for chunk in (16, 64):
         assert_equal_to(everything(ssd_chunked, inputs, segment_BT=segment, chunk_size=chunk), exact, 1e-10, "chunked")
-        fast = everything(ssd_fast, inputs, segment_BT=segment, chunk_size=chunk)
-        assert_equal_to(fast, exact, 1e-10, "fast")
+    return inputs, segment, exact
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 130])
@@ -163,15 +189,15 @@ def test_without_skip_and_initial_state(tokens: int) -> None:
         assert_equal_to(everything(op, inputs), exact, 1e-10 if tokens > 1 else 1e-9, op.__name__)
 
 
-@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_fast])
+@oracles_too
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_gradcheck(op: Callable[..., tuple[Tensor, Tensor]], tokens: int) -> None:
+def test_gradcheck(tokens: int) -> None:
     inputs = make(1, tokens, 2, 2, head_dim=1, state=2).map(lambda tensor: tensor.requires_grad_())
     segment = torch.tensor([[0, 0, 1, 1, 2]])[:, :tokens]
-    options = {} if op in (ssd_recurrent, ssd_quadratic) else {"chunk_size": 3}
+    options = {} if FAST[0] in (ssd_recurrent, ssd_quadratic) else {"chunk_size": 3}
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return run(op, Inputs(*tensors), segment_BT=segment, **options)
+        return run(ssd_fast, Inputs(*tensors), segment_BT=segment, **options)
 
     assert torch.autograd.gradcheck(function, inputs.tensors(), fast_mode=False)
 
@@ -187,10 +213,16 @@ def in_model_dtypes(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     ("tokens", "head_dim", "state"), [(1, 16, 16), (65, 16, 16), (140, 16, 16), (150, 64, 128), (97, 48, 80)]
 )
 def test_fast_is_as_exact_as_the_reference(dtype: torch.dtype, tokens: int, head_dim: int, state: int) -> None:
-    draws = [in_model_dtypes(make(2, tokens, 4, 1, head_dim, state), dtype) for _ in range(6 if state == 16 else 2)]
-    y, final = run(ssd_fast, draws[0])
+    judged = judged_of_sizes(dtype, tokens, head_dim, state)
+    y, final = run(ssd_fast, judged.draws[0])
     assert (y.dtype, final.dtype) == (dtype, torch.float32)
-    assert_as_exact_as_the_oracles(draws)
+    judged.assert_fast_is_as_exact()
+
+
+@cache
+def judged_of_sizes(dtype: torch.dtype, tokens: int, head_dim: int, state: int) -> Judged:
+    sizes = [make(2, tokens, 4, 1, head_dim, state) for _ in range(6 if state == 16 else 2)]
+    return Judged([in_model_dtypes(inputs, dtype) for inputs in sizes])
 
 
 def test_without_gradients_the_result_is_the_same() -> None:
@@ -292,12 +324,12 @@ def test_any_split_is_the_whole(data: st.DataObject, tokens: int, packed: bool) 
     assert_equal_to(everything(in_pieces, inputs, segment_BT=segment), whole, 1e-10, f"cuts {cuts}")
 
 
-@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_fast])
-def test_segments_are_separate_runs(op: Callable[..., tuple[Tensor, Tensor]]) -> None:
+@oracles_too
+def test_segments_are_separate_runs() -> None:
     inputs = make(1, 150, 2, 1)
     ends = [40, 41, 104, 150]
     segment = torch.repeat_interleave(torch.arange(4), torch.tensor([40, 1, 63, 46]))[None]
-    y, state = run(op, inputs, segment_BT=segment)
+    y, state = run(ssd_fast, inputs, segment_BT=segment)
     begin, initial = 0, inputs.initial
     for end in ends:
         alone, last = run(ssd_recurrent, replace(inputs.tokens(slice(begin, end)), initial=initial))
@@ -316,12 +348,12 @@ def test_a_document_knows_nothing_of_its_neighbours() -> None:
     assert run(ssd_fast, inputs, segment_BT=segment)[0][:, 30:70].equal(y[:, 30:70])
 
 
-@pytest.mark.parametrize("op", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_fast])
+@oracles_too
 @pytest.mark.parametrize("real", [0, 1, 64, 69])
-def test_padding_leaves_the_state_where_it_is(op: Callable[..., tuple[Tensor, Tensor]], real: int) -> None:
+def test_padding_leaves_the_state_where_it_is(real: int) -> None:
     inputs = make(2, 70, 2, 1)
     inputs.dt[:, real:] = 0.0
-    y, state = run(op, inputs, segment_BT=torch.zeros(2, 70, dtype=torch.int64))
+    y, state = run(ssd_fast, inputs, segment_BT=torch.zeros(2, 70, dtype=torch.int64))
     if real == 0:
         assert state.equal(inputs.initial)
         return
@@ -332,13 +364,18 @@ def test_padding_leaves_the_state_where_it_is(op: Callable[..., tuple[Tensor, Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fast_decay_neither_overflows_nor_leaks(dtype: torch.dtype) -> None:
     """Sums of dt · A in the thousands inside a chunk, in fp32, where exp(89) is infinite."""
+    judged_of_fast_decay(dtype).assert_fast_is_as_exact()
+
+
+@cache
+def judged_of_fast_decay(dtype: torch.dtype) -> Judged:
     draws: list[Inputs] = []
     for _ in range(4):
         inputs = in_model_dtypes(make(2, 140, 4, 1), dtype)
         inputs = replace(inputs, dt=inputs.dt * torch.rand(2, 140, 4).mul(12).exp() / 100, A=inputs.A * 10)
         assert (inputs.dt * inputs.A)[:, :64].sum(1).min() < -3000
         draws.append(inputs)
-    assert_as_exact_as_the_oracles(draws)
+    return Judged(draws)
 
 
 def test_a_decay_to_zero_takes_no_gradient_from_rounding() -> None:
@@ -400,12 +437,12 @@ def test_segments_and_chunk_size_that_do_not_fit_are_named() -> None:
         run(ssd, inputs, chunk_size=0)
 
 
-@pytest.mark.parametrize("oracle", [ssd_recurrent, ssd_quadratic, ssd_chunked])
-def test_autocast_does_not_reach_inside_the_oracles(oracle: Callable[..., tuple[Tensor, Tensor]]) -> None:
+@oracles_only
+def test_autocast_does_not_reach_inside_the_oracles() -> None:
     x, dt, A = torch.randn(1, 12, 2, 4), torch.rand(1, 12, 2), -torch.rand(2)
     B, C = torch.randn(2, 1, 12, 1, 3)
-    expected = oracle(x, dt, A, B, C)
+    expected = ssd_fast(x, dt, A, B, C)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = oracle(x, dt, A, B, C)
+        found = ssd_fast(x, dt, A, B, C)
     for tensor, other in zip(found, expected, strict=True):
         torch.testing.assert_close(tensor, other, rtol=0, atol=0)
