@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from taipan.data import tokenizer as module
 from taipan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
 from taipan.errors import ConfigError, DataError, InputError
+from tests.tokenizers import BACKENDS
 
 CODE = "\n\n".join(
     f"class C{i}(Base):\n    def get_value_{i % 7}(self, x, *, key=None):\n"
@@ -356,6 +357,17 @@ def test_arrays_are_the_lists_and_json_keeps_the_tokenizer(tokenizer: Tokenizer)
     assert tokenizer.byte_lengths[tokenizer.eos_id] == 0
     with pytest.raises(InputError, match="lone surrogate"):
         tokenizer.encode_arrays(["ab\ud800"], np.dtype("<u4"))
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_the_bytes_of_tokens_are_those_of_their_text(kind: str) -> None:
+    backend, end = BACKENDS[kind]()
+    tokenizer = Tokenizer(backend, end)
+    text = "it waits again, été, 日本語, 🐍" if kind != "WordPiece" else "it waits again, 日本語"
+    ids = tokenizer.encode(text + ("🐢." if kind in ("Llama", "bytes") else ""))  # bytes of which no token is made
+    joined = b"".join(tokenizer.token_bytes(index) for index in ids)
+    assert joined.decode().removeprefix(" ") == tokenizer.decode(ids), "a text begins with a word like others"
+    assert tokenizer.byte_lengths[ids].tolist() == [len(tokenizer.token_bytes(index)) for index in ids]
 
 
 def test_importing_the_module_does_not_import_the_library() -> None:

@@ -18,6 +18,7 @@ from taipan.serving.app import Limits, create_app
 from taipan.serving.engine import Engine
 from taipan.text import TextModel
 from tests.models import small_model
+from tests.tokenizers import BACKENDS
 
 KEY = "a key of many letters"
 PROMPT = "The quick brown fox"
@@ -43,9 +44,11 @@ def served(engine: Engine) -> Generator[str]:
     thread.start()
     while not server.started:
         thread.join(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,48 @@ def test_echo_and_logprobs_score_a_text(client: openai.OpenAI, model: TextModel)
         log_TV = model.model(ids[None]).logits[0, :-1].log_softmax(1)
     expected = log_TV.gather(1, ids[1:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(table.token_logprobs[1:]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "bytes"])
+def test_logprobs_say_where_in_the_text_each_token_stands(kind: str) -> None:
+    backend, end = BACKENDS[kind]()
+    tokenizer = Tokenizer(backend, end)
+    model = TextModel(small_model("taipan", vocab_size=tokenizer.vocab_size, dtype=torch.float32), tokenizer)
+    prompt = "it waits, 日本 🐢 again"
+    asked: Any = {"model": "small", "prompt": prompt, "max_tokens": 20, "seed": 1, "echo": True, "logprobs": 20}
+    with served(Engine(model)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+        made = client.completions.create(**asked).choices[0]
+        parts = [part.choices[0].logprobs for part in client.completions.create(**asked, stream=True)]
+        hello: Any = [{"role": "user", "content": "Hello"}]
+        asked = {"model": "small", "messages": hello, "max_tokens": 20, "seed": 1, "logprobs": True}
+        chat = client.chat.completions.create(**asked).choices[0]
+    table = made.logprobs
+    assert table is not None
+    assert table.tokens is not None
+    assert table.text_offset is not None
+    assert table.top_logprobs is not None
+    assert table.text_offset == [place for part in parts if part for place in part.text_offset or []]
+    read = len(tokenizer.encode(prompt))
+    places = list(zip(table.tokens, table.text_offset, table.text_offset[1:], strict=False))
+    for token, place, stop in places[1:read]:  # the first may have a space that the text has not
+        assert prompt[place:stop] == token or "\ufffd" in token, "unless it has a part of a character"
+    assert table.text_offset[read] == len(prompt)
+    assert " waits" in table.tokens[:read], "a word has its space"
+    assert chat.logprobs is not None
+    data = b"".join(bytes(one.bytes or []) for one in chat.logprobs.content or [])
+    assert data.decode(errors="replace").strip("\ufffd ") == (chat.message.content or "").strip("\ufffd ")
+
+
+def test_ids_without_a_token_are_not_among_the_likeliest() -> None:
+    padded = small_model("taipan", vocab_size=320, dtype=torch.float32)
+    with served(Engine(TextModel(padded, Tokenizer.bytes()))) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+        made = client.completions.create(
+            model="small", prompt=PROMPT, max_tokens=5, temperature=0, echo=True, logprobs=20
+        )
+    assert made.choices[0].logprobs is not None
+    assert len(made.choices[0].logprobs.top_logprobs or []) == len(PROMPT) + 5
 
 
 def test_ids_as_a_prompt(client: openai.OpenAI, model: TextModel) -> None:

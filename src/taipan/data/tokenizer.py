@@ -376,18 +376,21 @@ class Tokenizer:
         return tuple(np.flatnonzero(~known[:size]).tolist())
 
     def token_bytes(self, index: int) -> "bytes":
-        """Return the bytes of one token: b"" for a special token.
+        """Return the bytes of one token, as it stands within a text: b"" for a special token.
 
         Raises:
             InputError: the id is not in the vocabulary.
         """
         try:
-            return self._token_bytes[index]
+            data = self._token_bytes[index]
         except KeyError:
             raise InputError(
                 f"token id {index} is not in the tokenizer's vocabulary of {self.vocab_size}. "
                 "The model and the tokenizer may not belong together."
             ) from None
+        if data is None:
+            data = self._token_bytes[index] = self._bytes_within(index)
+        return data
 
     def text(self, ids: Sequence[int]) -> str:
         """Return what the ``tokenizers`` library makes of known ids: `decode` of tokens that begin a text."""
@@ -397,8 +400,8 @@ class Tokenizer:
     def byte_lengths(self) -> NDArray[np.int64]:
         """Number of bytes of each id; 0 for special tokens and unused ids; ``(vocab_size,)``."""
         lengths = np.zeros(self.vocab_size, np.int64)
-        for index, data in self._token_bytes.items():
-            lengths[index] = len(data)
+        for index in self._token_bytes:
+            lengths[index] = len(self.token_bytes(index))
         return lengths
 
     @cached_property
@@ -465,16 +468,34 @@ class Tokenizer:
         return {index for token, index in self._backend.get_vocab().items() if byte.fullmatch(token)} - self._special
 
     @cached_property
-    def _token_bytes(self) -> "dict[int, bytes]":
+    def _token_bytes(self) -> "dict[int, bytes | None]":
+        """Bytes of each token; None where the decoder has to say them (`_bytes_within`), which takes its time."""
         value_of = {character: value for value, character in enumerate(_byte_alphabet())}
 
-        def text_bytes(token: str) -> "bytes":
-            if self.is_byte_level and all(character in value_of for character in token):
-                return bytes(value_of[character] for character in token)
-            return token.encode()
+        def text_bytes(token: str) -> "bytes | None":
+            if not self.is_byte_level:
+                return None
+            known = all(character in value_of for character in token)
+            return bytes(value_of[character] for character in token) if known else token.encode()
 
         vocabulary = self._backend.get_vocab().items()
         return {index: b"" if index in self._special else text_bytes(token) for token, index in vocabulary}
+
+    def _bytes_within(self, index: int) -> "bytes":
+        """What a token adds to a text that has begun; its name may say it otherwise (``▁the``, ``##s``, ``<0xE6>``)."""
+        if self.is_byte(index):
+            name = cast(str, self._backend.id_to_token(index))
+            return bytes([int(name[3:5], 16)])
+        beginning, text = self._beginning
+        return self.text([*beginning, index])[len(text) :].encode()
+
+    @cached_property
+    def _beginning(self) -> tuple[list[int], str]:
+        """A token with which a text can begin, and its text; none where there is no such token."""
+        for index in self._ids.tolist():
+            if index not in self._special and not self.is_byte(index) and (text := self.text([index])).isalnum():
+                return [index], text
+        return [], ""
 
 
 class StreamDecoder:
@@ -493,6 +514,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._within = False  # a character whose other bytes are still to come
+        self._characters = 0  # shown so far
         # For tokenizers whose tokens are not bytes: tokens that the next text depends on, and tokens not shown yet.
         self._context: list[int] = []
         self._shown = ""
@@ -509,8 +531,10 @@ class StreamDecoder:
         data = tokenizer.token_bytes(index)
         if tokenizer.is_byte_level:
             if not self._within and data.isascii():  # nearly always, and the decoder takes ten times as long
+                self._characters += len(data)
                 return data.decode("ascii")
             text = self._utf8.decode(data)
+            self._characters += len(text)
             self._within = bool(self._utf8.getstate()[0])
             return text
         if tokenizer.is_special(index):
@@ -518,6 +542,7 @@ class StreamDecoder:
         self._held.append(index)
         if tokenizer.is_byte(index) or (text := self.held).endswith(_REPLACEMENT):
             return ""
+        self._characters += len(text)
         self._stand_after([*self._context, *self._held])
         return text
 
@@ -527,6 +552,11 @@ class StreamDecoder:
         if not self._held:
             return ""
         return self._tokenizer.text([*self._context, *self._held])[len(self._shown) :]
+
+    @property
+    def place(self) -> int:
+        """Characters that are whole so far, those held back too."""
+        return self._characters + len(self.held.rstrip(_REPLACEMENT))
 
     def flush(self) -> str:
         """Return the rest at the end of the stream: U+FFFD for an incomplete character."""

@@ -2,12 +2,11 @@
 
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from taipan.data.tokenizer import Tokenizer
+from taipan.data.tokenizer import StreamDecoder, Tokenizer
 from taipan.serving.events import EndEvent, Event, PromptEvent, ReadEvent, TokenEvent
 from taipan.serving.schema import ChatRequest, CompletionRequest, Sampling
 
@@ -69,8 +68,8 @@ class Face:
         raise NotImplementedError
 
     def token(self, index: int) -> str:
-        """The text of a token alone."""
-        return self.tokenizer.decode([index])
+        """The text of a token alone, as it stands within a text; U+FFFD where it is a part of a character."""
+        return self.tokenizer.token_bytes(index).decode(errors="replace")
 
 
 class CompletionFace(Face):
@@ -83,7 +82,6 @@ class CompletionFace(Face):
         super().__init__(name, tokenizer, body)
         self._echoed = echoed
         self._logprobs = body.logprobs is not None
-        self._offsets: Counter[int] = Counter()  # characters told of each choice
 
     def choice(self, choice: Choice, events: list[Event]) -> dict[str, Any]:
         """See `Face.choice`."""
@@ -116,23 +114,31 @@ class CompletionFace(Face):
         yield {**self.head(self.kind), "choices": [made]}
 
     def _table(self, choice: Choice, prompt: PromptEvent | None, tokens: list[TokenEvent]) -> dict[str, Any]:
+        echoed = self._echoed[choice.index]
         ids: list[int] = []
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
-        if prompt is not None and self._echoed[choice.index]:
+        offsets: list[int] = []
+        if prompt is not None and echoed:
             ids += choice.ids
             values += [None, *prompt.logprobs]
             tops += [None, *(self._top(top) for top in prompt.tops)]
+            offsets += self._places(choice.ids)
         for event in tokens:
             ids.append(event.id)
             values.append(event.logprob)
             tops.append(self._top(event.top))
+            offsets.append(len(echoed) + event.place)
         texts = [self.token(index) for index in ids]
-        offsets = [self._offsets[choice.index]]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        self._offsets[choice.index] = offsets.pop()  # a stream goes on from here
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _places(self, ids: list[int]) -> list[int]:
+        """Characters of a text that are whole before each of its tokens."""
+        decoder, places = StreamDecoder(self.tokenizer), list[int]()
+        for index in ids:
+            places.append(decoder.place)
+            decoder.push(index)
+        return places
 
     def _top(self, top: tuple[tuple[int, float], ...]) -> dict[str, float]:
         found: dict[str, float] = {}

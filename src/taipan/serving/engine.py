@@ -157,6 +157,7 @@ class Engine:
         vocabulary = model.model.config.vocab_size
         excluded = model.tokenizer.ids_without_token(vocabulary)
         self._excluded = excluded
+        self._no_tokens = torch.tensor(excluded, dtype=torch.int64)
         self._decoding = start_decoding(model.model, model.model.empty_state(rows), weights=weights)
         self._waiting: deque[_Stream] = deque()
         self._parked: list[_Stream] = []
@@ -484,7 +485,7 @@ class Engine:
                 told = tokens_BT[0] if first else tokens_BT[0, 1:]
                 log_TV = torch.cat([*first, logits_TV[:-1]]).log_softmax(1)
                 stream.logprobs += log_TV.gather(1, told[:, None])[:, 0].tolist()
-                stream.tops += [_top(log_V, stream.request.logprobs or 0) for log_V in log_TV]
+                stream.tops += [self._top(log_V, stream.request.logprobs or 0) for log_V in log_TV]
             return Reading(output.logits[:, -1].float(), output.state)
 
     def _begin(self, stream: _Stream) -> None:
@@ -562,17 +563,23 @@ class Engine:
         if token < 0:
             Chooser.checked(torch.tensor([token]))
         (stream.over,) = stream.endings.after([token])
+        place = stream.decoder.place
         text = stream.until.push(stream.decoder.push(token))
         if stream.over is not None:
             text += stream.until.push(stream.decoder.flush()) + stream.until.flush()
         logprob, top = 0.0, ()
         if stream.request.logprobs is not None and logits_BV is not None:
             log_V = logits_BV[0].log_softmax(0)
-            logprob, top = float(log_V[token]), _top(log_V, stream.request.logprobs)
+            logprob, top = float(log_V[token]), self._top(log_V, stream.request.logprobs)
         stream.turn += 1
         stream.left -= 1
         self.counts["new_tokens"] += 1
-        stream.request.tell(TokenEvent(id=token, text=text, logprob=logprob, top=top))
+        stream.request.tell(TokenEvent(id=token, text=text, logprob=logprob, top=top, place=place))
+
+    def _top(self, log_V: Tensor, count: int) -> Top:
+        """The likeliest tokens; ids that only round the vocabulary up are none."""
+        values, ids = log_V.index_fill(0, self._no_tokens, -torch.inf).topk(min(count, len(log_V)))
+        return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
     def _settle(self, stream: _Stream) -> None:
         """Let a stream leave whose last token has been told."""
@@ -617,11 +624,6 @@ class BusyError(TaipanError):
 
 class StoppedError(TaipanError):
     """The engine takes no requests any more."""
-
-
-def _top(log_V: Tensor, count: int) -> Top:
-    values, ids = log_V.topk(min(count, len(log_V)))
-    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def as_choices(settings: GenerationSettings, n: int) -> list[GenerationSettings]:

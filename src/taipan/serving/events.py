@@ -48,6 +48,7 @@ class TokenEvent:
     Attributes:
         id: the token.
         text: what it adds to the text; may be empty while bytes of a character are missing.
+        place: characters of the new text that are whole before it, those of a stop string too.
         logprob: ln of its probability, before temperature and the rest.
         top: the likeliest tokens and theirs, as many as were asked for.
     """
@@ -56,6 +57,7 @@ class TokenEvent:
     text: str
     logprob: float = 0.0
     top: Top = ()
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
