@@ -242,7 +242,8 @@ GOOD: dict[str, Any] = {"model": "small", "prompt": "x", "max_tokens": 1}
         ({"n": 9}, 400, "this server allows 8"),
         ({"unknown": 1}, 400, "unknown"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias: tokens get no bias here"),
+        ({"suffix": "end"}, 400, "suffix: the model writes on"),
         ({"best_of": 3}, 400, "best_of"),
         ({"max_tokens": 0}, 400, "echo only"),
         ({"stop": [""]}, 400, "stop: give up to 16"),
@@ -278,6 +279,13 @@ def test_what_cannot_be_served_is_refused_in_their_form(
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"logprobs": 1}, "logprobs"),
         ({"tools": []}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format: Input should be 'text'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "the model reads text only",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "the model reads text only"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "other": 1}]}]}, "reads text only"),
     ],
 )
 def test_what_a_chat_would_ignore_is_refused(url: str, change: dict[str, Any], message: str) -> None:
@@ -285,6 +293,19 @@ def test_what_a_chat_would_ignore_is_refused(url: str, change: dict[str, Any], m
     answer = post(url, {**body, **change}, path="/v1/chat/completions")
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
+
+
+def test_a_turn_may_come_in_parts_of_text_and_a_format_may_be_text(url: str) -> None:
+    body: dict[str, Any] = {"model": "small", "max_tokens": 8, "temperature": 0}
+    parts = [{"type": "text", "text": "The quick "}, {"type": "text", "text": "fox"}]
+    answers = [
+        post(
+            url, {**body, **more, "messages": [{"role": "user", "content": content}]}, path="/v1/chat/completions"
+        ).json()
+        for content, more in ((parts, {"response_format": {"type": "text"}}), ("The quick fox", {}))
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[0]["usage"] == answers[1]["usage"]
 
 
 def test_null_is_a_field_that_is_not_set(url: str) -> None:

@@ -39,7 +39,7 @@ class Sampling(BaseModel):
     user: str | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    logit_bias: dict[str, float] | None = None
     session: str | None = None
     keep: bool = False
 
@@ -48,6 +48,13 @@ class Sampling(BaseModel):
     def _zero(cls, value: float | None) -> float | None:
         if value:
             raise ValueError("there is no such penalty here, so only 0 is taken (repetition_penalty is one)")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _no_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value:
+            raise ValueError("tokens get no bias here, so only an empty object is taken")
         return value
 
     @field_validator("stop")
@@ -97,7 +104,14 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: int | None = None
-    suffix: None = None
+    suffix: str | None = None
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("the model writes on and fills no gap, so only an empty text is taken")
+        return value
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, a text or ids."""
@@ -109,17 +123,39 @@ class CompletionRequest(Sampling):
 
 
 class ChatMessage(BaseModel):
-    """One turn."""
+    """One turn; its content may come in parts, each a text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant", "developer"]
     content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        texts: list[str] = []
+        for part in cast("list[Any]", value):
+            match part:
+                case {"type": "text", "text": str(text), **rest} if not rest:
+                    texts.append(text)
+                case _:
+                    raise ValueError('a part must be {"type": "text", "text": …}: the model reads text only')
+        return "".join(texts)
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`: nothing makes the model keep to a format."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
 
 
 class ChatRequest(Sampling):
     """The body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    response_format: ResponseFormat | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool | None = None
