@@ -1,10 +1,11 @@
 """What every test gets: live shapes, a seed, poisoned uninitialised memory, one thread per worker, no network."""
 
+import gc
 import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for processes that a test starts
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Of what is imported and collected all stays until the end: no garbage is looked for in it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A slow test has a quarter of an hour unless it says otherwise: what starts processes waits on a busy machine."""
     for item in items:
@@ -73,6 +85,17 @@ def poisoned_memory() -> Iterator[None]:
     deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is there for every process at once; that it outlives a power cut is nothing a test can see."""
+    monkeypatch.setattr(os, "fsync", synced)
+
+
+def synced(file: Any) -> None:
+    """Fail as ``os.fsync`` does where there is no such file."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
 
 
 @pytest.fixture(autouse=True)

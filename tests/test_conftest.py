@@ -1,13 +1,16 @@
 """The guards of conftest.py guard."""
 
+import gc
+import os
 import socket
+from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 
 from taipan.ops.gated_rms_norm.reference import rms_norm_reference
-from tests.conftest import SEED, TESTS, UNCHECKED
+from tests.conftest import SEED, TESTS, UNCHECKED, synced
 
 
 def test_uninitialised_memory_is_poisoned() -> None:
@@ -53,3 +56,18 @@ def test_shapes_are_not_checked_live_where_a_test_says_so() -> None:
 def test_the_rooms_without_live_shapes_are_there_and_few() -> None:
     assert all((TESTS / name).exists() for name in UNCHECKED)
     assert not UNCHECKED & {"ops", "layers", "model", "generation", "evaluation", "data", "native"}
+
+
+def test_nobody_waits_for_the_disk_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        os.fsync(file)
+        os.fsync(file.fileno())
+        assert os.fsync is synced
+        closed = file.fileno()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fsync(closed)
+
+
+def test_no_garbage_is_looked_for_in_what_was_imported() -> None:
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
