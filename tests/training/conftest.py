@@ -1,6 +1,7 @@
 """Tiny data, tiny recipes: a run of ten steps takes about a second."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from taipan.data.shards import prepare
 from taipan.data.tokenizer import Tokenizer
 from taipan.training.recipe import Recipe
 from taipan.training.run.loop import TrainResult, train
+from taipan.training.watch import record
 
 WORDS = [
     "taipan",
@@ -27,6 +29,16 @@ WORDS = [
     "the",
     "rest",
 ]
+
+
+asked_once = cache(record._git)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.fixture(autouse=True)
+def one_look_at_each_clone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run asks git for its commit five times, in a process each; `test_record.py` tests the answers."""
+    if request.path.name != "test_record.py":
+        monkeypatch.setattr(record, "_git", asked_once)
 
 
 def text(seed: int, words: int) -> str:

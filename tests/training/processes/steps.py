@@ -335,6 +335,8 @@ def in_the_default_tier(name: str) -> bool:
     """Of what is checked in every combination, the default tier takes each value once; four processes take all."""
     if name.startswith("nothing-"):
         return name.endswith(("-dense-selected", "-gathered-all"))
+    if name.startswith(("finite-", "gains-")):
+        return name.endswith(("-ddp-loss", "-fsdp-gradient", "-ddp-open_closed", "-fsdp-flipped"))
     return name not in ("same-hsdp-muon", "same-hsdp-copies-muon")
 
 
