@@ -104,9 +104,12 @@ def test_rows_of_every_kind_beside_each_other_get_what_they_would_get_alone(engi
     ]
     asked = [(prompt(9, 1), replace(settings(40, seed=3), **how), more) for how, more in [*kinds, *kinds[:4]]]
     streams = [(Stream(engine, ids, how, **more), how) for ids, how, more in asked]
+    expected: dict[str, list[int]] = {}  # some ask for the same
     for stream, how in streams:
         told = stream.all()
-        assert [event.id for event in told if isinstance(event, TokenEvent)] == alone(model, prompt(9, 1), how)
+        if repr(how) not in expected:
+            expected[repr(how)] = alone(model, prompt(9, 1), how)
+        assert [event.id for event in told if isinstance(event, TokenEvent)] == expected[repr(how)]
         end = told[-1]
         assert isinstance(end, EndEvent)
         if end.reading is not None:
