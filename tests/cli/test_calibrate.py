@@ -29,10 +29,12 @@ def test_the_budget_holds_afterwards(cli: Cli, copy: Path, text_file: Path) -> N
 
 
 def test_what_else_stands_in_the_directory_stays(cli: Cli, copy: Path, text_file: Path) -> None:
-    """A repository in it (`.git`), other formats of the model, links, and what the tokenizer's settings say."""
+    """A repository in it (`.git`), other formats of the model, links, and what others said in its settings."""
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     kept = {"card.md": b"mine", ".git/objects/ab/c": b"history", "onnx/model.onnx": b"weights"}
     kept["tokenizer_config.json"] = json.dumps({**settings, "chat_template": "{{ messages }}", "mine": 1}).encode()
+    config = json.loads((copy / "config.json").read_text())
+    kept["config.json"] = json.dumps({**config, "max_position_embeddings": 4096, "id2label": {"0": "a"}}).encode()
     for name, content in kept.items():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(content)

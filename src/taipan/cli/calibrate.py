@@ -35,6 +35,8 @@ def register(app: typer.Typer, panel: str) -> None:
         from taipan.data.sampler import WindowSampler
         from taipan.errors import ConfigError
         from taipan.hardware import tune_allocator
+        from taipan.model import weights_of
+        from taipan.model.directory import replace_weights
         from taipan.shipped import model_directory
         from taipan.text import load
         from taipan.training.run.calibration import calibrate as run
@@ -58,7 +60,7 @@ def register(app: typer.Typer, panel: str) -> None:
                 window = sampler.batch(index, 1)
                 batches.append({"tokens": window["tokens"], "segment_ids": window["segment_ids"]})
             results = run(loaded.model, batches, capacity)
-        loaded.model.save_pretrained(model)  # the tokenizer's files stay as they are
+        replace_weights(weights_of(loaded.model), model)
         rows = [
             [
                 str(entry.layer),

@@ -4,7 +4,8 @@ What is read is a configuration and tensors, and so is what is written: nothing 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,7 +77,29 @@ def save_model(
         CheckpointError: the directory cannot be written (for example: the disk is full), or the weights are quantised;
             the old one stays whole.
     """
-    directory = Path(directory)
+    from taipan.model.hub import REMOTE_CODE
+
+    with _anew(weights, Path(directory), CONFIG, REMOTE_CODE) as temporary:
+        write_model(config, weights, temporary, tokenizer)
+
+
+def replace_weights(weights: dict[str, Tensor], directory: str | Path) -> None:
+    """Write other values of a model's tensors into its directory, whole or not at all; all else stays, config.json too.
+
+    Args:
+        weights: all tensors of the model by name, in the dtypes they have there.
+        directory: of the model.
+
+    Raises:
+        CheckpointError: as `save_model`.
+    """
+    with _anew(weights, Path(directory)) as temporary:
+        write_weights(weights, temporary / WEIGHTS)
+
+
+@contextmanager
+def _anew(weights: dict[str, Tensor], directory: Path, *written: str) -> Generator[Path]:
+    """A copy of a directory without its weights and what else is written, which then takes the directory's place."""
     odd = [name for name, tensor in weights.items() if type(tensor) not in (Tensor, torch.nn.Parameter)]
     if odd:
         kinds = {type(weights[name]).__name__ for name in odd}
@@ -85,16 +108,14 @@ def save_model(
             "cannot hold: save the model before it is quantised, or quantise it with transformers "
             "(quantization_config=) and save that."
         )
-    from taipan.model.hub import REMOTE_CODE
-
     size = sum(tensor.nbytes for tensor in weights.values())
     with atomic_directory(directory, needed_bytes=size) as temporary:
         if directory.is_dir():
-            replaced = {CONFIG, REMOTE_CODE, WEIGHTS, *shards(directory)}
+            replaced = {*written, WEIGHTS, *shards(directory)}
             for entry in directory.iterdir():
                 if entry.name not in replaced:
                     carry_over(entry, temporary / entry.name)
-        write_model(config, weights, temporary, tokenizer)
+        yield temporary
 
 
 def read_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> tuple[TaipanConfig, dict[str, Tensor]]:
