@@ -23,6 +23,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from taipan.chat import PlainFormat
 from taipan.data.tokenizer import Tokenizer
 from taipan.generation import GenerationSettings, generate, prefill
+from taipan.serving import sessions
 from taipan.serving.app import Limits, create_app
 from taipan.serving.engine import Engine
 from taipan.serving.sessions import SessionLimits, Sessions
@@ -399,6 +400,7 @@ def test_nobody_comes_between_while_an_answer_is_written_down(server: Server, mo
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         assert writes.wait(20)
+    monkeypatch.setattr(sessions, "_PATIENCE", 0.0)
     for _ in range(20):  # the server has seen that the client is gone
         assert server.http.post("/v1/sessions/a/mark", json={"mark": "m"}).status_code == 409
         threading.Event().wait(0.02)
@@ -407,6 +409,24 @@ def test_nobody_comes_between_while_an_answer_is_written_down(server: Server, mo
         threading.Event().wait(0.02)
     assert answer.json()["marks"] == {"m": 4}
     assert server.opened("a").ids()[:2] == [*b"xy"]
+
+
+def test_a_change_waits_for_one_that_ends(server: Server) -> None:
+    """Who stops an answer and then deletes is told of no conflict with it."""
+    server.post("", {"id": "a", "text": "x"})
+    held, ended = threading.Event(), threading.Event()
+
+    def end_soon() -> None:
+        with server.opened("a").changing():
+            held.set()
+            ended.wait(0.3)
+
+    other = threading.Thread(target=end_soon)
+    other.start()
+    assert held.wait(20)
+    assert server.http.delete("/v1/sessions/a").status_code == 200
+    other.join()
+    assert server.http.get("/v1/sessions/a").status_code == 404
 
 
 def test_a_damaged_session_hides_no_other(server: Server) -> None:
@@ -494,7 +514,9 @@ def refused(answer: Any, status: int, message: str) -> None:
     assert error["type"] == "invalid_request_error"
 
 
-def test_what_cannot_be_done_is_refused_in_their_form(server: Server, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_refused_in_their_form(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     post, plain = server.http.post, {"Content-Type": "text/plain"}
     server.post("", {"id": "a", "text": "x"})
     refused(server.http.get("/v1/sessions/b"), 404, "no session 'b'")
@@ -527,6 +549,7 @@ def test_what_cannot_be_done_is_refused_in_their_form(server: Server, tmp_path: 
     refused(post("/v1/completions", json={**asked, "prompt": ["x", "y"], "keep": True}), 400, "beside keep")
     refused(post("/v1/completions", json={**asked, "echo": True}), 400, "echo")
     refused(post("/v1/completions", json={"model": "small", "prompt": "x", "keep": True}), 400, "with a session")
+    monkeypatch.setattr(sessions, "_PATIENCE", 0.0)
     with server.opened("a").changing():
         refused(post("/v1/sessions/a/append", json={"text": "x"}), 409, "being changed")
         written = server.engine.counts["new_tokens"]

@@ -30,6 +30,7 @@ from taipan.sessions.session import DELETED, Read
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SUFFIX = ".session"
 _WAIT = 0.2  # seconds until a reading looks whether its client is still there
+_PATIENCE = 1.0  # seconds that a change waits: whose client has just left ends in a moment
 _MOST_SHOWN = 8192  # tokens of a text, or of a selection, in one answer
 _MOST_SEEN = 256  # tokens whose selection is told while a text is read: the last ones of every piece
 
@@ -148,7 +149,7 @@ class Sessions:
         """
         read = self._read(key, watch or Watch())
         with self._there(name) as path:
-            return Session.open(path, self.engine.model, read=read, cache=self.cache)
+            return Session.open(path, self.engine.model, read=read, cache=self.cache, patience=_PATIENCE)
 
     def describe(self, name: str) -> dict[str, Any]:
         """What `/v1/sessions` tells of one.
@@ -239,7 +240,7 @@ class Sessions:
         if manifest is None:
             shutil.rmtree(self.path(name))
         else:
-            Session(self.path(name), self.engine.model, manifest).delete()
+            Session(self.path(name), self.engine.model, manifest, patience=_PATIENCE).delete()
         for left in self.directory.glob(f"{DELETED}*"):  # of a process that was killed meanwhile
             shutil.rmtree(left, ignore_errors=True)
 

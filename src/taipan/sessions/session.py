@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ _MOST = 16
 _TURN = re.compile(r"turn_(\d{1,9})")
 _TURNS = 17  # the beginning, and the ends of 16 turns
 _SMALL = 4_096  # a last segment shorter than this is written again, together with what comes
+_AGAIN = 0.02  # seconds between two looks at a lock that another holds
 _LARGE = 32_768  # tokens of a segment: who needs the last ones reads no more than this
 
 
@@ -76,6 +78,7 @@ class Session:
         manifest: its record.
         read: how tokens are read after a reading (None: after nothing); by default here and now.
         cache: what was restored last, shared with other sessions.
+        patience: seconds that a change waits for another one to end before it is refused.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Session:
         *,
         read: Read | None = None,
         cache: ReadingCache | None = None,
+        patience: float = 0.0,
     ) -> None:
         self.directory = directory
         self.model = model
@@ -93,6 +97,7 @@ class Session:
         self._objects = ObjectStore.of(directory)
         self._read_ids = read
         self._cache = ReadingCache() if cache is None else cache
+        self._patience = patience
         self._held = False
         self._looking = False
 
@@ -140,14 +145,20 @@ class Session:
 
     @classmethod
     def open(
-        cls, directory: str | Path, model: TextModel, *, read: Read | None = None, cache: ReadingCache | None = None
+        cls,
+        directory: str | Path,
+        model: TextModel,
+        *,
+        read: Read | None = None,
+        cache: ReadingCache | None = None,
+        patience: float = 0.0,
     ) -> "Session":
         """Open a session; nothing is read again.
 
         Args:
             directory: of the session.
             model: the one that read it.
-            read, cache: see `Session`.
+            read, cache, patience: see `Session`.
 
         Raises:
             StateError: it is missing, damaged, of another version, of another model, or of another tokenizer.
@@ -162,7 +173,7 @@ class Session:
             )
         if manifest.tokenizer != model.tokenizer.fingerprint:
             raise StateError(f"{path} was read with another tokenizer: open it with the one beside its model.")
-        return cls(path, model, manifest, read=read, cache=cache)
+        return cls(path, model, manifest, read=read, cache=cache, patience=patience)
 
     # ------------------------------------------------------------------ what it knows
 
@@ -655,7 +666,7 @@ class Session:
         """Hold the lock file: no other process changes the session, on no machine that shares the directory."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(locks.held(self.directory / _LOCK, warnings.warn))
+                self._take(stack)
             except locks.HeldError as error:
                 if not error.seen:
                     raise SessionBusyError(str(error)) from error
@@ -674,3 +685,14 @@ class Session:
                 yield
             finally:
                 self._held = False
+
+    def _take(self, stack: ExitStack) -> None:
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                stack.enter_context(locks.held(self.directory / _LOCK, warnings.warn))
+                return
+            except locks.HeldError:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(_AGAIN)
