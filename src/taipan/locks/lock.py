@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from taipan.errors import DataError, TaipanError
 from taipan.io import parse_json_object
 from taipan.locks.holder import Holder
 
+_AGAIN = 0.02  # seconds between two looks at a lock that another holds
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 # Their locks may be seen by the processes of one machine only; of NFS and Lustre the options of the mount say it.
 _LOCAL_LOCKS = re.compile(r"fuse(\..*)?|9p|afs|beegfs.*|vboxsf|prl_fs|virtiofs|lustre|nfs4?")
@@ -44,18 +46,19 @@ class HeldError(TaipanError):
 
 
 @contextmanager
-def held(path: Path, warn: Callable[[str], object]) -> Generator[None]:
+def held(path: Path, warn: Callable[[str], object], *, patience: float = 0.0) -> Generator[None]:
     """Hold a lock file while the context lasts; it is removed at the end.
 
     Args:
         path: the lock file, in the directory that it stands for.
         warn: is told if the file system cannot keep a second process out.
+        patience: seconds to wait for who is known to hold it.
 
     Raises:
         HeldError: another process holds it, or may hold it and cannot be seen from here.
         OSError: the file cannot be written.
     """
-    descriptor = _locked(path, warn)
+    descriptor = _locked_in_time(path, warn, patience)
     try:
         yield
     finally:
@@ -70,6 +73,17 @@ def holder_of(path: Path) -> Holder | None:
         return Holder.from_dict(parse_json_object(path.read_bytes(), str(path)))
     except (OSError, DataError):
         return None
+
+
+def _locked_in_time(path: Path, warn: Callable[[str], object], patience: float) -> int:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return _locked(path, warn)
+        except HeldError as error:
+            if not error.seen or time.monotonic() >= until:
+                raise
+        time.sleep(_AGAIN)
 
 
 def _locked(path: Path, warn: Callable[[str], object]) -> int:

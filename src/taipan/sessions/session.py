@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import time
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -38,7 +37,6 @@ _MOST = 16
 _TURN = re.compile(r"turn_(\d{1,9})")
 _TURNS = 17  # the beginning, and the ends of 16 turns
 _SMALL = 4_096  # a last segment shorter than this is written again, together with what comes
-_AGAIN = 0.02  # seconds between two looks at a lock that another holds
 _LARGE = 32_768  # tokens of a segment: who needs the last ones reads no more than this
 
 
@@ -666,7 +664,7 @@ class Session:
         """Hold the lock file: no other process changes the session, on no machine that shares the directory."""
         with ExitStack() as stack:
             try:
-                self._take(stack)
+                stack.enter_context(locks.held(self.directory / _LOCK, warnings.warn, patience=self._patience))
             except locks.HeldError as error:
                 if not error.seen:
                     raise SessionBusyError(str(error)) from error
@@ -685,14 +683,3 @@ class Session:
                 yield
             finally:
                 self._held = False
-
-    def _take(self, stack: ExitStack) -> None:
-        until = time.monotonic() + self._patience
-        while True:
-            try:
-                stack.enter_context(locks.held(self.directory / _LOCK, warnings.warn))
-                return
-            except locks.HeldError:
-                if time.monotonic() >= until:
-                    raise
-            time.sleep(_AGAIN)
