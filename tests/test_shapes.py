@@ -171,3 +171,16 @@ def test_kinds_are_told_apart() -> None:
     ]
     assert len({kind(value) for value in values}) == len(values)
     assert kind({1, 2}) != kind({1, 2})  # it is not known what they hold
+
+
+def test_equal_code_with_other_annotations_is_checked_on_its_own() -> None:
+    """As of two modules with a function of one name at one line: code does not hold its annotations."""
+    made: list[Callable[..., Any]] = []
+    for shape in (FloatB, FloatBT):
+        space: dict[str, Any] = {"shape": shape}
+        exec("def of(x: shape) -> shape:\n    return x", space)
+        made.append(checked_live(space["of"]))
+    vectors, matrices = made
+    assert vectors.__wrapped__.__code__ == matrices.__wrapped__.__code__  # pyright: ignore
+    assert vectors(torch.ones(2)).shape == (2,)
+    refused(matrices, torch.ones(2))
