@@ -153,6 +153,17 @@ def test_the_logits_are_never_whole() -> None:
     assert largest.elements <= portable.CHUNK_ELEMENTS < tokens * classes / 6
 
 
+def test_nothing_is_computed_for_ignored_targets() -> None:
+    tokens, classes = 3000, 5000
+    hidden, weight, target = problem(tokens, 4, classes, torch.float32)
+    target[3:] = -100
+    with LargestTensor() as largest:
+        nats = linear_cross_entropy_per_token(hidden, weight, target)
+        linear_cross_entropy(hidden, weight, target)[0].backward()
+    assert largest.elements <= max(3 * classes, weight.numel())
+    assert nats.count_nonzero() == 3
+
+
 @pytest.mark.parametrize(
     ("hidden", "weight", "target", "message"),
     [

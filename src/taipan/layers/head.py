@@ -25,4 +25,6 @@ def token_nats(head: nn.Module, hidden_MD: Tensor, target_M: Tensor, implementat
         weight_VD = head.packed.dense(hidden_MD.dtype)
     if weight_VD is not None:
         return linear_cross_entropy_per_token(hidden_MD, weight_VD, target_M, implementation=implementation)
-    return F.cross_entropy(head(hidden_MD).float(), target_M, ignore_index=-100, reduction="none")
+    kept_M = target_M != -100
+    nats_N = F.cross_entropy(head(hidden_MD[kept_M]).float(), target_M[kept_M], reduction="none")
+    return nats_N.new_zeros(target_M.shape).masked_scatter(kept_M, nats_N)

@@ -14,7 +14,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM], Float0]] = {
     "native": native.linear_cross_entropy,
     "portable": portable.linear_cross_entropy,
 }
-PER_TOKEN_IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM, int], FloatM]] = {
+PER_TOKEN_IMPLEMENTATIONS: Mapping[str, Callable[[FloatMD, FloatVD, IntM], FloatM]] = {
     "reference": later("taipan.ops.linear_cross_entropy.reference", "linear_cross_entropy_per_token"),
     "native": native.linear_cross_entropy_per_token,
     "portable": portable.linear_cross_entropy_per_token,
@@ -69,14 +69,18 @@ def linear_cross_entropy_per_token(
 ) -> FloatM:
     """``−log softmax(hidden · weightᵀ)[target]`` of each token, in nats, for evaluation: no gradient.
 
-    Arguments, errors and dtype as in `linear_cross_entropy`; a token with target ``ignore_index`` gets 0.
+    Arguments, errors and dtype as in `linear_cross_entropy`; a token with target ``ignore_index`` gets 0, and nothing
+    is computed for it.
     `implementation` is a name in ``PER_TOKEN_IMPLEMENTATIONS``.
     """
     per_token = select("linear_cross_entropy", PER_TOKEN_IMPLEMENTATIONS, implementation, hidden_MD)
-    _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
-    hidden_MD, weight_VD = _in_dtype_of_products(hidden_MD, weight_VD)
+    kept_N = _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
+    whole = kept_N.numel() == target_M.numel()
+    hidden_ND, target_N = (hidden_MD, target_M) if whole else (hidden_MD.index_select(0, kept_N), target_M[kept_N])
+    hidden_ND, weight_VD = _in_dtype_of_products(hidden_ND, weight_VD)
     with torch.autocast(hidden_MD.device.type, enabled=False):
-        return per_token(hidden_MD, weight_VD, target_M, ignore_index)
+        nats_N = per_token(hidden_ND, weight_VD, target_N)
+    return nats_N if whole else nats_N.new_zeros(target_M.shape).index_copy_(0, kept_N, nats_N)
 
 
 def _in_dtype_of_products(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,17 +20,13 @@ def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Ten
     return loss_R.sum().to(accumulation_dtype(logits_RV.dtype)), gradient_RV
 
 
-def linear_cross_entropy_per_token(
-    hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, ignore_index: int = -100
-) -> FloatM:
-    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
-    kept_M = target_M != ignore_index
-    target_M = target_M.where(kept_M, 0)
+def linear_cross_entropy_per_token(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> FloatM:
+    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``; no target is ignored here."""
 
     def loss(logits_RV: Tensor, target_R: Tensor) -> Tensor:
         return _losses(logits_RV, target_R, learns=False)[0]
 
-    return chunked_per_token(hidden_MD, weight_VD, target_M, loss) * kept_M
+    return chunked_per_token(hidden_MD, weight_VD, target_M, loss)
 
 
 def _losses(logits_RV: Tensor, target_R: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:

@@ -51,14 +51,12 @@ def _loss_and_gradient(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Ten
     return loss, gradient_RV.scatter_add_(1, target_R1, gradient_RV.new_full(target_R1.shape, -1.0))
 
 
-def linear_cross_entropy_per_token(
-    hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, ignore_index: int = -100
-) -> FloatM:
-    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
+def linear_cross_entropy_per_token(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> FloatM:
+    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``; no target is ignored here."""
 
     def loss(logits_RV: Tensor, target_R: Tensor) -> Tensor:
         wide_RV = logits_RV.to(accumulation_dtype(logits_RV.dtype))
-        return F.cross_entropy(wide_RV, target_R, reduction="none", ignore_index=ignore_index)
+        return F.cross_entropy(wide_RV, target_R, reduction="none")
 
     return chunked_per_token(hidden_MD, weight_VD, target_M, loss)
 

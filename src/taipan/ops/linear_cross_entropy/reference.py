@@ -11,12 +11,9 @@ def linear_cross_entropy(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM)
     return _nats(hidden_MD, weight_VD, target_M).sum()
 
 
-def linear_cross_entropy_per_token(
-    hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM, ignore_index: int = -100
-) -> FloatM:
-    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``."""
-    kept_M = target_M != ignore_index
-    return _nats(hidden_MD, weight_VD, target_M.where(kept_M, 0)) * kept_M
+def linear_cross_entropy_per_token(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> FloatM:
+    """See ``taipan.ops.linear_cross_entropy.linear_cross_entropy_per_token``; no target is ignored here."""
+    return _nats(hidden_MD, weight_VD, target_M)
 
 
 def _nats(hidden_MD: FloatMD, weight_VD: FloatVD, target_M: IntM) -> FloatM:
