@@ -109,6 +109,8 @@ def test_states_are_there_when_asked_for() -> None:
     torch.manual_seed(0)
     with pytest.raises(StateError, match="set_recompute"):
         _ = model(tokens).state
+    assert model.eval()(tokens).state.position_B.tolist() == [12, 12]  # nothing is computed again there
+    model.train()
     model.set_recompute(True, states=True)
     torch.manual_seed(0)
     found = model(tokens).state.tensors()

@@ -103,7 +103,7 @@ class TaipanBackbone(TaipanDecoder):
         self._check_parts()
         cache, _ = check_arguments(past_key_values, 0, kwargs)
         call = read_call(input_ids, attention_mask, segment_ids, cache, kwargs)
-        self.keeps_states = not (self.gradient_checkpointing and self.training)
+        self.keeps_states = not self.gradient_checkpointing
         output = super().forward(call.input_ids, state or call.state, call.attention_mask, call.segment_ids)
         if self.training and self.watch is not None:
             self.watch.append(decisions(output.gates))

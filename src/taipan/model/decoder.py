@@ -69,7 +69,7 @@ class TaipanDecoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, implementations) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, implementations["gated_rms_norm"])
         self.schedule = GateSchedule.at(config, 1.0)
-        self.keeps_states = True
+        self.keeps_states = True  # in training, too
         self.between_layers: Callable[[], object] | None = None
         """Called after every layer: whoever must do something else in time, in the middle of a long call."""
 
@@ -125,7 +125,7 @@ class TaipanDecoder(nn.Module):
                     selected=selected,
                 )
             h_BTD, branch_BTD = mixed.h_BTD, mixed.branch_BTD
-            if self.keeps_states:  # a builder holds keys and values
+            if self.keeps_states or not self.training:  # a builder holds keys and values
                 builders.append(mixed.build_state)
             if mixed.gate is not None:
                 gates.append(mixed.gate)
@@ -137,7 +137,7 @@ class TaipanDecoder(nn.Module):
             if len(builders) < len(self.layers):
                 raise StateError(
                     "This output has no state, because the model recomputes its activations: "
-                    "call model.set_recompute(True, states=True), or set_recompute(False)."
+                    "call model.set_recompute(True, states=True), set_recompute(False) or, to read and write, eval()."
                 )
             return DecoderState(
                 layers=tuple(build() for build in builders),

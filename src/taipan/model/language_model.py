@@ -186,7 +186,8 @@ class TaipanLM(nn.Module):
             on: switch on or off; or `selective`: of what is inside blocks, compute again only what is quick: Mamba-2's
                 convolution and gated norm, a fifth to a third of what is kept, for one or two hundredths of the time
                 (by operations).
-            states: whether outputs have a `.state` all the same; it holds the keys and values of every call.
+            states: whether outputs of training have a `.state` all the same; it holds the keys and values of every
+                call. In evaluation mode, where nothing is computed again, they always have.
         """
         for layer in self.model.layers:
             block = cast(Block, layer)

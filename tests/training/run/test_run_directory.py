@@ -37,6 +37,18 @@ def record_of(run: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- samples
 
 
+def test_samples_are_those_of_the_model_however_its_activations_are_kept(make_recipe: MakeRecipe) -> None:
+    written: list[str] = []
+    for recompute in (False, True, "selective"):
+        changes = {**SAMPLING, "training.steps": 3, "training.evaluate_every": None, "training.recompute": recompute}
+        watcher = Watcher()
+        result = train(make_recipe(output=f"{make_recipe().output}-{recompute}", **changes), listener=watcher)
+        assert not [message for message in watcher.warnings if "sample" in message]
+        written.append((result.run / "samples.jsonl").read_text())
+        assert result.model.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape == (1, 4)
+    assert written[0] == written[1] == written[2] != ""
+
+
 def test_samples_are_written_shown_and_change_nothing(make_recipe: MakeRecipe, whole: TrainResult) -> None:
     watcher = Watcher()
     result = train(make_recipe(**SAMPLING), listener=watcher)
