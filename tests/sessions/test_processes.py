@@ -85,7 +85,7 @@ def test_one_holds_it_while_the_other_waits(session: Session) -> None:
     with session.changing():
 
         def is_refused() -> None:
-            with pytest.raises(SessionBusyError, match=f"process {os.getppid()} on "):
+            with pytest.raises(SessionBusyError, match=f"changed by process {os.getppid()} on "):
                 Session.open(session.directory, session.model).append("x")
 
         in_processes(is_refused)

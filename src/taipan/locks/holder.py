@@ -76,7 +76,9 @@ class Holder:
         return self.began is None or now is None or now == self.began
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        here = Holder.this_process()
+        own = (self.host, self.pid, self.boot, self.began) == (here.host, here.pid, here.boot, here.began)
+        return f"{'this ' if own else ''}process {self.pid} on {self.host}, since {self.since}"
 
 
 def _boot() -> str | None:

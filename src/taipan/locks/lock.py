@@ -147,7 +147,7 @@ def _require_gone(path: Path, first: Holder, *, locks: bool) -> None:
 
 def _refusal(path: Path, first: Holder | None) -> HeldError:
     name = "another process" if first is None else str(first)
-    return HeldError(f"{path.parent} is held by {name}: wait until it has ended.", first, seen=True)
+    return HeldError(f"{path.parent} is held by {name}: wait until it is done.", first, seen=True)
 
 
 def _reaches_other_machines(path: Path) -> bool:

@@ -669,8 +669,7 @@ class Session:
                 if not error.seen:
                     raise SessionBusyError(str(error)) from error
                 raise SessionBusyError(
-                    f"{self.directory} is being changed by another process ({error.who}): wait for it, or work on a "
-                    "fork."
+                    f"{self.directory} is being changed by {error.who}: wait for it, or work on a fork."
                 ) from error
             except FileNotFoundError as error:
                 raise StateError(f"{self.directory} is not there any more.") from error
