@@ -235,3 +235,24 @@ def test_gates_that_forecast_gains_are_clipped_by_themselves(tmp_path: Path) -> 
         assert moved(tmp_path, prepare=True, max_grad_norm=limit) == pytest.approx(expected, rel=1e-3)
     together = moved(tmp_path, prepare=False, max_grad_norm=norm / 10)
     assert (math.hypot(*together[:2]), together[2]) == pytest.approx((norm / 10, norm), rel=1e-3)
+
+
+def test_a_model_that_is_made_when_training_begins_is_prepared_too(tmp_path: Path) -> None:
+    """As in a search for hyperparameters, where every trial has a model of its own (`model_init`)."""
+
+    def made() -> TaipanForCausalLM:
+        with torch.random.fork_rng(devices=[]):
+            return new_model(gate_objective="gain", budget_control="threshold")
+
+    options: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "optim": "sgd", "learning_rate": 1.0}
+    options |= {"max_grad_norm": 0.05, "gradient_accumulation_steps": 2}
+    given, drawn = (prepare_trainer(trainer(model, tmp_path, **options)) for model in (made(), made))
+    evaluated: list[dict[str, float]] = []
+    for run in (given, drawn):
+        run.train()
+        evaluated.append(run.evaluate())
+    parts = ("eval_loss", "eval_cross_entropy", "eval_budget")
+    assert [evaluated[1].get(name) for name in parts] == [evaluated[0][name] for name in parts]
+    drawn.train()  # the next trial: another model
+    again = drawn.evaluate()
+    assert [again.get(name) for name in parts] == [evaluated[0][name] for name in parts]

@@ -1,5 +1,6 @@
 """Trainers of transformers on small models, with batches in every layout."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,14 @@ def new_model(**overrides: Any) -> TaipanForCausalLM:
 
 
 def trainer(
-    model: TaipanForCausalLM,
+    model: TaipanForCausalLM | Callable[[], TaipanForCausalLM],
     directory: Path,
     *callbacks: TrainerCallback,
     dataset: Counting | None = None,
     collate: Any = padded,
     **options: Any,
 ) -> Trainer:
+    """A Trainer of a model, or of the one that a function makes when training begins."""
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "use_cpu": True,
@@ -84,8 +86,9 @@ def trainer(
         "dataloader_pin_memory": False,
         **options,
     }
+    given: dict[str, Any] = {"model" if isinstance(model, TaipanForCausalLM) else "model_init": model}
     return Trainer(
-        model=model,
+        **given,
         args=TrainingArguments(**settings),
         train_dataset=dataset or Counting(),
         eval_dataset=torch.utils.data.Subset(Counting(), range(16)),

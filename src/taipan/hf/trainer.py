@@ -38,7 +38,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     Without this call, whatever is exact without it works; the rest is refused.
 
     Args:
-        trainer: its model is Taipan's, wrapped or not (adapters).
+        trainer: its model is Taipan's, wrapped or not (adapters); with `model_init` that of every training.
 
     Returns:
         The same trainer.
@@ -46,20 +46,32 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     Raises:
         ConfigError: the model is not a Taipan model.
     """
-    backbones = [module for module in cast(Any, trainer.model).modules() if isinstance(module, TaipanBackbone)]
-    if not backbones:
+    if not _backbones(trainer):
         raise ConfigError(
             f"The trainer's model is a {type(trainer.model).__name__} without a Taipan decoder in it: there is nothing "
             "to prepare."
         )
-    for backbone in backbones:
-        backbone.link = TrainerLink()
+    _linked(trainer)
     trainer.data_collator = PredictedLabels(trainer.data_collator)
     trainer.get_decay_parameter_names = partial(_decayed, trainer.get_decay_parameter_names)
-    trainer.add_callback(_Telling(trainer, backbones))
+    trainer.add_callback(_Telling(trainer))
     trainer.add_callback(_Settling())
-    trainer.add_callback(_Clipping(trainer, backbones))
+    trainer.add_callback(_Clipping(trainer))
     return trainer
+
+
+def _backbones(trainer: "Trainer") -> list[TaipanBackbone]:
+    """Of the model that the Trainer has now: with `model_init` every training has one of its own."""
+    return [module for module in cast(Any, trainer.model).modules() if isinstance(module, TaipanBackbone)]
+
+
+def _linked(trainer: "Trainer") -> list[TrainerLink]:
+    """What the decoders and the Trainer know of each other, made where it is missing."""
+    links: list[TrainerLink] = []
+    for backbone in _backbones(trainer):
+        backbone.link = backbone.link or TrainerLink()
+        links.append(backbone.link)
+    return links
 
 
 _NEVER_DECAYED = ("A_log", "D")
@@ -99,10 +111,16 @@ class PredictedLabels:
 class _Telling(TrainerCallback):
     """Tells the model the weight of its budget, and adds the parts of the loss to the metrics of an evaluation."""
 
-    def __init__(self, trainer: "Trainer", backbones: list[TaipanBackbone]) -> None:
+    def __init__(self, trainer: "Trainer") -> None:
         self._trainer = trainer
-        self._links = [backbone.link for backbone in backbones if backbone.link is not None]
+        self._links = _linked(trainer)
         self._evaluated = torch.zeros(4, dtype=torch.float64)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The model is the one of this training now."""
+        self._links = _linked(self._trainer)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -181,8 +199,8 @@ class _Settling(TrainerCallback):
 class _Clipping(TrainerCallback):
     """Gives gates that forecast gains a limit of their own, where the Accelerator clips lists of parameters."""
 
-    def __init__(self, trainer: "Trainer", backbones: list[TaipanBackbone]) -> None:
-        self._trainer, self._backbones = trainer, backbones
+    def __init__(self, trainer: "Trainer") -> None:
+        self._trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,7 +209,7 @@ class _Clipping(TrainerCallback):
         accelerator = self._trainer.accelerator
         plain = accelerator.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU")
         if plain and not isinstance(accelerator.clip_grad_norm_, _ClippedApart):
-            accelerator.clip_grad_norm_ = _ClippedApart(cast(Any, accelerator.clip_grad_norm_), self._backbones)
+            accelerator.clip_grad_norm_ = _ClippedApart(cast(Any, accelerator.clip_grad_norm_), self._trainer)
 
 
 class _ClippedApart:
@@ -201,13 +219,13 @@ class _ClippedApart:
     (docs/decisions/0037).
     """
 
-    def __init__(self, clip: Callable[..., Tensor], backbones: list[TaipanBackbone]) -> None:
-        self._clip, self._backbones = clip, backbones
+    def __init__(self, clip: Callable[..., Tensor], trainer: "Trainer") -> None:
+        self._clip, self._trainer = clip, trainer
 
     def __call__(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
         """Clip; returns the norm of everything before."""
         every = list(parameters)
-        apart = {parameter for backbone in self._backbones for parameter in backbone.forecasting}
+        apart = {parameter for backbone in _backbones(self._trainer) for parameter in backbone.forecasting}
         if not apart:
             return self._clip(every, max_norm, norm_type)
         norm = self._clip(every, math.inf, norm_type)  # also takes the scale off, once a step
