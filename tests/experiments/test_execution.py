@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from taipan.errors import TrainingError
+from taipan.errors import DataError, TrainingError
 from taipan.experiments import execution
 from taipan.experiments.execution import Result, Run, execute
 
@@ -127,3 +127,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("kept", ["[1]", "{}", "3", "{"])
+def test_a_kept_file_that_is_no_result_is_named(kept: str, tmp_path: Path) -> None:
+    run = Run(name="one", settings={"x": 1})
+    run.path(tmp_path).write_text(kept)
+    with pytest.raises(DataError, match=f"{run.identity}.json"):
+        execute([run], square, tmp_path, lambda *_: None)

@@ -297,6 +297,50 @@ def test_what_is_published_is_not_made_again(lab: Laboratory, tmp_path: Path) ->
         laboratory.published(tmp_path, "copying", "taipan reproduce copying --scale tiny")
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"command": None},
+        {"command": 5},
+        {"results": None},
+        {"results": []},
+        {"results": {"jamba": {}}},
+        {"results": {"jamba": [1]}},
+        {"more": []},
+        {"more": {"runs": 1}},
+    ],
+    ids=str,
+)
+def test_published_results_that_are_nearly_right_are_named(changed: dict[str, Any], tmp_path: Path) -> None:
+    command = "taipan reproduce copying --scale tiny"
+    told = {"experiment": "copying", "command": command, "results": {}, "more": {}, **changed}
+    (tmp_path / "a.json").write_text(json.dumps({name: value for name, value in told.items() if value is not None}))
+    with pytest.raises(DataError, match=r"a\.json .*take it out of"):
+        laboratory.published(tmp_path, "copying", command)
+
+
+@pytest.mark.parametrize("kept", ["[1]", "{}", '{"seed": 1}', "{"])
+def test_a_laboratory_names_a_file_that_is_no_result(kept: str, lab: Laboratory) -> None:
+    own = Laboratory(lab.scale, lab.text, lab.directory, nobody)
+    path = lab.directory / "training" / "notes.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(kept)
+    try:
+        with pytest.raises(DataError, match=r"notes\.json"):
+            own.declare(Training(name="jamba", config=architectures(lab.scale)["jamba"], seed=1))
+    finally:
+        path.unlink()
+
+
+def test_a_model_that_is_gone_is_told_with_what_to_do(lab: Laboratory) -> None:
+    training = [Training(name="gone", config=architectures(lab.scale)["mamba2"], seed=7, steps=1)]
+    lab.train(training)
+    identity = lab.declare(training[0]).identity
+    shutil.rmtree(lab.directory / "models" / identity)
+    with pytest.raises(DataError, match=rf"remove .*training/{identity}\.json, and the same command"):
+        lab.measure(reading.measure_copying, training)
+
+
 @pytest.mark.slow
 @pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("name", ENTRIES)

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from taipan.config import TaipanConfig
-from taipan.errors import TrainingError
+from taipan.errors import DataError, TrainingError
 from taipan.hardware import describe
 from taipan.io import atomic_write, parse_json
 
@@ -58,6 +58,20 @@ def settings_of(config: TaipanConfig) -> dict[str, Any]:
 
 
 Result = dict[str, Any]
+
+
+def read_result(path: Path) -> Result:
+    """A result that was kept.
+
+    Raises:
+        DataError: it is damaged, or something else.
+    """
+    result = parse_json(path.read_bytes(), str(path))
+    if not isinstance(result, dict) or not result:
+        raise DataError(f"{path} holds no result of a run: remove it, and the same command makes that run again.")
+    return cast(Result, result)
+
+
 Listener = Callable[[Run, Result, int, int], None]
 """Called with run, result, number of finished runs and number of all, once for every run."""
 
@@ -124,7 +138,7 @@ def execute(
     for number, run in enumerate(runs):
         path = run.path(directory)
         if path.is_file():
-            results[number] = parse_json(path.read_bytes(), str(path))
+            results[number] = read_result(path)
             listener(run, results[number], len(results), len(runs))
         else:
             pending.append(number)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from taipan.config import TaipanConfig
 from taipan.errors import DataError, InputError, shown
 from taipan.experiments.course import UNFINISHED, forget, from_scratch, seen
-from taipan.experiments.execution import Listener, Progress, Result, Run, execute, settings_of
+from taipan.experiments.execution import Listener, Progress, Result, Run, execute, read_result, settings_of
 from taipan.hardware import training_dtype
 from taipan.io import atomic_write, parse_json
 
@@ -233,9 +233,14 @@ def published(directory: Path, experiment: str, command: str) -> dict[str, Resul
         report = parse_json(path.read_bytes(), str(path))
         if not isinstance(report, dict) or cast(Result, report).get("experiment") != experiment:
             continue
-        if re.sub(r" --seeds \d+", "", report["command"]) == command:
-            every = [*report["results"].values(), report.get("more", {}).get(RUNS, [])]
-            found |= {_told(_settings(result)): result for own in every for result in own}
+        given, results, more = (report.get(name) for name in ("command", "results", "more"))
+        if not (isinstance(given, str) and isinstance(results, dict) and isinstance(more, dict | None)):
+            raise DataError(f"{path} is no whole result of {experiment}: restore it, or take it out of {directory}.")
+        if re.sub(r" --seeds \d+", "", given) == command:
+            for own in (*cast(Result, results).values(), (more or {}).get(RUNS, [])):
+                if not (isinstance(own, list) and all(isinstance(result, dict) for result in cast(list[Any], own))):
+                    raise DataError(f"{path} has something else than results of runs: take it out of {directory}.")
+                found |= {_told(_settings(result)): result for result in cast(list[Result], own)}
     return found
 
 
@@ -309,7 +314,9 @@ class Laboratory:
         """Names of the runs that are kept, by their settings."""
         for path in sorted((self.directory / _TRAINING).glob("*.json")):
             if path not in self._names:
-                result: Result = parse_json(path.read_bytes(), str(path))
+                result = read_result(path)
+                if not isinstance(result.get("run"), str):
+                    raise DataError(f"{path} is of no run that was trained here: remove it.")
                 self._names[path] = (_told(_settings(result)), result["run"])
         return dict(self._names.values())
 
@@ -423,7 +430,10 @@ def _measure(directory: Path, function: "Callable[[TaipanLM, Path, Any], Result]
     from taipan.model import TaipanLM
 
     values = run.settings
-    model = TaipanLM.from_pretrained(directory / "models" / values["model"])
+    weights, noted = (directory / "models" / values["model"], directory / _TRAINING / f"{values['model']}.json")
+    if noted.is_file() and not weights.exists():
+        raise DataError(f"{weights} is gone, which is to be measured: remove {noted}, and the same command trains it.")
+    model = TaipanLM.from_pretrained(weights)
     choose_by(model, values["choice"], int(values["seed"]))
     return function(model, directory / "texts" / values["data"], values["options"])
 
