@@ -1,5 +1,7 @@
 """What reaches the model: the same batches with any number of reading threads, processes, and after any resume."""
 
+import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,18 @@ def test_threads_processes_and_resumes_change_nothing(
         assert torch.equal(found, expected)
     feed = Feed(Mixture.open(mixed), recipe(0), seed=3, device=CPU)
     assert (feed.batch(0)["segment_ids"] is not None) == (packing == "documents")
+
+
+def test_threads_end_with_the_run_and_need_no_garbage_collection(make_recipe: MakeRecipe) -> None:
+    gc.disable()
+    try:
+        train(make_recipe(**{"data.workers": 2}))
+        for thread in threading.enumerate():
+            if thread.name.startswith("read-ahead"):
+                thread.join(10)
+                assert not thread.is_alive(), thread.name
+    finally:
+        gc.enable()
 
 
 def test_every_token_is_predicted_from_its_own_document_which_begins_with_an_end_token(

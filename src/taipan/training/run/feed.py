@@ -40,15 +40,14 @@ class Feed:
         self.bytes_per_token = data.bytes_per_token
         windows = MixtureSampler(data, pieces * recipe.data.context_length, seed)
         rows = recipe.training.batch_size * recipe.training.accumulation
-        self._sampler = windows if pieces == 1 else ConsecutivePieces(windows, pieces, rows)
-        self._batch_size = recipe.training.batch_size
-        self._part = part
+        sampler = windows if pieces == 1 else ConsecutivePieces(windows, pieces, rows)
+        self._sampler = sampler
+        self._batch_size = size = recipe.training.batch_size
         self._documents = recipe.data.packing == "documents"
         self._end = data.tokenizer().eos_id
         self._device = device
-        self._read = ReadAhead(
-            lambda number: self._sampler.batch(number, self._batch_size, self._part), recipe.data.workers
-        )
+        # Not of `self`: its threads end with the last name of the feed, not when garbage is looked for.
+        self._read = ReadAhead(lambda number: sampler.batch(number, size, part), recipe.data.workers)
 
     def batch(self, number: int) -> Batch:
         """Batch `number`."""
