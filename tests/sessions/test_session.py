@@ -287,9 +287,7 @@ def test_an_edited_record_is_refused(session: Session, change: tuple[str, str], 
 
 def test_one_changes_it_at_a_time(session: Session) -> None:
     with session.changing():
-        with pytest.raises(
-            SessionBusyError, match=rf"being changed by this process {os.getpid()} on .*, since 20"
-        ):
+        with pytest.raises(SessionBusyError, match=rf"being changed by this process {os.getpid()} on .*, since 20"):
             reopened(session).append("x")
         assert reopened(session).ask("x", settings=GREEDY).tokens  # who only reads need not wait
     reopened(session).append("x")
