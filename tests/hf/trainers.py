@@ -86,7 +86,7 @@ def trainer(
         "dataloader_pin_memory": False,
         **options,
     }
-    given: dict[str, Any] = {"model" if isinstance(model, TaipanForCausalLM) else "model_init": model}
+    given: dict[str, Any] = {"model" if isinstance(model, torch.nn.Module) else "model_init": model}
     return Trainer(
         **given,
         args=TrainingArguments(**settings),
