@@ -76,8 +76,7 @@ class Holder:
         return self.began is None or now is None or now == self.began
 
     def __str__(self) -> str:
-        here = Holder.this_process()
-        own = (self.host, self.pid, self.boot, self.began) == (here.host, here.pid, here.boot, here.began)
+        own = (self.host, self.pid, self.boot) == (platform.node(), os.getpid(), _boot())
         return f"{'this ' if own else ''}process {self.pid} on {self.host}, since {self.since}"
 
 

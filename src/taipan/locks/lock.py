@@ -27,10 +27,10 @@ _LOCAL_LOCKS = re.compile(r"fuse(\..*)?|9p|afs|beegfs.*|vboxsf|prl_fs|virtiofs|l
 
 
 class HeldError(TaipanError):
-    """Another process holds it, or may hold it and cannot be seen from here.
+    """It is held, by another process or elsewhere in this one, or may be by one that cannot be seen from here.
 
     Attributes:
-        holder: the process; None where its note cannot be read.
+        holder: the process that holds it; None where its note cannot be read.
         seen: whether it is known to hold it.
     """
 
@@ -55,7 +55,7 @@ def held(path: Path, warn: Callable[[str], object], *, patience: float = 0.0) ->
         patience: seconds to wait for who is known to hold it.
 
     Raises:
-        HeldError: another process holds it, or may hold it and cannot be seen from here.
+        HeldError: it is held already, or may be by a process that cannot be seen from here.
         OSError: the file cannot be written.
     """
     descriptor = _locked_in_time(path, warn, patience)

@@ -36,7 +36,7 @@ def held(run: Path, warn: Callable[[str], None]) -> Generator[None]:
             if not error.seen:
                 raise ConfigError(str(error)) from error
             raise ConfigError(
-                f"{run} is held by {error.who}: two processes in one run directory would write over each other. Wait "
+                f"{run} is held by {error.who}: two runs in one directory would write over each other. Wait "
                 "until it has ended, stop it (it saves on SIGTERM), or name another output."
             ) from error
         except OSError as error:
