@@ -51,7 +51,6 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
             f"The trainer's model is a {type(trainer.model).__name__} without a Taipan decoder in it: there is nothing "
             "to prepare."
         )
-    _linked(trainer)
     trainer.data_collator = PredictedLabels(trainer.data_collator)
     trainer.get_decay_parameter_names = partial(_decayed, trainer.get_decay_parameter_names)
     trainer.add_callback(_Telling(trainer))
