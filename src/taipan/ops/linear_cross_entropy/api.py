@@ -50,12 +50,10 @@ def linear_cross_entropy(
     """
     loss_sum = select("linear_cross_entropy", IMPLEMENTATIONS, implementation, hidden_MD)
     kept_N = _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
-    if kept_N.numel() < target_M.numel():
-        hidden_MD, target_M = hidden_MD.index_select(0, kept_N), target_M.index_select(0, kept_N)
-    device = hidden_MD.device.type
-    hidden_MD, weight_VD = _in_dtype_of_products(hidden_MD, weight_VD)
-    with torch.autocast(device, enabled=False):
-        return loss_sum(hidden_MD, weight_VD, target_M), kept_N.numel()
+    hidden_ND, target_N = _rows(hidden_MD, kept_N), _rows(target_M, kept_N)
+    hidden_ND, weight_VD = _in_dtype_of_products(hidden_ND, weight_VD)
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        return loss_sum(hidden_ND, weight_VD, target_N), kept_N.numel()
 
 
 @torch.no_grad()
@@ -75,12 +73,16 @@ def linear_cross_entropy_per_token(
     """
     per_token = select("linear_cross_entropy", PER_TOKEN_IMPLEMENTATIONS, implementation, hidden_MD)
     kept_N = _validated_kept_rows(hidden_MD, weight_VD, target_M, ignore_index)
-    whole = kept_N.numel() == target_M.numel()
-    hidden_ND, target_N = (hidden_MD, target_M) if whole else (hidden_MD.index_select(0, kept_N), target_M[kept_N])
+    hidden_ND, target_N = _rows(hidden_MD, kept_N), _rows(target_M, kept_N)
     hidden_ND, weight_VD = _in_dtype_of_products(hidden_ND, weight_VD)
     with torch.autocast(hidden_MD.device.type, enabled=False):
         nats_N = per_token(hidden_ND, weight_VD, target_N)
-    return nats_N if whole else nats_N.new_zeros(target_M.shape).index_copy_(0, kept_N, nats_N)
+    return nats_N.new_zeros(target_M.shape).index_copy_(0, kept_N, nats_N)
+
+
+def _rows(tensor: torch.Tensor, kept_N: torch.Tensor) -> torch.Tensor:
+    """The rows that count; the tensor itself where all do."""
+    return tensor if len(kept_N) == len(tensor) else tensor.index_select(0, kept_N)
 
 
 def _in_dtype_of_products(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
