@@ -292,8 +292,31 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no directory"):
         load(tmp_path / "none")
     (tmp_path / "x.json").write_text(json.dumps({"experiment": "gap", "scale": "small"}))
-    with pytest.raises(DataError, match="Make it again"):
+    with pytest.raises(DataError, match=r"x\.json has no 'command'.*make it again"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("latency-by-length", ("taipan",)),
+        ("positions", ("RoPE",)),
+        ("ratio", ("one SAL, second", 0, "bits_per_byte")),
+        ("gap", ("constant budget, no noise", 0, "as trained")),
+        ("window", ("W = 128", 0, "machine", "cpu")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_results_that_lack_something_are_named(name: str, lacks: tuple[str | int, ...], tmp_path: Path) -> None:
+    values = json.loads((RESULTS / f"{name}.json").read_text())
+    *way, last = lacks
+    held: Any = values["results"]
+    for step in way:
+        held = held[step]
+    del held[last]
+    (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"{name}\.json has no .*{last}.*make it again"):
+        write(tmp_path, tmp_path / "page")
 
 
 def test_every_figure_has_the_four_in_one_colour() -> None:

@@ -319,6 +319,20 @@ def test_published_results_that_are_nearly_right_are_named(changed: dict[str, An
         laboratory.published(tmp_path, "copying", command)
 
 
+def test_a_published_result_that_lacks_a_measurement_is_named(lab: Laboratory, tmp_path: Path) -> None:
+    training = Training(name="jamba", config=architectures(lab.scale)["jamba"], seed=1)
+    result = {**lab.declare(training).settings, "found": [{"loss": 1.0}]}
+    told = {"experiment": "gap", "command": "taipan reproduce gap", "results": {"jamba": [result]}, "more": {}}
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    known = laboratory.published(tmp_path, "gap", "taipan reproduce gap")
+    own = Laboratory(lab.scale, lab.text, lab.directory, nobody, published=known)
+    (found,) = own.measure(reading.measure_copying, [training])
+    assert found["found"][0]["loss"] == 1.0
+    for lacking, name in ((found, "curve"), (found["found"][0], "accuracy")):
+        with pytest.raises(DataError, match=rf"a\.json has no '{name}'.*make it again"):
+            lacking[name]
+
+
 @pytest.mark.parametrize("kept", ["[1]", "{}", '{"seed": 1}', "{"])
 def test_a_laboratory_names_a_file_that_is_no_result(kept: str, lab: Laboratory) -> None:
     own = Laboratory(lab.scale, lab.text, lab.directory, nobody)

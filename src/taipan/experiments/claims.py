@@ -10,7 +10,7 @@ from typing import Any, Literal
 from taipan.errors import DataError
 from taipan.experiments.associative_recall_figure import NAME as ASSOCIATIVE_RECALL
 from taipan.experiments.associative_recall_figure import FigureData
-from taipan.experiments.execution import Result
+from taipan.experiments.execution import Result, of_file
 from taipan.io import parse_json_object, read_text
 
 Verdict = Literal["holds", "holds in part", "does not hold", "no result yet"]
@@ -109,25 +109,20 @@ def load(directory: Path) -> dict[str, list[Kept]]:
         raise DataError(f"{directory} is no directory; expected one with results of `taipan reproduce` (JSON).")
     found: dict[str, list[Kept]] = {}
     for path in sorted(directory.glob("*.json")):
-        values = parse_json_object(read_text(path), str(path))
+        values = of_file(parse_json_object(read_text(path), str(path)), str(path))
         if path.name == f"{ASSOCIATIVE_RECALL}.json":
             found["associative-recall"] = [_associative_recall_of(path)]
         if "experiment" not in values or values.get("scale") == "tiny":
             continue
-        try:
-            kept = Kept(
-                file=path.name,
-                text=values.get("text", ""),
-                scale=values["scale"],
-                command=values["command"],
-                results=values["results"],
-                more=values["more"],
-                tables=tuple(values["tables"]),
-            )
-        except KeyError as error:
-            raise DataError(
-                f"{path} has no {error}: it is not what `taipan reproduce` wrote. Make it again."
-            ) from error
+        kept = Kept(
+            file=path.name,
+            text=values.get("text", ""),
+            scale=values["scale"],
+            command=values["command"],
+            results=values["results"],
+            more=values["more"],
+            tables=tuple(values["tables"]),
+        )
         found.setdefault(values["experiment"], []).append(kept)
     return found
 
@@ -588,10 +583,23 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def judge(claim: Claim, results: Sequence[Kept]) -> list[tuple[Kept | None, Finding]]:
-    """The finding of every text; one that says so where there is no result."""
+    """The finding of every text; one that says so where there is no result.
+
+    Raises:
+        DataError: results lack a model or a measurement.
+    """
     if not results:
         return [(None, Finding("no result yet", f"`taipan reproduce {claim.experiment}` makes one."))]
-    return [(kept, _enough_seeds(claim, kept, claim.judge(kept))) for kept in results]
+    return [(kept, _enough_seeds(claim, kept, _judged(claim, kept))) for kept in results]
+
+
+def _judged(claim: Claim, kept: Kept) -> Finding:
+    try:
+        return claim.judge(kept)
+    except KeyError as error:  # of what it made from the file's objects, which name their file themselves
+        raise DataError(
+            f"{kept.file} has no results of {error}, which {claim.experiment} compares: restore it, or make it again."
+        ) from error
 
 
 def _enough_seeds(claim: Claim, kept: Kept, finding: Finding) -> Finding:

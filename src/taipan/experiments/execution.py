@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from taipan.config import TaipanConfig
-from taipan.errors import DataError, TrainingError
+from taipan.errors import DataError, TrainingError, shown
 from taipan.hardware import describe
 from taipan.io import atomic_write, parse_json
 
@@ -60,6 +60,35 @@ def settings_of(config: TaipanConfig) -> dict[str, Any]:
 Result = dict[str, Any]
 
 
+class OfFile(Result):
+    """An object of a file of results. Asked for what it lacks, it says so of its file: a DataError, no KeyError."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        super().__init__(values)
+        self.source = source
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise DataError(
+            f"{self.source} has no {shown(name)}, which is looked for in it: it was changed, or another version of "
+            "Taipan wrote it. Restore it, or remove it and make it again by its command."
+        )
+
+
+def of_file(value: Any, source: str) -> Any:
+    """A value of a file of results: its objects, however deep they stand, as `OfFile`."""
+    if isinstance(value, dict):
+        held = cast(Result, value)
+        return OfFile({name: of_file(own, source) for name, own in held.items()}, source)
+    return [of_file(own, source) for own in cast(list[Any], value)] if isinstance(value, list) else value
+
+
+def joined(*parts: Result) -> Result:
+    """One result of several, which asks the files of all for what it lacks."""
+    values = {name: value for part in parts for name, value in part.items()}
+    sources = [part.source for part in parts if isinstance(part, OfFile)]
+    return OfFile(values, " or ".join(sources)) if sources else values
+
+
 def read_result(path: Path) -> Result:
     """A result that was kept.
 
@@ -69,7 +98,7 @@ def read_result(path: Path) -> Result:
     result = parse_json(path.read_bytes(), str(path))
     if not isinstance(result, dict) or not result:
         raise DataError(f"{path} holds no result of a run: remove it, and the same command makes that run again.")
-    return cast(Result, result)
+    return cast(Result, of_file(result, str(path)))
 
 
 Listener = Callable[[Run, Result, int, int], None]

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from taipan.config import TaipanConfig
 from taipan.errors import DataError, InputError, shown
 from taipan.experiments.course import UNFINISHED, forget, from_scratch, seen
-from taipan.experiments.execution import Listener, Progress, Result, Run, execute, read_result, settings_of
+from taipan.experiments.execution import (
+    Listener,
+    Progress,
+    Result,
+    Run,
+    execute,
+    joined,
+    of_file,
+    read_result,
+    settings_of,
+)
 from taipan.hardware import training_dtype
 from taipan.io import atomic_write, parse_json
 
@@ -230,7 +240,7 @@ def published(directory: Path, experiment: str, command: str) -> dict[str, Resul
         raise DataError(f"{directory} is no directory; expected one with results (the JSON files of experiments).")
     found: dict[str, Result] = {}
     for path in sorted(directory.glob("*.json")):
-        report = parse_json(path.read_bytes(), str(path))
+        report = of_file(parse_json(path.read_bytes(), str(path)), str(path))
         if not isinstance(report, dict) or cast(Result, report).get("experiment") != experiment:
             continue
         given, results, more = (report.get(name) for name in ("command", "results", "more"))
@@ -387,7 +397,7 @@ class Laboratory:
         ]
         work = partial(_measure, self.directory, function)
         measured = self.execute(runs, work, "measured")
-        return [{**seen, **found} for seen, found in zip(trained, measured, strict=True)]
+        return [joined(seen, found) for seen, found in zip(trained, measured, strict=True)]
 
 
 def _train(directory: Path, dtype: str, run: Run) -> Result:
