@@ -1,6 +1,7 @@
 """Starting from a model directory."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from taipan.data.tokenizer import Tokenizer
 from taipan.errors import ConfigError
 from taipan.model import TaipanLM
 from taipan.training.recipe import Recipe
+from taipan.training.run.loop import train
 from taipan.training.run.start import initial_model
+from tests.training.run.test_loop import Watcher, assert_equal, interrupt
 
 BYTES = Tokenizer.bytes()
 
@@ -66,3 +69,32 @@ def test_what_does_not_fit_is_refused_by_name(
     other = Tokenizer.train_bpe(["some words to learn from, some words"] * 5, 257)
     with pytest.raises(ConfigError, match=r"another tokenizer.*--tokenizer"):
         initial_model(make_recipe(model={"from": str(directory)}), TaipanLM.from_pretrained(directory).config, other)
+
+
+@pytest.mark.parametrize("change", ["deleted", "written again"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_that_has_begun_needs_its_source_no_more(
+    given: bool, change: str, make_recipe: Callable[..., Recipe], directory: Path, tmp_path: Path
+) -> None:
+    """Also where its recipe is given again, as by `--auto-resume`."""
+    model = {"from": str(directory), "budget_start": None}
+    settings = {"model": model, "training.steps": 4}
+    expected = train(make_recipe(**settings, output=str(tmp_path / "whole")))
+    recipe = make_recipe(**settings)
+    cut = train(recipe, listener=Watcher(2, interrupt))
+    other = TaipanLM(TaipanLM.from_pretrained(directory).config.replace(attention_capacity=0.4, budget_start=0.5))
+    shutil.rmtree(directory)
+    if change == "written again":
+        other.save_pretrained(directory, BYTES)
+    assert_equal(expected, train(recipe if given else None, resume=cut.run))
+
+
+def test_another_budget_is_another_run(make_recipe: Callable[..., Recipe], directory: Path) -> None:
+    settings = {"training.steps": 4}
+    cut = train(make_recipe(model={"from": str(directory)}, **settings), listener=Watcher(2, interrupt))
+    for start in (None, 0.5):
+        changed = make_recipe(model={"from": str(directory), "budget_start": start}, **settings)
+        with pytest.raises(
+            ConfigError, match=rf"model.budget_start was 1.0 and is now {start}\. Resume with the run's"
+        ):
+            train(changed, resume=cut.run)

@@ -78,20 +78,22 @@ class ModelSection:
         head |= {} if self.preset is None else {"preset": self.preset, "setting": self.setting}
         return {**head, **_plain(self.overrides)}
 
-    def config(self, vocab_size: int, eos_token_id: int | None) -> TaipanConfig:
+    def config(self, vocab_size: int, eos_token_id: int | None, *, begun: TaipanConfig | None = None) -> TaipanConfig:
         """The model's configuration for data of this vocabulary.
 
         Args:
             vocab_size: number of ids of the data's tokenizer.
             eos_token_id: its end-of-document id.
+            begun: that of a run that goes on, taken where else the directory to start from would be read: it may have
+                been moved or written again since.
 
         Raises:
             ConfigError: the recipe's vocabulary is smaller than the data's, its end id another, a value impossible, or
                 the model to start from has no readable configuration.
         """
         if self.start is not None and self.preset is None and "layer_types" not in self.overrides:
-            base = TaipanConfig.from_json_file(model_directory(self.start) / "config.json").to_dict()
-            inherited = {key: value for key, value in base.items() if key != "eos_token_id"}
+            base = begun or TaipanConfig.from_json_file(model_directory(self.start) / "config.json")
+            inherited = {key: value for key, value in base.to_dict().items() if key != "eos_token_id"}
             return dataclasses.replace(self, overrides={**inherited, **self.overrides}).config(vocab_size, eos_token_id)
         given = self.overrides.get("vocab_size")
         if given is not None and given < vocab_size:

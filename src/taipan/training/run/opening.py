@@ -126,25 +126,28 @@ def open_run(recipe: Recipe, resume: Path | None, world: World) -> OpenRun:
         CheckpointError: there is nothing good to resume from.
     """
     settings, path = recipe.training, resume or Path(recipe.output)
+    found = None if resume is None else _found(resume, world)
+    saved: dict[str, Any] | None = None
+    begun: TaipanConfig | None = None
     with world.together():
-        if resume is None:
+        if found is None:
             _require_free(path)
+        else:
+            saved = load_trainer(found.path)
+            begun = TaipanConfig.from_dict(saved["identity"]["model"])
         data, held_out = _open_data(recipe, world)
         tokenizer = data.tokenizer()
         feed = feed_of(recipe, data, world, world.part)
         valid = None
         if held_out is not None:
             valid = Feed(held_out, recipe, seed=0, device=_device(world), part=world.part)
-        config = recipe.model.config(tokenizer.vocab_size, tokenizer.eos_id)
+        config = recipe.model.config(tokenizer.vocab_size, tokenizer.eos_id, begun=begun)
         itself = identity(recipe, config, data)
     dtype = training_dtype(settings.dtype)
-    found = None if resume is None else _found(resume, world)
-    saved: dict[str, Any] | None = None
     with world.together():
-        if found is None:
+        if found is None or saved is None:
             model = initial_model(recipe, config, tokenizer)
         else:
-            saved = load_trainer(found.path)
             require_same(saved["identity"], itself, found.path)
             model = TaipanLM.from_pretrained(found.path, implementation=settings.implementation)
     model.set_recompute(settings.recompute, states=settings.state_passing is not None)
