@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from taipan.config import TaipanConfig
-from taipan.errors import ConfigError
 from taipan.experiments import associative_recall, course, laboratory
 from taipan.experiments.associative_recall import MODELS, declare
 from taipan.experiments.execution import Advance, Run, execute, tell
@@ -93,16 +92,6 @@ def test_associative_recall_goes_on_too(tmp_path: Path, monkeypatch: pytest.Monk
     assert timeless(associative_recall.train(run, tmp_path)) == timeless(whole)
 
 
-def test_one_process_at_a_run(tmp_path: Path) -> None:
-    run = declare("mamba2", MODELS["mamba2"], 1e-3, seed=0, steps=1)
-    own = tmp_path / run.identity
-    own.mkdir()
-    from taipan.training.run.hold import held
-
-    with held(own, nobody), pytest.raises(ConfigError, match="is held by"):
-        associative_recall.train(run, tmp_path)
-
-
 def test_what_a_run_is_has_not_changed(tmp_path: Path) -> None:
     lab = Laboratory(TINY, Text(), tmp_path, nobody)
     lab.__dict__["_data"] = tmp_path / "code"
@@ -116,13 +105,13 @@ def test_what_a_run_is_has_not_changed(tmp_path: Path) -> None:
 def telling(run: Run) -> dict[str, Any]:
     for done in range(1, 4):
         tell(Advance(run.name, run.identity, done, 3, 100.0 * done))
-    return {}
+    return {"name": run.name}
 
 
 def test_workers_say_how_far_they_are(tmp_path: Path) -> None:
     heard: list[Advance] = []
     runs = [Run(name=name, settings={}) for name in ("a", "b")]
-    assert execute(runs, telling, tmp_path, nobody, workers=1, progress=heard.append) == [{}, {}]
+    assert execute(runs, telling, tmp_path, nobody, workers=1, progress=heard.append) == [{"name": "a"}, {"name": "b"}]
     assert [(advance.name, advance.done) for advance in heard] == [(name, done) for name in "ab" for done in (1, 2, 3)]
-    assert json.loads(runs[0].path(tmp_path).read_text()) == {}
+    assert json.loads(runs[0].path(tmp_path).read_text()) == {"name": "a"}
     tell(heard[0])  # outside a worker nobody hears it

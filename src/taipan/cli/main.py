@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # What imports make stays: looking for garbage among it again and again takes a twentieth of a second.
     gc.set_threshold(20_000, 20, 20)
     _print_anything()
-    _tell_of_compiling()
+    _tell_of_waiting()
     try:
         _command_line(_asked(sys.argv[1:] if arguments is None else arguments))(arguments)
     except SystemExit as end:
@@ -147,11 +147,12 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _tell_of_compiling() -> None:
-    """The first command waits for a compiler: it says so."""
-    log = logging.getLogger("taipan.native")
-    log.setLevel(logging.INFO)
-    log.addHandler(_notes)
+def _tell_of_waiting() -> None:
+    """The first command waits for a compiler, an experiment for another that makes what it needs: they say so."""
+    for name in ("taipan.native", "taipan.experiments"):
+        log = logging.getLogger(name)
+        log.setLevel(logging.INFO)
+        log.addHandler(_notes)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -69,7 +69,7 @@ def from_scratch(
         directory, tokenizer: as in `complete`.
 
     Raises:
-        ConfigError, CheckpointError: as `complete`.
+        CheckpointError: as `complete`.
     """
     from taipan.config import TaipanConfig
     from taipan.experiments.controls import choose_by
@@ -105,29 +105,24 @@ def complete(
         tokenizer: of the data, for checkpoints that can be looked at.
 
     Raises:
-        ConfigError: another process is at this run.
         CheckpointError: a checkpoint cannot be written.
     """
     if directory is None:
         return _steps(run, stepper, batch, steps, Course(), lambda _: None)
     from taipan.experiments.controls import chance
     from taipan.training.run.checkpoint import save_checkpoint
-    from taipan.training.run.hold import held
 
     own = directory / run.identity
-    with held(own, lambda _: None):
-        course = _resumed(own, stepper)
 
-        def save(course: Course) -> None:
-            if course.step % EVERY == 0 and course.step < steps:
-                optimizer = stepper.optimizer.state_dict()
-                carried = chance(stepper.model)
-                save_checkpoint(
-                    own, course.step, stepper.model, tokenizer, optimizer, {"course": asdict(course)}, carried=carried
-                )
+    def save(course: Course) -> None:
+        if course.step % EVERY == 0 and course.step < steps:
+            optimizer = stepper.optimizer.state_dict()
+            carried = chance(stepper.model)
+            save_checkpoint(
+                own, course.step, stepper.model, tokenizer, optimizer, {"course": asdict(course)}, carried=carried
+            )
 
-        course = _steps(run, stepper, batch, steps, course, save)
-    return course
+    return _steps(run, stepper, batch, steps, _resumed(own, stepper), save)
 
 
 def seen(model: "TaipanLM", course: Course) -> Result:

@@ -1,16 +1,22 @@
-"""Runs the parts of an experiment in processes and saves each result at once: an interrupted experiment continues."""
+"""Runs the parts of an experiment in processes and saves each result at once: an interrupted experiment continues.
+
+Several commands may be at the runs of one directory: each run is made by one of them, and all have its result.
+"""
 
 import hashlib
 import json
+import logging
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
@@ -19,7 +25,10 @@ from typing import Any, NoReturn, cast
 from taipan.config import TaipanConfig
 from taipan.errors import DataError, TrainingError, shown
 from taipan.hardware import describe
-from taipan.io import atomic_write, parse_json
+from taipan.io import atomic_write, parse_json, remove_abandoned
+from taipan.locks import HeldError, held
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +144,41 @@ def tell(advance: Advance) -> None:
 _said: "SimpleQueue[Advance] | None" = None
 
 
+def make_once(done: Path, lock: Path, what: str, make: Callable[[], object]) -> None:
+    """Make something unless it is there; where another process is making it, say so and wait.
+
+    Args:
+        done: the file that is written last.
+        lock: a file that one process at a time holds.
+        what: is made, for people.
+        make: makes it.
+
+    Raises:
+        HeldError: a process that cannot be seen from here may be making it.
+    """
+    if done.is_file():
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(lock, _unwarned))
+        except HeldError as error:
+            _tell_of_waiting(what, error)
+            stack.enter_context(held(lock, _unwarned, patience=math.inf))
+        if not done.is_file():
+            make()
+
+
+def _unwarned(_: str) -> None:
+    """Where a file system has no locks, a lock file is a note for people."""
+
+
+def _tell_of_waiting(what: str, error: HeldError) -> None:
+    if not error.seen:
+        raise error
+    _log.info("%s is being made by %s: waiting for it.", what, error.who)
+
+
 def execute(
     runs: Sequence[Run],
     function: Callable[[Run], Result],
@@ -145,9 +189,10 @@ def execute(
     progress: Progress | None = None,
     alone: bool = False,
 ) -> list[Result]:
-    """Results of all runs, in their order; runs with a result in `directory` are not repeated.
+    """Results of all runs, in their order, as they are kept; runs with a result in `directory` are not repeated.
 
-    Runs begin in their order. The worker processes end with this one, also by Ctrl-C, SIGTERM or SIGKILL.
+    Runs begin in their order; what another process is making there is waited for, after all others. The worker
+    processes end with this one, also by Ctrl-C, SIGTERM or SIGKILL.
 
     Args:
         runs: what to run.
@@ -156,12 +201,15 @@ def execute(
         listener: told of every finished run.
         workers: processes side by side; None for one per core.
         progress: told what runs `tell` while they go on.
-        alone: every run has a process of its own, so that its peak of memory is its own.
+        alone: every run has a process of its own, so that its peak of memory is its own, and no other of these runs
+            goes on meanwhile, in whatever process.
 
     Raises:
         TrainingError: the system has ended a worker, as it does where memory is short.
+        HeldError: a run may be held by a process that cannot be seen from here.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(directory)
     results: dict[int, Result] = {}
     pending: list[int] = []
     for number, run in enumerate(runs):
@@ -175,6 +223,7 @@ def execute(
         context = multiprocessing.get_context("spawn")
         count = min(workers or describe().cores, len(pending))
         said: SimpleQueue[Advance] = context.SimpleQueue()
+        work, told = partial(_kept, function, directory, alone), False
         with (
             _terminated_as_interrupted(),
             ProcessPoolExecutor(
@@ -185,13 +234,20 @@ def execute(
                 max_tasks_per_child=1 if alone else None,
             ) as pool,
         ):
-            futures = {pool.submit(function, runs[number]): number for number in pending}
             try:
-                for future in _as_completed(list(futures), said, progress):
-                    number = futures[future]
-                    results[number] = future.result()
-                    atomic_write(runs[number].path(directory), json.dumps(results[number]).encode())
-                    listener(runs[number], results[number], len(results), len(runs))
+                waiting = {pool.submit(work, runs[number]): number for number in pending}
+                while waiting:
+                    for future in _done_of(waiting, said, progress):
+                        number = waiting.pop(future)
+                        run, found = runs[number], future.result()
+                        if isinstance(found, HeldError):
+                            if not (alone and told):
+                                _tell_of_waiting("What is measured alone" if alone else run.name, found)
+                            told = True
+                            waiting[pool.submit(work, run, math.inf)] = number  # behind all others
+                        else:
+                            results[number] = found
+                            listener(run, found, len(results), len(runs))
             except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
@@ -206,18 +262,41 @@ def execute(
     return [results[number] for number in range(len(runs))]
 
 
-def _as_completed(
-    futures: Sequence[Future[Result]], said: "SimpleQueue[Advance]", progress: Progress | None
-) -> Generator[Future[Result]]:
-    """Futures as they are done; what workers say meanwhile is passed on."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
-        while not said.empty():
-            advance = said.get()
-            if progress is not None:
-                progress(advance)
-        yield from done
+def _kept(
+    function: Callable[[Run], Result], directory: Path, alone: bool, run: Run, patience: float = 0.0
+) -> Result | HeldError:
+    """The result of a run, made and kept unless it is there by now; in a worker.
+
+    Args:
+        function, directory, alone: as in `execute`.
+        run: which.
+        patience: seconds to wait for another process that is at it.
+
+    Returns:
+        What was kept, or that another process is at it.
+    """
+    path = run.path(directory)
+    lock = directory / "alone.lock" if alone else path.with_suffix(".lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(lock, _unwarned, patience=patience))
+        except HeldError as error:
+            return error
+        if not path.is_file():
+            atomic_write(path, json.dumps(function(run)).encode())
+    return read_result(path)
+
+
+def _done_of(
+    waiting: Iterable[Future[Any]], said: "SimpleQueue[Advance]", progress: Progress | None
+) -> set[Future[Any]]:
+    """Those that are done, which may be none yet; what workers say meanwhile is passed on."""
+    done, _ = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
+    while not said.empty():
+        advance = said.get()
+        if progress is not None:
+            progress(advance)
+    return done
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from taipan.experiments.execution import (
     Run,
     execute,
     joined,
+    make_once,
     of_file,
     read_result,
     settings_of,
@@ -153,11 +154,14 @@ class Text:
         settings = {**source, **sizes, "vocabulary": scale.model["vocab_size"]}
         name = "code" if self.path is None else slug(self.path.name.partition(".")[0])
         data = directory / Run(name=name, settings=settings).identity
-        if not (data / "valid" / MANIFEST_FILE).is_file():
+
+        def make() -> None:
             training, held_out = self.documents(scale)
             tokenizer = Tokenizer.train_bpe((document.text for document in training), scale.model["vocab_size"])
             prepare(training, tokenizer, data / "train", sources=(source["text"],))
             prepare(held_out, tokenizer, data / "valid", sources=(source["text"],))
+
+        make_once(data / "valid" / MANIFEST_FILE, data.with_name(f"{data.name}.lock"), "texts and tokenizer", make)
         return data
 
 

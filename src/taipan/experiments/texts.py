@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taipan.errors import InputError
-from taipan.experiments.execution import Run
+from taipan.experiments.execution import Run, make_once
 from taipan.experiments.laboratory import slug
 
 if TYPE_CHECKING:
@@ -43,8 +43,13 @@ def prepare_text(name: str, path: Path, sha256: str, tokenizer: "Tokenizer", dir
 
     settings = {"sha256": sha256, "tokenizer": tokenizer.fingerprint, "part": "test" if name == ENWIK8 else "all"}
     identity = Run(name=slug(name), settings=settings).identity
-    if not (directory / identity / "valid" / MANIFEST_FILE).is_file():
-        prepare(_documents(name, path), tokenizer, directory / identity / "valid", sources=(path.name,))
+    data = directory / identity / "valid"
+    make_once(
+        data / MANIFEST_FILE,
+        directory / f"{identity}.lock",
+        f"text {name}",
+        lambda: prepare(_documents(name, path), tokenizer, data, sources=(path.name,)),
+    )
     return identity
 
 

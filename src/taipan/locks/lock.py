@@ -14,13 +14,15 @@ import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from taipan.errors import DataError, TaipanError
 from taipan.io import parse_json_object
 from taipan.locks.holder import Holder
 
-_AGAIN = 0.02  # seconds between two looks at a lock that another holds
+_AGAIN, _AGAIN_AT_MOST = 0.02, 0.5  # seconds between two looks at a lock that another holds: the longer, the longer
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 # Their locks may be seen by the processes of one machine only; of NFS and Lustre the options of the mount say it.
 _LOCAL_LOCKS = re.compile(r"fuse(\..*)?|9p|afs|beegfs.*|vboxsf|prl_fs|virtiofs|lustre|nfs4?")
@@ -38,6 +40,9 @@ class HeldError(TaipanError):
         super().__init__(message)
         self.holder = holder
         self.seen = seen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), seen=self.seen), (str(self), self.holder)
 
     @property
     def who(self) -> str:
@@ -76,14 +81,15 @@ def holder_of(path: Path) -> Holder | None:
 
 
 def _locked_in_time(path: Path, warn: Callable[[str], object], patience: float) -> int:
-    until = time.monotonic() + patience
+    until, pause = time.monotonic() + patience, _AGAIN
     while True:
         try:
             return _locked(path, warn)
         except HeldError as error:
             if not error.seen or time.monotonic() >= until:
                 raise
-        time.sleep(_AGAIN)
+        time.sleep(min(pause, max(0.0, until - time.monotonic())))
+        pause = min(1.5 * pause, _AGAIN_AT_MOST)
 
 
 def _locked(path: Path, warn: Callable[[str], object]) -> int:
