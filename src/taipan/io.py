@@ -108,8 +108,16 @@ def publish_directory(staged: str | os.PathLike[str], path: str | os.PathLike[st
     shutil.rmtree(new, ignore_errors=True)  # what was there before, if anything
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to the file ``path`` as one step: a reader sees the old bytes or the new ones, never a part.
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> Generator[Path]:
+    """Write a file as one step: a reader sees the old bytes or the new ones, never a part.
+
+    Yields the path of an empty temporary file beside ``path``, to be opened and written (not replaced). When the block
+    ends well it takes the place of ``path``; when anything fails, or the process is killed, ``path`` is as it was.
+
+    Args:
+        path: the file to make or replace. Missing parents are made.
+        needed_bytes: the expected size, named in the message if the disk is full.
 
     Raises:
         CheckpointError: the disk is full, ``path`` is a directory, a pipe or a device, or it cannot be written; the
@@ -118,18 +126,23 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     target = _replaceable(path)
     temporary = _temporary_sibling(target)
     try:
-        with _explained(target, temporary), _disk_full_explained(target, temporary, len(data)):
+        with _explained(target, temporary), _disk_full_explained(target, temporary, needed_bytes):
             target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 _lock(file.fileno())
-                file.write(data)
-                file.flush()
+                yield temporary
                 os.fsync(file.fileno())
                 os.replace(temporary, target)
             _sync(target.parent)
     finally:
         with suppress(OSError):  # normally it is gone: it has become the target
             temporary.unlink()
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to the file ``path`` as one step; errors as of :func:`atomic_file`."""
+    with atomic_file(path, needed_bytes=len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def _replaceable(path: str | os.PathLike[str]) -> Path:

@@ -75,13 +75,35 @@ def test_dtypes_and_paths_are_checked_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype is 'q5_0', but must be one of f32, bf16, q8_0, q4_0"):
         to_gguf(tmp_path / "model", tmp_path / "model.gguf", "q5_0")
     assert run("convert", "to-gguf", tmp_path / "model", tmp_path / "model.gguf", "--dtype", "bf16").code == 0
-    with pytest.raises(CheckpointError, match="nowhere.* cannot be written: No such file"):
-        to_gguf(tmp_path / "model", tmp_path / "nowhere" / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"cannot write .*model\.gguf/model\.gguf: "):
+        to_gguf(tmp_path / "model", tmp_path / "model.gguf" / "model.gguf")
     small_model("mamba2", dtype=torch.float32).save_pretrained(tmp_path / "odd")
     with pytest.raises(CheckpointError, match="has rows that are no multiple of 32"):
         to_gguf(tmp_path / "odd", tmp_path / "odd.gguf", "q8_0")
     with pytest.raises(CheckpointError, match="exists: name a new file"):
         to_gguf(tmp_path / "model", tmp_path / "model.gguf")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the process is killed: until the last byte the name is not taken."""
+    small_model("mamba2", dtype=torch.float32, hidden_size=32).save_pretrained(tmp_path / "model")
+    target, write = tmp_path / "made" / "model.gguf", gguf.GGUFWriter.write_tensors_to_file
+    seen: list[bool] = []
+
+    def watched(writer: Any) -> None:
+        write(writer)
+        seen.append(target.exists())
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", watched)
+    with pytest.raises(KeyboardInterrupt):
+        to_gguf(tmp_path / "model", target)
+    assert not list(target.parent.iterdir())
+    to_gguf(tmp_path / "model", target)
+    assert seen == [False, False]
+    assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]
+    assert len(gguf.GGUFReader(target).tensors) > 0
 
 
 def test_without_gguf_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

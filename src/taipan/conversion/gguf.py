@@ -16,6 +16,7 @@ from torch import Tensor
 
 from taipan.config import READABLE, TaipanConfig
 from taipan.errors import CheckpointError, ConfigError, how_to_install, shown, suggestion
+from taipan.io import atomic_file, remove_abandoned
 from taipan.layers.attention import Attention
 from taipan.layers.mamba2 import Mamba2
 from taipan.model import Block, TaipanLM
@@ -32,7 +33,7 @@ def to_gguf(source: str | Path, target: str | Path, dtype: str = "bf16") -> Arch
 
     Args:
         source: a Taipan model directory.
-        target: the file, new.
+        target: the file, new; it appears whole or not at all.
         dtype: of the matrices, f32, bf16, q8_0 or q4_0 (8 or 4 bits with a scale for every 32); all else is f32.
 
     Returns:
@@ -59,14 +60,9 @@ def to_gguf(source: str | Path, target: str | Path, dtype: str = "bf16") -> Arch
             raise CheckpointError(
                 f"{odd} of {source} has rows that are no multiple of {_BLOCK} numbers, as {dtype} needs: use bf16."
             )
-    try:
-        write_gguf(model, target, architecture, dtype)
-    except OSError as error:
-        target.unlink(missing_ok=True)
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
+    remove_abandoned(target.parent, target.name)
+    with atomic_file(target) as temporary:
+        write_gguf(model, temporary, architecture, dtype)
     return architecture
 
 
