@@ -319,6 +319,13 @@ def test_results_that_lack_something_are_named(name: str, lacks: tuple[str | int
         write(tmp_path, tmp_path / "page")
 
 
+def test_full_attention_has_no_place_among_sizes_of_state() -> None:
+    (results,) = load(RESULTS)["mqar"]
+    ((picture, _),) = figures(results, "mqar")
+    assert "Mamba-2, 16 KiB 0." in picture
+    assert "attention" not in picture
+
+
 def test_every_figure_has_the_four_in_one_colour() -> None:
     results = contexts(**dict.fromkeys(FOUR, (1.0, 2.0)))
     (first, _), *_ = figures(kept(results), "perplexity-by-context")

@@ -42,6 +42,8 @@ def test_trained_for_longer_is_what_improves_and_can(tmp_path: Path, monkeypatch
     assert outcome.more["still improving"] == [GOES_ON]
     last = {row[0]: row[-1] for row in outcome.tables[1].rows}
     assert (last[SOLVES], last[STOPS], last[GOES_ON]) == ("no", "no", "yes")
+    windows = {row[0]: row[3] for row in outcome.tables[0].rows}
+    assert (windows["attention"], windows["Mamba-2, 16 KiB"]) == ("all tokens", "0")
 
 
 def test_models_are_those_of_the_published_plot() -> None:

@@ -330,7 +330,7 @@ def _mqar(kept: Kept) -> Finding:
         f"large as that state {own['Taipan, 32 KiB with its window']:.3f}. Ours are within {off:.2f} of zoology's."
     )
     if kept.more["still improving"]:
-        because += f" Still improving when training ended: {', '.join(kept.more['still improving'])}."
+        because += f" Still improving when training ended: {'; '.join(kept.more['still improving'])}."
     return Finding(_verdict(above and off <= 0.05, above), because)
 
 

@@ -371,8 +371,9 @@ def _mqar(kept: Kept) -> list[tuple[Markup, str]]:
 
     points: dict[str, tuple[float, float]] = {}
     for name, own in kept.results.items():
-        recurrent, window = state_bytes(TaipanConfig.from_dict(own[0]["config"]))
-        if recurrent + window:
+        config = TaipanConfig.from_dict(own[0]["config"])
+        recurrent, window = state_bytes(config)
+        if "full_attention" not in config.layer_types:  # whose state has no size
             points[name] = ((recurrent + window) / 1024, kept.mean(name, accuracy))
 
     def draw(axes: Any, narrow: bool) -> None:

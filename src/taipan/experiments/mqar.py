@@ -1,8 +1,8 @@
 """Multi-query associative recall as zoology trains and tests it, with zoology's published numbers beside ours.
 
 The mixture is zoology's (`MQARMixture.paper`); the models are two layers, as there. Every model is trained at several
-learning rates, then at its best one for twice as long, and twice as long again, until it stops improving or has nothing
-left to gain.
+learning rates, then at its best one for twice as long, and twice as long again, until it stops improving, has nothing
+left to gain, or was doubled as often as the scale allows.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ SCALES: dict[str, Scale] = {
         mixture=_with_examples(MQARMixture.paper(), 256),
         hidden=128,
         steps=1000,
-        doublings=3,
+        doublings=2,
         rows=64,
         learning_rates=(1e-3, 3e-3, 9e-3),
     ),
@@ -232,8 +232,10 @@ def _tables(
     tests = [f"{task.pairs} pairs in {task.length}" for task in scale.mixture.test]
     lines: list[list[str]] = []
     for name, own in results.items():
-        recurrent, window = state_bytes(TaipanConfig.from_dict(own[0]["config"]))
-        line = [name, f"{own[0]['parameters']:,}", f"{recurrent / 1024:.0f}", f"{window / 1024:.0f}"]
+        config = TaipanConfig.from_dict(own[0]["config"])
+        recurrent, window = state_bytes(config)
+        kept = "all tokens" if "full_attention" in config.layer_types else f"{window / 1024:.0f}"
+        line = [name, f"{own[0]['parameters']:,}", f"{recurrent / 1024:.0f}", kept]
         line += [spread([result["tests"][number]["accuracy"] for result in own], 2) for number in range(len(tests))]
         line += [spread([accuracy(result) for result in own])]
         line += [f"{PUBLISHED[name]:.3f}" if name in PUBLISHED else "–"]
