@@ -22,6 +22,9 @@ def test_every_weight_is_there_under_its_name(stack: str, architecture: str, tmp
     assert to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32") == architecture
     reader: Any = gguf.GGUFReader(tmp_path / "model.gguf")
     assert bytes(reader.fields["general.architecture"].parts[-1]).decode() == architecture
+    if stack == "mamba2":  # llama.cpp computes the width of ssm_in from one or the other
+        names = ("mamba2.attention.head_count", "mamba2.ssm.time_step_rank")
+        assert [reader.fields[name].contents() for name in names] == [model.config.num_mamba_heads] * 2
     written = sum(tensor.n_elements for tensor in reader.tensors)
     assert written == sum(parameter.numel() for parameter in model.parameters())
     found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}

@@ -130,7 +130,7 @@ def write_gguf(
         writer.add_ssm_group_count(config.n_groups)
     if architecture == "mamba2":
         writer.add_feed_forward_length(0)
-        writer.add_head_count(0)
+        writer.add_head_count(config.num_mamba_heads)  # some builds (b9190) take the heads from here, not from the rank
     else:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
